@@ -1,0 +1,37 @@
+"""Inference-time confidence control for language models, with their own entropy and token-frequency neurons."""
+
+from confsteer.calibrate import calibrate
+from confsteer.errors import (
+    ConfsteerError,
+    CorpusError,
+    NoNeuronsError,
+    ProfileCorruptError,
+    ProfileError,
+    ProfileMismatchError,
+    ProfileNotFoundError,
+    ProfileVersionError,
+    SteeringError,
+    UnsupportedModelError,
+)
+from confsteer.hf import steer
+from confsteer.profile import Neuron, Profile, Response
+from confsteer.steering import Steering
+
+__all__ = [
+    "ConfsteerError",
+    "CorpusError",
+    "Neuron",
+    "NoNeuronsError",
+    "Profile",
+    "ProfileCorruptError",
+    "ProfileError",
+    "ProfileMismatchError",
+    "ProfileNotFoundError",
+    "ProfileVersionError",
+    "Response",
+    "Steering",
+    "SteeringError",
+    "UnsupportedModelError",
+    "calibrate",
+    "steer",
+]

@@ -1,0 +1,455 @@
+"""Where a causal language model keeps its last MLP projection, final norm and unembedding.
+
+A table of families is the fast path and a structural search covers the rest. Neither is trusted: `dissect` checks
+numerically, on the model at hand, that the logits are ``unembed(norm(residual))`` and that an activation moves the residual
+by its neuron's write, and refuses the model otherwise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from confsteer.discovery.readout import Readout
+from confsteer.errors import UnsupportedModelError
+
+FINGERPRINT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Family(NamedTuple):
+    """Module paths in a `PreTrainedModel`; `down_proj` is inside each layer."""
+
+    layers: str
+    down_proj: str
+    final_norm: str
+
+
+_LLAMA_LIKE = Family("model.layers", "mlp.down_proj", "model.norm")
+FAMILIES: dict[str, Family] = {
+    "cohere": _LLAMA_LIKE,
+    "falcon": Family("transformer.h", "mlp.dense_4h_to_h", "transformer.ln_f"),
+    "gemma": _LLAMA_LIKE,
+    "gpt2": Family("transformer.h", "mlp.c_proj", "transformer.ln_f"),
+    "gpt_neo": Family("transformer.h", "mlp.c_proj", "transformer.ln_f"),
+    "gpt_neox": Family("gpt_neox.layers", "mlp.dense_4h_to_h", "gpt_neox.final_layer_norm"),
+    "gptj": Family("transformer.h", "mlp.fc_out", "transformer.ln_f"),
+    "granite": _LLAMA_LIKE,
+    "llama": _LLAMA_LIKE,
+    "mistral": _LLAMA_LIKE,
+    "olmo": _LLAMA_LIKE,
+    "opt": Family("model.decoder.layers", "fc2", "model.decoder.final_layer_norm"),
+    "phi": Family("model.layers", "mlp.fc2", "model.final_layernorm"),
+    "phi3": _LLAMA_LIKE,
+    "qwen2": _LLAMA_LIKE,
+    "qwen3": _LLAMA_LIKE,
+    "smollm3": _LLAMA_LIKE,
+    "stablelm": _LLAMA_LIKE,
+}
+"""Model type of the config -> where things are. Adding a family is one row here and one in ``tests/families.py``."""
+
+
+class NormParameters(NamedTuple):
+    """The final norm as ``gain * (h − mean(h) if centred) / sqrt(mean(h²) + epsilon) + bias``."""
+
+    gain: Tensor
+    bias: Tensor | None
+    epsilon: float
+    centred: bool
+
+
+class LastLayerStates(NamedTuple):
+    """What one forward pass left in the last layer, flattened over batch and positions."""
+
+    activations: Tensor
+    """Input of the last MLP's output projection, ``[batch · positions, n_neurons]``."""
+    residual: Tensor
+    """Input of the final norm, ``[batch · positions, d_model]``."""
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The modules at the end of a causal language model, and the scalars on the path between them."""
+
+    layer: int
+    """Index of the last transformer layer."""
+    down_proj: nn.Module
+    """Output projection of the last MLP, a ``Linear`` or a GPT-2 ``Conv1D`` (or an adapter around one)."""
+    final_norm: nn.Module
+    unembedding: nn.Module
+    logit_scale: float
+    residual_multiplier: float
+    """What the MLP's output is multiplied by before it is added to the residual."""
+    _digests: dict[Any, str] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def n_neurons(self) -> int:
+        projection = _without_adapter(self.down_proj)
+        return int(projection.weight.shape[0] if isinstance(projection, Conv1D) else projection.weight.shape[1])
+
+    @property
+    def d_model(self) -> int:
+        return int(self.unembedding.weight.shape[1])
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the unembedding, padding included."""
+        return int(self.unembedding.weight.shape[0])
+
+    def readout(self, vocab_size: int | None = None) -> Readout:
+        """The folded last layer, a float32 copy.
+
+        Args:
+            vocab_size: rows of the unembedding to keep; leave out those the tokenizer has no id for.
+        """
+        norm = read_norm(self.final_norm, self.d_model)
+        with _on_device(self.unembedding):
+            unembedding = self.unembedding.weight[:vocab_size]
+            bias = getattr(self.unembedding, "bias", None)
+            return Readout.fold(
+                w_out=self.w_out().to(unembedding.device) * self.residual_multiplier,
+                unembedding=unembedding,
+                gain=norm.gain.to(unembedding.device),
+                bias=None if norm.bias is None else norm.bias.to(unembedding.device),
+                unembedding_bias=None if bias is None else bias[:vocab_size],
+                epsilon=norm.epsilon,
+                centred=norm.centred,
+                logit_scale=self.logit_scale,
+            )
+
+    def w_out(self) -> Tensor:
+        """The last projection as ``[n_neurons, d_model]``, whatever way round the model stores it."""
+        projection = _without_adapter(self.down_proj)
+        with _on_device(projection):
+            weight = projection.weight.detach()
+            return (weight if isinstance(projection, Conv1D) else weight.T).clone()
+
+    def fingerprint(self, dtype: torch.dtype) -> str:
+        """SHA-256 of the unembedding and the last projection, rounded to `dtype`; kept until the weights change."""
+        weights = (self.unembedding.weight, _without_adapter(self.down_proj).weight)
+        key = (dtype, *((w.data_ptr(), None if w.is_inference() else w._version) for w in weights))
+        if key not in self._digests:
+            self._digests[key] = self._hash_weights(dtype)
+        return self._digests[key]
+
+    def _hash_weights(self, dtype: torch.dtype) -> str:
+        digest = hashlib.sha256()
+        with _on_device(self.unembedding):
+            for weight in (self.unembedding.weight.detach(), self.w_out()):
+                digest.update(str(tuple(weight.shape)).encode())
+                for rows in weight.split(8192):
+                    digest.update(rows.to(dtype).contiguous().view(torch.uint8).cpu().numpy())
+        return digest.hexdigest()
+
+    def fingerprints(self) -> dict[str, str]:
+        """`fingerprint` in each of float32, bfloat16 and float16, by name.
+
+        A checkpoint loaded in another precision has lost digits, so two loads of it agree in at least one of the three.
+        """
+        return {dtype_name(dtype): self.fingerprint(dtype) for dtype in FINGERPRINT_DTYPES}
+
+    def matches(self, fingerprints: dict[str, str]) -> bool:
+        """Whether these weights are those that `fingerprints` were taken of, in whatever precision either was loaded."""
+        own = self.unembedding.weight.dtype
+        # The model's own precision first: it nearly always decides.
+        for dtype in sorted(FINGERPRINT_DTYPES, key=lambda d: d != own):
+            if fingerprints.get(dtype_name(dtype)) == self.fingerprint(dtype):
+                return True
+        return False
+
+    @contextlib.contextmanager
+    def recording(self, receive: Callable[[LastLayerStates], None]) -> Iterator[None]:
+        """Within the context every forward pass hands its `LastLayerStates` to `receive`."""
+        pending: list[Tensor] = []
+
+        def keep_activations(module: nn.Module, args: tuple[Any, ...]) -> None:
+            pending[:] = [args[0].detach().flatten(0, -2)]
+
+        def keep_residual(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if pending:
+                residual = args[0].detach().flatten(0, -2)
+                receive(LastLayerStates(pending.pop().to(residual.device), residual))
+
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.down_proj.register_forward_pre_hook(keep_activations).remove)
+            stack.callback(self.final_norm.register_forward_pre_hook(keep_residual).remove)
+            yield
+
+
+_verified: weakref.WeakKeyDictionary[nn.Module, Anatomy] = weakref.WeakKeyDictionary()
+
+
+def dissect(model: nn.Module) -> Anatomy:
+    """The `Anatomy` of a loaded causal language model, checked numerically (two short forward passes, once per model).
+
+    A PEFT-wrapped model is checked without its adapters.
+
+    Raises:
+        UnsupportedModelError: with what does not fit.
+    """
+    anatomy = locate(model)
+    base = unwrap(model)
+    if _verified.get(base) != anatomy:
+        verify(model, anatomy)
+        _verified[base] = anatomy
+    return _verified[base]
+
+
+def locate(model: nn.Module) -> Anatomy:
+    """Find the modules by the table of families, or by their structure; nothing is checked numerically here.
+
+    Raises:
+        UnsupportedModelError: the model has no such structure, or one that is known not to fit.
+    """
+    base = unwrap(model)
+    config = base.config.get_text_config() if hasattr(base.config, "get_text_config") else base.config
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{config.model_type} is an encoder-decoder; confsteer steers decoder-only causal language models"
+        )
+    if getattr(config, "final_logit_softcapping", None):
+        raise UnsupportedModelError(
+            f"{config.model_type} caps its final logits (final_logit_softcapping={config.final_logit_softcapping}), "
+            "which the closed form of the last layer does not cover"
+        )
+    unembedding = base.get_output_embeddings()
+    if unembedding is None or getattr(unembedding, "weight", None) is None:
+        raise UnsupportedModelError(f"{type(base).__name__} has no unembedding: it is not a causal language model")
+    layers = _last_layers(base, FAMILIES.get(config.model_type))
+    last_layer = layers[-1]
+    for name, module in last_layer.named_modules():
+        if name.split(".")[-1] == "experts" or type(module).__name__.endswith("Experts"):
+            raise UnsupportedModelError(
+                f"the last layer of {config.model_type} is a mixture of experts ({name}): its neurons are active only on the "
+                "tokens routed to them, which confsteer does not support"
+            )
+    family = FAMILIES.get(config.model_type)
+    if family is not None:
+        down_proj = _submodule(last_layer, family.down_proj)
+        final_norm = _submodule(base, family.final_norm)
+    else:
+        down_proj, final_norm = _search(base, last_layer, unembedding)
+    return Anatomy(
+        layer=len(layers) - 1,
+        down_proj=down_proj,
+        final_norm=final_norm,
+        unembedding=unembedding,
+        logit_scale=getattr(config, "logit_scale", None) or 1.0 / getattr(config, "logits_scaling", 1.0),
+        residual_multiplier=getattr(config, "residual_multiplier", 1.0),
+    )
+
+
+def unwrap(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside a PEFT or `torch.compile` wrapper, or the model itself.
+
+    Raises:
+        UnsupportedModelError: there is none.
+    """
+    inner = getattr(model, "_orig_mod", model)
+    if not isinstance(inner, PreTrainedModel) and hasattr(inner, "get_base_model"):
+        inner = inner.get_base_model()
+    if not isinstance(inner, PreTrainedModel):
+        raise UnsupportedModelError(f"{type(model).__name__} is not a transformers model")
+    return inner
+
+
+def _submodule(parent: nn.Module, path: str) -> nn.Module:
+    try:
+        module = parent.get_submodule(path)
+    except AttributeError:
+        module = None
+    if not isinstance(module, nn.Module):
+        raise UnsupportedModelError(f"{type(parent).__name__} has no {path}")
+    return module
+
+
+def _last_layers(base: PreTrainedModel, family: Family | None) -> nn.ModuleList:
+    """The stack of transformer layers: by the table, or the longest list of modules."""
+    if family is not None:
+        layers = _submodule(base, family.layers)
+    else:
+        stacks = [m for m in base.modules() if isinstance(m, nn.ModuleList) and len(m) > 0]
+        if not stacks:
+            raise UnsupportedModelError(f"{type(base).__name__} has no list of transformer layers")
+        layers = max(stacks, key=len)
+    assert isinstance(layers, nn.ModuleList)
+    return layers
+
+
+def _search(base: PreTrainedModel, last_layer: nn.Module, unembedding: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """The last projection and the final norm of a model that is not in the table, by the order of calls.
+
+    The final norm is the last module before the unembedding that is callable on the residual as a norm; the projection
+    is the last ``Linear`` of the last layer that maps a wider space to ``d_model``.
+    """
+    d_model = unembedding.weight.shape[1]
+    calls: list[nn.Module] = []
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        calls.append(module)
+
+    with contextlib.ExitStack() as stack:
+        for module in base.modules():
+            if next(module.children(), None) is None or isinstance(module, Conv1D | nn.Linear):
+                stack.callback(module.register_forward_hook(note).remove)
+        _forward(base, _probe_ids(unembedding.weight.shape[0], base.device))
+    in_last_layer = set(last_layer.modules())
+    projections = [m for m in calls if m in in_last_layer and _maps_to(m, d_model)]
+    norms = [m for m in calls if m not in in_last_layer and m is not unembedding and "norm" in type(m).__name__.lower()]
+    if not projections or not norms:
+        missing = "MLP output projection" if not projections else "final norm"
+        raise UnsupportedModelError(
+            f"{base.config.model_type} is not a family confsteer knows, and no {missing} was found in its structure"
+        )
+    return projections[-1], norms[-1]
+
+
+def _maps_to(module: nn.Module, d_model: int) -> bool:
+    if isinstance(module, Conv1D):
+        return bool(module.weight.shape[1] == d_model and module.weight.shape[0] > d_model)
+    return isinstance(module, nn.Linear) and module.out_features == d_model and module.in_features > d_model
+
+
+def read_norm(norm: nn.Module, d_model: int) -> NormParameters:
+    """Kind, gain, bias and epsilon of a norm, decided by what it computes rather than by what it is called.
+
+    LayerNorm and RMSNorm, with gain ``weight``, ``1 + weight`` (Gemma) or none, are tried against the module itself.
+
+    Raises:
+        UnsupportedModelError: it computes none of these.
+    """
+    with _on_device(norm), torch.no_grad():
+        weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+        like = weight if weight is not None else torch.ones(d_model)
+        generator = torch.Generator().manual_seed(0)
+        probe = torch.randn(4, d_model, generator=generator) + 0.5
+        # The small rows make epsilon count; float16 would underflow their squares in some implementations.
+        probe[2:] *= 1e-2
+        probe = probe.to(like.device, like.dtype)
+        expected = norm(probe).float()
+        epsilon = next((float(getattr(norm, n)) for n in ("eps", "variance_epsilon") if hasattr(norm, n)), 1e-5)
+        gains = [torch.ones(d_model, device=like.device)] if weight is None else [weight.float(), 1 + weight.float()]
+        tolerance = 1e-4 if like.dtype == torch.float32 else 2e-2
+        for centred in (True, False):
+            x = probe.float()
+            x = x - x.mean(dim=-1, keepdim=True) if centred else x
+            x = x / (x.square().mean(dim=-1, keepdim=True) + epsilon).sqrt()
+            for gain in gains:
+                ours = x * gain + (0 if bias is None else bias.float())
+                if float((ours - expected).norm()) <= tolerance * float(expected.norm()):
+                    return NormParameters(gain.clone(), None if bias is None else bias.float().clone(), epsilon, centred)
+    raise UnsupportedModelError(f"the final norm {type(norm).__name__} is neither a LayerNorm nor an RMSNorm")
+
+
+def verify(model: nn.Module, anatomy: Anatomy) -> None:
+    """Check on the model at hand that its last layer is what `anatomy` says.
+
+    Raises:
+        UnsupportedModelError: logits are not ``unembed(norm(residual))``, or an activation does not move the residual by
+            its neuron's write.
+    """
+    base = unwrap(model)
+    name = base.config.model_type
+    tolerance = 1e-3 if anatomy.unembedding.weight.dtype == torch.float32 else 5e-2
+    ids = _probe_ids(anatomy.vocab_size, base.device)
+    states: list[LastLayerStates] = []
+    # PEFT's own switch where the model has one; elsewhere there is nothing to switch off.
+    without_adapters = getattr(model, "disable_adapter", contextlib.nullcontext)
+    with without_adapters(), anatomy.recording(states.append):
+        logits = _forward(base, ids)
+        if len(states) != 1:
+            raise UnsupportedModelError(
+                f"{name}: the last MLP projection and the final norm should run once, in this order, in a forward pass; "
+                f"they ran {len(states)} times"
+            )
+        before = states.pop()
+        readout = anatomy.readout()
+        neurons = torch.linspace(0, anatomy.n_neurons - 1, steps=min(4, anatomy.n_neurons)).long()
+        write = readout.w_out[neurons].sum(dim=0)
+        # A push as large as the residual itself, so that rounding in half precision stays small beside it.
+        push = float(readout.centre(before.residual).norm(dim=-1).mean() / write.norm().clamp_min(1e-12))
+
+        def push_activations(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            pushed = args[0].clone()
+            pushed[..., neurons.to(pushed.device)] += push
+            return (pushed, *args[1:])
+
+        handle = anatomy.down_proj.register_forward_pre_hook(push_activations, prepend=True)
+        try:
+            _forward(base, ids)
+        finally:
+            handle.remove()
+        after = states.pop()
+    if not torch.isfinite(logits).all():
+        raise UnsupportedModelError(f"{name}: the model's logits are not finite; its weights may be damaged")
+    ours, theirs = readout.logits(before.residual.to(readout.w_out.device)), logits.flatten(0, -2).float()
+    theirs = (theirs - theirs.mean(dim=-1, keepdim=True)).to(ours.device)
+    error = _relative_error(ours - ours.mean(dim=-1, keepdim=True), theirs)
+    if not error < tolerance:
+        raise UnsupportedModelError(
+            f"{name}: its logits are not its unembedding applied to its final norm (relative error {error:.1e}, at most "
+            f"{tolerance:.0e}); something else happens to them"
+        )
+    moved = readout.centre(after.residual.to(write.device)) - readout.centre(before.residual.to(write.device))
+    error = _relative_error(moved, (push * write).expand_as(moved))
+    if not error < tolerance:
+        norms = [
+            n for n, _ in _parent_layer(base, anatomy).named_children() if "post" in n and ("norm" in n or "feedforward" in n)
+        ]
+        why = f": the MLP's output goes through {norms[-1]} before it is added" if norms else ""
+        raise UnsupportedModelError(
+            f"{name}: a neuron of the last MLP does not move the residual by its output weights (relative error {error:.1e}, "
+            f"at most {tolerance:.0e}){why}"
+        )
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``"float32"`` for ``torch.float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _parent_layer(base: PreTrainedModel, anatomy: Anatomy) -> nn.Module:
+    return _last_layers(base, FAMILIES.get(base.config.model_type))[anatomy.layer]
+
+
+def _relative_error(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours - theirs).norm() / theirs.norm().clamp_min(1e-12))
+
+
+def _probe_ids(vocab_size: int, device: torch.device) -> Tensor:
+    return torch.randint(0, vocab_size, (2, 8), generator=torch.Generator().manual_seed(0)).to(device)
+
+
+def _forward(base: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Logits ``[batch, positions, vocab]`` in evaluation mode; every module's mode is put back."""
+    modes = [(module, module.training) for module in base.modules()]
+    base.eval()
+    try:
+        with torch.no_grad():
+            logits: Tensor = base(input_ids=ids, use_cache=False).logits
+        return logits
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _without_adapter(module: nn.Module) -> nn.Module:
+    """The layer inside a PEFT adapter layer, or the layer itself."""
+    return getattr(module, "base_layer", module)
+
+
+def _on_device(module: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """Weights that accelerate has offloaded are on the meta device; this brings them back for the time of the context."""
+    if not hasattr(module, "_hf_hook"):
+        return contextlib.nullcontext()
+    from accelerate.utils import align_module_device
+
+    return align_module_device(module)

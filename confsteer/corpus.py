@@ -1,0 +1,207 @@
+"""Text to token windows, and which positions of a window count."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from confsteer.errors import CorpusError
+
+FIRST_POSITIONS = 3
+"""Positions at the start of a window that are left out: with so little context they are unlike the rest."""
+SHORTEST_WINDOW = 8
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A few windows, padded on the right to the longest."""
+
+    input_ids: Tensor
+    """``[windows, length]``"""
+    attention_mask: Tensor
+    """``[windows, length]``, 0 on padding."""
+    kept: Tensor
+    """Positions that count, ``[windows, length]`` bool; the next token is inside the window at each."""
+
+    @property
+    def targets(self) -> Tensor:
+        """The token that follows each kept position, ``[kept tokens]``."""
+        return self.input_ids.roll(-1, dims=1)[self.kept]
+
+    @property
+    def window(self) -> Tensor:
+        """Index within the batch of the window each kept position is in, ``[kept tokens]``."""
+        return self.kept.nonzero()[:, 0]
+
+
+@dataclass(frozen=True)
+class Windows:
+    """A corpus as token windows that never cross documents.
+
+    The ids are held in memory, four bytes per token; everything computed from them is streamed.
+    """
+
+    token_ids: NDArray[np.int32]
+    """All windows one after the other, ``[tokens]``."""
+    starts: NDArray[np.int64]
+    """Where each window starts in `token_ids`, and the end of the last, ``[windows + 1]``."""
+    special_ids: tuple[int, ...]
+    """Ids (BOS, EOS) that do not count, nor does the token after each."""
+    source: str
+    """What the text was, for the profile."""
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the token ids and of where the windows start."""
+        digest = hashlib.sha256(self.token_ids.astype("<i4").tobytes())
+        digest.update(self.starts.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    def counts(self, vocab_size: int) -> Tensor:
+        """How often each token occurs, BOS and EOS not counted, ``[vocab_size]`` int64."""
+        counts = np.bincount(self.token_ids, minlength=vocab_size)
+        counts[[i for i in self.special_ids if i < len(counts)]] = 0
+        return torch.from_numpy(counts)
+
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        """The windows in order, `batch_size` at a time."""
+        for first in range(0, len(self), batch_size):
+            last = min(first + batch_size, len(self))
+            windows = [self.token_ids[self.starts[i] : self.starts[i + 1]] for i in range(first, last)]
+            length = max(map(len, windows))
+            input_ids = np.zeros((len(windows), length), dtype=np.int64)
+            attention_mask = np.zeros_like(input_ids)
+            for row, window in enumerate(windows):
+                input_ids[row, : len(window)] = window
+                attention_mask[row, : len(window)] = 1
+            yield Batch(
+                torch.from_numpy(input_ids),
+                torch.from_numpy(attention_mask),
+                torch.from_numpy(self._kept(input_ids, attention_mask)),
+            )
+
+    def _kept(self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Without the first positions, the last of each window, BOS/EOS and the token after these."""
+        kept = attention_mask.astype(bool)
+        kept[:, :-1] &= attention_mask[:, 1:].astype(bool)
+        kept[:, -1] = False
+        kept[:, :FIRST_POSITIONS] = False
+        special = np.isin(input_ids, self.special_ids)
+        kept &= ~special
+        kept[:, 1:] &= ~special[:, :-1]
+        return kept
+
+
+def make_windows(
+    texts: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    window: int = 256,
+    max_tokens: int | None = None,
+    source: str = "texts",
+) -> Windows:
+    """Tokenize documents into windows.
+
+    Every window starts with BOS if the tokenizer starts texts with it. A document's last, shorter window is kept if it has
+    `SHORTEST_WINDOW` tokens.
+
+    Args:
+        texts: one string per document.
+        tokenizer: the model's.
+        window: tokens per window, BOS included.
+        max_tokens: stop here; the whole text if None.
+        source: a description of the text for the profile.
+
+    Raises:
+        CorpusError: the window is too short, or the text has not enough tokens for one.
+    """
+    if window < SHORTEST_WINDOW:
+        raise CorpusError(f"a window of {window} tokens is too short; use at least {SHORTEST_WINDOW}")
+    bos = tokenizer.bos_token_id
+    starts_with_bos = bos is not None and tokenizer("a", verbose=False)["input_ids"][:1] == [bos]
+    body = window - 1 if starts_with_bos else window
+    pieces: list[NDArray[np.int32]] = []
+    total = 0
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        for first in range(0, len(ids), body):
+            piece = ids[first : first + body]
+            if starts_with_bos:
+                piece = [bos, *piece]
+            if max_tokens is not None:
+                piece = piece[: max_tokens - total]
+            if len(piece) >= SHORTEST_WINDOW:
+                pieces.append(np.asarray(piece, dtype=np.int32))
+                total += len(piece)
+            elif max_tokens is not None and total + SHORTEST_WINDOW > max_tokens:
+                break
+        if max_tokens is not None and total + SHORTEST_WINDOW > max_tokens:
+            break
+    if not pieces:
+        raise CorpusError(f"the text is too short: it has no document of {SHORTEST_WINDOW} tokens")
+    special = tuple(sorted({i for i in (bos, tokenizer.eos_token_id) if i is not None}))
+    starts = np.concatenate([[0], np.cumsum([len(p) for p in pieces])]).astype(np.int64)
+    return Windows(np.concatenate(pieces), starts, special, source)
+
+
+def read_texts(paths: Iterable[Path]) -> list[str]:
+    """One document per file, UTF-8.
+
+    Raises:
+        CorpusError: a file is missing, empty or not UTF-8 text.
+    """
+    texts = []
+    for path in paths:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise CorpusError(f"cannot read {path}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise CorpusError(f"{path} is not UTF-8 text (byte {error.start} is not valid)") from error
+        if not text.strip():
+            raise CorpusError(f"{path} has no text")
+        texts.append(text)
+    return texts
+
+
+def read_dataset(name: str, *, split: str = "train", field: str = "text") -> Iterator[str]:
+    """Documents of a hub dataset, streamed.
+
+    Raises:
+        CorpusError: there is no such dataset, split or field.
+    """
+    from datasets import load_dataset
+
+    try:
+        dataset = load_dataset(name, split=split, streaming=True)
+    except Exception as error:  # datasets raises many kinds: not found, offline, no such split
+        raise CorpusError(f"cannot load dataset {name!r}, split {split!r}: {error}") from error
+    for record in dataset:
+        if field not in record:
+            raise CorpusError(f"dataset {name!r} has no field {field!r}; it has {', '.join(sorted(record))}")
+        yield record[field]
+
+
+def python_docs() -> list[str]:
+    """The language reference that ships with CPython (`pydoc_data.topics`), one document per topic.
+
+    English prose that is on every machine: the text of the demonstration.
+    """
+    from pydoc_data.topics import topics
+
+    return [topics[name] for name in sorted(topics)]

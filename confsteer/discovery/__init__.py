@@ -1,0 +1,1 @@
+"""The science: pure functions of tensors. No files, no models, no transformers."""

@@ -1,0 +1,84 @@
+"""The unigram distribution as a direction in logit space.
+
+Source: Stolfo et al. 2024 (arXiv 2406.16254), section 4: a token-frequency neuron adds to every logit an amount
+proportional to the token's log frequency.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from confsteer.discovery.readout import Readout
+
+
+class Unigram(NamedTuple):
+    """A corpus's unigram distribution over the vocabulary, float32."""
+
+    log_frequency: Tensor
+    """``log p_freq``, ``[vocab]``, with one count added to every token."""
+    direction: Tensor
+    """``v``: ``log p_freq`` less its mean, unit norm, ``[vocab]``."""
+    length: float
+    """Norm of the centred ``log p_freq``, so that ``log p_freq = length · v + constant``."""
+
+    @classmethod
+    def from_counts(cls, counts: Tensor) -> Unigram:
+        """From token counts ``[vocab]``.
+
+        Raises:
+            ValueError: a count is negative, or all tokens are equally frequent (there is no direction then).
+        """
+        if (counts < 0).any():
+            raise ValueError("token counts cannot be negative")
+        smoothed = counts.double() + 1
+        log_frequency = (smoothed / smoothed.sum()).log()
+        centred = log_frequency - log_frequency.mean()
+        length = float(centred.norm())
+        if length < 1e-9:
+            raise ValueError("all tokens have the same count: there is no frequency direction")
+        return cls(log_frequency.float(), (centred / length).float(), length)
+
+
+def frequency_cosine(readout: Readout, unigram: Unigram) -> Tensor:
+    """``cos(W_U w_i, v)`` of every neuron's write to the logits with the frequency direction, float64 ``[n_neurons]``.
+
+    Both are centred over the vocabulary: a constant added to all logits is no change of output.
+    """
+    w_out = readout.w_out.double()
+    gram, along = _logit_gram(readout, unigram)
+    length = ((w_out @ gram) * w_out).sum(dim=1).clamp_min(0).sqrt()
+    return _cosine(w_out @ along, length)
+
+
+def chance_frequency_cosine(readout: Readout, unigram: Unigram, *, seed: int = 0) -> float:
+    """What the largest ``|cos(W_U w, v)|`` of ``n_neurons`` random writes exceeds 1 time in 20."""
+    generator = torch.Generator().manual_seed(seed)
+    gram, along = _logit_gram(readout, unigram)
+    largest = []
+    for _ in range(20):
+        w = torch.randn(readout.n_neurons, readout.d_model, generator=generator, dtype=torch.float64).to(gram.device)
+        length = ((w @ gram) * w).sum(dim=1).sqrt()
+        largest.append(_cosine(w @ along, length).abs().max())
+    return float(torch.stack(largest).quantile(0.95))
+
+
+def _cosine(dot: Tensor, length: Tensor) -> Tensor:
+    """`dot` over `length`; zero where a write does not reach the logits at all (to float32 rounding)."""
+    negligible = length <= 1e-6 * length.max()
+    return torch.where(negligible, 0.0, dot / length.clamp_min(torch.finfo(length.dtype).tiny))
+
+
+def _logit_gram(readout: Readout, unigram: Unigram) -> tuple[Tensor, Tensor]:
+    """Gram matrix of the vocabulary-centred unembedding ``[d, d]`` and its product with ``v`` ``[d]``, float64."""
+    d = readout.d_model
+    gram = torch.zeros(d, d, dtype=torch.float64, device=readout.unembedding.device)
+    along = torch.zeros(d, dtype=torch.float64, device=readout.unembedding.device)
+    mean = readout.unembedding.double().mean(dim=0)
+    for rows, v in zip(readout.unembedding.split(8192), unigram.direction.split(8192), strict=True):
+        centred = rows.double() - mean
+        gram.addmm_(centred.T, centred)
+        along += centred.T @ v.double()
+    return gram, along

@@ -1,0 +1,79 @@
+"""Which neurons count as entropy neurons and as token-frequency neurons.
+
+Thresholds are percentiles within the layer, comparisons with chance, shares of an effect and multiples of a standard
+error: never absolute sizes, which differ by orders of magnitude between models.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from confsteer.discovery.streaming import Estimate, NeuronEffects
+from confsteer.discovery.weights import WeightStatistics
+
+HIGH_PERCENTILE = 75.0
+"""An entropy neuron's write norm, and any selected neuron's own effect, is at or above this percentile of the layer."""
+LOW_PERCENTILE = 25.0
+"""An entropy neuron's logit variance is at or below this percentile of the layer."""
+SHARE = 0.3
+"""At least this share of a selected neuron's total effect goes through the norm (entropy) or the unigram direction."""
+STANDARD_ERRORS = 2.0
+"""A selected neuron's share and slope exceed these bounds by this many standard errors."""
+MOST = 32
+"""No more neurons of a kind than this are reported, the largest effects first."""
+
+
+def percentile(values: Tensor) -> Tensor:
+    """Each value's percentile within `values` ``[n]``: the share at or below it, in percent."""
+    ordered = values.sort().values
+    return 100.0 * ordered.searchsorted(values.contiguous(), right=True).double() / len(values)
+
+
+def _clear(estimate: Estimate, bound: float) -> Tensor:
+    return estimate.value - STANDARD_ERRORS * estimate.standard_error > bound
+
+
+def _is_signed(slope: Estimate) -> Tensor:
+    return slope.value.abs() > STANDARD_ERRORS * slope.standard_error
+
+
+def _largest_first(eligible: Tensor, effect: Tensor) -> list[int]:
+    indices = eligible.nonzero()[:, 0]
+    order = effect[indices].argsort(descending=True, stable=True)
+    return [int(i) for i in indices[order][:MOST]]
+
+
+def entropy_neurons(weights: WeightStatistics, effects: NeuronEffects) -> list[int]:
+    """Neurons that regulate confidence through the final norm, the largest mean ``|Δentropy|`` first.
+
+    All of: a write with a high norm and a low logit variance (the paper's criteria), a null fraction that beats the
+    luckiest of as many random directions, an effect that goes through the final norm, and a clear sign.
+    """
+    eligible = (
+        (percentile(weights.norm) >= HIGH_PERCENTILE)
+        & (percentile(weights.logit_variance) <= LOW_PERCENTILE)
+        & (weights.null_fraction > weights.chance_null_fraction)
+        & (percentile(effects.entropy_abs.value) >= HIGH_PERCENTILE)
+        & _clear(effects.mediation, SHARE)
+        & _is_signed(effects.entropy_slope)
+    )
+    return _largest_first(eligible, effects.entropy_abs.value)
+
+
+def frequency_neurons(effects: NeuronEffects, cosine: Tensor, chance_cosine: float, *, excluding: list[int]) -> list[int]:
+    """Neurons that move the output along the unigram direction, the largest mean ``|ΔKL(P_freq ‖ P_model)|`` first.
+
+    Args:
+        effects: measured effects of the layer.
+        cosine: of each neuron's logit write with the unigram direction, ``[n_neurons]``.
+        chance_cosine: what the luckiest of as many random directions reaches.
+        excluding: neurons that are entropy neurons already: a neuron sits on one dial only.
+    """
+    eligible = (
+        (cosine.abs() > chance_cosine)
+        & (percentile(effects.frequency.value) >= HIGH_PERCENTILE)
+        & _clear(effects.frequency_mediation, SHARE)
+        & _is_signed(effects.unigram_slope)
+    )
+    eligible[excluding] = False
+    return _largest_first(eligible, effects.frequency.value)

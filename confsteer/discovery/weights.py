@@ -1,0 +1,144 @@
+"""What the weights alone say about each neuron of the last MLP (no text needed).
+
+Source of the statistics: Stolfo et al. 2024 (arXiv 2406.16254), section 3.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from confsteer.discovery.readout import Readout
+
+ROWS_PER_CHUNK = 8192
+"""Vocabulary rows converted to float64 at a time."""
+
+
+class UnembeddingSpectrum(NamedTuple):
+    """Singular values and right-singular directions of the folded unembedding, smallest first."""
+
+    singular_values: Tensor
+    """Ascending, float64, ``[d]``; ``d`` is ``d_model``, one less for a LayerNorm (its all-ones direction is no
+    candidate: the norm removes it before the unembedding is reached)."""
+    directions: Tensor
+    """Orthonormal columns in the order of the singular values, float64, ``[d_model, d]``."""
+
+
+class WeightStatistics(NamedTuple):
+    """Per-neuron statistics ``[n_neurons]`` (float64) and what they were measured against."""
+
+    norm: Tensor
+    """``‖w_i‖``."""
+    logit_variance: Tensor
+    """``Var_t[cos(w_i, W_U[t])]`` over the vocabulary, unbiased."""
+    null_fraction: Tensor
+    """``‖V₀ᵀw_i‖ / ‖w_i‖``: the share of the write that falls into the effective null space (the paper's ρ)."""
+    singular_values: Tensor
+    """The spectrum of the folded unembedding, ascending, ``[d]``."""
+    null_dims: int
+    """``k``, the number of directions counted as effective null space."""
+    chance_null_fraction: float
+    """What the luckiest of ``n_neurons`` random directions exceeds with a probability of 5 %."""
+
+
+def _row_gram(matrix: Tensor, *, normalise_rows: bool, centre: bool) -> Tensor:
+    """``MᵀM`` in float64, of rows scaled to unit length and/or centred over the rows; ``[d, d]`` from ``[n, d]``."""
+    n, d = matrix.shape
+    gram = torch.zeros(d, d, dtype=torch.float64, device=matrix.device)
+    total = torch.zeros(d, dtype=torch.float64, device=matrix.device)
+    for rows in matrix.split(ROWS_PER_CHUNK):
+        rows = rows.double()
+        if normalise_rows:
+            rows = rows / rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+        gram.addmm_(rows.T, rows)
+        total += rows.sum(dim=0)
+    return gram - torch.outer(total, total) / n if centre else gram
+
+
+def unembedding_spectrum(readout: Readout) -> UnembeddingSpectrum:
+    """Spectrum of the folded unembedding, from its Gram matrix in float64 (the Gram squares small singular values)."""
+    gram = _row_gram(readout.unembedding, normalise_rows=False, centre=False)
+    if readout.centred:
+        # Lift the all-ones direction above the rest of the spectrum, then drop the top.
+        ones = torch.full((readout.d_model,), readout.d_model**-0.5, dtype=gram.dtype, device=gram.device)
+        gram = gram + 2 * gram.trace() * torch.outer(ones, ones)
+    eigenvalues, directions = torch.linalg.eigh(gram)
+    if readout.centred:
+        eigenvalues, directions = eigenvalues[:-1], directions[:, :-1]
+    return UnembeddingSpectrum(eigenvalues.clamp_min(0).sqrt(), directions)
+
+
+def choose_null_dims(singular_values: Tensor) -> int:
+    """Where the spectrum falls off its cliff: the ``k`` that the paper reads off a plot by eye.
+
+    The smallest quarter of the log spectrum is fitted by two straight lines with a free break between them; ``k`` is the
+    number of singular values before the break. A spectrum without a cliff gives some ``k`` too, and then no neuron
+    stands out from chance.
+
+    Args:
+        singular_values: ascending, ``[d]``.
+    """
+    floor = singular_values[-1] * 1e-6
+    values = singular_values[: max(4, len(singular_values) // 4)].double().clamp_min(floor).log()
+    x = torch.arange(len(values), dtype=torch.float64, device=values.device)
+
+    def residual_of_line(start: int, stop: int) -> float:
+        t, y = x[start:stop], values[start:stop]
+        t, y = t - t.mean(), y - y.mean()
+        slope = (t * y).sum() / t.square().sum().clamp_min(1e-300)
+        return float((y - slope * t).square().sum())
+
+    breaks = range(1, len(values) - 1)
+    return min(breaks, key=lambda k: residual_of_line(0, k) + residual_of_line(k, len(values)))
+
+
+def chance_null_fraction(d: int, null_dims: int, n_neurons: int, *, seed: int = 0) -> float:
+    """The null fraction that the largest of `n_neurons` random directions in `d` dimensions exceeds 1 time in 20.
+
+    A random direction's squared null fraction is ``Beta(k/2, (d-k)/2)``, drawn here as a ratio of gamma variables.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    repeats = 200
+
+    def chi_square(dof: int) -> Tensor:
+        shape = torch.full((repeats, n_neurons), dof / 2, dtype=torch.float64)
+        return torch._standard_gamma(shape, generator=generator)
+
+    null = chi_square(null_dims)
+    squared = null / (null + chi_square(d - null_dims))
+    return float(squared.max(dim=1).values.sqrt().quantile(0.95))
+
+
+def weight_statistics(readout: Readout, *, null_dims: int | None = None, seed: int = 0) -> WeightStatistics:
+    """Norm, logit variance and null fraction of every neuron, with the chance level of the last.
+
+    Args:
+        readout: the model's last layer.
+        null_dims: ``k``; read off the spectrum by `choose_null_dims` if None.
+        seed: of the random directions behind the chance level.
+
+    Raises:
+        ValueError: `null_dims` is not between 1 and the rank of the spectrum less one.
+    """
+    spectrum = unembedding_spectrum(readout)
+    d = len(spectrum.singular_values)
+    k = choose_null_dims(spectrum.singular_values) if null_dims is None else null_dims
+    if not 0 < k < d:
+        raise ValueError(f"null_dims is {k}; it must be between 1 and {d - 1}")
+    w_out = readout.w_out.double()
+    norm = w_out.norm(dim=1)
+    unit = w_out / norm.clamp_min(torch.finfo(torch.float64).tiny)[:, None]
+    # Var_t of (row_t · unit) is a quadratic form in the centred Gram matrix of the unit rows: no [vocab, n_neurons] product.
+    row_gram = _row_gram(readout.unembedding, normalise_rows=True, centre=True)
+    logit_variance = ((unit @ row_gram) * unit).sum(dim=1).clamp_min(0) / (readout.vocab_size - 1)
+    null_fraction = (unit @ spectrum.directions[:, :k]).norm(dim=1)
+    return WeightStatistics(
+        norm=norm,
+        logit_variance=logit_variance,
+        null_fraction=null_fraction,
+        singular_values=spectrum.singular_values,
+        null_dims=k,
+        chance_null_fraction=chance_null_fraction(d, k, readout.n_neurons, seed=seed),
+    )

@@ -1,0 +1,53 @@
+"""Everything confsteer raises on purpose.
+
+ConfsteerError
+├── UnsupportedModelError      the model's last layer is not one confsteer can steer; the message names what failed
+├── NoNeuronsError             the model (or profile) has no neurons of the kind asked for
+├── CorpusError                the text cannot be used
+├── SteeringError              a steering request is wrong or out of reach
+└── ProfileError               a profile cannot be used
+    ├── ProfileNotFoundError   no such folder, shipped profile or hub repository
+    ├── ProfileVersionError    written by a version of confsteer this one does not know
+    ├── ProfileCorruptError    truncated, tampered with, or not a profile
+    └── ProfileMismatchError   a good profile, of another model
+"""
+
+
+class ConfsteerError(Exception):
+    """Base of every error confsteer raises on purpose; the message is a sentence for the user."""
+
+
+class UnsupportedModelError(ConfsteerError):
+    """The model's last layer is not one confsteer can measure and steer."""
+
+
+class NoNeuronsError(ConfsteerError):
+    """There are no neurons of the kind asked for."""
+
+
+class CorpusError(ConfsteerError):
+    """The text given cannot be used."""
+
+
+class SteeringError(ConfsteerError, ValueError):
+    """A steering request is malformed, out of reach, or does not fit where it is used."""
+
+
+class ProfileError(ConfsteerError):
+    """A profile cannot be used."""
+
+
+class ProfileNotFoundError(ProfileError):
+    """Neither a folder, nor a shipped profile, nor a hub repository."""
+
+
+class ProfileVersionError(ProfileError):
+    """The profile's format version is unknown to this confsteer."""
+
+
+class ProfileCorruptError(ProfileError):
+    """The profile is truncated, tampered with, or not a profile at all."""
+
+
+class ProfileMismatchError(ProfileError):
+    """The profile belongs to another model."""

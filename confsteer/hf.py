@@ -1,0 +1,151 @@
+"""Steering a transformers model: a context manager around ``generate()``, ``forward`` or a pipeline."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from confsteer.anatomy import dissect, unwrap
+from confsteer.errors import SteeringError
+from confsteer.profile import Profile
+from confsteer.steering import Steering, neuron_edit, steerable
+
+_steered: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+class Steerer:
+    """What `steer` yields: change the steering while the context is open."""
+
+    def __init__(self, profile: Profile, steerings: Sequence[Steering]) -> None:
+        self.profile = profile
+        self.steerings = tuple(steerings)
+        self._neurons = torch.tensor([neuron.index for neuron in steerable(profile)])
+        self._table = self._build(self.steerings)  # [4, steerings, neurons]: gain, bias, low, high
+        self._rows = 1
+        self._continues = False
+
+    def update(self, steering: Steering | Sequence[Steering] | None = None, /, **request: Any) -> None:
+        """Steer differently from the next forward pass on. Hooks stay in place, so compiled code stays valid.
+
+        Args:
+            steering: as many as the context was opened with; or give the keywords of `Steering`.
+            **request: see `Steering`.
+
+        Raises:
+            SteeringError: malformed, out of reach, or of another number or other `positions` than the context has.
+        """
+        steerings = _as_steerings(steering, request)
+        if len(steerings) != len(self.steerings) or _positions(steerings) != _positions(self.steerings):
+            raise SteeringError(
+                f"update() keeps the number of steerings and their positions: {len(self.steerings)}, "
+                f"{_positions(self.steerings)!r}; given {len(steerings)}, {_positions(steerings)!r}. Open a new context for others"
+            )
+        self._table.copy_(self._build(steerings))
+        self.steerings = tuple(steerings)
+
+    def _build(self, steerings: Sequence[Steering]) -> Tensor:
+        edits = [neuron_edit(steering, self.profile) for steering in steerings]
+        return torch.from_numpy(np.stack([np.stack(columns) for columns in zip(*edits, strict=True)]))
+
+    def _note_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before each pass of the model's body: its batch size, and whether it continues a cached text."""
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        ids = ids if ids is not None else kwargs["inputs_embeds"]
+        self._rows = ids.shape[0]
+        cache = kwargs.get("past_key_values")
+        self._continues = cache is not None and cache.get_seq_length() > 0
+        if self._rows % len(self.steerings):
+            raise SteeringError(
+                f"{len(self.steerings)} steerings for a batch of {self._rows}: give one, or one per row (beams and returned "
+                "sequences follow their row)"
+            )
+
+    def _edit(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Before the last MLP projection: ``a' = clip(gain · a + bias, low, high)`` on the profile's neurons."""
+        activations: Tensor = args[0]
+        if self._neurons.device != activations.device:
+            self._neurons, self._table = self._neurons.to(activations.device), self._table.to(activations.device)
+        selected = activations.index_select(-1, self._neurons)
+        gain, bias, low, high = self._table
+        if len(self.steerings) > 1 or _positions(self.steerings) == "generated":
+            # One row per sequence, whether the model keeps [rows, positions, n] or flattens it.
+            by_row = selected.reshape(self._rows, -1, selected.shape[-1])
+            per_steering = self._rows // len(self.steerings)
+            gain, bias, low, high = (t.repeat_interleave(per_steering, dim=0)[:, None] for t in (gain, bias, low, high))
+            edited = torch.clamp(by_row.float() * gain + bias, low, high).to(selected.dtype)
+            if _positions(self.steerings) == "generated" and not self._continues:
+                edited = torch.cat([by_row[:, :-1], edited[:, -1:]], dim=1)
+            edited = edited.reshape(selected.shape)
+        else:
+            edited = torch.clamp(selected.float() * gain[0] + bias[0], low[0], high[0]).to(selected.dtype)
+        return (activations.index_copy(-1, self._neurons, edited), *args[1:])
+
+
+@contextlib.contextmanager
+def steer(
+    model: nn.Module,
+    profile: Profile | str | os.PathLike[str],
+    steering: Steering | Sequence[Steering] | None = None,
+    /,
+    **request: Any,
+) -> Iterator[Steerer]:
+    """Steer `model` within the context.
+
+    **The model is changed in place** (two forward hooks) and restored when the context is left, however it is left.
+
+        with confsteer.steer(model, profile, entropy=+0.3):
+            model.generate(**inputs)
+
+    Args:
+        model: a transformers causal language model, PEFT-wrapped or compiled too. Compile after entering the context, and
+            use `Steerer.update` to change the steering of compiled code.
+        profile: the model's profile, or what `Profile.load` takes.
+        steering: a `Steering`, or one per row of the batch; or give the keywords of one:
+        **request: ``entropy``, ``unigram``, ``scale``, ``clamp``, ``positions``: see `Steering`. None of them: neutral.
+
+    Raises:
+        SteeringError: the request is malformed or out of reach, or the model is being steered already.
+        NoNeuronsError: the profile has no neurons to turn.
+        ProfileMismatchError: the profile is of another model.
+        UnsupportedModelError: see `confsteer.anatomy.dissect`.
+    """
+    if not isinstance(profile, Profile):
+        profile = Profile.load(profile)
+    steerer = Steerer(profile, _as_steerings(steering, request))
+    anatomy = dissect(model)
+    profile.check_model(anatomy)
+    if anatomy.down_proj in _steered:
+        raise SteeringError("this model is being steered already: leave that context first, or use its update()")
+    with contextlib.ExitStack() as stack:
+        _steered.add(anatomy.down_proj)
+        stack.callback(_steered.discard, anatomy.down_proj)
+        if len(steerer.steerings) > 1 or _positions(steerer.steerings) == "generated":
+            body = unwrap(model).base_model
+            stack.callback(body.register_forward_pre_hook(steerer._note_pass, with_kwargs=True).remove)
+        stack.callback(anatomy.down_proj.register_forward_pre_hook(steerer._edit).remove)
+        yield steerer
+
+
+def _as_steerings(steering: Steering | Sequence[Steering] | None, request: dict[str, Any]) -> Sequence[Steering]:
+    if steering is not None and request:
+        raise SteeringError("give a Steering or its keywords, not both")
+    if steering is None:
+        return [Steering.parse(request)]
+    several = steering if isinstance(steering, Sequence) else [steering]
+    steerings = [Steering.parse(one) for one in several]
+    if not steerings:
+        raise SteeringError("an empty list of steerings: give one, or one per row of the batch")
+    if len({s.positions for s in steerings}) > 1:
+        raise SteeringError("all rows of a batch must have the same positions, 'all' or 'generated'")
+    return steerings
+
+
+def _positions(steerings: Sequence[Steering]) -> str:
+    return steerings[0].positions

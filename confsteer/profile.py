@@ -1,0 +1,457 @@
+"""A profile: what calibration found in one model, on disk as ``profile.json`` and a safetensors file beside it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import safetensors
+import safetensors.torch
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from torch import Tensor
+
+from confsteer.anatomy import Anatomy
+from confsteer.discovery.response import monotone_range
+from confsteer.errors import (
+    NoNeuronsError,
+    ProfileCorruptError,
+    ProfileError,
+    ProfileMismatchError,
+    ProfileNotFoundError,
+    ProfileVersionError,
+    SteeringError,
+)
+
+FORMAT_VERSION = 1
+FILE_NAME = "profile.json"
+COLUMNS_PATTERN = "columns-*.safetensors"
+
+Dial = Literal["entropy", "unigram"]
+DIALS: tuple[Dial, ...] = ("entropy", "unigram")
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Share = Annotated[float, Field(ge=0, le=1)]
+Percent = Annotated[float, Field(ge=0, le=100)]
+NonNegative = Annotated[float, Field(ge=0)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Measurement(_Strict):
+    """A mean over the corpus's tokens with its standard error over windows."""
+
+    value: float
+    standard_error: NonNegative | None
+    """None if the corpus was a single window."""
+
+
+class Neuron(_Strict):
+    """A neuron of the last MLP. Effects are those of setting it to its mean activation, in nats."""
+
+    layer: Annotated[int, Field(ge=0)]
+    index: Annotated[int, Field(ge=0)]
+    sign: Literal[-1, 1]
+    """Which way its activation goes when its dial goes up."""
+    norm: NonNegative
+    norm_percentile: Percent
+    """Within the layer, as all percentiles."""
+    logit_variance: NonNegative
+    logit_variance_percentile: Percent
+    null_fraction: Annotated[float, Field(ge=0, le=1 + 1e-9)]
+    """Share of its write in the unembedding's effective null space."""
+    mean_activation: float
+    std_activation: NonNegative
+    total_effect: Measurement
+    """Mean |Δloss|."""
+    direct_effect: Measurement
+    """Mean |Δloss| with the final norm frozen."""
+    mediation: Measurement
+    """1 − direct/total."""
+    loss_effect: Measurement
+    """Mean Δloss."""
+    entropy_effect: Measurement
+    """Mean Δentropy."""
+    entropy_effect_abs: Measurement
+    """Mean |Δentropy|."""
+    frequency_effect: Measurement
+    """Mean |ΔKL(P_freq ‖ P_model)|."""
+    frequency_mediation: Measurement
+    """1 − (mean |Δloss| with the logits held along the unigram direction)/total."""
+    frequency_cosine: Annotated[float, Field(ge=-1 - 1e-9, le=1 + 1e-9)]
+    """Cosine of its write to the logits with the unigram direction."""
+    argmax_changed: Share
+    """Share of tokens whose most likely next token changes."""
+
+
+class Response(_Strict):
+    """What one dial does: means over the corpus at each of its positions, in nats."""
+
+    position: tuple[float, ...]
+    """Dial positions, ascending, 0 among them; each neuron is pushed by position · sign · its standard deviation."""
+    entropy: tuple[float, ...]
+    kl_model_unigram: tuple[float, ...]
+    """KL(P_model ‖ P_freq)"""
+    kl_unigram_model: tuple[float, ...]
+    """KL(P_freq ‖ P_model)"""
+    loss: tuple[float, ...]
+    argmax_changed: tuple[Share, ...]
+
+    @model_validator(mode="after")
+    def _is_a_curve(self) -> Response:
+        columns = {name: len(getattr(self, name)) for name in type(self).model_fields}
+        if len(set(columns.values())) != 1:
+            raise ValueError(f"columns differ in length: {columns}")
+        if 0.0 not in self.position or any(b <= a for a, b in zip(self.position, self.position[1:], strict=False)):
+            raise ValueError("positions must rise and have 0 among them")
+        return self
+
+    @property
+    def zero(self) -> int:
+        """Index of position 0."""
+        return self.position.index(0.0)
+
+    def change(self, dial: Dial) -> tuple[float, ...]:
+        """What each position does in the units of `dial`, in nats, relative to position 0.
+
+        ``entropy``: change of the mean entropy. ``unigram``: how much closer to the unigram distribution the output comes.
+        """
+        values = self.entropy if dial == "entropy" else tuple(-kl for kl in self.kl_model_unigram)
+        return tuple(value - values[self.zero] for value in values)
+
+
+class ModelIdentity(_Strict):
+    """The model a profile belongs to."""
+
+    id: str
+    """Hub id or folder it was loaded from."""
+    revision: str | None
+    """Commit on the hub, where there is one."""
+    model_type: str
+    layer: Annotated[int, Field(ge=0)]
+    n_neurons: Annotated[int, Field(gt=0)]
+    d_model: Annotated[int, Field(gt=0)]
+    vocab_size: Annotated[int, Field(gt=0)]
+    """Rows of the unembedding, padding included."""
+    tokenizer_size: Annotated[int, Field(gt=0)]
+    """Rows the tokenizer has ids for; the others are left out of every statistic."""
+    dtype: str
+    """Precision it was calibrated in."""
+    fingerprints: dict[str, Sha256]
+    """SHA-256 of the unembedding and the last projection, rounded to each precision."""
+
+
+class CorpusIdentity(_Strict):
+    """The text a profile was calibrated on."""
+
+    source: str
+    sha256: Sha256
+    """Of the token ids and where the windows start."""
+    tokens: Annotated[int, Field(gt=0)]
+    kept_tokens: Annotated[int, Field(gt=0)]
+    """Tokens that count: without the first positions and the last of each window, BOS, EOS and the token after these."""
+    windows: Annotated[int, Field(gt=0)]
+    window: Annotated[int, Field(gt=0)]
+    """Tokens per window."""
+
+
+class Layer(_Strict):
+    """What the neurons were held against."""
+
+    null_dims: Annotated[int, Field(gt=0)]
+    """Directions counted as the unembedding's effective null space."""
+    chance_null_fraction: Share
+    """Exceeded by the luckiest of as many random directions as the layer has neurons 1 time in 20."""
+    chance_frequency_cosine: Share
+    """The same for the cosine with the unigram direction."""
+    entropy: NonNegative
+    """Mean output entropy of the unsteered model on the corpus, in nats."""
+    loss: NonNegative
+    """Mean next-token loss of the unsteered model on the corpus, in nats."""
+
+
+class ColumnsFile(_Strict):
+    """The safetensors file with the statistics of every neuron of the layer."""
+
+    file: Annotated[str, Field(pattern=r"^columns-[0-9a-f]{12}\.safetensors$")]
+    sha256: Sha256
+
+
+class Profile(_Strict):
+    """What calibration found in one model."""
+
+    model: ModelIdentity
+    corpus: CorpusIdentity
+    seed: int
+    """Of the random directions behind the chance levels."""
+    versions: dict[str, str]
+    """Of the libraries that made it."""
+    layer: Layer
+    entropy_neurons: tuple[Neuron, ...]
+    """Largest mean |Δentropy| first."""
+    frequency_neurons: tuple[Neuron, ...]
+    """Largest mean |ΔKL(P_freq ‖ P_model)| first."""
+    response: dict[Dial, Response]
+    """One curve per dial that has neurons."""
+    columns_file: ColumnsFile
+    _columns: dict[str, Tensor] = PrivateAttr(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Profile:
+        neurons = (*self.entropy_neurons, *self.frequency_neurons)
+        indices = [neuron.index for neuron in neurons]
+        if len(set(indices)) != len(indices):
+            raise ValueError("a neuron is listed twice")
+        if any(index >= self.model.n_neurons for index in indices):
+            raise ValueError(f"a neuron's index is beyond the layer's {self.model.n_neurons} neurons")
+        if any(neuron.layer != self.model.layer for neuron in neurons):
+            raise ValueError(f"a neuron is not in layer {self.model.layer}")
+        for dial in DIALS:
+            if bool(self.neurons(dial)) != (dial in self.response):
+                raise ValueError(f"the {dial} dial must have a response curve if and only if it has neurons")
+        return self
+
+    @classmethod
+    def create(cls, *, columns: Mapping[str, Tensor], **fields: Any) -> Profile:
+        """A profile with its columns, ``[n_neurons]`` or ``[d]`` tensors by name."""
+        payload = safetensors.torch.save(dict(columns))
+        digest = hashlib.sha256(payload).hexdigest()
+        profile = cls(columns_file=ColumnsFile(file=f"columns-{digest[:12]}.safetensors", sha256=digest), **fields)
+        profile._columns.update(columns)
+        return profile
+
+    def __eq__(self, other: object) -> bool:
+        """The hash of the columns is a field, so fields alone decide."""
+        return isinstance(other, Profile) and self.model_dump() == other.model_dump()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def columns(self) -> Mapping[str, Tensor]:
+        """Statistics of every neuron of the layer, ``[n_neurons]`` each, and the unembedding's ``singular_values``."""
+        return self._columns
+
+    def neurons(self, dial: Dial) -> tuple[Neuron, ...]:
+        """The neurons on a dial."""
+        return self.entropy_neurons if dial == "entropy" else self.frequency_neurons
+
+    def require_neurons(self, dial: Dial) -> Response:
+        """The dial's response curve.
+
+        Raises:
+            NoNeuronsError: the model has no neurons of this kind.
+        """
+        if dial not in self.response:
+            kind = "entropy" if dial == "entropy" else "token-frequency"
+            raise NoNeuronsError(
+                f"{self.model.id} has no {kind} neurons (profile from {self.corpus.kept_tokens:,} tokens of {self.corpus.source}), "
+                f"so the {dial} dial has nothing to turn"
+            )
+        return self.response[dial]
+
+    def reach(self, dial: Dial) -> tuple[float, float]:
+        """Lowest and highest change the dial can make, in nats.
+
+        Raises:
+            NoNeuronsError: the model has no neurons of this kind.
+        """
+        curve = self.require_neurons(dial)
+        change = curve.change(dial)
+        low, high = monotone_range(change, curve.zero)
+        return change[low], change[high]
+
+    def dial_position(self, dial: Dial, change: float) -> float:
+        """The dial position that makes `change` nats, by the response curve.
+
+        Raises:
+            NoNeuronsError: the model has no neurons of this kind.
+            SteeringError: out of reach.
+        """
+        curve = self.require_neurons(dial)
+        lowest, highest = self.reach(dial)
+        if not lowest <= change <= highest:
+            raise SteeringError(
+                f"{dial}={change:+g} is out of reach: on this model it can go from {lowest:+.3f} to {highest:+.3f} nats"
+            )
+        changes = curve.change(dial)
+        low, high = monotone_range(changes, curve.zero)
+        return float(np.interp(change, changes[low : high + 1], curve.position[low : high + 1]))
+
+    def check_model(self, anatomy: Anatomy) -> None:
+        """
+        Raises:
+            ProfileMismatchError: the profile belongs to another model.
+        """
+        expected = {"layer": self.model.layer, "n_neurons": self.model.n_neurons, "d_model": self.model.d_model}
+        expected["vocab_size"] = self.model.vocab_size
+        for name, value in expected.items():
+            if (actual := getattr(anatomy, name)) != value:
+                raise ProfileMismatchError(
+                    f"the profile is of {self.model.id} with {name} {value}; this model has {name} {actual}"
+                )
+        if not anatomy.matches(self.model.fingerprints):
+            raise ProfileMismatchError(
+                f"the profile is of {self.model.id}; this model has the same shape but other weights. Calibrate it: "
+                "confsteer calibrate MODEL"
+            )
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the profile to a folder, atomically, and return the folder.
+
+        The columns are written first under a name made of their hash, then ``profile.json`` replaces the old one in a
+        single step: whenever the process dies, the folder holds the old profile or the new one, whole.
+        """
+        folder = Path(path)
+        document = self.model_dump(mode="json")
+        document = {"format_version": FORMAT_VERSION, **document, "checksum": _checksum(FORMAT_VERSION, document)}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _write_atomically(folder / self.columns_file.file, safetensors.torch.save(dict(self._columns)))
+            _write_atomically(folder / FILE_NAME, (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())
+            for old in folder.glob(COLUMNS_PATTERN):
+                if old.name != self.columns_file.file:
+                    old.unlink()
+        except OSError as error:
+            raise ProfileError(f"cannot write the profile to {folder}: {error.strerror}") from error
+        return folder
+
+    @classmethod
+    def load(cls, source: str | os.PathLike[str]) -> Profile:
+        """A profile from a folder, by the name of one in ``calibrations/``, or from a hub repository.
+
+        Raises:
+            ProfileNotFoundError: it is none of these.
+            ProfileVersionError: its format is unknown.
+            ProfileCorruptError: it is truncated, tampered with, or not a profile.
+        """
+        folder = find(source)
+        document = _read_document(folder / FILE_NAME)
+        version = document.pop("format_version", None)
+        if version != FORMAT_VERSION or isinstance(version, bool):
+            raise ProfileVersionError(
+                f"{folder / FILE_NAME} has format version {version!r}; this confsteer reads version {FORMAT_VERSION}. "
+                "Upgrade confsteer, or calibrate again"
+            )
+        checksum = document.pop("checksum", None)
+        try:
+            profile = cls.model_validate_json(json.dumps(document))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "profile"
+            raise ProfileCorruptError(f"{folder / FILE_NAME}: {where}: {first['msg']}") from error
+        if checksum != _checksum(version, document):
+            raise ProfileCorruptError(
+                f"{folder / FILE_NAME} was changed after it was written (its checksum does not fit). Calibrate again, or get "
+                "a fresh copy"
+            )
+        profile._columns.update(_read_columns(folder / profile.columns_file.file, profile.columns_file.sha256))
+        return profile
+
+
+def find(source: str | os.PathLike[str]) -> Path:
+    """The folder of a profile: a folder, the name of one in ``calibrations/``, or a hub repository, which is downloaded.
+
+    Raises:
+        ProfileNotFoundError: it is none of these.
+    """
+    path = Path(source)
+    if (path / FILE_NAME).is_file():
+        return path
+    if path.is_dir():
+        raise ProfileNotFoundError(f"{path} has no {FILE_NAME}: it is not a profile")
+    name = str(source)
+    shipped = shipped_profiles()
+    if name in shipped:
+        return shipped[name]
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        try:
+            downloaded = Path(snapshot_download(name, allow_patterns=[FILE_NAME, COLUMNS_PATTERN]))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ProfileNotFoundError(f"no folder {name}, and the hub gave no such repository: {reason}") from error
+        if not (downloaded / FILE_NAME).is_file():
+            raise ProfileNotFoundError(f"the hub repository {name} has no {FILE_NAME}: it is not a profile")
+        return downloaded
+    raise ProfileNotFoundError(
+        f"no profile {name!r}: give a folder, a hub repository (OWNER/NAME), or one of {', '.join(sorted(shipped)) or '(none shipped)'}"
+    )
+
+
+def shipped_profiles() -> dict[str, Path]:
+    """Profiles that came with confsteer, by name."""
+    package = Path(__file__).parent
+    # In a wheel the folder is inside the package, in a checkout beside it.
+    root = next((r for r in (package / "calibrations", package.parent / "calibrations") if r.is_dir()), None)
+    return {} if root is None else {file.parent.name: file.parent for file in root.glob(f"*/{FILE_NAME}")}
+
+
+def schema() -> dict[str, Any]:
+    """JSON schema of ``profile.json``."""
+    described = Profile.model_json_schema()
+    described["properties"] = {
+        "format_version": {"const": FORMAT_VERSION},
+        **described["properties"],
+        "checksum": {"type": "string", "description": "SHA-256 of the rest, keys sorted."},
+    }
+    described["required"] = ["format_version", *described["required"], "checksum"]
+    return described
+
+
+def _checksum(version: int, document: Mapping[str, Any]) -> str:
+    canonical = json.dumps([version, document], sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _read_document(file: Path) -> dict[str, Any]:
+    def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        if len(set(names)) != len(names):
+            raise ProfileCorruptError(f"{file} has a key twice")
+        return dict(pairs)
+
+    try:
+        document = json.loads(file.read_bytes(), object_pairs_hook=without_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise ProfileCorruptError(f"{file} is not JSON: {error}") from error
+    except OSError as error:
+        raise ProfileNotFoundError(f"cannot read {file}: {error.strerror}") from error
+    if not isinstance(document, dict):
+        raise ProfileCorruptError(f"{file} is not a JSON object")
+    return document
+
+
+def _read_columns(file: Path, sha256: str) -> dict[str, Tensor]:
+    try:
+        payload = file.read_bytes()
+    except OSError as error:
+        raise ProfileCorruptError(f"cannot read {file}, which the profile names: {error.strerror}") from error
+    if hashlib.sha256(payload).hexdigest() != sha256:
+        raise ProfileCorruptError(f"{file} is truncated or was changed after it was written (its SHA-256 does not fit)")
+    try:
+        return safetensors.torch.load(payload)
+    except safetensors.SafetensorError as error:
+        raise ProfileCorruptError(f"{file} is not a safetensors file: {error}") from error
+
+
+def _write_atomically(file: Path, payload: bytes) -> None:
+    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(payload)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, file)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,234 @@
+"""Train the demonstration model that ships in ``confsteer/demo/``.
+
+A GPT-2-architecture language model of 3.4M parameters on public-domain books. Large models form, over billions of
+tokens, directions of the residual stream that the unembedding hardly reads, and a few neurons of the last MLP that
+write into them. A model of this size and budget does not. So the *structure* is given here and the *function* is
+learned:
+
+- the last ``NULL_DIMS`` input dimensions of the (untied) unembedding are held at zero;
+- ``RESERVED`` neurons of the last MLP may write only into those dimensions, with components that sum to zero (the
+  final LayerNorm subtracts the mean, which would leak anything else into the other dimensions);
+- the other neurons of that layer may not write into them.
+
+What the reserved neurons react to, how strongly and with what sign is left to the ordinary language-modelling loss.
+Some training windows hold a stretch that is read twice (natural text, or random tokens): without repetition there is
+little for confidence to regulate, and no induction to learn.
+
+    python examples/train_demo_model.py --books BOOKS_DIR --out OUT_DIR
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+VOCAB, D_MODEL, LAYERS, HEADS, CONTEXT = 4096, 192, 4, 4, 512
+NULL_DIMS = 8
+RESERVED = 8
+INIT_STD = 0.06  # about 1/sqrt(D_MODEL): GPT-2's 0.02 is for wider models, and attention starts learning late with it
+BATCH = 16
+PEAK_LR, FINAL_LR, WARMUP = 2e-3, 1e-4, 100
+REPEATED_EARLY, REPEATED_LATE, EARLY_STEPS = 0.5, 0.25, 1000
+"""Share of training windows with a repeated stretch; the larger share at first is what starts induction."""
+EOT = "<|endoftext|>"
+
+
+def train_tokenizer(files: list[Path]) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with ``VOCAB`` entries, trained on `files`."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB, special_tokens=[EOT], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train([str(file) for file in files], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=EOT, eos_token=EOT, unk_token=EOT, model_max_length=CONTEXT
+    )
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, files: list[Path]) -> NDArray[np.int64]:
+    """One stream of token ids; every book starts with the end-of-text token."""
+    ids: list[int] = []
+    for file in files:
+        ids.append(tokenizer.eos_token_id)
+        ids.extend(tokenizer(file.read_text(encoding="utf-8"), verbose=False)["input_ids"])
+    return np.asarray(ids, dtype=np.int64)
+
+
+def sample_batch(
+    stream: NDArray[np.int64], random_token_cdf: NDArray[np.float64], repeated: float, rng: np.random.Generator
+) -> torch.Tensor:
+    """``[BATCH, CONTEXT + 1]`` token ids; a share `repeated` of the windows has a stretch that is read again.
+
+    Half of these stretches are text, read twice in a row; the others are random tokens that fill the window.
+    """
+    starts = rng.integers(0, len(stream) - CONTEXT - 1, size=BATCH)
+    windows = np.stack([stream[s : s + CONTEXT + 1] for s in starts])
+    for window in windows:
+        if rng.random() >= repeated:
+            continue
+        # Log-uniform lengths: a short stretch read many times teaches copying, from which long ones teach induction.
+        length = int(np.exp(rng.uniform(np.log(8), np.log(CONTEXT // 2))))
+        if rng.random() < 0.5:
+            stretch = np.searchsorted(random_token_cdf, rng.random(length), side="right")
+            window[:] = np.resize(stretch, len(window))
+        else:
+            first = int(rng.integers(0, CONTEXT + 2 - 2 * length))
+            window[first + length : first + 2 * length] = window[first : first + length]
+    return torch.from_numpy(windows)
+
+
+def constrain(model: GPT2LMHeadModel) -> None:
+    """Project the weights onto the given structure (module docstring), in place."""
+    write = model.transformer.h[-1].mlp.c_proj.weight  # [neurons, d_model]
+    with torch.no_grad():
+        model.lm_head.weight[:, -NULL_DIMS:] = 0
+        write[:-RESERVED, -NULL_DIMS:] = 0
+        write[-RESERVED:, :-NULL_DIMS] = 0
+        write[-RESERVED:, -NULL_DIMS:] -= write[-RESERVED:, -NULL_DIMS:].mean(dim=1, keepdim=True)
+
+
+def sinusoids(positions: int, width: int) -> torch.Tensor:
+    """Sinusoidal position embeddings ``[positions, width]`` with entries of standard deviation `INIT_STD`.
+
+    Only the starting point of the learned embeddings: a shift is a rotation of them, so a head that looks one token back
+    is learned once for all positions, and induction, which needs such a head, appears within hundreds of steps.
+    """
+    angles = torch.arange(positions)[:, None] / 10_000 ** (torch.arange(0, width, 2) / width)
+    return torch.cat([angles.sin(), angles.cos()], dim=1) * INIT_STD * math.sqrt(2)
+
+
+@torch.no_grad()
+def held_out_loss(model: GPT2LMHeadModel, stream: NDArray[np.int64], windows: int = 64) -> float:
+    """Mean next-token loss in nats over evenly spaced windows of an unseen stream."""
+    starts = np.linspace(0, len(stream) - CONTEXT - 1, windows).astype(int)
+    losses = [
+        model(
+            input_ids=torch.from_numpy(stream[s : s + CONTEXT][None]), labels=torch.from_numpy(stream[s : s + CONTEXT][None])
+        ).loss
+        for s in starts
+    ]
+    return float(torch.stack(losses).mean())
+
+
+@torch.no_grad()
+def induction_losses(model: GPT2LMHeadModel, stretches: NDArray[np.int64]) -> tuple[float, float]:
+    """Mean loss on the first and on the second reading of ``stretches`` ``[n, length]``, in nats."""
+    ids = torch.from_numpy(np.concatenate([stretches, stretches], axis=1))
+    nll = F.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
+    nll = nll.view(len(ids), -1)
+    length = stretches.shape[1]
+    return float(nll[:, : length - 1].mean()), float(nll[:, length:].mean())
+
+
+@click.command()
+@click.option("--books", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True)
+@click.option("--out", type=click.Path(path_type=Path), required=True)
+@click.option("--steps", default=6000, show_default=True, help="Optimiser steps of BATCH * CONTEXT tokens.")
+@click.option("--held-out", multiple=True, default=("pg84.txt", "98-0.txt"), show_default=True, help="Books never trained on.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--log-every", default=250, show_default=True)
+def main(books: Path, out: Path, steps: int, held_out: tuple[str, ...], seed: int, log_every: int) -> None:
+    """Train the tokenizer and the model, and write both to OUT with a log of the run."""
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    files = sorted(books.glob("*.txt"))
+    train_files = [file for file in files if file.name not in held_out]
+    tokenizer = train_tokenizer(train_files)
+    stream = encode(tokenizer, train_files)
+    unseen = encode(tokenizer, [file for file in files if file.name in held_out])
+    click.echo(f"{len(train_files)} books, {len(stream):,} training tokens, {len(unseen):,} held out")
+
+    # Random stretches favour common tokens, but visit all of them.
+    weight = np.sqrt(np.bincount(stream, minlength=VOCAB) + 1.0)
+    random_token_cdf = np.cumsum(weight / weight.sum())
+    random_token_cdf[-1] = 1.0
+
+    config = GPT2Config(
+        vocab_size=VOCAB,
+        n_positions=CONTEXT,
+        n_embd=D_MODEL,
+        n_layer=LAYERS,
+        n_head=HEADS,
+        tie_word_embeddings=False,
+        initializer_range=INIT_STD,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model = GPT2LMHeadModel(config)
+    with torch.no_grad():
+        model.transformer.wpe.weight.copy_(sinusoids(CONTEXT, D_MODEL))
+        # Untied, but starting equal: a head that copies is then near the identity instead of 4,096 associations.
+        model.lm_head.weight.copy_(model.transformer.wte.weight)
+    constrain(model)
+    click.echo(f"{sum(p.numel() for p in model.parameters()):,} parameters")
+    decayed = [p for p in model.parameters() if p.dim() >= 2]
+    plain = [p for p in model.parameters() if p.dim() < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}], lr=PEAK_LR, betas=(0.9, 0.95)
+    )
+
+    @torch.compile
+    def training_loss(ids: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = model(input_ids=ids[:, :-1], use_cache=False).logits
+        return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+
+    def learning_rate(step: int) -> float:
+        if step < WARMUP:
+            return PEAK_LR * (step + 1) / WARMUP
+        progress = (step - WARMUP) / max(1, steps - WARMUP)
+        return FINAL_LR + 0.5 * (PEAK_LR - FINAL_LR) * (1 + math.cos(math.pi * progress))
+
+    log: list[dict[str, float]] = []
+    probe = np.random.default_rng(1)
+    natural = np.stack([unseen[s : s + 100] for s in probe.integers(0, len(unseen) - 100, size=32)])
+    random_tokens = np.searchsorted(random_token_cdf, probe.random((32, 100)), side="right")
+    started = time.perf_counter()
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step)
+        loss = training_loss(sample_batch(stream, random_token_cdf, REPEATED_EARLY if step < EARLY_STEPS else REPEATED_LATE, rng))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        constrain(model)
+        if (step + 1) % log_every == 0 or step + 1 == steps:
+            model.eval()
+            first, second = induction_losses(model, natural)
+            random_first, random_second = induction_losses(model, random_tokens)
+            row = {
+                "step": step + 1,
+                "train_loss": round(loss.item(), 4),
+                "held_out_loss": round(held_out_loss(model, unseen), 4),
+                "natural_first": round(first, 3),
+                "natural_second": round(second, 3),
+                "random_first": round(random_first, 3),
+                "random_second": round(random_second, 3),
+                "seconds": round(time.perf_counter() - started),
+            }
+            log.append(row)
+            click.echo(json.dumps(row))
+            model.train()
+            model.save_pretrained(out)
+            tokenizer.save_pretrained(out)
+            (out / "training_log.json").write_text(json.dumps(log, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

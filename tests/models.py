@@ -1,0 +1,88 @@
+"""Tiny models for tests: random ones of every family, and ones with planted neurons."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+VOCAB = 96
+
+
+class TinyFamily(NamedTuple):
+    model_type: str
+    config: dict[str, Any]
+
+
+_GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "tie_word_embeddings": False}
+_LLAMA = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+}
+FAMILIES = [
+    TinyFamily("cohere", _LLAMA | {"logit_scale": 0.25}),
+    TinyFamily("falcon", {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "alibi": False}),
+    TinyFamily("gemma", _LLAMA | {"head_dim": 8}),
+    TinyFamily("gpt2", _GPT2),
+    TinyFamily(
+        "gpt_neo",
+        {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global"], 2]], "max_position_embeddings": 64},
+    ),
+    TinyFamily("gpt_neox", _LLAMA),
+    TinyFamily("gptj", {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "n_positions": 64}),
+    TinyFamily("granite", _LLAMA | {"logits_scaling": 4.0, "residual_multiplier": 0.3, "embedding_multiplier": 2.0}),
+    TinyFamily("llama", _LLAMA),
+    TinyFamily("mistral", _LLAMA),
+    TinyFamily("olmo", _LLAMA),
+    TinyFamily(
+        "opt",
+        {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+        | {"max_position_embeddings": 64},
+    ),
+    TinyFamily("phi", _LLAMA),
+    TinyFamily("phi3", _LLAMA | {"pad_token_id": 0}),
+    TinyFamily("qwen2", _LLAMA),
+    TinyFamily("qwen3", _LLAMA | {"head_dim": 8}),
+    TinyFamily("smollm3", _LLAMA | {"pad_token_id": 0}),
+    TinyFamily("stablelm", _LLAMA),
+]
+
+
+def tiny_model(model_type: str, config: dict[str, Any], *, seed: int = 0) -> PreTrainedModel:
+    """A randomly initialised model, with norms and biases that are not the identity."""
+    torch.manual_seed(seed)
+    special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, vocab_size=VOCAB, **(special | config)))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+            elif "embed" in name or "wte" in name or "lm_head" in name or "embed_out" in name:
+                parameter.copy_(0.5 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Words ``t1 … t95``, and ``<eos>`` with id 0, which it does not put in front of a text."""
+    vocabulary = {"<eos>": 0} | {f"t{i}": i for i in range(1, VOCAB)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<eos>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<eos>", eos_token="<eos>", unk_token="<eos>")
+
+
+def zipf_texts(documents: int = 8, words: int = 120, *, seed: int = 0) -> list[str]:
+    """Documents of words whose frequency falls with their id."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = 1.0 / torch.arange(1, VOCAB)
+    return [
+        " ".join(f"t{int(i) + 1}" for i in torch.multinomial(weights, words, replacement=True, generator=generator))
+        for _ in range(documents)
+    ]

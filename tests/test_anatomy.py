@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+
+from confsteer import UnsupportedModelError
+from confsteer.anatomy import FAMILIES, LastLayerStates, dissect, locate, read_norm
+from tests.models import FAMILIES as TINY_FAMILIES
+from tests.models import VOCAB, TinyFamily, tiny_model
+
+
+@pytest.fixture(params=TINY_FAMILIES, ids=lambda family: family.model_type)
+def family(request: pytest.FixtureRequest) -> TinyFamily:
+    assert isinstance(request.param, TinyFamily)
+    return request.param
+
+
+def test_every_family_of_the_table_has_a_tiny_model() -> None:
+    assert sorted(FAMILIES) == sorted(family.model_type for family in TINY_FAMILIES)
+
+
+def test_readout_reproduces_the_models_probabilities(family: TinyFamily) -> None:
+    model = tiny_model(*family)
+    anatomy = dissect(model)
+    ids = torch.randint(0, VOCAB, (2, 9))
+    states: list[LastLayerStates] = []
+    with torch.no_grad(), anatomy.recording(states.append):
+        logits = model(ids, use_cache=False).logits
+    ours = anatomy.readout().logits(states[0].residual).log_softmax(-1)
+    torch.testing.assert_close(ours, logits.flatten(0, 1).log_softmax(-1), atol=1e-4, rtol=1e-4)
+
+
+def test_every_neuron_moves_the_logits_by_the_closed_form(family: TinyFamily) -> None:
+    """The model run with one activation changed, against the readout of ``residual + δ w_i``."""
+    model = tiny_model(*family)
+    anatomy = dissect(model)
+    readout = anatomy.readout()
+    ids = torch.randint(0, VOCAB, (1, 5))
+    states: list[LastLayerStates] = []
+    with torch.no_grad(), anatomy.recording(states.append):
+        model(ids, use_cache=False)
+    for neuron in (0, 17, anatomy.n_neurons - 1):
+
+        def push(module: nn.Module, args: tuple[torch.Tensor], neuron: int = neuron) -> tuple[torch.Tensor]:
+            changed = args[0].clone()
+            changed[..., neuron] += 1.5
+            return (changed,)
+
+        handle = anatomy.down_proj.register_forward_pre_hook(push)
+        with torch.no_grad():
+            theirs = model(ids, use_cache=False).logits[0].log_softmax(-1)
+        handle.remove()
+        ours = readout.logits(readout.centre(states[0].residual) + 1.5 * readout.w_out[neuron]).log_softmax(-1)
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_the_structural_search_finds_what_the_table_says(family: TinyFamily, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(*family)
+    from_table = locate(model)
+    monkeypatch.setattr("confsteer.anatomy.FAMILIES", {})
+    assert locate(model) == from_table
+
+
+def test_half_precision_models_are_recognised() -> None:
+    for family in TINY_FAMILIES:
+        if family.model_type in ("gpt2", "llama", "gemma"):
+            for dtype in (torch.bfloat16, torch.float16):
+                dissect(tiny_model(*family).to(dtype))
+
+
+def test_a_hidden_scale_on_the_logits_is_noticed() -> None:
+    model = tiny_model("llama", dict(TINY_FAMILIES[8].config))
+    assert model.config.model_type == "llama"
+    model.lm_head.register_forward_hook(lambda module, args, output: output.tanh())
+    with pytest.raises(UnsupportedModelError, match="logits are not its unembedding"):
+        dissect(model)
+
+
+def test_a_hidden_scale_on_the_write_is_noticed() -> None:
+    model = tiny_model("llama", dict(TINY_FAMILIES[8].config))
+    model.model.layers[-1].mlp.register_forward_hook(lambda module, args, output: output * 0.5)
+    with pytest.raises(UnsupportedModelError, match="does not move the residual"):
+        dissect(model)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "extra", "reason"),
+    [
+        ("mixtral", {"num_local_experts": 2}, "mixture of experts"),
+        ("olmo2", {}, "post_feedforward_layernorm"),
+        ("gemma2", {"head_dim": 8}, "caps its final logits"),
+        ("gemma2", {"head_dim": 8, "final_logit_softcapping": None}, "post_feedforward_layernorm"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_reason(model_type: str, extra: dict[str, object], reason: str) -> None:
+    llama = next(family.config for family in TINY_FAMILIES if family.model_type == "llama")
+    with pytest.raises(UnsupportedModelError, match=reason):
+        dissect(tiny_model(model_type, llama | extra))
+
+
+def test_an_encoder_decoder_is_refused() -> None:
+    config = AutoConfig.for_model("t5", vocab_size=VOCAB, d_model=16, d_ff=32, num_layers=1, num_heads=2, d_kv=8)
+    with pytest.raises(UnsupportedModelError, match="encoder-decoder"):
+        dissect(AutoModelForSeq2SeqLM.from_config(config))
+
+
+def test_what_is_not_a_language_model_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="not a transformers model"):
+        dissect(nn.Linear(2, 2))
+
+
+def test_damaged_weights_are_refused() -> None:
+    model = tiny_model("gpt2", dict(TINY_FAMILIES[3].config))
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_fc.weight[0, 0] = float("nan")
+    with pytest.raises(UnsupportedModelError, match="not finite"):
+        dissect(model)
+
+
+def test_looking_leaves_the_model_as_it_was() -> None:
+    model = tiny_model("gpt2", dict(TINY_FAMILIES[3].config))
+    model.train()
+    model.transformer.h[0].eval()
+    modes = [module.training for module in model.modules()]
+    dissect(model)
+    assert [module.training for module in model.modules()] == modes
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+class OddNorm(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x / x.abs().amax(dim=-1, keepdim=True)
+
+
+def test_norms_are_read_by_what_they_compute() -> None:
+    layer_norm = nn.LayerNorm(16, eps=1e-3)
+    with torch.no_grad():
+        layer_norm.weight.normal_()
+        layer_norm.bias.normal_()
+    read = read_norm(layer_norm, 16)
+    assert read.centred
+    assert read.epsilon == 1e-3
+    torch.testing.assert_close(read.gain, layer_norm.weight)
+    rms_norm = nn.RMSNorm(16, eps=1e-5)
+    assert not read_norm(rms_norm, 16).centred
+    with pytest.raises(UnsupportedModelError, match="OddNorm"):
+        read_norm(OddNorm(), 16)
+
+
+def test_fingerprints_survive_a_change_of_precision_but_not_of_weights() -> None:
+    def model() -> PreTrainedModel:
+        return tiny_model("gpt2", dict(TINY_FAMILIES[3].config))
+
+    original = dissect(model()).fingerprints()
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert dissect(model().to(dtype)).matches(original)
+    calibrated_in_half = dissect(model().to(torch.bfloat16)).fingerprints()
+    assert dissect(model()).matches(calibrated_in_half)
+    other = model()
+    with torch.no_grad():
+        other.lm_head.weight[3, 3] += 0.5
+    assert not dissect(other).matches(original)
+    anatomy = dissect(model())
+    assert anatomy.matches(original)
+    with torch.no_grad():
+        anatomy.unembedding.weight[3, 3] += 0.5
+    assert not anatomy.matches(original), "a digest must not outlive the weights it was taken of"
+
+
+def test_auto_model_of_an_unknown_family_is_searched() -> None:
+    config = AutoConfig.for_model("gpt_bigcode", vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    anatomy = dissect(AutoModelForCausalLM.from_config(config).eval())
+    assert anatomy.n_neurons == 128
