@@ -81,6 +81,7 @@ class Anatomy:
 
     layer: int
     """Index of the last transformer layer."""
+    last_layer: nn.Module
     down_proj: nn.Module
     """Output projection of the last MLP, a ``Linear`` or a GPT-2 ``Conv1D`` (or an adapter around one)."""
     final_norm: nn.Module
@@ -239,6 +240,7 @@ def locate(model: nn.Module) -> Anatomy:
         down_proj, final_norm = _search(base, last_layer, unembedding)
     return Anatomy(
         layer=len(layers) - 1,
+        last_layer=last_layer,
         down_proj=down_proj,
         final_norm=final_norm,
         unembedding=unembedding,
@@ -259,6 +261,12 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
     if not isinstance(inner, PreTrainedModel):
         raise UnsupportedModelError(f"{type(model).__name__} is not a transformers model")
     return inner
+
+
+def input_device(base: PreTrainedModel) -> torch.device:
+    """Where token ids go; weights that accelerate has offloaded are on the meta device, their inputs are not."""
+    hook = getattr(base.get_input_embeddings(), "_hf_hook", None)
+    return torch.device(getattr(hook, "execution_device", None) or base.device)
 
 
 def _submodule(parent: nn.Module, path: str) -> nn.Module:
@@ -300,7 +308,7 @@ def _search(base: PreTrainedModel, last_layer: nn.Module, unembedding: nn.Module
         for module in base.modules():
             if next(module.children(), None) is None or isinstance(module, Conv1D | nn.Linear):
                 stack.callback(module.register_forward_hook(note).remove)
-        _forward(base, _probe_ids(unembedding.weight.shape[0], base.device))
+        _forward(base, _probe_ids(unembedding.weight.shape[0]))
     in_last_layer = set(last_layer.modules())
     projections = [m for m in calls if m in in_last_layer and _maps_to(m, d_model)]
     norms = [m for m in calls if m not in in_last_layer and m is not unembedding and "norm" in type(m).__name__.lower()]
@@ -359,7 +367,7 @@ def verify(model: nn.Module, anatomy: Anatomy) -> None:
     base = unwrap(model)
     name = base.config.model_type
     tolerance = 1e-3 if anatomy.unembedding.weight.dtype == torch.float32 else 5e-2
-    ids = _probe_ids(anatomy.vocab_size, base.device)
+    ids = _probe_ids(anatomy.vocab_size)
     states: list[LastLayerStates] = []
     # PEFT's own switch where the model has one; elsewhere there is nothing to switch off.
     without_adapters = getattr(model, "disable_adapter", contextlib.nullcontext)
@@ -401,9 +409,8 @@ def verify(model: nn.Module, anatomy: Anatomy) -> None:
     moved = readout.centre(after.residual.to(write.device)) - readout.centre(before.residual.to(write.device))
     error = _relative_error(moved, (push * write).expand_as(moved))
     if not error < tolerance:
-        norms = [
-            n for n, _ in _parent_layer(base, anatomy).named_children() if "post" in n and ("norm" in n or "feedforward" in n)
-        ]
+        children = [name for name, _ in anatomy.last_layer.named_children()]
+        norms = [name for name in children if "post" in name and ("norm" in name or "feedforward" in name)]
         why = f": the MLP's output goes through {norms[-1]} before it is added" if norms else ""
         raise UnsupportedModelError(
             f"{name}: a neuron of the last MLP does not move the residual by its output weights (relative error {error:.1e}, "
@@ -416,16 +423,12 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _parent_layer(base: PreTrainedModel, anatomy: Anatomy) -> nn.Module:
-    return _last_layers(base, FAMILIES.get(base.config.model_type))[anatomy.layer]
-
-
 def _relative_error(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).norm() / theirs.norm().clamp_min(1e-12))
 
 
-def _probe_ids(vocab_size: int, device: torch.device) -> Tensor:
-    return torch.randint(0, vocab_size, (2, 8), generator=torch.Generator().manual_seed(0)).to(device)
+def _probe_ids(vocab_size: int) -> Tensor:
+    return torch.randint(0, vocab_size, (2, 8), generator=torch.Generator().manual_seed(0))
 
 
 def _forward(base: PreTrainedModel, ids: Tensor) -> Tensor:
@@ -434,7 +437,7 @@ def _forward(base: PreTrainedModel, ids: Tensor) -> Tensor:
     base.eval()
     try:
         with torch.no_grad():
-            logits: Tensor = base(input_ids=ids, use_cache=False).logits
+            logits: Tensor = base(input_ids=ids.to(input_device(base)), use_cache=False).logits
         return logits
     finally:
         for module, mode in modes:

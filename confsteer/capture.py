@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from confsteer.anatomy import Anatomy, LastLayerStates
+from confsteer.anatomy import Anatomy, LastLayerStates, input_device
 from confsteer.corpus import Batch, Windows
 
 
@@ -41,10 +41,11 @@ def stream(
 
 def _last_layer(model: PreTrainedModel, anatomy: Anatomy, batch: Batch, device: torch.device) -> TokenStates:
     received: list[LastLayerStates] = []
+    inputs_on = input_device(model)
     with torch.no_grad(), anatomy.recording(received.append):
         # The body alone: the unembedding of every position is not needed here.
         model.base_model(
-            input_ids=batch.input_ids.to(model.device), attention_mask=batch.attention_mask.to(model.device), use_cache=False
+            input_ids=batch.input_ids.to(inputs_on), attention_mask=batch.attention_mask.to(inputs_on), use_cache=False
         )
     (states,) = received
     kept = batch.kept.flatten()

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -197,11 +198,11 @@ def read_dataset(name: str, *, split: str = "train", field: str = "text") -> Ite
         yield record[field]
 
 
-def python_docs() -> list[str]:
-    """The language reference that ships with CPython (`pydoc_data.topics`), one document per topic.
+def python_docs(part: Literal["calibration", "held-out"]) -> list[str]:
+    """Half of the language reference that ships with CPython (`pydoc_data.topics`), one document per topic.
 
-    English prose that is on every machine: the text of the demonstration.
+    English prose that is on every machine: the text of the demonstration. Its topics go to the two parts in turn.
     """
     from pydoc_data.topics import topics
 
-    return [topics[name] for name in sorted(topics)]
+    return [topics[name] for name in sorted(topics)[0 if part == "calibration" else 1 :: 2]]

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
-from confsteer.anatomy import dissect, unwrap
+from confsteer.anatomy import dissect
 from confsteer.errors import SteeringError
 from confsteer.profile import Profile
 from confsteer.steering import Steering, neuron_edit, steerable
@@ -28,6 +29,7 @@ class Steerer:
         self.steerings = tuple(steerings)
         self._neurons = torch.tensor([neuron.index for neuron in steerable(profile)])
         self._table = self._build(self.steerings)  # [4, steerings, neurons]: gain, bias, low, high
+        self._layer = profile.model.layer
         self._rows = 1
         self._continues = False
 
@@ -55,12 +57,11 @@ class Steerer:
         return torch.from_numpy(np.stack([np.stack(columns) for columns in zip(*edits, strict=True)]))
 
     def _note_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before each pass of the model's body: its batch size, and whether it continues a cached text."""
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        ids = ids if ids is not None else kwargs["inputs_embeds"]
-        self._rows = ids.shape[0]
-        cache = kwargs.get("past_key_values")
-        self._continues = cache is not None and cache.get_seq_length() > 0
+        """Before the last layer: the batch size of this pass, and whether it continues a cached text."""
+        hidden_states: Tensor = args[0] if args else kwargs["hidden_states"]
+        self._rows = hidden_states.shape[0]
+        cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
+        self._continues = cache is not None and cache.get_seq_length(self._layer) > 0
         if self._rows % len(self.steerings):
             raise SteeringError(
                 f"{len(self.steerings)} steerings for a batch of {self._rows}: give one, or one per row (beams and returned "
@@ -127,8 +128,7 @@ def steer(
         _steered.add(anatomy.down_proj)
         stack.callback(_steered.discard, anatomy.down_proj)
         if len(steerer.steerings) > 1 or _positions(steerer.steerings) == "generated":
-            body = unwrap(model).base_model
-            stack.callback(body.register_forward_pre_hook(steerer._note_pass, with_kwargs=True).remove)
+            stack.callback(anatomy.last_layer.register_forward_pre_hook(steerer._note_pass, with_kwargs=True).remove)
         stack.callback(anatomy.down_proj.register_forward_pre_hook(steerer._edit).remove)
         yield steerer
 

@@ -65,7 +65,7 @@ class Neuron(_Strict):
     """Within the layer, as all percentiles."""
     logit_variance: NonNegative
     logit_variance_percentile: Percent
-    null_fraction: Annotated[float, Field(ge=0, le=1 + 1e-9)]
+    null_fraction: Share
     """Share of its write in the unembedding's effective null space."""
     mean_activation: float
     std_activation: NonNegative
@@ -85,7 +85,7 @@ class Neuron(_Strict):
     """Mean |ΔKL(P_freq ‖ P_model)|."""
     frequency_mediation: Measurement
     """1 − (mean |Δloss| with the logits held along the unigram direction)/total."""
-    frequency_cosine: Annotated[float, Field(ge=-1 - 1e-9, le=1 + 1e-9)]
+    frequency_cosine: Annotated[float, Field(ge=-1, le=1)]
     """Cosine of its write to the logits with the unigram direction."""
     argmax_changed: Share
     """Share of tokens whose most likely next token changes."""

@@ -61,7 +61,7 @@ class Steering(BaseModel):
 
     @classmethod
     def parse(cls, request: Steering | dict[str, Any] | str) -> Steering:
-        """A steering from keywords or from JSON.
+        """A steering from keywords, from JSON, or from the text that `str` gives: ``entropy=0.3 scale.757=0 clamp.760=:2``.
 
         Raises:
             SteeringError: it is malformed; the sentence names the key and what is wrong with it.
@@ -69,12 +69,7 @@ class Steering(BaseModel):
         if isinstance(request, Steering):
             return request
         if isinstance(request, str):
-            try:
-                request = json.loads(request)
-            except (ValueError, RecursionError) as error:
-                raise SteeringError(
-                    f'a steering is a JSON object such as {{"entropy": 0.3}}; this is not JSON: {error}'
-                ) from error
+            request = _read_json(request) if request.lstrip().startswith("{") else _read_text(request)
         if not isinstance(request, dict):
             raise SteeringError(f'a steering is an object such as {{"entropy": 0.3}}, not {type(request).__name__}')
         try:
@@ -158,6 +153,38 @@ def neuron_edit(steering: Steering, profile: Profile) -> NeuronEdit:
         low[rows_of(key)] = -np.inf if lower is None else lower
         high[rows_of(key)] = np.inf if upper is None else upper
     return NeuronEdit(*(column.astype(np.float32) for column in (gain, bias, low, high)))
+
+
+def _read_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise SteeringError(f'a steering is a JSON object such as {{"entropy": 0.3}}; this is not JSON: {error}') from error
+
+
+def _read_text(text: str) -> dict[str, Any]:
+    """``key=value`` words; ``scale.NEURON=FACTOR``, ``clamp.NEURON=VALUE`` and ``clamp.NEURON=LOW:HIGH`` for neurons."""
+
+    def number(word: str, value: str) -> float:
+        try:
+            return float(value)
+        except ValueError:
+            raise SteeringError(f"{word}: {value!r} is not a number") from None
+
+    request: dict[str, Any] = {}
+    for word in text.split():
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise SteeringError(f"{word!r} is not KEY=VALUE, such as entropy=0.3")
+        if word == "positions=generated" or word == "positions=all":
+            request[key] = value
+        elif "." in key:
+            key, _, neuron = key.partition(".")
+            bounds = tuple(number(word, bound) if bound else None for bound in value.split(":"))
+            request.setdefault(key, {})[neuron] = bounds if len(bounds) == 2 else number(word, value)
+        else:
+            request[key] = number(word, value)
+    return request
 
 
 def _sentence(error: ValidationError) -> str:

@@ -37,8 +37,17 @@ NULL_DIMS = 8
 RESERVED = 8
 INIT_STD = 0.06  # about 1/sqrt(D_MODEL): GPT-2's 0.02 is for wider models, and attention starts learning late with it
 BATCH = 16
-PEAK_LR, FINAL_LR, WARMUP = 2e-3, 1e-4, 100
-REPEATED_EARLY, REPEATED_LATE, EARLY_STEPS = 0.5, 0.25, 1000
+PEAK_LR, COPY_LR, FINAL_SHARE, WARMUP = 1.5e-3, 1e-3, 0.05, 100
+EMBEDDING_LR = 0.5  # of the learning rate: the sparse, noisy gradients of embeddings would undo what heads learn to copy
+COPY_STEPS, COPY_CONTEXT = 1000, 256
+"""A first stretch of training on nothing but repeated random tokens: it starts induction, which text then keeps."""
+REPEATED = 0.2
+"""Share of the windows of text with a stretch that is read again."""
+INIT_STD = 0.06  # about 1/sqrt(D_MODEL): GPT-2's 0.02 is for wider models, and attention starts learning late with it
+BATCH = 16
+PEAK_LR, COPY_LR, FINAL_SHARE, WARMUP = 1.5e-3, 1e-3, 0.05, 100
+EMBEDDING_LR = 0.5  # of the learning rate: the sparse, noisy gradients of embeddings would undo what heads learn to copy
+REPEATED_EARLY, REPEATED_LATE, EARLY_STEPS = 0.7, 0.25, 800
 """Share of training windows with a repeated stretch; the larger share at first is what starts induction."""
 EOT = "<|endoftext|>"
 
@@ -66,27 +75,30 @@ def encode(tokenizer: PreTrainedTokenizerFast, files: list[Path]) -> NDArray[np.
     return np.asarray(ids, dtype=np.int64)
 
 
-def sample_batch(
-    stream: NDArray[np.int64], random_token_cdf: NDArray[np.float64], repeated: float, rng: np.random.Generator
-) -> torch.Tensor:
-    """``[BATCH, CONTEXT + 1]`` token ids; a share `repeated` of the windows has a stretch that is read again.
+def repeat_length(rng: np.random.Generator, context: int) -> int:
+    """Log-uniform: a short stretch read many times teaches copying, from which long ones teach induction."""
+    return int(np.exp(rng.uniform(np.log(8), np.log(context // 2))))
 
-    Half of these stretches are text, read twice in a row; the others are random tokens that fill the window.
-    """
+
+def sample_copies(random_token_cdf: NDArray[np.float64], rng: np.random.Generator, rows: int, context: int) -> NDArray[np.int64]:
+    """``[rows, context + 1]`` ids: in each row one random stretch, read until the row is full."""
+    stretches = (rng.random(repeat_length(rng, context)) for _ in range(rows))
+    return np.stack([np.resize(np.searchsorted(random_token_cdf, s, side="right"), context + 1) for s in stretches])
+
+
+def sample_text(stream: NDArray[np.int64], random_token_cdf: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.int64]:
+    """``[BATCH, CONTEXT + 1]`` ids of text; in `REPEATED` of the rows a stretch is read again, or random ones instead."""
     starts = rng.integers(0, len(stream) - CONTEXT - 1, size=BATCH)
     windows = np.stack([stream[s : s + CONTEXT + 1] for s in starts])
     for window in windows:
-        if rng.random() >= repeated:
-            continue
-        # Log-uniform lengths: a short stretch read many times teaches copying, from which long ones teach induction.
-        length = int(np.exp(rng.uniform(np.log(8), np.log(CONTEXT // 2))))
-        if rng.random() < 0.5:
-            stretch = np.searchsorted(random_token_cdf, rng.random(length), side="right")
-            window[:] = np.resize(stretch, len(window))
-        else:
+        kind = rng.random()
+        if kind < REPEATED / 2:
+            window[:] = sample_copies(random_token_cdf, rng, 1, CONTEXT)[0]
+        elif kind < REPEATED:
+            length = repeat_length(rng, CONTEXT)
             first = int(rng.integers(0, CONTEXT + 2 - 2 * length))
             window[first + length : first + 2 * length] = window[first : first + length]
-    return torch.from_numpy(windows)
+    return windows
 
 
 def constrain(model: GPT2LMHeadModel) -> None:
@@ -176,11 +188,15 @@ def main(books: Path, out: Path, steps: int, held_out: tuple[str, ...], seed: in
         model.lm_head.weight.copy_(model.transformer.wte.weight)
     constrain(model)
     click.echo(f"{sum(p.numel() for p in model.parameters()):,} parameters")
-    decayed = [p for p in model.parameters() if p.dim() >= 2]
-    plain = [p for p in model.parameters() if p.dim() < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}], lr=PEAK_LR, betas=(0.9, 0.95)
-    )
+    embeddings = [model.transformer.wte.weight, model.transformer.wpe.weight, model.lm_head.weight]
+    known = {id(p) for p in embeddings}
+    others = [p for p in model.parameters() if id(p) not in known]
+    groups = [
+        {"params": embeddings, "share": EMBEDDING_LR, "weight_decay": 0.1},
+        {"params": [p for p in others if p.dim() >= 2], "share": 1.0, "weight_decay": 0.1},
+        {"params": [p for p in others if p.dim() < 2], "share": 1.0, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=PEAK_LR, betas=(0.9, 0.95))
 
     @torch.compile
     def training_loss(ids: torch.Tensor) -> torch.Tensor:
@@ -189,10 +205,11 @@ def main(books: Path, out: Path, steps: int, held_out: tuple[str, ...], seed: in
         return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
 
     def learning_rate(step: int) -> float:
-        if step < WARMUP:
-            return PEAK_LR * (step + 1) / WARMUP
-        progress = (step - WARMUP) / max(1, steps - WARMUP)
-        return FINAL_LR + 0.5 * (PEAK_LR - FINAL_LR) * (1 + math.cos(math.pi * progress))
+        warm = min(1.0, (step + 1) / WARMUP)
+        if step < COPY_STEPS:
+            return COPY_LR * warm
+        progress = (step - COPY_STEPS) / max(1, steps - COPY_STEPS)
+        return PEAK_LR * (FINAL_SHARE + 0.5 * (1 - FINAL_SHARE) * (1 + math.cos(math.pi * progress)))
 
     log: list[dict[str, float]] = []
     probe = np.random.default_rng(1)
@@ -201,8 +218,12 @@ def main(books: Path, out: Path, steps: int, held_out: tuple[str, ...], seed: in
     started = time.perf_counter()
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step)
-        loss = training_loss(sample_batch(stream, random_token_cdf, REPEATED_EARLY if step < EARLY_STEPS else REPEATED_LATE, rng))
+            group["lr"] = group["share"] * learning_rate(step)
+        copying = step < COPY_STEPS
+        batch = (
+            sample_copies(random_token_cdf, rng, BATCH, COPY_CONTEXT) if copying else sample_text(stream, random_token_cdf, rng)
+        )
+        loss = training_loss(torch.from_numpy(batch))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

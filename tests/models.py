@@ -86,3 +86,56 @@ def zipf_texts(documents: int = 8, words: int = 120, *, seed: int = 0) -> list[s
         " ".join(f"t{int(i) + 1}" for i in torch.multinomial(weights, words, replacement=True, generator=generator))
         for _ in range(documents)
     ]
+
+
+NULL_DIMS = 4
+ENTROPY_NEURONS = {5: 1, 11: -1}
+"""Planted neurons and the sign with which each raises the entropy."""
+FREQUENCY_NEURON, FREQUENCY_SIGN = 20, -1
+"""Planted neuron that lowers frequent tokens, so that the output comes closer to unigram when it is turned down."""
+
+
+def planted_model(model_type: str, counts: torch.Tensor) -> PreTrainedModel:
+    """A tiny model with an exact null space, two entropy neurons in it and one token-frequency neuron.
+
+    The last `NULL_DIMS` dimensions of the residual are not read by the unembedding and written by nothing but the entropy
+    neurons and a constant: neuron 5 adds to the constant (a larger norm, smaller logits, higher entropy) and neuron 11
+    takes from it. The frequency neuron's write is the one whose logits follow the unigram direction best.
+    """
+    config = {family.model_type: family.config for family in FAMILIES}[model_type]
+    model = tiny_model(model_type, config)
+    projection, unembedding, layer, norm = {
+        "gpt2": lambda m: (m.transformer.h[-1].mlp.c_proj, m.lm_head, m.transformer.h[-1], m.transformer.ln_f),
+        "llama": lambda m: (m.model.layers[-1].mlp.down_proj, m.lm_head, m.model.layers[-1], m.model.norm),
+    }[model_type](model)
+    centred = model_type == "gpt2"
+    embeddings = model.get_input_embeddings()
+    with torch.no_grad():
+        norm.weight.fill_(1.0)
+        unembedding.weight[:, -NULL_DIMS:] = 0
+        # Nothing else writes into the null space; its content is a constant that comes in with the embeddings.
+        for name, parameter in model.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                parameter[-NULL_DIMS:] = 0
+            elif name.endswith("c_proj.weight"):
+                parameter[:, -NULL_DIMS:] = 0
+            elif name.endswith("c_proj.bias") or "wpe" in name:
+                parameter[..., -NULL_DIMS:] = 0
+        # Zero-sum, so that a LayerNorm's centring takes nothing away from it.
+        constant = torch.tensor([1.0, -1.0, 1.0, -1.0])
+        embeddings.weight[:, -NULL_DIMS:] = 2 * constant
+        w_out = projection.weight if centred else projection.weight.T  # [neurons, d_model]
+        for neuron, sign in ENTROPY_NEURONS.items():
+            w_out[neuron] = 0
+            w_out[neuron, -NULL_DIMS:] = 4 * sign * constant
+        log_frequency = ((counts + 1) / (counts + 1).sum()).log()
+        direction = log_frequency - log_frequency.mean()
+        # Make the unembedding able to express the direction exactly through one residual dimension.
+        unembedding.weight[:, 0] = 0.3 * direction
+        unembedding.weight[:, 0] -= unembedding.weight[:, 0].mean()
+        w_out[FREQUENCY_NEURON] = 0
+        w_out[FREQUENCY_NEURON, 0] = -2.0
+        if centred:
+            # A write that sums to zero and reads out as dimension 0 alone: the rest goes where nothing is read.
+            w_out[FREQUENCY_NEURON, -NULL_DIMS:] = 2.0 / NULL_DIMS
+    return model

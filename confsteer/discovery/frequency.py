@@ -68,7 +68,8 @@ def chance_frequency_cosine(readout: Readout, unigram: Unigram, *, seed: int = 0
 def _cosine(dot: Tensor, length: Tensor) -> Tensor:
     """`dot` over `length`; zero where a write does not reach the logits at all (to float32 rounding)."""
     negligible = length <= 1e-6 * length.max()
-    return torch.where(negligible, 0.0, dot / length.clamp_min(torch.finfo(length.dtype).tiny))
+    cosine = dot / length.clamp_min(torch.finfo(length.dtype).tiny)
+    return torch.where(negligible, 0.0, cosine).clamp(-1, 1)  # rounding
 
 
 def _logit_gram(readout: Readout, unigram: Unigram) -> tuple[Tensor, Tensor]:

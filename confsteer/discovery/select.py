@@ -6,6 +6,7 @@ error: never absolute sizes, which differ by orders of magnitude between models.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from confsteer.discovery.streaming import Estimate, NeuronEffects
@@ -26,7 +27,7 @@ MOST = 32
 def percentile(values: Tensor) -> Tensor:
     """Each value's percentile within `values` ``[n]``: the share at or below it, in percent."""
     ordered = values.sort().values
-    return 100.0 * ordered.searchsorted(values.contiguous(), right=True).double() / len(values)
+    return 100.0 * torch.searchsorted(ordered, values.contiguous(), right=True).double() / len(values)
 
 
 def _clear(estimate: Estimate, bound: float) -> Tensor:

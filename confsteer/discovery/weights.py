@@ -133,7 +133,7 @@ def weight_statistics(readout: Readout, *, null_dims: int | None = None, seed: i
     # Var_t of (row_t · unit) is a quadratic form in the centred Gram matrix of the unit rows: no [vocab, n_neurons] product.
     row_gram = _row_gram(readout.unembedding, normalise_rows=True, centre=True)
     logit_variance = ((unit @ row_gram) * unit).sum(dim=1).clamp_min(0) / (readout.vocab_size - 1)
-    null_fraction = (unit @ spectrum.directions[:, :k]).norm(dim=1)
+    null_fraction = (unit @ spectrum.directions[:, :k]).norm(dim=1).clamp_max(1)  # rounding
     return WeightStatistics(
         norm=norm,
         logit_variance=logit_variance,

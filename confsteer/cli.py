@@ -1,0 +1,364 @@
+"""The command line. Each command calls one library function and prints what it returns."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from confsteer.errors import ConfsteerError
+from confsteer.profile import DIALS, Neuron, Profile
+
+EXIT_NO_NEURONS = 3
+TEXT_FILE = click.Path(path_type=Path, dir_okay=False)
+OUTPUT_FILE = click.Path(path_type=Path, dir_okay=False, writable=True)
+
+
+class _Group(click.Group):
+    """Errors that confsteer raises on purpose become a sentence and exit code 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ConfsteerError as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="confsteer")
+def main() -> None:
+    """Confidence control for language models, with their own neurons.
+
+    \b
+    confsteer calibrate MODEL          find the neurons, measure what they do, save a profile
+    confsteer show PROFILE             what a profile holds, as tables or pictures
+    confsteer generate -p PROFILE ...  the same prompt at several settings
+    confsteer eval -p PROFILE ...      loss, entropy and calibration with and without steering
+
+    MODEL is a hub id or a folder; without it the bundled demonstration model is used. PROFILE is a folder, the name of a
+    shipped profile (confsteer-demo) or a hub repository.
+
+    Exit codes: 0 done, 1 a clear error, 2 wrong usage, 3 the model has no such neurons.
+    """
+    # Progress of loading small files only hides our own.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _model_options(command: Any) -> Any:
+    for option in reversed(
+        [
+            click.argument("model", required=False),
+            click.option("--device", help="cpu, cuda, cuda:1, or auto to spread over devices.  [default: CUDA if there is one]"),
+            click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True),
+            click.option("--revision", help="Branch, tag or commit on the hub."),
+            click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model."),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+def _text_options(command: Any) -> Any:
+    for option in reversed(
+        [
+            click.option("--text", "texts", type=TEXT_FILE, multiple=True, metavar="FILE", help="UTF-8 text, one document; repeatable."),
+            click.option("--dataset", metavar="HUB_ID", help="Hub dataset (split train, field text), streamed."),
+            click.option("--window", default=256, show_default=True, help="Tokens per window; windows do not cross documents."),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+_profile_option = click.option("-p", "--profile", required=True, metavar="PROFILE", help="Folder, shipped name or hub repository.")
+_steer_option = click.option(
+    "-s",
+    "--steer",
+    "steers",
+    multiple=True,
+    metavar="STEERING",
+    help='Such as "entropy=0.3", "unigram=-0.1 scale.757=0", "clamp.757=0:2", or JSON; repeatable.',
+)
+
+
+@main.command()
+@_model_options
+@_text_options
+@click.option("--tokens", default=25_600, show_default=True, type=click.IntRange(min=1), help="Read at most this many.")
+@click.option("--null-dims", type=click.IntRange(min=1), help="Size of the unembedding's null space.  [default: from its spectrum]")
+@click.option("--seed", default=0, show_default=True, help="Of the random directions behind the chance levels.")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder of the profile.  [default: NAME.confsteer]")
+def calibrate(
+    model: str | None,
+    texts: tuple[Path, ...],
+    dataset: str | None,
+    window: int,
+    tokens: int,
+    null_dims: int | None,
+    seed: int,
+    out: Path | None,
+    **loading: Any,
+) -> None:
+    """Find MODEL's entropy and token-frequency neurons and save a profile.
+
+    \b
+    confsteer calibrate                                   the bundled model on the Python documentation
+    confsteer calibrate openai-community/gpt2 --text a.txt --text b.txt
+    confsteer calibrate ./my-model --dataset HUB_ID --tokens 100000
+    """
+    from confsteer.calibrate import calibrate as run
+
+    documents, source = _documents(model, texts, dataset, part="calibration")
+    loaded = _load(model, loading)
+    profile = run(
+        loaded.model,
+        loaded.tokenizer,
+        documents,
+        tokens=tokens,
+        window=window,
+        null_dims=null_dims,
+        seed=seed,
+        source=source,
+        progress=True,
+    )
+    folder = profile.save(out or Path(f"{Path(profile.model.id).name}.confsteer"))
+    _print_profile(profile)
+    Console().print(f"Profile written to {escape(str(folder))}")
+    if not profile.response:
+        sys.exit(EXIT_NO_NEURONS)
+
+
+@main.command()
+@click.argument("profile")
+@click.option("--plot", type=OUTPUT_FILE, metavar="FILE.png", help="Draw norm against logit variance and null fraction against mediation.")
+@click.option("--response", type=OUTPUT_FILE, metavar="FILE.png", help="Draw what the dials do.")
+def show(profile: str, plot: Path | None, response: Path | None) -> None:
+    """Print what PROFILE holds, or draw it."""
+    loaded = Profile.load(profile)
+    _print_profile(loaded)
+    if plot or response:
+        from confsteer.report import plot_neurons, plot_response
+
+        for file, draw in ((plot, plot_neurons), (response, plot_response)):
+            if file is not None:
+                draw(loaded, file)
+                Console().print(f"Drawn: {escape(str(file))}")
+
+
+@main.command()
+@click.argument("profile")
+@click.argument("repo", metavar="OWNER/NAME")
+@click.option("--private", is_flag=True, help="Make a new repository private.")
+def push(profile: str, repo: str, private: bool) -> None:
+    """Upload PROFILE to a hub repository, with a card."""
+    from confsteer.hub import push as run
+
+    click.echo(run(Profile.load(profile), repo, private=private))
+
+
+@main.command()
+@click.argument("prompt")
+@_model_options
+@_profile_option
+@_steer_option
+@click.option("--max-new-tokens", default=40, show_default=True, type=click.IntRange(min=1))
+@click.option("--temperature", default=1.0, show_default=True, type=click.FloatRange(min=0), help="0 is greedy.")
+@click.option("--seed", default=0, show_default=True, help="The same for every steering.")
+def generate(
+    prompt: str,
+    model: str | None,
+    profile: str,
+    steers: tuple[str, ...],
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    **loading: Any,
+) -> None:
+    """Continue PROMPT without steering and with each --steer.
+
+    \b
+    confsteer generate "It was a dark and" -p confsteer-demo -s entropy=-0.3 -s entropy=0.3
+    """
+    import torch
+
+    from confsteer.hf import steer
+    from confsteer.steering import Steering
+
+    steerings = [Steering(), *map(Steering.parse, steers)]
+    loaded = _load(model, loading)
+    inputs = loaded.tokenizer(prompt, return_tensors="pt").to(loaded.model.device)
+    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    table = Table("steering", "continuation", "entropy", show_lines=True)
+    with steer(loaded.model, Profile.load(profile)) as steerer:
+        for steering in steerings:
+            steerer.update(steering)
+            torch.manual_seed(seed)
+            output = loaded.model.generate(
+                **inputs,
+                **sampling,
+                max_new_tokens=max_new_tokens,
+                return_dict_in_generate=True,
+                output_logits=True,
+                pad_token_id=loaded.tokenizer.pad_token_id or loaded.tokenizer.eos_token_id,
+            )
+            log_p = torch.stack(output.logits).float().log_softmax(-1)
+            entropy = float(-(log_p.exp() * log_p).sum(-1).mean())
+            text = loaded.tokenizer.decode(output.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            table.add_row(str(steering), escape(text.strip()), f"{entropy:.2f}")
+    Console().print(table, "Entropy: mean over the generated tokens, in nats.", sep="\n")
+
+
+@main.command(name="eval")
+@_model_options
+@_profile_option
+@_steer_option
+@_text_options
+@click.option("--tokens", type=click.IntRange(min=1), help="Read at most this many.  [default: all]")
+@click.option("--json", "as_json", type=OUTPUT_FILE, metavar="FILE", help="Write the results as JSON.")
+@click.option("--plot", type=OUTPUT_FILE, metavar="FILE.png", help="Draw a reliability diagram.")
+def evaluate(
+    model: str | None,
+    profile: str,
+    steers: tuple[str, ...],
+    texts: tuple[Path, ...],
+    dataset: str | None,
+    window: int,
+    tokens: int | None,
+    as_json: Path | None,
+    plot: Path | None,
+    **loading: Any,
+) -> None:
+    """Compare loss, entropy and calibration without steering and with each --steer.
+
+    \b
+    confsteer eval -p confsteer-demo -s entropy=-0.3 -s entropy=0.3 --plot reliability.png
+    """
+    from confsteer.evaluation.harness import evaluate as run
+    from confsteer.steering import Steering
+
+    steerings = [Steering.parse(text) for text in steers]
+    loaded_profile = Profile.load(profile)
+    documents, source = _documents(model, texts, dataset, part="held-out")
+    loaded = _load(model, loading)
+    result = run(
+        loaded.model,
+        loaded.tokenizer,
+        documents,
+        loaded_profile,
+        steerings,
+        tokens=tokens,
+        window=window,
+        source=source,
+        progress=True,
+    )
+    table = Table("steering", "loss", "perplexity", "entropy", "Δentropy", "ECE", "Brier", "accuracy", "argmax changed")
+    unsteered = result.results[0].metrics["entropy"].value
+    for row in result.results:
+        m = row.metrics
+        table.add_row(
+            str(row.steering),
+            *(f"{m[name].value:.3f}\n[{m[name].low:.3f}, {m[name].high:.3f}]" for name in ("loss", "perplexity", "entropy")),
+            f"{m['entropy'].value - unsteered:+.3f}",
+            *(f"{m[name].value:.4f}\n[{m[name].low:.4f}, {m[name].high:.4f}]" for name in ("ece", "brier", "accuracy")),
+            f"{m['argmax_changed'].value:.1%}",
+        )
+    console = Console()
+    console.print(table)
+    console.print(
+        f"{escape(result.model)} on {escape(result.source)}: {result.tokens:,} tokens in {result.windows} windows. Nats; ECE of the "
+        "top prediction, 15 bins; brackets: 95 % bootstrap interval over windows."
+    )
+    if as_json:
+        as_json.write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        console.print(f"Written: {escape(str(as_json))}")
+    if plot:
+        from confsteer.report import plot_reliability
+
+        plot_reliability(result, plot)
+        console.print(f"Drawn: {escape(str(plot))}")
+
+
+def _load(model: str | None, loading: dict[str, Any]) -> Any:
+    from confsteer.loading import load_model
+
+    return load_model(model, **loading)
+
+
+def _documents(model: str | None, texts: tuple[Path, ...], dataset: str | None, *, part: Any) -> tuple[Iterable[str], str]:
+    """Documents and what they are; the bundled model has a text of its own."""
+    from confsteer.corpus import python_docs, read_dataset, read_texts
+
+    if texts and dataset:
+        raise click.UsageError("give --text or --dataset, not both")
+    if dataset:
+        return read_dataset(dataset), f"dataset {dataset}"
+    if texts:
+        return read_texts(texts), ", ".join(path.name for path in texts)
+    if model is None:
+        return python_docs(part), f"Python documentation ({part} half)"
+    raise click.UsageError("give some text: --text FILE or --dataset HUB_ID")
+
+
+def _print_profile(profile: Profile) -> None:
+    console = Console()
+    model, corpus, layer = profile.model, profile.corpus, profile.layer
+    console.print(
+        f"[bold]{escape(model.id)}[/bold] ({escape(model.model_type)}), layer {model.layer}: {model.n_neurons:,} neurons, "
+        f"{corpus.kept_tokens:,} tokens in {corpus.windows} windows of {escape(corpus.source)}. Unsteered: entropy "
+        f"{layer.entropy:.3f}, loss {layer.loss:.3f} nats."
+    )
+    for dial in DIALS:
+        neurons = profile.neurons(dial)
+        kind = "Entropy" if dial == "entropy" else "Token-frequency"
+        if not neurons:
+            console.print(f"[bold]{kind} neurons: none found.[/bold]")
+            continue
+        low, high = profile.reach(dial)
+        console.print(_neuron_table(f"{kind} neurons ({dial} dial: {low:+.2f} to {high:+.2f} nats)", neurons, dial))
+    console.print(
+        f"Null fraction: {layer.null_dims} of {model.d_model} directions; the luckiest of {model.n_neurons:,} random writes exceeds "
+        f"{layer.chance_null_fraction:.3f} 1 time in 20, and a cosine with unigram of {layer.chance_frequency_cosine:.3f}. Effects: "
+        "neuron set to its mean, nats, ± standard error over windows."
+    )
+
+
+def _neuron_table(title: str, neurons: tuple[Neuron, ...], dial: str) -> Table:
+    def measured(value: Any) -> str:
+        error = "" if value.standard_error is None else f" ±{value.standard_error:.4f}"
+        return f"{value.value:.4f}{error}"
+
+    table = Table(title=title, title_justify="left")
+    for name in ("neuron", "sign", "norm %ile", "logit var %ile", "null fraction"):
+        table.add_column(name, justify="right")
+    if dial == "entropy":
+        columns = ("mediation", "|Δentropy|", "|Δloss|", "argmax changed")
+    else:
+        columns = ("via unigram", "|ΔKL|", "|Δloss|", "cosine with unigram")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for n in neurons:
+        if dial == "entropy":
+            effects = (measured(n.mediation), measured(n.entropy_effect_abs), measured(n.total_effect), f"{n.argmax_changed:.2%}")
+        else:
+            effects = (
+                measured(n.frequency_mediation),
+                measured(n.frequency_effect),
+                measured(n.total_effect),
+                f"{n.frequency_cosine:+.3f}",
+            )
+        table.add_row(
+            f"{n.layer}.{n.index}",
+            f"{n.sign:+d}",
+            f"{n.norm_percentile:.1f}",
+            f"{n.logit_variance_percentile:.1f}",
+            f"{n.null_fraction:.3f}",
+            *effects,
+        )
+    return table

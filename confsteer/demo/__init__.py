@@ -1,0 +1,21 @@
+"""The bundled demonstration model: small, trained on public-domain books, with neurons that regulate its confidence."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from confsteer.loading import DEMO_NAME, load_model
+from confsteer.profile import Profile
+
+
+class Demo(NamedTuple):
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    profile: Profile
+
+
+def load() -> Demo:
+    """The demonstration model on the CPU, its tokenizer and its shipped profile."""
+    return Demo(*load_model(None, device="cpu"), Profile.load(DEMO_NAME))

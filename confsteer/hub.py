@@ -1,0 +1,80 @@
+"""Sharing a profile on a model hub."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
+
+from confsteer.errors import ProfileError
+from confsteer.profile import DIALS, Profile
+
+
+def push(profile: Profile, repo: str, *, private: bool = False) -> str:
+    """Upload a profile with a card to a hub repository, made if it does not exist; its address.
+
+    Raises:
+        ProfileError: the hub refused.
+    """
+    api = HfApi()
+    try:
+        url = api.create_repo(repo, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            profile.save(folder)
+            (Path(folder) / "README.md").write_text(card(profile, repo), encoding="utf-8")
+            api.upload_folder(repo_id=repo, folder_path=folder, commit_message="confsteer profile", delete_patterns="columns-*")
+    except (HfHubHTTPError, ValueError, OSError) as error:
+        raise ProfileError(f"cannot push to {repo}: {error}") from error
+    return str(url)
+
+
+def card(profile: Profile, repo: str) -> str:
+    """The repository's README, written from the profile."""
+    model, corpus = profile.model, profile.corpus
+    lines = [
+        "---",
+        "library_name: confsteer",
+        f"base_model: {_text(model.id)}",
+        "tags: [confsteer, calibration, interpretability]",
+        "---",
+        "",
+        f"# confsteer profile of {_text(model.id)}",
+        "",
+        f"Entropy and token-frequency neurons of layer {model.layer} ({model.n_neurons:,} neurons), found on "
+        f"{corpus.kept_tokens:,} tokens of {_text(corpus.source)}.",
+        "",
+        "```python",
+        "import confsteer",
+        "",
+        f"with confsteer.steer(model, {repo!r}, entropy=+0.2):",
+        "    model.generate(**inputs)",
+        "```",
+        "",
+    ]
+    for dial in DIALS:
+        neurons = profile.neurons(dial)
+        kind = "Entropy" if dial == "entropy" else "Token-frequency"
+        if not neurons:
+            lines += [f"{kind} neurons: none found.", ""]
+            continue
+        low, high = profile.reach(dial)
+        lines += [
+            f"## {kind} neurons ({dial} dial: {low:+.2f} to {high:+.2f} nats)",
+            "",
+            "| neuron | sign | null fraction | mediation | Δentropy when ablated | cosine with unigram |",
+            "|---|---|---|---|---|---|",
+        ]
+        lines += [
+            f"| {n.layer}.{n.index} | {n.sign:+d} | {n.null_fraction:.3f} | {n.mediation.value:.2f} "
+            f"| {n.entropy_effect_abs.value:.4f} | {n.frequency_cosine:+.2f} |"
+            for n in neurons
+        ]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _text(value: str) -> str:
+    """A profile's string as one line without markup: a profile may come from anyone."""
+    return "".join(c for c in value if c.isalnum() or c in " ._-/+,:()")[:200]

@@ -1,0 +1,96 @@
+"""Pictures of a profile and of an evaluation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from confsteer.evaluation.harness import Evaluation
+from confsteer.profile import DIALS, Profile
+
+GREY, ENTROPY, FREQUENCY = "#9aa0a6", "#c5221f", "#1967d2"
+"""The layer, its entropy neurons, its token-frequency neurons."""
+
+
+def plot_neurons(profile: Profile, file: Path) -> None:
+    """Norm against logit variance and null fraction against mediation: figures 2a and 2e of arXiv 2406.16254."""
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    columns = {name: column.numpy() for name, column in profile.columns.items()}
+    _scatter(left, profile, columns["norm"], columns["logit_variance"])
+    left.set(xlabel="norm of the write  ‖w‖", ylabel="logit variance", title="Entropy neurons: high norm, little effect on logits")
+    # A write that is invisible to the unembedding has a variance of exactly zero.
+    positive = columns["logit_variance"][columns["logit_variance"] > 0]
+    left.set_yscale("symlog", linthresh=float(np.quantile(positive, 0.02)) if len(positive) else 1e-9)
+    _scatter(right, profile, columns["null_fraction"], columns["mediation"])
+    right.axvline(profile.layer.chance_null_fraction, color="black", linewidth=0.8, linestyle=":", label="chance (luckiest of all)")
+    right.set(
+        xlabel=f"null fraction  (k = {profile.layer.null_dims})",
+        ylabel="mediation  1 − direct/total",
+        ylim=(-1.05, 1.05),
+        title="… whose effect goes through the final norm",
+    )
+    right.legend(loc="lower right", fontsize=8)
+    figure.suptitle(f"{profile.model.id}, layer {profile.model.layer}: {profile.model.n_neurons:,} neurons")
+    figure.savefig(file, dpi=130)
+
+
+def _scatter(axes: Axes, profile: Profile, x: np.ndarray, y: np.ndarray) -> None:
+    axes.scatter(x, y, s=7, color=GREY, linewidths=0, label="neuron of the layer")
+    kinds = ((profile.entropy_neurons, ENTROPY, "entropy neuron"), (profile.frequency_neurons, FREQUENCY, "token-frequency neuron"))
+    for neurons, colour, label in kinds:
+        index = [neuron.index for neuron in neurons]
+        if index:
+            axes.scatter(x[index], y[index], s=30, color=colour, label=label, zorder=3)
+    for neuron in profile.entropy_neurons[:6]:
+        axes.annotate(str(neuron.index), (x[neuron.index], y[neuron.index]), fontsize=7, xytext=(4, 3), textcoords="offset points")
+
+
+def plot_response(profile: Profile, file: Path) -> None:
+    """What each dial does over its reach: entropy, loss and divergence from the unigram distribution.
+
+    Raises:
+        NoNeuronsError: the profile has no dial to draw.
+    """
+    dials = [dial for dial in DIALS if dial in profile.response]
+    if not dials:
+        profile.require_neurons("entropy")
+    figure = Figure(figsize=(5.5 * len(dials), 4.4), layout="constrained")
+    for axes, dial in zip(figure.subplots(1, len(dials), squeeze=False)[0], dials, strict=True):
+        curve, (lowest, highest) = profile.response[dial], profile.reach(dial)
+        change = np.array(curve.change(dial))
+        inside = (change >= lowest) & (change <= highest)
+        inside[: curve.zero] &= np.diff(change)[: curve.zero] > 0
+        for values, label in (
+            (curve.entropy, "entropy"),
+            (curve.loss, "loss"),
+            (curve.kl_model_unigram, "KL(P_model ‖ P_freq)"),
+        ):
+            delta = np.array(values) - values[curve.zero]
+            axes.plot(change[inside], delta[inside], marker=".", label=label)
+        axes.axhline(0, color="black", linewidth=0.6)
+        axes.axvline(0, color="black", linewidth=0.6)
+        axes.set(xlabel=f"{dial} dial, nats", ylabel="change, nats", title=f"{dial}: {lowest:+.2f} to {highest:+.2f} nats")
+        axes.legend(fontsize=8)
+    figure.suptitle(f"{profile.model.id}: response of the dials")
+    figure.savefig(file, dpi=130)
+
+
+def plot_reliability(evaluation: Evaluation, file: Path) -> None:
+    """Confidence against accuracy for every steering of an evaluation."""
+    figure = Figure(figsize=(5.6, 5.2), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color="black", linewidth=0.8, linestyle=":", label="perfect calibration")
+    for result in evaluation.results:
+        confidence = [b.confidence for b in result.reliability]
+        accuracy = [b.accuracy for b in result.reliability]
+        sizes = np.array([b.count for b in result.reliability]) / evaluation.tokens
+        (line,) = axes.plot(confidence, accuracy, linewidth=1, label=f"{result.steering}   ECE {result.metrics['ece'].value:.3f}")
+        axes.scatter(confidence, accuracy, s=8 + 300 * sizes, color=line.get_color(), alpha=0.6, linewidths=0)
+    axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence: top probability", ylabel="accuracy", aspect="equal")
+    axes.set_title(f"{evaluation.model} on {evaluation.source}\n{evaluation.tokens:,} tokens; dots: share of tokens", fontsize=9)
+    axes.legend(fontsize=8, loc="upper left")
+    figure.savefig(file, dpi=130)

@@ -1,0 +1,234 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from confsteer.anatomy import LastLayerStates, dissect
+from confsteer.discovery.effects import TokenEffects, ablation_effects, argmax_changes
+from confsteer.discovery.frequency import Unigram
+from confsteer.discovery.readout import Readout
+from confsteer.discovery.streaming import ActivationMoments, EffectMeans
+from tests.models import FAMILIES, VOCAB, tiny_model
+
+
+def random_readout(*, d: int = 24, neurons: int = 40, vocab: int = 300, centred: bool, bias: bool, seed: int = 0) -> Readout:
+    g = torch.Generator().manual_seed(seed)
+    return Readout.fold(
+        w_out=torch.randn(neurons, d, generator=g) * torch.rand(neurons, 1, generator=g),
+        unembedding=torch.randn(vocab, d, generator=g) * 0.4,
+        gain=1 + 0.3 * torch.randn(d, generator=g),
+        bias=0.2 * torch.randn(d, generator=g) if bias else None,
+        unembedding_bias=0.5 * torch.randn(vocab, generator=g) if bias else None,
+        epsilon=1e-5,
+        centred=centred,
+    )
+
+
+def random_tokens(readout: Readout, tokens: int = 60, scale: float = 1.0, seed: int = 1) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return {
+        "activations": scale * torch.randn(tokens, readout.n_neurons, generator=g),
+        "residual": 2 * torch.randn(tokens, readout.d_model, generator=g),
+        "targets": torch.randint(0, readout.vocab_size, (tokens,), generator=g),
+        "mean": 0.1 * torch.randn(readout.n_neurons, generator=g),
+    }
+
+
+def random_unigram(vocab: int) -> Unigram:
+    return Unigram.from_counts((10_000 / torch.arange(1, vocab + 1)).long())
+
+
+def by_definition(readout: Readout, inputs: dict[str, Tensor], unigram: Unigram) -> TokenEffects:
+    """One pair after the other, in float64, as the definitions say: no expansion, no shared terms."""
+    as64 = {f.name: v.double() for f in dataclasses.fields(readout) if isinstance(v := getattr(readout, f.name), Tensor)}
+    W, b, w_out = as64["unembedding"], as64["logit_bias"], as64["w_out"]
+    v, f = unigram.direction.double(), unigram.log_frequency.double().exp()
+    out = TokenEffects(*(torch.zeros(inputs["activations"].shape, dtype=torch.float64) for _ in range(5)))
+    for t, h in enumerate(inputs["residual"].double()):
+        h = h - h.mean() if readout.centred else h
+        target = inputs["targets"][t]
+
+        def sigma(h: Tensor) -> Tensor:
+            return (h.square().mean() + readout.epsilon).sqrt()
+
+        def loss(z: Tensor, target: Tensor = target) -> Tensor:
+            return z.logsumexp(0) - z[target]
+
+        def entropy(z: Tensor) -> Tensor:
+            return -(z.softmax(0) * z.log_softmax(0)).sum()
+
+        def kl(z: Tensor) -> Tensor:
+            return (f * (f.log() - z.log_softmax(0))).sum()
+
+        z = W @ (h / sigma(h)) + b
+        for i, w in enumerate(w_out):
+            ablated = h + (inputs["mean"][i] - inputs["activations"][t, i]).double() * w
+            total, direct = W @ (ablated / sigma(ablated)) + b, W @ (ablated / sigma(h)) + b
+            held = total - ((total - z) @ v) * v
+            values = (
+                loss(total) - loss(z),
+                loss(direct) - loss(z),
+                entropy(total) - entropy(z),
+                kl(total) - kl(z),
+                loss(held) - loss(z),
+            )
+            for column, value in zip(out, values, strict=True):
+                column[t, i] = value
+    return out
+
+
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_exact_pairs_equal_the_definition(centred: bool, bias: bool) -> None:
+    readout = random_readout(centred=centred, bias=bias)
+    inputs, unigram = random_tokens(readout, tokens=20), random_unigram(readout.vocab_size)
+    effects, _ = ablation_effects(readout, **inputs, unigram=unigram, exact_above=-1.0)
+    for name, ours, theirs in zip(effects._fields, effects, by_definition(readout, inputs, unigram), strict=True):
+        torch.testing.assert_close(ours.double(), theirs, atol=3e-6, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 4.0])
+def test_expansion_is_within_a_thousandth_per_neuron(centred: bool, scale: float) -> None:
+    """Mean |Δ| of every neuron to 0.1 % of its exact value, or 1e-7 nats."""
+    readout = random_readout(centred=centred, bias=True)
+    inputs, unigram = random_tokens(readout, scale=scale), random_unigram(readout.vocab_size)
+    fast, _ = ablation_effects(readout, **inputs, unigram=unigram)
+    exact = by_definition(readout, inputs, unigram)
+    for name, ours, theirs in zip(fast._fields, fast, exact, strict=True):
+        ours, theirs = ours.double().abs().mean(0), theirs.abs().mean(0)
+        assert ((ours - theirs).abs() <= 1e-3 * theirs + 1e-7).all(), (name, ((ours - theirs).abs() / theirs).max())
+
+
+def test_expansion_alone_is_second_order() -> None:
+    """Without exact pairs the error falls eightfold or more when the effect is halved: what is left is third order."""
+    readout = random_readout(centred=True, bias=True)
+    unigram = random_unigram(readout.vocab_size)
+    errors = []
+    for scale in (0.4, 0.2):
+        inputs = random_tokens(readout, scale=scale) | {"mean": torch.zeros(readout.n_neurons)}
+        approximate, _ = ablation_effects(readout, **inputs, unigram=unigram, exact_above=float("inf"))
+        exact = by_definition(readout, inputs, unigram)
+        errors.append([float((a.double() - e).abs().mean()) for a, e in zip(approximate, exact, strict=True)])
+    for coarse, fine in zip(*errors, strict=True):
+        assert fine < coarse / 7
+
+
+def test_slopes_are_derivatives_of_the_effects() -> None:
+    readout = random_readout(centred=True, bias=True)
+    inputs, unigram = random_tokens(readout, tokens=12), random_unigram(readout.vocab_size)
+    _, slopes = ablation_effects(readout, **inputs, unigram=unigram)
+    v64 = unigram.log_frequency.double()
+    for i in (0, 7):
+        a = torch.zeros(12, dtype=torch.float64, requires_grad=True)
+        h = readout.centre(inputs["residual"]).double() + a[:, None] * readout.w_out[i].double()
+        x = h / (h.square().mean(-1, keepdim=True) + readout.epsilon).sqrt()
+        log_p = (x @ readout.unembedding.double().T + readout.logit_bias.double()).log_softmax(-1)
+        entropy = -(log_p.exp() * log_p).sum()
+        unigram_kl = (log_p.exp() * (log_p - v64)).sum()
+        for ours, quantity in ((slopes.entropy, entropy), (slopes.unigram_kl, unigram_kl)):
+            (theirs,) = torch.autograd.grad(quantity, a, retain_graph=True)
+            torch.testing.assert_close(ours[:, i].double(), theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_chunking_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    readout = random_readout(centred=True, bias=False)
+    inputs, unigram = random_tokens(readout), random_unigram(readout.vocab_size)
+    whole, _ = ablation_effects(readout, **inputs, unigram=unigram)
+    changed = argmax_changes(readout, **{k: v for k, v in inputs.items() if k != "targets"})
+    monkeypatch.setattr("confsteer.discovery.effects.WORKING_SET", 7 * readout.vocab_size)
+    parts, _ = ablation_effects(readout, **inputs, unigram=unigram)
+    for one, other in zip(whole, parts, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+    assert torch.equal(changed, argmax_changes(readout, **{k: v for k, v in inputs.items() if k != "targets"}))
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f.model_type in ("gpt2", "llama", "gpt_neox", "granite", "phi")])
+def test_effects_equal_running_the_model_with_the_neuron_replaced(family: tuple[str, dict[str, object]]) -> None:
+    model = tiny_model(*family)
+    anatomy = dissect(model)
+    readout = anatomy.readout()
+    ids = torch.randint(0, VOCAB, (3, 12), generator=torch.Generator().manual_seed(3))
+    states: list[LastLayerStates] = []
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            return model(ids, use_cache=False).logits[:, :-1].flatten(0, 1).log_softmax(-1)
+
+    with anatomy.recording(states.append):
+        before = run()
+    not_last = torch.ones(3, 12, dtype=torch.bool)
+    not_last[:, -1] = False
+    keep, targets = not_last.flatten(), ids[:, 1:].flatten()
+    activations, residual = states[0].activations[keep], states[0].residual[keep]
+    mean = activations.mean(0)
+    unigram = random_unigram(VOCAB)
+    arguments = {"activations": activations, "residual": residual, "mean": mean}
+    effects, _ = ablation_effects(readout, **arguments, targets=targets, unigram=unigram)
+    changed = argmax_changes(readout, **arguments)
+    f = unigram.log_frequency.exp()
+    for i in (0, 3, anatomy.n_neurons - 1):
+
+        def replace(module: torch.nn.Module, args: tuple[Tensor], i: int = i) -> tuple[Tensor]:
+            replaced = args[0].clone()
+            replaced[..., i] = mean[i]
+            return (replaced,)
+
+        handle = anatomy.down_proj.register_forward_pre_hook(replace)
+        after = run()
+        handle.remove()
+        loss = (before - after).gather(1, targets[:, None])[:, 0]
+        entropy = -(after.exp() * after).sum(-1) + (before.exp() * before).sum(-1)
+        for ours, theirs in ((effects.loss, loss), (effects.entropy, entropy), (effects.frequency_kl, (before - after) @ f)):
+            torch.testing.assert_close(ours[:, i], theirs, atol=1e-4, rtol=0)
+        assert torch.equal(changed[:, i], after.argmax(-1) != before.argmax(-1))
+
+
+def test_moments_equal_numpy_whatever_the_chunks() -> None:
+    activations = 1000 + torch.randn(500, 3, dtype=torch.float64)
+    moments = ActivationMoments(3)
+    for chunk in activations.split([1, 0, 99, 400]):
+        moments.update(chunk)
+    assert moments.count == 500
+    torch.testing.assert_close(moments.mean, activations.mean(0))
+    torch.testing.assert_close(moments.std, activations.std(0))
+
+
+def test_moments_of_half_precision_do_not_overflow() -> None:
+    moments = ActivationMoments(1)
+    moments.update(torch.full((70_000, 1), 60_000.0, dtype=torch.float16))
+    assert float(moments.mean) == 60_000
+    assert float(moments.std) == 0
+
+
+def test_standard_errors_are_those_of_window_means() -> None:
+    """With equal windows the mean over tokens is the mean of window means, and its error the textbook one."""
+    readout = random_readout(centred=True, bias=False, neurons=3)
+    inputs, unigram = random_tokens(readout, tokens=60), random_unigram(readout.vocab_size)
+    effects, slopes = ablation_effects(readout, **inputs, unigram=unigram)
+    window = torch.arange(60) // 10
+    means = EffectMeans(3)
+    for half in (slice(0, 30), slice(30, 60)):
+        means.update(TokenEffects(*(e[half] for e in effects)), type(slopes)(*(s[half] for s in slopes)), window[half])
+    result = means.result()
+    per_window = effects.entropy.double().view(6, 10, 3).mean(1)
+    torch.testing.assert_close(result.entropy.value, per_window.mean(0))
+    torch.testing.assert_close(result.entropy.standard_error, per_window.std(0) / 6**0.5)
+    ratio = effects.direct_loss.abs().double().mean(0) / effects.loss.abs().double().mean(0)
+    torch.testing.assert_close(result.mediation.value, 1 - ratio)
+    jackknife = torch.stack(
+        [1 - effects.direct_loss[window != w].abs().mean(0) / effects.loss[window != w].abs().mean(0) for w in range(6)]
+    ).double()
+    error = ((jackknife - jackknife.mean(0)).square().sum(0) * 5 / 6).sqrt()
+    torch.testing.assert_close(result.mediation.standard_error, error, rtol=0.35, atol=0)
+
+
+def test_one_window_has_no_standard_error() -> None:
+    readout = random_readout(centred=True, bias=False, neurons=3)
+    effects = ablation_effects(readout, **random_tokens(readout), unigram=random_unigram(readout.vocab_size))
+    means = EffectMeans(3)
+    means.update(*effects, torch.zeros(60, dtype=torch.long))
+    assert not torch.isfinite(means.result().total.standard_error).any()

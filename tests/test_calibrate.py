@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import confsteer
+from confsteer import CorpusError, NoNeuronsError
+from confsteer.profile import DIALS, Dial
+from tests.models import ENTROPY_NEURONS, FREQUENCY_NEURON, FREQUENCY_SIGN, planted_model, tiny_model, tiny_tokenizer, zipf_texts
+from tests.models import FAMILIES as TINY_FAMILIES
+from tests.planted import Planted, planted
+
+STORIES = Path(__file__).parents[2] / "shared" / "models" / "stories260K" / "hf"
+STORIES_TEXT = Path(__file__).parents[2] / "shared" / "corpora" / "tinystories" / "tinystories_1000.json"
+
+
+@pytest.fixture(params=["gpt2", "llama"])
+def found(request: pytest.FixtureRequest) -> Planted:
+    return planted(request.param)
+
+
+def test_exactly_the_planted_neurons_are_found(found: Planted) -> None:
+    profile = found.profile
+    assert {n.index: n.sign for n in profile.entropy_neurons} == ENTROPY_NEURONS
+    assert {n.index: n.sign for n in profile.frequency_neurons} == {FREQUENCY_NEURON: FREQUENCY_SIGN}
+
+
+def test_planted_neurons_have_the_statistics_they_were_given(found: Planted) -> None:
+    for neuron in found.profile.entropy_neurons:
+        assert neuron.null_fraction == pytest.approx(1, abs=1e-6)
+        assert neuron.direct_effect.value == pytest.approx(0, abs=1e-7)
+        assert neuron.mediation.value == pytest.approx(1, abs=1e-5)
+        assert neuron.norm == pytest.approx(8, rel=1e-5)  # 4 · ‖(1, −1, 1, −1)‖
+    (frequency,) = found.profile.frequency_neurons
+    assert frequency.frequency_cosine == pytest.approx(-1, abs=1e-6)
+    assert frequency.frequency_mediation.value > 0.8
+
+
+def test_columns_hold_the_whole_layer(found: Planted) -> None:
+    profile = found.profile
+    for name in ("norm", "logit_variance", "null_fraction", "mean_activation", "total", "mediation", "entropy_slope"):
+        assert profile.columns[name].shape == (profile.model.n_neurons,)
+        assert torch.isfinite(profile.columns[name]).all(), name
+    for neuron in profile.entropy_neurons:
+        assert profile.columns["norm"][neuron.index] == pytest.approx(neuron.norm)
+        assert profile.columns["entropy_abs"][neuron.index] == pytest.approx(neuron.entropy_effect_abs.value, rel=1e-3)
+
+
+def test_response_curves_pass_through_the_unsteered_model(found: Planted) -> None:
+    for curve in found.profile.response.values():
+        assert curve.entropy[curve.zero] == pytest.approx(found.profile.layer.entropy, rel=1e-6)
+        assert curve.loss[curve.zero] == pytest.approx(found.profile.layer.loss, rel=1e-6)
+        assert curve.argmax_changed[curve.zero] == 0
+
+
+@pytest.mark.parametrize("dial", DIALS)
+def test_a_dial_does_what_it_was_asked_when_the_model_runs(found: Planted, dial: Dial) -> None:
+    """On the calibration text itself the only error is interpolation: within 3 % of the change asked for."""
+    from confsteer.corpus import make_windows
+
+    model, tokenizer, texts, profile = found
+    windows = make_windows(texts, tokenizer, window=64)
+    counts = windows.counts(profile.model.tokenizer_size).double() + 1
+    log_frequency = (counts / counts.sum()).log()
+
+    def measure() -> float:
+        entropy, kl, n = 0.0, 0.0, 0
+        for batch in windows.batches(16):
+            with torch.no_grad():
+                log_p = model(batch.input_ids, use_cache=False).logits[batch.kept].double().log_softmax(-1)
+            entropy += float(-(log_p.exp() * log_p).sum())
+            kl += float((log_p.exp() * (log_p - log_frequency)).sum())
+            n += len(log_p)
+        return entropy / n if dial == "entropy" else -kl / n
+
+    unsteered = measure()
+    low, high = profile.reach(dial)
+    with confsteer.steer(model, profile) as steerer:
+        for change in (0.9 * low, 0.3 * low, 0.2 * high, 0.7 * high):
+            steerer.update(**{dial: change})
+            assert measure() - unsteered == pytest.approx(change, rel=0.03, abs=2e-3)
+
+
+def test_calibration_is_deterministic(found: Planted) -> None:
+    again = confsteer.calibrate(found.model, found.tokenizer, found.texts, window=64, source="zipf")
+    assert again == found.profile
+
+
+def test_half_precision_finds_the_same_neurons() -> None:
+    found = planted("llama")
+    counts = torch.ones(1)  # replaced by the weights below
+    half = planted_model("llama", counts.expand(96)).to(torch.bfloat16)
+    half.load_state_dict(found.model.state_dict())
+    profile = confsteer.calibrate(half, found.tokenizer, found.texts, window=64)
+    assert {n.index: n.sign for n in profile.entropy_neurons} == ENTROPY_NEURONS
+    assert profile.model.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("family", [f for f in TINY_FAMILIES if f.model_type in ("gpt2", "llama", "gpt_neox")])
+def test_a_random_model_has_no_such_neurons_and_steering_says_so(family: tuple[str, dict[str, object]]) -> None:
+    model, tokenizer = tiny_model(*family), tiny_tokenizer()
+    profile = confsteer.calibrate(model, tokenizer, zipf_texts(), window=64)
+    assert profile.entropy_neurons == ()
+    with (
+        pytest.raises(NoNeuronsError, match="has no entropy neurons"),
+        confsteer.steer(model, profile, entropy=0.1),
+    ):
+        pass
+
+
+@pytest.mark.skipif(not STORIES.is_dir(), reason="stories260K is not here")
+def test_stories260k_has_no_entropy_neurons() -> None:
+    import json
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(STORIES), AutoTokenizer.from_pretrained(STORIES)
+    profile = confsteer.calibrate(model, tokenizer, json.loads(STORIES_TEXT.read_text())[:100], tokens=10_000)
+    assert profile.entropy_neurons == ()
+
+
+def test_a_text_without_a_window_is_refused() -> None:
+    found = planted("gpt2")
+    with pytest.raises(CorpusError, match="too short"):
+        confsteer.calibrate(found.model, found.tokenizer, ["t1 t2 t3"], window=64)
+
+
+def test_a_window_beyond_the_context_is_refused() -> None:
+    found = planted("gpt2")
+    with pytest.raises(CorpusError, match="context of 64"):
+        confsteer.calibrate(found.model, found.tokenizer, found.texts, window=65)
+
+
+def test_a_tokenizer_of_another_model_is_refused() -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    found = planted("gpt2")
+    other = tiny_tokenizer()
+    other.add_tokens([f"t{i}" for i in range(96, 120)])
+    assert isinstance(other, PreTrainedTokenizerFast)
+    with pytest.raises(CorpusError, match="do not belong together"):
+        confsteer.calibrate(found.model, other, [" ".join(f"t{i}" for i in range(1, 120))], window=64)
+
+
+def test_calibration_leaves_no_hook(found: Planted) -> None:
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in found.model.modules())
