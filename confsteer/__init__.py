@@ -10,6 +10,7 @@ from confsteer.errors import (
     ProfileMismatchError,
     ProfileNotFoundError,
     ProfileVersionError,
+    SettingError,
     SteeringError,
     UnsupportedModelError,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "ProfileNotFoundError",
     "ProfileVersionError",
     "Response",
+    "SettingError",
     "Steering",
     "SteeringError",
     "UnsupportedModelError",

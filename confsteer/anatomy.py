@@ -94,16 +94,21 @@ class Anatomy:
     @property
     def n_neurons(self) -> int:
         projection = _without_adapter(self.down_proj)
-        return int(projection.weight.shape[0] if isinstance(projection, Conv1D) else projection.weight.shape[1])
+        return _weight(projection).shape[0 if isinstance(projection, Conv1D) else 1]
 
     @property
     def d_model(self) -> int:
-        return int(self.unembedding.weight.shape[1])
+        return _weight(self.unembedding).shape[1]
 
     @property
     def vocab_size(self) -> int:
         """Rows of the unembedding, padding included."""
-        return int(self.unembedding.weight.shape[0])
+        return _weight(self.unembedding).shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the unembedding."""
+        return _weight(self.unembedding).dtype
 
     def readout(self, vocab_size: int | None = None) -> Readout:
         """The folded last layer, a float32 copy.
@@ -113,7 +118,7 @@ class Anatomy:
         """
         norm = read_norm(self.final_norm, self.d_model)
         with _on_device(self.unembedding):
-            unembedding = self.unembedding.weight[:vocab_size]
+            unembedding = _weight(self.unembedding)[:vocab_size]
             bias = getattr(self.unembedding, "bias", None)
             return Readout.fold(
                 w_out=self.w_out().to(unembedding.device) * self.residual_multiplier,
@@ -130,12 +135,12 @@ class Anatomy:
         """The last projection as ``[n_neurons, d_model]``, whatever way round the model stores it."""
         projection = _without_adapter(self.down_proj)
         with _on_device(projection):
-            weight = projection.weight.detach()
+            weight = _weight(projection).detach()
             return (weight if isinstance(projection, Conv1D) else weight.T).clone()
 
     def fingerprint(self, dtype: torch.dtype) -> str:
         """SHA-256 of the unembedding and the last projection, rounded to `dtype`; kept until the weights change."""
-        weights = (self.unembedding.weight, _without_adapter(self.down_proj).weight)
+        weights = (_weight(self.unembedding), _weight(_without_adapter(self.down_proj)))
         key = (dtype, *((w.data_ptr(), None if w.is_inference() else w._version) for w in weights))
         if key not in self._digests:
             self._digests[key] = self._hash_weights(dtype)
@@ -144,7 +149,7 @@ class Anatomy:
     def _hash_weights(self, dtype: torch.dtype) -> str:
         digest = hashlib.sha256()
         with _on_device(self.unembedding):
-            for weight in (self.unembedding.weight.detach(), self.w_out()):
+            for weight in (_weight(self.unembedding).detach(), self.w_out()):
                 digest.update(str(tuple(weight.shape)).encode())
                 for rows in weight.split(8192):
                     digest.update(rows.to(dtype).contiguous().view(torch.uint8).cpu().numpy())
@@ -159,9 +164,8 @@ class Anatomy:
 
     def matches(self, fingerprints: dict[str, str]) -> bool:
         """Whether these weights are those that `fingerprints` were taken of, in whatever precision either was loaded."""
-        own = self.unembedding.weight.dtype
         # The model's own precision first: it nearly always decides.
-        for dtype in sorted(FINGERPRINT_DTYPES, key=lambda d: d != own):
+        for dtype in sorted(FINGERPRINT_DTYPES, key=lambda d: d != self.dtype):
             if fingerprints.get(dtype_name(dtype)) == self.fingerprint(dtype):
                 return True
         return False
@@ -255,7 +259,7 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
     Raises:
         UnsupportedModelError: there is none.
     """
-    inner = getattr(model, "_orig_mod", model)
+    inner: Any = getattr(model, "_orig_mod", model)
     if not isinstance(inner, PreTrainedModel) and hasattr(inner, "get_base_model"):
         inner = inner.get_base_model()
     if not isinstance(inner, PreTrainedModel):
@@ -271,12 +275,9 @@ def input_device(base: PreTrainedModel) -> torch.device:
 
 def _submodule(parent: nn.Module, path: str) -> nn.Module:
     try:
-        module = parent.get_submodule(path)
-    except AttributeError:
-        module = None
-    if not isinstance(module, nn.Module):
-        raise UnsupportedModelError(f"{type(parent).__name__} has no {path}")
-    return module
+        return parent.get_submodule(path)
+    except AttributeError as error:
+        raise UnsupportedModelError(f"{type(parent).__name__} has no {path}") from error
 
 
 def _last_layers(base: PreTrainedModel, family: Family | None) -> nn.ModuleList:
@@ -298,7 +299,7 @@ def _search(base: PreTrainedModel, last_layer: nn.Module, unembedding: nn.Module
     The final norm is the last module before the unembedding that is callable on the residual as a norm; the projection
     is the last ``Linear`` of the last layer that maps a wider space to ``d_model``.
     """
-    d_model = unembedding.weight.shape[1]
+    vocab_size, d_model = _weight(unembedding).shape
     calls: list[nn.Module] = []
 
     def note(module: nn.Module, args: Any, output: Any) -> None:
@@ -308,7 +309,7 @@ def _search(base: PreTrainedModel, last_layer: nn.Module, unembedding: nn.Module
         for module in base.modules():
             if next(module.children(), None) is None or isinstance(module, Conv1D | nn.Linear):
                 stack.callback(module.register_forward_hook(note).remove)
-        _forward(base, _probe_ids(unembedding.weight.shape[0]))
+        _forward(base, _probe_ids(vocab_size))
     in_last_layer = set(last_layer.modules())
     projections = [m for m in calls if m in in_last_layer and _maps_to(m, d_model)]
     norms = [m for m in calls if m not in in_last_layer and m is not unembedding and "norm" in type(m).__name__.lower()]
@@ -366,7 +367,7 @@ def verify(model: nn.Module, anatomy: Anatomy) -> None:
     """
     base = unwrap(model)
     name = base.config.model_type
-    tolerance = 1e-3 if anatomy.unembedding.weight.dtype == torch.float32 else 5e-2
+    tolerance = 1e-3 if anatomy.dtype == torch.float32 else 5e-2
     ids = _probe_ids(anatomy.vocab_size)
     states: list[LastLayerStates] = []
     # PEFT's own switch where the model has one; elsewhere there is nothing to switch off.
@@ -444,9 +445,17 @@ def _forward(base: PreTrainedModel, ids: Tensor) -> Tensor:
             module.training = mode
 
 
+def _weight(module: nn.Module) -> Tensor:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
 def _without_adapter(module: nn.Module) -> nn.Module:
     """The layer inside a PEFT adapter layer, or the layer itself."""
-    return getattr(module, "base_layer", module)
+    inner = getattr(module, "base_layer", module)
+    assert isinstance(inner, nn.Module)
+    return inner
 
 
 def _on_device(module: nn.Module) -> contextlib.AbstractContextManager[Any]:
@@ -455,4 +464,5 @@ def _on_device(module: nn.Module) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
     from accelerate.utils import align_module_device
 
-    return align_module_device(module)
+    aligned: contextlib.AbstractContextManager[Any] = align_module_device(module)
+    return aligned

@@ -17,13 +17,13 @@ from confsteer.anatomy import dissect, dtype_name
 from confsteer.capture import TokenStates, stream
 from confsteer.corpus import make_windows
 from confsteer.discovery import select
-from confsteer.discovery.effects import ablation_effects, argmax_changes
+from confsteer.discovery.effects import EXACT_ABOVE, TokenEffects, TokenSlopes, ablation_effects, argmax_changes
 from confsteer.discovery.frequency import Unigram, chance_frequency_cosine, frequency_cosine
 from confsteer.discovery.readout import Readout
 from confsteer.discovery.response import ResponseCurve, ResponseMeans, choose_positions
 from confsteer.discovery.streaming import ActivationMoments, EffectMeans, Estimate, NeuronEffects
 from confsteer.discovery.weights import weight_statistics
-from confsteer.errors import CorpusError
+from confsteer.errors import CorpusError, SettingError
 from confsteer.profile import DIALS, CorpusIdentity, Dial, Layer, Measurement, ModelIdentity, Neuron, Profile, Response
 
 BATCH_SIZE = 4
@@ -64,13 +64,14 @@ def calibrate(
 
     Raises:
         UnsupportedModelError: see `confsteer.anatomy.dissect`.
-        CorpusError: the text is too short, or the window longer than the model's context.
+        CorpusError: the text is too short, or not of this model's tokenizer.
+        SettingError: the window is too short or longer than the model's context, or `null_dims` out of range.
     """
     model.eval()
     anatomy = dissect(model)
     context = getattr(model.config, "max_position_embeddings", None)
     if context is not None and window > context:
-        raise CorpusError(f"a window of {window} tokens does not fit the model's context of {context}")
+        raise SettingError(f"a window of {window} tokens does not fit the model's context of {context}")
     windows = make_windows(texts, tokenizer, window=window, max_tokens=tokens, source=source)
     if (largest := int(windows.token_ids.max())) >= anatomy.vocab_size:
         raise CorpusError(
@@ -99,7 +100,7 @@ def calibrate(
             raise CorpusError("no token of the text counts: its windows are too short")
         means = EffectMeans(readout.n_neurons)
         for batch in states("2/3 effects"):
-            means.update(*ablation_effects(readout, **_inputs(batch, moments.mean.to(device)), unigram=unigram), batch.window)
+            means.update(*_ablate(readout, batch, moments.mean.to(device), unigram), batch.window)
         effects = means.result()
         entropy = select.entropy_neurons(weights, effects)
         selected: dict[Dial, list[int]] = {
@@ -132,7 +133,7 @@ def calibrate(
             d_model=anatomy.d_model,
             vocab_size=anatomy.vocab_size,
             tokenizer_size=tokenizer_size,
-            dtype=dtype_name(anatomy.unembedding.weight.dtype),
+            dtype=dtype_name(anatomy.dtype),
             fingerprints=anatomy.fingerprints(),
         ),
         corpus=CorpusIdentity(
@@ -204,10 +205,10 @@ def _look_closer(
         for curve in (baseline, *curves.values()):
             curve.update(batch.residual, batch.targets)
         if len(reported):
-            inputs = _inputs(batch._replace(activations=batch.activations[:, reported]), mean)
-            means.update(*ablation_effects(few, **inputs, unigram=unigram, exact_above=-1.0), batch.window)
-            del inputs["targets"]
-            changed += argmax_changes(few, **inputs).double().sum(dim=0).cpu()
+            few_states = batch._replace(activations=batch.activations[:, reported])
+            means.update(*_ablate(few, few_states, mean, unigram, exact_above=-1.0), batch.window)
+            differs = argmax_changes(few, activations=few_states.activations, residual=batch.residual, mean=mean)
+            changed += differs.double().sum(dim=0).cpu()
     return _CloserLook(
         effects=means.result(),
         argmax_changed=changed / moments.count,
@@ -219,8 +220,18 @@ def _look_closer(
     )
 
 
-def _inputs(batch: TokenStates, mean: Tensor) -> dict[str, Tensor]:
-    return {"activations": batch.activations, "residual": batch.residual, "targets": batch.targets, "mean": mean}
+def _ablate(
+    readout: Readout, states: TokenStates, mean: Tensor, unigram: Unigram, *, exact_above: float = EXACT_ABOVE
+) -> tuple[TokenEffects, TokenSlopes]:
+    return ablation_effects(
+        readout,
+        activations=states.activations,
+        residual=states.residual,
+        targets=states.targets,
+        mean=mean,
+        unigram=unigram,
+        exact_above=exact_above,
+    )
 
 
 def _neuron(layer: int, row: int, index: int, statistics: dict[str, Tensor], slope: Tensor, closer: _CloserLook) -> Neuron:

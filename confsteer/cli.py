@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -34,7 +33,7 @@ class _Group(click.Group):
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="confsteer")
 def main() -> None:
-    """Confidence control for language models, with their own neurons.
+    r"""Confidence control for language models, with their own neurons.
 
     \b
     confsteer calibrate MODEL          find the neurons, measure what they do, save a profile
@@ -47,8 +46,6 @@ def main() -> None:
 
     Exit codes: 0 done, 1 a clear error, 2 wrong usage, 3 the model has no such neurons.
     """
-    # Progress of loading small files only hides our own.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def _model_options(command: Any) -> Any:
@@ -56,7 +53,9 @@ def _model_options(command: Any) -> Any:
         [
             click.argument("model", required=False),
             click.option("--device", help="cpu, cuda, cuda:1, or auto to spread over devices.  [default: CUDA if there is one]"),
-            click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True),
+            click.option(
+                "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True
+            ),
             click.option("--revision", help="Branch, tag or commit on the hub."),
             click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model."),
         ]
@@ -68,7 +67,9 @@ def _model_options(command: Any) -> Any:
 def _text_options(command: Any) -> Any:
     for option in reversed(
         [
-            click.option("--text", "texts", type=TEXT_FILE, multiple=True, metavar="FILE", help="UTF-8 text, one document; repeatable."),
+            click.option(
+                "--text", "texts", type=TEXT_FILE, multiple=True, metavar="FILE", help="UTF-8 text, one document; repeatable."
+            ),
             click.option("--dataset", metavar="HUB_ID", help="Hub dataset (split train, field text), streamed."),
             click.option("--window", default=256, show_default=True, help="Tokens per window; windows do not cross documents."),
         ]
@@ -77,7 +78,9 @@ def _text_options(command: Any) -> Any:
     return command
 
 
-_profile_option = click.option("-p", "--profile", required=True, metavar="PROFILE", help="Folder, shipped name or hub repository.")
+_profile_option = click.option(
+    "-p", "--profile", required=True, metavar="PROFILE", help="Folder, shipped name or hub repository."
+)
 _steer_option = click.option(
     "-s",
     "--steer",
@@ -92,7 +95,9 @@ _steer_option = click.option(
 @_model_options
 @_text_options
 @click.option("--tokens", default=25_600, show_default=True, type=click.IntRange(min=1), help="Read at most this many.")
-@click.option("--null-dims", type=click.IntRange(min=1), help="Size of the unembedding's null space.  [default: from its spectrum]")
+@click.option(
+    "--null-dims", type=click.IntRange(min=1), help="Size of the unembedding's null space.  [default: from its spectrum]"
+)
 @click.option("--seed", default=0, show_default=True, help="Of the random directions behind the chance levels.")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder of the profile.  [default: NAME.confsteer]")
 def calibrate(
@@ -106,7 +111,7 @@ def calibrate(
     out: Path | None,
     **loading: Any,
 ) -> None:
-    """Find MODEL's entropy and token-frequency neurons and save a profile.
+    r"""Find MODEL's entropy and token-frequency neurons and save a profile.
 
     \b
     confsteer calibrate                                   the bundled model on the Python documentation
@@ -137,7 +142,9 @@ def calibrate(
 
 @main.command()
 @click.argument("profile")
-@click.option("--plot", type=OUTPUT_FILE, metavar="FILE.png", help="Draw norm against logit variance and null fraction against mediation.")
+@click.option(
+    "--plot", type=OUTPUT_FILE, metavar="FILE.png", help="Draw norm against logit variance and null fraction against mediation."
+)
 @click.option("--response", type=OUTPUT_FILE, metavar="FILE.png", help="Draw what the dials do.")
 def show(profile: str, plot: Path | None, response: Path | None) -> None:
     """Print what PROFILE holds, or draw it."""
@@ -181,7 +188,7 @@ def generate(
     seed: int,
     **loading: Any,
 ) -> None:
-    """Continue PROMPT without steering and with each --steer.
+    r"""Continue PROMPT without steering and with each --steer.
 
     \b
     confsteer generate "It was a dark and" -p confsteer-demo -s entropy=-0.3 -s entropy=0.3
@@ -235,7 +242,7 @@ def evaluate(
     plot: Path | None,
     **loading: Any,
 ) -> None:
-    """Compare loss, entropy and calibration without steering and with each --steer.
+    r"""Compare loss, entropy and calibration without steering and with each --steer.
 
     \b
     confsteer eval -p confsteer-demo -s entropy=-0.3 -s entropy=0.3 --plot reliability.png
@@ -272,8 +279,8 @@ def evaluate(
     console = Console()
     console.print(table)
     console.print(
-        f"{escape(result.model)} on {escape(result.source)}: {result.tokens:,} tokens in {result.windows} windows. Nats; ECE of the "
-        "top prediction, 15 bins; brackets: 95 % bootstrap interval over windows."
+        f"{escape(result.model)} on {escape(result.source)}: {result.tokens:,} tokens in {result.windows} windows. Nats; ECE of "
+        "the top prediction, 15 bins; brackets: 95 % bootstrap interval over windows."
     )
     if as_json:
         as_json.write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")
@@ -323,9 +330,9 @@ def _print_profile(profile: Profile) -> None:
         low, high = profile.reach(dial)
         console.print(_neuron_table(f"{kind} neurons ({dial} dial: {low:+.2f} to {high:+.2f} nats)", neurons, dial))
     console.print(
-        f"Null fraction: {layer.null_dims} of {model.d_model} directions; the luckiest of {model.n_neurons:,} random writes exceeds "
-        f"{layer.chance_null_fraction:.3f} 1 time in 20, and a cosine with unigram of {layer.chance_frequency_cosine:.3f}. Effects: "
-        "neuron set to its mean, nats, ± standard error over windows."
+        f"Null fraction: {layer.null_dims} of {model.d_model} directions; the luckiest of {model.n_neurons:,} random writes "
+        f"exceeds {layer.chance_null_fraction:.3f} 1 time in 20, and a cosine with unigram of "
+        f"{layer.chance_frequency_cosine:.3f}. Effects: neuron set to its mean, nats, ± standard error over windows."
     )
 
 

@@ -14,11 +14,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from confsteer.errors import CorpusError
+from confsteer.errors import CorpusError, SettingError
 
 FIRST_POSITIONS = 3
 """Positions at the start of a window that are left out: with so little context they are unlike the rest."""
 SHORTEST_WINDOW = 8
+SHORT_PARAGRAPH = 60
+"""Characters below which a repeated paragraph is a phrase such as "Example:"."""
 
 
 @dataclass(frozen=True)
@@ -129,12 +131,13 @@ def make_windows(
         source: a description of the text for the profile.
 
     Raises:
-        CorpusError: the window is too short, or the text has not enough tokens for one.
+        SettingError: the window is too short.
+        CorpusError: the text has not enough tokens for one window.
     """
     if window < SHORTEST_WINDOW:
-        raise CorpusError(f"a window of {window} tokens is too short; use at least {SHORTEST_WINDOW}")
+        raise SettingError(f"a window of {window} tokens is too short; use at least {SHORTEST_WINDOW}")
     bos = tokenizer.bos_token_id
-    starts_with_bos = bos is not None and tokenizer("a", verbose=False)["input_ids"][:1] == [bos]
+    starts_with_bos = bos is not None and tokenizer("")["input_ids"][:1] == [bos]
     body = window - 1 if starts_with_bos else window
     pieces: list[NDArray[np.int32]] = []
     total = 0
@@ -201,8 +204,15 @@ def read_dataset(name: str, *, split: str = "train", field: str = "text") -> Ite
 def python_docs(part: Literal["calibration", "held-out"]) -> list[str]:
     """Half of the language reference that ships with CPython (`pydoc_data.topics`), one document per topic.
 
-    English prose that is on every machine: the text of the demonstration. Its topics go to the two parts in turn.
+    English prose that is on every machine: the text of the demonstration. Its topics go to the two parts in turn. Topics
+    repeat each other, so a paragraph stays only where it comes first: the parts share no text beyond short phrases.
     """
     from pydoc_data.topics import topics
 
-    return [topics[name] for name in sorted(topics)[0 if part == "calibration" else 1 :: 2]]
+    seen: set[str] = set()
+    documents = []
+    for name in sorted(topics):
+        paragraphs = [p for p in topics[name].split("\n\n") if len(p) < SHORT_PARAGRAPH or p.strip() not in seen]
+        seen.update(p.strip() for p in paragraphs)
+        documents.append("\n\n".join(paragraphs))
+    return documents[0 if part == "calibration" else 1 :: 2]

@@ -4,6 +4,7 @@ ConfsteerError
 ├── UnsupportedModelError      the model's last layer is not one confsteer can steer; the message names what failed
 ├── NoNeuronsError             the model (or profile) has no neurons of the kind asked for
 ├── CorpusError                the text cannot be used
+├── SettingError               a setting of calibration is out of its range
 ├── SteeringError              a steering request is wrong or out of reach
 └── ProfileError               a profile cannot be used
     ├── ProfileNotFoundError   no such folder, shipped profile or hub repository
@@ -27,6 +28,10 @@ class NoNeuronsError(ConfsteerError):
 
 class CorpusError(ConfsteerError):
     """The text given cannot be used."""
+
+
+class SettingError(ConfsteerError, ValueError):
+    """A setting of calibration is out of its range."""
 
 
 class SteeringError(ConfsteerError, ValueError):

@@ -47,7 +47,7 @@ class Steerer:
         if len(steerings) != len(self.steerings) or _positions(steerings) != _positions(self.steerings):
             raise SteeringError(
                 f"update() keeps the number of steerings and their positions: {len(self.steerings)}, "
-                f"{_positions(self.steerings)!r}; given {len(steerings)}, {_positions(steerings)!r}. Open a new context for others"
+                f"{_positions(self.steerings)!r}; given {len(steerings)}, {_positions(steerings)!r}. Open another context"
             )
         self._table.copy_(self._build(steerings))
         self.steerings = tuple(steerings)

@@ -16,6 +16,8 @@ DEMO_NAME = "confsteer-demo"
 
 
 class LoadedModel(NamedTuple):
+    """A model with its tokenizer."""
+
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
 

@@ -251,8 +251,8 @@ class Profile(_Strict):
         if dial not in self.response:
             kind = "entropy" if dial == "entropy" else "token-frequency"
             raise NoNeuronsError(
-                f"{self.model.id} has no {kind} neurons (profile from {self.corpus.kept_tokens:,} tokens of {self.corpus.source}), "
-                f"so the {dial} dial has nothing to turn"
+                f"{self.model.id} has no {kind} neurons (profile from {self.corpus.kept_tokens:,} tokens of "
+                f"{self.corpus.source}), so the {dial} dial has nothing to turn"
             )
         return self.response[dial]
 
@@ -383,7 +383,8 @@ def find(source: str | os.PathLike[str]) -> Path:
             raise ProfileNotFoundError(f"the hub repository {name} has no {FILE_NAME}: it is not a profile")
         return downloaded
     raise ProfileNotFoundError(
-        f"no profile {name!r}: give a folder, a hub repository (OWNER/NAME), or one of {', '.join(sorted(shipped)) or '(none shipped)'}"
+        f"no profile {name!r}: give a folder, a hub repository (OWNER/NAME), or one of "
+        f"{', '.join(sorted(shipped)) or '(none shipped)'}"
     )
 
 

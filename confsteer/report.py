@@ -21,12 +21,16 @@ def plot_neurons(profile: Profile, file: Path) -> None:
     left, right = figure.subplots(1, 2)
     columns = {name: column.numpy() for name, column in profile.columns.items()}
     _scatter(left, profile, columns["norm"], columns["logit_variance"])
-    left.set(xlabel="norm of the write  ‖w‖", ylabel="logit variance", title="Entropy neurons: high norm, little effect on logits")
+    left.set(
+        xlabel="norm of the write  ‖w‖", ylabel="logit variance", title="Entropy neurons: high norm, little effect on logits"
+    )
     # A write that is invisible to the unembedding has a variance of exactly zero.
     positive = columns["logit_variance"][columns["logit_variance"] > 0]
     left.set_yscale("symlog", linthresh=float(np.quantile(positive, 0.02)) if len(positive) else 1e-9)
     _scatter(right, profile, columns["null_fraction"], columns["mediation"])
-    right.axvline(profile.layer.chance_null_fraction, color="black", linewidth=0.8, linestyle=":", label="chance (luckiest of all)")
+    right.axvline(
+        profile.layer.chance_null_fraction, color="black", linewidth=0.8, linestyle=":", label="chance (luckiest of all)"
+    )
     right.set(
         xlabel=f"null fraction  (k = {profile.layer.null_dims})",
         ylabel="mediation  1 − direct/total",
@@ -40,13 +44,18 @@ def plot_neurons(profile: Profile, file: Path) -> None:
 
 def _scatter(axes: Axes, profile: Profile, x: np.ndarray, y: np.ndarray) -> None:
     axes.scatter(x, y, s=7, color=GREY, linewidths=0, label="neuron of the layer")
-    kinds = ((profile.entropy_neurons, ENTROPY, "entropy neuron"), (profile.frequency_neurons, FREQUENCY, "token-frequency neuron"))
+    kinds = (
+        (profile.entropy_neurons, ENTROPY, "entropy neuron"),
+        (profile.frequency_neurons, FREQUENCY, "token-frequency neuron"),
+    )
     for neurons, colour, label in kinds:
         index = [neuron.index for neuron in neurons]
         if index:
             axes.scatter(x[index], y[index], s=30, color=colour, label=label, zorder=3)
     for neuron in profile.entropy_neurons[:6]:
-        axes.annotate(str(neuron.index), (x[neuron.index], y[neuron.index]), fontsize=7, xytext=(4, 3), textcoords="offset points")
+        axes.annotate(
+            str(neuron.index), (x[neuron.index], y[neuron.index]), fontsize=7, xytext=(4, 3), textcoords="offset points"
+        )
 
 
 def plot_response(profile: Profile, file: Path) -> None:

@@ -37,15 +37,16 @@ NULL_DIMS = 8
 RESERVED = 8
 INIT_STD = 0.06  # about 1/sqrt(D_MODEL): GPT-2's 0.02 is for wider models, and attention starts learning late with it
 BATCH = 16
-PEAK_LR, COPY_LR, FINAL_SHARE, WARMUP = 1.5e-3, 1e-3, 0.05, 100
+PEAK_LR, FINAL_SHARE, WARMUP = 1e-3, 0.05, 50
 EMBEDDING_LR = 0.5  # of the learning rate: the sparse, noisy gradients of embeddings would undo what heads learn to copy
-COPY_STEPS, COPY_CONTEXT = 1000, 256
-"""A first stretch of training on nothing but repeated random tokens: it starts induction, which text then keeps."""
+COPY_STEPS, RAMP_STEPS, COPY_CONTEXT = 2000, 400, 256
+"""Training starts on nothing but repeated random tokens, which teaches induction; text then comes in gradually."""
 REPEATED = 0.2
-"""Share of the windows of text with a stretch that is read again."""
+"""Share of the windows with repetition once text has come in."""
+POSITION_DIMS = 48
 INIT_STD = 0.06  # about 1/sqrt(D_MODEL): GPT-2's 0.02 is for wider models, and attention starts learning late with it
 BATCH = 16
-PEAK_LR, COPY_LR, FINAL_SHARE, WARMUP = 1.5e-3, 1e-3, 0.05, 100
+PEAK_LR, FINAL_SHARE, WARMUP = 1e-3, 0.05, 50
 EMBEDDING_LR = 0.5  # of the learning rate: the sparse, noisy gradients of embeddings would undo what heads learn to copy
 REPEATED_EARLY, REPEATED_LATE, EARLY_STEPS = 0.7, 0.25, 800
 """Share of training windows with a repeated stretch; the larger share at first is what starts induction."""
@@ -86,15 +87,17 @@ def sample_copies(random_token_cdf: NDArray[np.float64], rng: np.random.Generato
     return np.stack([np.resize(np.searchsorted(random_token_cdf, s, side="right"), context + 1) for s in stretches])
 
 
-def sample_text(stream: NDArray[np.int64], random_token_cdf: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.int64]:
-    """``[BATCH, CONTEXT + 1]`` ids of text; in `REPEATED` of the rows a stretch is read again, or random ones instead."""
+def sample_text(
+    stream: NDArray[np.int64], random_token_cdf: NDArray[np.float64], random_share: float, rng: np.random.Generator
+) -> NDArray[np.int64]:
+    """``[BATCH, CONTEXT + 1]`` ids of text; a share of the rows is random tokens, in `REPEATED`/2 a stretch is read again."""
     starts = rng.integers(0, len(stream) - CONTEXT - 1, size=BATCH)
     windows = np.stack([stream[s : s + CONTEXT + 1] for s in starts])
     for window in windows:
         kind = rng.random()
-        if kind < REPEATED / 2:
+        if kind < random_share:
             window[:] = sample_copies(random_token_cdf, rng, 1, CONTEXT)[0]
-        elif kind < REPEATED:
+        elif kind < random_share + REPEATED / 2:
             length = repeat_length(rng, CONTEXT)
             first = int(rng.integers(0, CONTEXT + 2 - 2 * length))
             window[first + length : first + 2 * length] = window[first : first + length]
@@ -111,14 +114,35 @@ def constrain(model: GPT2LMHeadModel) -> None:
         write[-RESERVED:, -NULL_DIMS:] -= write[-RESERVED:, -NULL_DIMS:].mean(dim=1, keepdim=True)
 
 
-def sinusoids(positions: int, width: int) -> torch.Tensor:
-    """Sinusoidal position embeddings ``[positions, width]`` with entries of standard deviation `INIT_STD`.
+@torch.no_grad()
+def start_near_induction(model: GPT2LMHeadModel) -> None:
+    """Set the initial weights where induction is a few hundred steps away instead of thousands; all are trained on.
 
-    Only the starting point of the learned embeddings: a shift is a rotation of them, so a head that looks one token back
-    is learned once for all positions, and induction, which needs such a head, appears within hundreds of steps.
+    Positions start as sinusoids in dimensions of their own, where the first head of the first layer starts by looking
+    one token back (a shift is a rotation of sinusoids). Heads start as copiers (output weights are the value weights
+    transposed) that compare like with like (keys weigh as queries do), and the unembedding starts equal to the
+    embeddings, so that copying is near the identity instead of `VOCAB` associations.
     """
-    angles = torch.arange(positions)[:, None] / 10_000 ** (torch.arange(0, width, 2) / width)
-    return torch.cat([angles.sin(), angles.cos()], dim=1) * INIT_STD * math.sqrt(2)
+    embeddings, positions = model.transformer.wte.weight, model.transformer.wpe.weight
+    half, width = POSITION_DIMS // 2, D_MODEL // HEADS
+    frequency = math.pi / 2 * (1 / 200) ** (torch.arange(half) / (half - 1))
+    angle = torch.arange(CONTEXT)[:, None] * frequency
+    embeddings[:, :POSITION_DIMS] = 0
+    positions.zero_()
+    positions[:, :POSITION_DIMS] = 2 * INIT_STD * torch.cat([angle.sin(), angle.cos()], dim=1)
+    model.lm_head.weight.copy_(embeddings)
+    for layer, block in enumerate(model.transformer.h):
+        query, key, value = block.attn.c_attn.weight.split(D_MODEL, dim=1)
+        block.attn.c_proj.weight.copy_(value.T)
+        if layer > 0:
+            key[:, :width] = query[:, :width]
+            continue
+        cosine, sine = torch.diag(frequency.cos()), torch.diag(frequency.sin())
+        rotation = torch.cat([torch.cat([cosine, sine], dim=1), torch.cat([-sine, cosine], dim=1)])
+        query[:, :width] = 0
+        key[:, :width] = 0
+        query[:POSITION_DIMS, :POSITION_DIMS] = 3 * rotation
+        key[:POSITION_DIMS, :POSITION_DIMS] = 3 * torch.eye(POSITION_DIMS)
 
 
 @torch.no_grad()
@@ -150,11 +174,12 @@ def induction_losses(model: GPT2LMHeadModel, stretches: NDArray[np.int64]) -> tu
 @click.option("--steps", default=6000, show_default=True, help="Optimiser steps of BATCH * CONTEXT tokens.")
 @click.option("--held-out", multiple=True, default=("pg84.txt", "98-0.txt"), show_default=True, help="Books never trained on.")
 @click.option("--seed", default=0, show_default=True)
+@click.option("--resume-at", default=0, help="Continue the run in OUT at this step, with a fresh optimiser.")
 @click.option("--log-every", default=250, show_default=True)
-def main(books: Path, out: Path, steps: int, held_out: tuple[str, ...], seed: int, log_every: int) -> None:
+def main(books: Path, out: Path, steps: int, held_out: tuple[str, ...], seed: int, resume_at: int, log_every: int) -> None:
     """Train the tokenizer and the model, and write both to OUT with a log of the run."""
     torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng([seed, resume_at])
     files = sorted(books.glob("*.txt"))
     train_files = [file for file in files if file.name not in held_out]
     tokenizer = train_tokenizer(train_files)
@@ -182,10 +207,10 @@ def main(books: Path, out: Path, steps: int, held_out: tuple[str, ...], seed: in
         eos_token_id=tokenizer.eos_token_id,
     )
     model = GPT2LMHeadModel(config)
-    with torch.no_grad():
-        model.transformer.wpe.weight.copy_(sinusoids(CONTEXT, D_MODEL))
-        # Untied, but starting equal: a head that copies is then near the identity instead of 4,096 associations.
-        model.lm_head.weight.copy_(model.transformer.wte.weight)
+    if resume_at:
+        model = GPT2LMHeadModel.from_pretrained(out)
+    else:
+        start_near_induction(model)
     constrain(model)
     click.echo(f"{sum(p.numel() for p in model.parameters()):,} parameters")
     embeddings = [model.transformer.wte.weight, model.transformer.wpe.weight, model.lm_head.weight]
@@ -205,24 +230,25 @@ def main(books: Path, out: Path, steps: int, held_out: tuple[str, ...], seed: in
         return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
 
     def learning_rate(step: int) -> float:
-        warm = min(1.0, (step + 1) / WARMUP)
+        warm = min(1.0, (step - resume_at + 1) / WARMUP)
         if step < COPY_STEPS:
-            return COPY_LR * warm
+            return PEAK_LR * warm
         progress = (step - COPY_STEPS) / max(1, steps - COPY_STEPS)
-        return PEAK_LR * (FINAL_SHARE + 0.5 * (1 - FINAL_SHARE) * (1 + math.cos(math.pi * progress)))
+        return warm * PEAK_LR * (FINAL_SHARE + 0.5 * (1 - FINAL_SHARE) * (1 + math.cos(math.pi * progress)))
 
-    log: list[dict[str, float]] = []
+    log: list[dict[str, float]] = json.loads((out / "training_log.json").read_text()) if resume_at else []
     probe = np.random.default_rng(1)
     natural = np.stack([unseen[s : s + 100] for s in probe.integers(0, len(unseen) - 100, size=32)])
     random_tokens = np.searchsorted(random_token_cdf, probe.random((32, 100)), side="right")
     started = time.perf_counter()
-    for step in range(steps):
+    for step in range(resume_at, steps):
         for group in optimizer.param_groups:
             group["lr"] = group["share"] * learning_rate(step)
-        copying = step < COPY_STEPS
-        batch = (
-            sample_copies(random_token_cdf, rng, BATCH, COPY_CONTEXT) if copying else sample_text(stream, random_token_cdf, rng)
-        )
+        if step < COPY_STEPS:
+            batch = sample_copies(random_token_cdf, rng, BATCH, COPY_CONTEXT)
+        else:
+            ramp = max(0.0, 1 - (step - COPY_STEPS) / RAMP_STEPS)
+            batch = sample_text(stream, random_token_cdf, REPEATED / 2 + 0.5 * ramp, rng)
         loss = training_loss(torch.from_numpy(batch))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -104,9 +103,9 @@ def planted_model(model_type: str, counts: torch.Tensor) -> PreTrainedModel:
     """
     config = {family.model_type: family.config for family in FAMILIES}[model_type]
     model = tiny_model(model_type, config)
-    projection, unembedding, layer, norm = {
-        "gpt2": lambda m: (m.transformer.h[-1].mlp.c_proj, m.lm_head, m.transformer.h[-1], m.transformer.ln_f),
-        "llama": lambda m: (m.model.layers[-1].mlp.down_proj, m.lm_head, m.model.layers[-1], m.model.norm),
+    projection, unembedding, norm = {
+        "gpt2": lambda m: (m.transformer.h[-1].mlp.c_proj, m.lm_head, m.transformer.ln_f),
+        "llama": lambda m: (m.model.layers[-1].mlp.down_proj, m.lm_head, m.model.norm),
     }[model_type](model)
     centred = model_type == "gpt2"
     embeddings = model.get_input_embeddings()

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import confsteer
-from confsteer import CorpusError, NoNeuronsError
+from confsteer import CorpusError, NoNeuronsError, SettingError
 from confsteer.profile import DIALS, Dial
 from tests.models import ENTROPY_NEURONS, FREQUENCY_NEURON, FREQUENCY_SIGN, planted_model, tiny_model, tiny_tokenizer, zipf_texts
 from tests.models import FAMILIES as TINY_FAMILIES
@@ -128,7 +128,7 @@ def test_a_text_without_a_window_is_refused() -> None:
 
 def test_a_window_beyond_the_context_is_refused() -> None:
     found = planted("gpt2")
-    with pytest.raises(CorpusError, match="context of 64"):
+    with pytest.raises(SettingError, match="context of 64"):
         confsteer.calibrate(found.model, found.tokenizer, found.texts, window=65)
 
 

@@ -138,7 +138,9 @@ def test_update_changes_the_steering_without_touching_hooks(found: Planted) -> N
         installed = [list(module._forward_pre_hooks.items()) for module in found.model.modules()]
         for steering in STEERINGS:
             steerer.update(steering)
-            torch.testing.assert_close(logits(found.model).log_softmax(-1), by_the_rule_outside(found, steering), atol=1e-4, rtol=0)
+            torch.testing.assert_close(
+                logits(found.model).log_softmax(-1), by_the_rule_outside(found, steering), atol=1e-4, rtol=0
+            )
         steerer.update()
         assert torch.equal(logits(found.model), neutral(found))
         assert [list(module._forward_pre_hooks.items()) for module in found.model.modules()] == installed

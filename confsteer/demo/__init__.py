@@ -11,6 +11,8 @@ from confsteer.profile import Profile
 
 
 class Demo(NamedTuple):
+    """The demonstration model, its tokenizer and its profile."""
+
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     profile: Profile

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from confsteer.discovery.readout import Readout
+from confsteer.errors import CorpusError
 
 
 class Unigram(NamedTuple):
@@ -29,7 +30,8 @@ class Unigram(NamedTuple):
         """From token counts ``[vocab]``.
 
         Raises:
-            ValueError: a count is negative, or all tokens are equally frequent (there is no direction then).
+            CorpusError: all tokens are equally frequent: there is no direction then.
+            ValueError: a count is negative.
         """
         if (counts < 0).any():
             raise ValueError("token counts cannot be negative")
@@ -38,7 +40,7 @@ class Unigram(NamedTuple):
         centred = log_frequency - log_frequency.mean()
         length = float(centred.norm())
         if length < 1e-9:
-            raise ValueError("all tokens have the same count: there is no frequency direction")
+            raise CorpusError("every token is equally frequent in the text: there is no unigram direction; give more text")
         return cls(log_frequency.float(), (centred / length).float(), length)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from confsteer.discovery.readout import Readout
+from confsteer.errors import SettingError
 
 ROWS_PER_CHUNK = 8192
 """Vocabulary rows converted to float64 at a time."""
@@ -73,25 +74,30 @@ def unembedding_spectrum(readout: Readout) -> UnembeddingSpectrum:
 def choose_null_dims(singular_values: Tensor) -> int:
     """Where the spectrum falls off its cliff: the ``k`` that the paper reads off a plot by eye.
 
-    The smallest quarter of the log spectrum is fitted by two straight lines with a free break between them; ``k`` is the
-    number of singular values before the break. A spectrum without a cliff gives some ``k`` too, and then no neuron
-    stands out from chance.
+    The smallest quarter of the log spectrum is fitted by two straight lines; ``k`` is the number of singular values before
+    the break that predicts best when each value in turn is left out. A spectrum without a cliff gives some ``k`` too, and
+    then no neuron stands out from chance.
 
     Args:
         singular_values: ascending, ``[d]``.
     """
     floor = singular_values[-1] * 1e-6
     values = singular_values[: max(4, len(singular_values) // 4)].double().clamp_min(floor).log()
-    x = torch.arange(len(values), dtype=torch.float64, device=values.device)
-
-    def residual_of_line(start: int, stop: int) -> float:
-        t, y = x[start:stop], values[start:stop]
-        t, y = t - t.mean(), y - y.mean()
-        slope = (t * y).sum() / t.square().sum().clamp_min(1e-300)
-        return float((y - slope * t).square().sum())
-
     breaks = range(1, len(values) - 1)
-    return min(breaks, key=lambda k: residual_of_line(0, k) + residual_of_line(k, len(values)))
+    return min(breaks, key=lambda k: _left_out_error(values[:k]) + _left_out_error(values[k:]))
+
+
+def _left_out_error(y: Tensor) -> float:
+    """Squared error of predicting each value from a line through the others; of two values, each from the other."""
+    if len(y) == 1:
+        return 0.0
+    if len(y) == 2:
+        return 2 * float((y[1] - y[0]).square())
+    x = torch.arange(len(y), dtype=y.dtype, device=y.device) - (len(y) - 1) / 2
+    spread = x.square().sum()
+    residual = y - y.mean() - x * ((x * y).sum() / spread)
+    leverage = 1 / len(y) + x.square() / spread
+    return float((residual / (1 - leverage)).square().sum())
 
 
 def chance_null_fraction(d: int, null_dims: int, n_neurons: int, *, seed: int = 0) -> float:
@@ -120,13 +126,13 @@ def weight_statistics(readout: Readout, *, null_dims: int | None = None, seed: i
         seed: of the random directions behind the chance level.
 
     Raises:
-        ValueError: `null_dims` is not between 1 and the rank of the spectrum less one.
+        SettingError: `null_dims` is not between 1 and the rank of the spectrum less one.
     """
     spectrum = unembedding_spectrum(readout)
     d = len(spectrum.singular_values)
     k = choose_null_dims(spectrum.singular_values) if null_dims is None else null_dims
     if not 0 < k < d:
-        raise ValueError(f"null_dims is {k}; it must be between 1 and {d - 1}")
+        raise SettingError(f"null_dims is {k}; it must be between 1 and {d - 1}")
     w_out = readout.w_out.double()
     norm = w_out.norm(dim=1)
     unit = w_out / norm.clamp_min(torch.finfo(torch.float64).tiny)[:, None]

@@ -63,7 +63,7 @@ def expected_calibration_error(confidence: Tensor, correct: Tensor) -> float:
 class ReliabilityBins(NamedTuple):
     """Sums per bin of confidence, ``[..., BINS]``."""
 
-    count: Tensor
+    tokens: Tensor
     confidence: Tensor
     correct: Tensor
 
@@ -88,7 +88,9 @@ def bootstrap_weights(n_windows: int, *, seed: int = 0) -> Tensor:
     """How often each window is drawn in each of `RESAMPLES` resamples, float64 ``[RESAMPLES, n_windows]``."""
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(0, n_windows, (RESAMPLES, n_windows), generator=generator)
-    return torch.zeros(RESAMPLES, n_windows, dtype=torch.float64).scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
+    return torch.zeros(RESAMPLES, n_windows, dtype=torch.float64).scatter_add_(
+        1, drawn, torch.ones_like(drawn, dtype=torch.float64)
+    )
 
 
 class Metrics(NamedTuple):

@@ -1,0 +1,5 @@
+"""``python -m confsteer``."""
+
+from confsteer.cli import main
+
+main()

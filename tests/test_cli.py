@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from confsteer import Profile
+from confsteer.cli import EXIT_NO_NEURONS, main
+from tests.models import ENTROPY_NEURONS, FAMILIES, tiny_model, tiny_tokenizer, zipf_texts
+from tests.planted import planted
+
+
+def run(*arguments: object, code: int = 0) -> Result:
+    result = CliRunner().invoke(main, [str(a) for a in arguments], env={"COLUMNS": "200"})
+    assert result.exit_code == code, (result.output, result.exception)
+    return result
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A planted model on disk with its profile and some text."""
+    root = tmp_path_factory.mktemp("cli")
+    found = planted("llama")
+    found.model.save_pretrained(root / "model")
+    found.tokenizer.save_pretrained(root / "model")
+    found.profile.save(root / "profile")
+    (root / "text.txt").write_text("\n".join(found.texts))
+    (root / "other.txt").write_text("\n".join(zipf_texts(4, 150, seed=4)))
+    return root
+
+
+def test_calibrate_finds_saves_and_prints(folder: Path, tmp_path: Path) -> None:
+    result = run("calibrate", folder / "model", "--text", folder / "text.txt", "--window", 64, "--out", tmp_path / "p")
+    profile = Profile.load(tmp_path / "p")
+    assert {n.index: n.sign for n in profile.entropy_neurons} == ENTROPY_NEURONS
+    assert profile.corpus.source == "text.txt"
+    for neuron in (*profile.entropy_neurons, *profile.frequency_neurons):
+        assert f"{neuron.layer}.{neuron.index}" in result.output
+    assert "Entropy neurons" in result.output
+    assert str(tmp_path / "p") in result.output.replace("\n", "")
+
+
+def test_calibrate_says_so_when_there_is_nothing(tmp_path: Path, folder: Path) -> None:
+    model = tiny_model(*next(f for f in FAMILIES if f.model_type == "llama"))
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    arguments = ("calibrate", tmp_path / "model", "--text", folder / "text.txt", "--window", 64, "--out", tmp_path / "p")
+    result = run(*arguments, code=EXIT_NO_NEURONS)
+    assert "Entropy neurons: none found." in result.output
+    assert Profile.load(tmp_path / "p").entropy_neurons == ()
+    steered = run("generate", "t1 t2", tmp_path / "model", "-p", tmp_path / "p", "-s", "entropy=0.1", code=1)
+    assert "there is nothing to steer" in steered.output
+
+
+def test_show_prints_and_draws(folder: Path, tmp_path: Path) -> None:
+    result = run("show", folder / "profile", "--plot", tmp_path / "n.png", "--response", tmp_path / "r.png")
+    assert "1.11" in result.output
+    for file in (tmp_path / "n.png", tmp_path / "r.png"):
+        assert file.read_bytes().startswith(b"\x89PNG")
+
+
+def test_generate_shows_each_steering(folder: Path) -> None:
+    model, profile = folder / "model", folder / "profile"
+    result = run(
+        "generate", "t3 t5", model, "-p", profile, "-s", "entropy=-0.5", "-s", '{"entropy": 0.5}', "--max-new-tokens", 20
+    )
+    assert "neutral" in result.output
+    assert "entropy=-0.5" in result.output
+    assert "entropy=+0.5" in result.output
+
+
+def test_eval_compares_and_writes_json_and_a_picture(folder: Path, tmp_path: Path) -> None:
+    result = run(
+        "eval", folder / "model", "-p", folder / "profile", "--text", folder / "other.txt", "--window", 64,
+        "-s", "entropy=0.3", "-s", "scale.entropy=0", "--json", tmp_path / "e.json", "--plot", tmp_path / "e.png",
+    )  # fmt: skip
+    assert "scale.entropy=0" in result.output
+    document = json.loads((tmp_path / "e.json").read_text())
+    unsteered, raised, _ = document["results"]
+    assert raised["metrics"]["entropy"][0] > unsteered["metrics"]["entropy"][0]
+    assert (tmp_path / "e.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        (["calibrate", "{model}"], 2, "give some text: --text FILE or --dataset HUB_ID"),
+        (["calibrate", "{model}", "--text", "{text}", "--dataset", "x/y"], 2, "not both"),
+        (["calibrate", "{model}", "--text", "{text}", "--window", "4"], 1, "a window of 4 tokens is too short; use at least 8"),
+        (["calibrate", "{model}", "--text", "{text}", "--window", "65"], 1, "does not fit the model's context of 64"),
+        (["calibrate", "{model}", "--text", "{text}", "--window", "64", "--null-dims", "99"], 1, "must be between 1 and 31"),
+        (["calibrate", "{model}", "--text", "{text}", "--tokens", "0"], 2, "0 is not in the range x>=1"),
+        (["calibrate", "{model}", "--text", "{text}", "--dtype", "int8"], 2, "'int8' is not one of"),
+        (["calibrate", "{model}", "--text", "missing.txt"], 1, "missing.txt: No such file"),
+        (["calibrate", "{root}/nothing", "--text", "{text}"], 1, "cannot load"),
+        (["show", "{root}/nothing"], 1, "no profile"),
+        (["show", "{model}"], 1, "has no profile.json"),
+        (["eval", "{model}", "--text", "{text}"], 2, "Missing option '-p'"),
+        (["eval", "{model}", "-p", "{profile}", "--text", "{text}", "-s", "entropy=9"], 1, "entropy=+9 is out of reach"),
+        (["eval", "{model}", "-p", "{profile}", "--text", "{text}", "-s", "heat=9"], 1, "unknown key 'heat'"),
+        (["generate", "t1", "{model}", "-p", "{profile}", "-s", "entropy"], 1, "'entropy' is not KEY=VALUE"),
+        (["generate", "t1", "{model}", "-p", "{profile}", "--max-new-tokens", "0"], 2, "0 is not in the range"),
+        (["nonsense"], 2, "No such command"),
+    ],
+)
+def test_bad_input_is_a_sentence_and_a_code(folder: Path, tmp_path: Path, arguments: list[str], code: int, sentence: str) -> None:
+    places = {"model": folder / "model", "text": folder / "text.txt", "profile": folder / "profile", "root": folder}
+    filled = [argument.format(**places) for argument in arguments]
+    if filled[0] == "calibrate":
+        filled += ["--out", str(tmp_path / "p")]
+    result = run(*filled, code=code)
+    assert sentence in " ".join(result.output.split())
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "p").exists(), "nothing is written when something is wrong"
+
+
+def test_help_teaches() -> None:
+    text = run("--help").output
+    for command in main.commands:
+        assert command in text
+        assert "Usage:" in run(command, "--help").output
+    assert "Exit codes" in text
+
+
+def test_the_version_is_the_packages() -> None:
+    import importlib.metadata
+
+    assert importlib.metadata.version("confsteer") in run("--version").output

@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from confsteer import NoNeuronsError, Profile, Steering, SteeringError
+from confsteer.discovery.response import monotone_range
+from confsteer.profile import DIALS, Dial
+from confsteer.steering import neuron_edit, steerable
+from tests.models import ENTROPY_NEURONS, FREQUENCY_NEURON
+from tests.planted import planted
+
+NUMBER = st.floats(-1e6, 1e6, allow_nan=False).map(lambda x: float(np.float32(x))).filter(lambda x: abs(x) <= 1e6)
+KEY = st.one_of(st.integers(0, 10_000), st.sampled_from(["entropy", "frequency"]))
+BOUNDS = st.tuples(NUMBER | st.none(), NUMBER | st.none()).filter(lambda b: None in b or b[0] <= b[1])  # type: ignore[operator]
+STEERING = st.builds(
+    Steering,
+    entropy=NUMBER | st.none(),
+    unigram=NUMBER | st.none(),
+    scale=st.dictionaries(KEY, NUMBER, max_size=3),
+    clamp=st.dictionaries(KEY, NUMBER | BOUNDS, max_size=3),
+    positions=st.sampled_from(["all", "generated"]),
+)
+
+
+@pytest.fixture(scope="module")
+def profile() -> Profile:
+    return planted("gpt2").profile
+
+
+def edit_of(profile: Profile, **request: Any) -> dict[int, tuple[float, float, float, float]]:
+    """Neuron index -> (gain, bias, low, high)."""
+    edit = neuron_edit(Steering.parse(request), profile)
+    return {n.index: tuple(float(c[row]) for c in edit) for row, n in enumerate(steerable(profile))}  # type: ignore[misc]
+
+
+NEUTRAL = (1.0, 0.0, -np.inf, np.inf)
+
+
+@given(STEERING)
+def test_json_gives_back_the_same_steering(steering: Steering) -> None:
+    assert Steering.parse(steering.model_dump_json()) == steering
+    assert Steering.parse(json.loads(steering.model_dump_json())) == steering
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "entropy=+0.3",
+        "entropy=-0.1 unigram=+0.05",
+        "scale.757=0 scale.entropy=2",
+        "clamp.757=1.5",
+        "clamp.757=:2 clamp.frequency=-1:",
+        "clamp.5=0:2 positions=generated",
+    ],
+)
+def test_text_and_str_are_inverses(text: str) -> None:
+    assert str(Steering.parse(text)) == text
+
+
+def test_nothing_asked_is_neutral(profile: Profile) -> None:
+    assert str(Steering()) == "neutral"
+    assert set(edit_of(profile).values()) == {NEUTRAL}
+    assert set(edit_of(profile, entropy=0.0, unigram=0).values()) == {NEUTRAL}
+
+
+def test_scaling_is_about_the_mean(profile: Profile) -> None:
+    edit = edit_of(profile, scale={5: 0.25})
+    gain, bias, low, high = edit[5]
+    neuron = next(n for n in profile.entropy_neurons if n.index == 5)
+    assert gain * neuron.mean_activation + bias == pytest.approx(neuron.mean_activation, rel=1e-5)
+    assert gain == 0.25
+    assert (low, high) == (-np.inf, np.inf)
+    assert edit[11] == edit[FREQUENCY_NEURON] == NEUTRAL
+
+
+def test_a_group_is_all_its_neurons(profile: Profile) -> None:
+    edit = edit_of(profile, scale={"entropy": 0.0}, clamp={"frequency": (None, 1.0)})
+    assert [edit[i][0] for i in ENTROPY_NEURONS] == [0.0, 0.0]
+    assert edit[FREQUENCY_NEURON] == (1.0, 0.0, -np.inf, 1.0)
+
+
+@pytest.mark.parametrize(("value", "bounds"), [(1.5, (1.5, 1.5)), ((0.0, 2.0), (0.0, 2.0)), ((None, 2.0), (-np.inf, 2.0))])
+def test_clamps_are_bounds(profile: Profile, value: Any, bounds: tuple[float, float]) -> None:
+    assert edit_of(profile, clamp={5: value})[5] == (1.0, 0.0, *bounds)
+
+
+@pytest.mark.parametrize("dial", DIALS)
+def test_a_dial_pushes_each_neuron_by_its_sign_and_deviation(profile: Profile, dial: Dial) -> None:
+    for share in (-0.8, -0.1, 0.1, 0.8):
+        change = share * abs(profile.reach(dial)[int(share > 0)])
+        position = profile.dial_position(dial, change)
+        assert position * share > 0
+        edit = edit_of(profile, **{dial: change})
+        for neuron in steerable(profile):
+            bias = position * neuron.sign * neuron.std_activation if neuron in profile.neurons(dial) else 0.0
+            assert edit[neuron.index] == (1.0, pytest.approx(bias, rel=1e-5), -np.inf, np.inf)
+
+
+@pytest.mark.parametrize("dial", DIALS)
+def test_dial_positions_invert_the_response_curve(profile: Profile, dial: Dial) -> None:
+    curve = profile.response[dial]
+    first, last = monotone_range(curve.change(dial), curve.zero)
+    for position, change in list(zip(curve.position, curve.change(dial), strict=True))[first : last + 1]:
+        assert profile.dial_position(dial, change) == pytest.approx(position, abs=1e-9)
+    low, high = profile.reach(dial)
+    assert (low, high) == (curve.change(dial)[first], curve.change(dial)[last])
+    positions = [profile.dial_position(dial, c) for c in np.linspace(low, high, 50)]
+    assert positions == sorted(positions)
+
+
+@pytest.mark.parametrize("dial", DIALS)
+def test_out_of_reach_names_the_range(profile: Profile, dial: Dial) -> None:
+    low, high = profile.reach(dial)
+    for change in (low - 0.01, high + 0.01, 1e6):
+        with pytest.raises(SteeringError, match=f"from {low:+.3f} to {high:+.3f} nats".replace("+", r"\+")):
+            edit_of(profile, **{dial: change})
+
+
+def test_a_dial_without_neurons_says_so(profile: Profile) -> None:
+    silent = profile.model_copy(update={"frequency_neurons": (), "response": {"entropy": profile.response["entropy"]}})
+    with pytest.raises(NoNeuronsError, match="no token-frequency neurons"):
+        edit_of(silent, unigram=0.1)
+    with pytest.raises(SteeringError, match="frequency neurons: not in the profile"):
+        edit_of(silent, scale={"frequency": 0.0})
+
+
+def test_a_neuron_outside_the_profile_is_refused_with_those_inside(profile: Profile) -> None:
+    with pytest.raises(SteeringError, match=r"neuron 4: not in the profile of .*, which has 11, 5, 20"):
+        edit_of(profile, scale={4: 0.0})
+
+
+@pytest.mark.parametrize(
+    ("request_", "sentence"),
+    [
+        ({"entropie": 0.1}, "unknown key 'entropie'; a steering has entropy, unigram, scale, clamp, positions"),
+        ({"entropy": "0.1"}, "entropy: Input should be a valid number"),
+        ({"entropy": True}, "entropy: Input should be a valid number"),
+        ({"entropy": float("nan")}, "entropy: Input should be a finite number"),
+        ({"entropy": float("inf")}, "entropy: Input should be"),
+        ({"entropy": 1e7}, "entropy: Input should be less than or equal to 1000000"),
+        ({"scale": {"5": None}}, "scale.5"),
+        ({"scale": {"five": 1.0}}, "scale.five"),
+        ({"scale": [5]}, "scale: Input should be a valid dictionary"),
+        ({"scale": {"5": 1.0, 5: 2.0}}, "a neuron is named twice"),
+        ({"clamp": {"5": [2.0, 1.0]}}, "neuron 5: the lower bound 2 is above the upper bound 1"),
+        ({"clamp": {"5": [1.0]}}, "clamp.5"),
+        ({"positions": "some"}, "positions: Input should be 'all' or 'generated'"),
+        ("{broken", "this is not JSON"),
+        ("[" * 100_000, "not KEY=VALUE"),
+        ('{"scale":' * 100_000, "not JSON"),
+        ("entropy", "'entropy' is not KEY=VALUE"),
+        ("entropy=much", "'much' is not a number"),
+        ("scale.5=1:2:3", "is not a number"),
+        (3, "not int"),
+        (None, "not NoneType"),
+    ],
+)
+def test_wrong_requests_are_refused_with_a_sentence(request_: Any, sentence: str) -> None:
+    with pytest.raises(SteeringError) as error:
+        Steering.parse(request_)
+    assert sentence in str(error.value)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(max_size=8) | st.sampled_from(list(Steering.model_fields)), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(st.sampled_from([*Steering.model_fields, "x"]), JSON, max_size=4) | JSON)
+def test_any_json_is_a_steering_or_a_clear_error(profile: Profile, request_: Any) -> None:
+    for request in (request_, json.dumps(request_)):
+        try:
+            edit = neuron_edit(Steering.parse(request), profile)
+        except (SteeringError, NoNeuronsError) as error:
+            assert str(error)
+        else:
+            assert np.isfinite(edit.gain).all()
+            assert np.isfinite(edit.bias).all()
+            assert (edit.low <= edit.high).all()
