@@ -14,10 +14,10 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from confsteer.anatomy import dissect, dtype_name
-from confsteer.capture import TokenStates, stream
+from confsteer.capture import stream
 from confsteer.corpus import make_windows
 from confsteer.discovery import select
-from confsteer.discovery.effects import EXACT_ABOVE, TokenEffects, TokenSlopes, ablation_effects, argmax_changes
+from confsteer.discovery.effects import TokenStates, ablation_effects, argmax_changes
 from confsteer.discovery.frequency import Unigram, chance_frequency_cosine, frequency_cosine
 from confsteer.discovery.readout import Readout
 from confsteer.discovery.response import ResponseCurve, ResponseMeans, choose_positions
@@ -86,9 +86,7 @@ def calibrate(
 
         def states(stage: str) -> Iterator[TokenStates]:
             with tqdm(total=windows.n_tokens, desc=stage, unit="tok", unit_scale=True, disable=not progress) as bar:
-                for batch in stream(model, anatomy, windows, batch_size=BATCH_SIZE, device=device):
-                    yield batch
-                    bar.update(batch.read)
+                yield from stream(model, anatomy, windows, batch_size=BATCH_SIZE, device=device, on_read=bar.update)
 
         weights = weight_statistics(readout, null_dims=null_dims, seed=seed)
         cosine = frequency_cosine(readout, unigram)
@@ -98,9 +96,9 @@ def calibrate(
             moments.update(batch.activations)
         if moments.count == 0:
             raise CorpusError("no token of the text counts: its windows are too short")
-        means = EffectMeans(readout.n_neurons)
+        mean, means = moments.mean.to(device), EffectMeans(readout.n_neurons)
         for batch in states("2/3 effects"):
-            means.update(*_ablate(readout, batch, moments.mean.to(device), unigram), batch.window)
+            means.update(*ablation_effects(readout, batch, mean, unigram), batch.window)
         effects = means.result()
         entropy = select.entropy_neurons(weights, effects)
         selected: dict[Dial, list[int]] = {
@@ -205,10 +203,9 @@ def _look_closer(
         for curve in (baseline, *curves.values()):
             curve.update(batch.residual, batch.targets)
         if len(reported):
-            few_states = batch._replace(activations=batch.activations[:, reported])
-            means.update(*_ablate(few, few_states, mean, unigram, exact_above=-1.0), batch.window)
-            differs = argmax_changes(few, activations=few_states.activations, residual=batch.residual, mean=mean)
-            changed += differs.double().sum(dim=0).cpu()
+            theirs = batch._replace(activations=batch.activations[:, reported])
+            means.update(*ablation_effects(few, theirs, mean, unigram, exact_above=-1.0), batch.window)
+            changed += argmax_changes(few, theirs, mean).double().sum(dim=0).cpu()
     return _CloserLook(
         effects=means.result(),
         argmax_changed=changed / moments.count,
@@ -217,20 +214,6 @@ def _look_closer(
             for dial, curve in curves.items()
         },
         baseline=baseline.result(),
-    )
-
-
-def _ablate(
-    readout: Readout, states: TokenStates, mean: Tensor, unigram: Unigram, *, exact_above: float = EXACT_ABOVE
-) -> tuple[TokenEffects, TokenSlopes]:
-    return ablation_effects(
-        readout,
-        activations=states.activations,
-        residual=states.residual,
-        targets=states.targets,
-        mean=mean,
-        unigram=unigram,
-        exact_above=exact_above,
     )
 
 

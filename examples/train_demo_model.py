@@ -23,6 +23,7 @@ import json
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -104,7 +105,7 @@ def sample_text(
     return windows
 
 
-def constrain(model: GPT2LMHeadModel) -> None:
+def constrain(model: Any) -> None:
     """Project the weights onto the given structure (module docstring), in place."""
     write = model.transformer.h[-1].mlp.c_proj.weight  # [neurons, d_model]
     with torch.no_grad():
@@ -115,7 +116,7 @@ def constrain(model: GPT2LMHeadModel) -> None:
 
 
 @torch.no_grad()
-def start_near_induction(model: GPT2LMHeadModel) -> None:
+def start_near_induction(model: Any) -> None:
     """Set the initial weights where induction is a few hundred steps away instead of thousands; all are trained on.
 
     Positions start as sinusoids in dimensions of their own, where the first head of the first layer starts by looking

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 import confsteer
 from confsteer import Profile
@@ -14,7 +14,7 @@ from tests.models import VOCAB, planted_model, tiny_tokenizer, zipf_texts
 
 
 class Planted(NamedTuple):
-    model: PreTrainedModel
+    model: Any
     tokenizer: PreTrainedTokenizerFast
     texts: list[str]
     profile: Profile

@@ -9,7 +9,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import confsteer
 from confsteer import CorpusError, NoNeuronsError, SettingError
 from confsteer.profile import DIALS, Dial
-from tests.models import ENTROPY_NEURONS, FREQUENCY_NEURON, FREQUENCY_SIGN, planted_model, tiny_model, tiny_tokenizer, zipf_texts
+from tests.models import (
+    ENTROPY_NEURONS,
+    FREQUENCY_NEURON,
+    FREQUENCY_SIGN,
+    TinyFamily,
+    planted_model,
+    tiny_model,
+    tiny_tokenizer,
+    zipf_texts,
+)
 from tests.models import FAMILIES as TINY_FAMILIES
 from tests.planted import Planted, planted
 
@@ -100,7 +109,7 @@ def test_half_precision_finds_the_same_neurons() -> None:
 
 
 @pytest.mark.parametrize("family", [f for f in TINY_FAMILIES if f.model_type in ("gpt2", "llama", "gpt_neox")])
-def test_a_random_model_has_no_such_neurons_and_steering_says_so(family: tuple[str, dict[str, object]]) -> None:
+def test_a_random_model_has_no_such_neurons_and_steering_says_so(family: TinyFamily) -> None:
     model, tokenizer = tiny_model(*family), tiny_tokenizer()
     profile = confsteer.calibrate(model, tokenizer, zipf_texts(), window=64)
     assert profile.entropy_neurons == ()

@@ -15,7 +15,7 @@ import confsteer
 from confsteer import NoNeuronsError, ProfileMismatchError, Steering, SteeringError
 from confsteer.anatomy import LastLayerStates, dissect
 from confsteer.steering import neuron_edit, steerable
-from tests.models import FAMILIES, planted_model, tiny_model
+from tests.models import FAMILIES, TinyFamily, planted_model, tiny_model
 from tests.planted import Planted, planted
 
 IDS = torch.randint(1, 96, (4, 10), generator=torch.Generator().manual_seed(5))
@@ -73,7 +73,7 @@ def test_steered_logits_follow_the_rule(found: Planted, steering: Steering) -> N
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f.model_type in ("gpt2", "llama", "opt")])
-def test_neutral_steering_is_bit_identical(dtype: torch.dtype, family: tuple[str, dict[str, object]]) -> None:
+def test_neutral_steering_is_bit_identical(dtype: torch.dtype, family: TinyFamily) -> None:
     model = tiny_model(*family).to(dtype)
     profile = profile_for(model)
     unsteered = logits(model)
@@ -225,8 +225,9 @@ def test_sampling_streaming_and_pipelines_are_steered(found: Planted) -> None:
         generator = pipeline("text-generation", model=found.model, tokenizer=found.tokenizer)
         text = generator("t3 t7 t11", max_new_tokens=5, do_sample=False, pad_token_id=0)[0]["generated_text"]
         greedy = found.model.generate(torch.tensor([[3, 7, 11]]), max_new_tokens=5, do_sample=False, pad_token_id=0)
-    assert streamed == found.tokenizer.decode(sampled[0, 10:]).split()
-    assert re.findall(r"t\d+", text) == re.findall(r"t\d+", found.tokenizer.decode(greedy[0]))
+    decode = found.tokenizer.decode
+    assert streamed == str(decode(sampled[0, 10:])).split()
+    assert re.findall(r"t\d+", text) == re.findall(r"t\d+", str(decode(greedy[0])))
 
 
 def test_assisted_decoding_gives_the_same_tokens(found: Planted) -> None:
@@ -341,7 +342,7 @@ def test_compiled_code_follows_update(backend: str) -> None:
     found = planted("gpt2")
     torch._dynamo.reset()
     with confsteer.steer(found.model, found.profile) as steerer:
-        compiled = torch.compile(found.model, backend=backend)
+        compiled: Any = torch.compile(found.model, backend=backend)
         torch.testing.assert_close(logits(compiled), UNSTEERED["gpt2"], atol=1e-4, rtol=1e-4)
         recompiles = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         for steering in STEERINGS[:3]:
@@ -363,7 +364,7 @@ def test_a_peft_model_is_steered_with_its_adapter() -> None:
     adapted = logits(model)
     with confsteer.steer(model, found.profile, clamp={5: 2.0}):
         steered = logits(model)
-    merged = model.merge_and_unload()
+    merged: Any = model.merge_and_unload()
     projection = merged.model.layers[-1].mlp.down_proj
 
     def clamp(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:

@@ -41,6 +41,19 @@ WORKING_SET = 2**25
 """Elements of the largest temporary tensors (128 MiB in float32): tokens and neurons are chunked to stay below."""
 
 
+class TokenStates(NamedTuple):
+    """What a model left in its last layer at some tokens."""
+
+    activations: Tensor
+    """Input of the last MLP's output projection, ``[tokens, n_neurons]``."""
+    residual: Tensor
+    """Input of the final norm, ``[tokens, d_model]``."""
+    targets: Tensor
+    """Ids of the tokens that follow, ``[tokens]``."""
+    window: Tensor
+    """Which window each token is in, ``[tokens]``."""
+
+
 class TokenEffects(NamedTuple):
     """Effects of ablating each neuron at each token, in nats, ``[tokens, n_neurons]`` float32."""
 
@@ -131,35 +144,26 @@ class _Tokens(NamedTuple):
 
 
 def ablation_effects(
-    readout: Readout,
-    *,
-    activations: Tensor,
-    residual: Tensor,
-    targets: Tensor,
-    mean: Tensor,
-    unigram: Unigram,
-    exact_above: float = EXACT_ABOVE,
+    readout: Readout, states: TokenStates, mean: Tensor, unigram: Unigram, *, exact_above: float = EXACT_ABOVE
 ) -> tuple[TokenEffects, TokenSlopes]:
     """Mean-ablation effects and slopes of every neuron at every token, by the expansion of the module docstring.
 
     Args:
         readout: the model's last layer.
-        activations: ``[tokens, n_neurons]``.
-        residual: input of the final norm, ``[tokens, d_model]``.
-        targets: id of the next token, ``[tokens]``.
+        states: of the tokens to measure on.
         mean: activations that ablation puts in place, ``[n_neurons]``.
         unigram: the corpus's unigram distribution.
         exact_above: variance of ``Δ`` in nats² above which a pair is evaluated exactly.
     """
     step = max(1, WORKING_SET // readout.vocab_size)
-    effects = TokenEffects(*(torch.empty(len(residual), readout.n_neurons, device=residual.device) for _ in range(5)))
+    effects = TokenEffects(*(torch.empty(states.activations.shape, device=states.residual.device) for _ in range(5)))
     slopes = TokenSlopes(*(torch.empty_like(effects.loss) for _ in range(2)))
-    for start in range(0, len(residual), step):
+    for start in range(0, len(states.residual), step):
         rows = slice(start, start + step)
-        tokens = _Tokens.measure(readout, residual[rows], targets[rows], unigram)
+        tokens = _Tokens.measure(readout, states.residual[rows], states.targets[rows], unigram)
         for first in range(0, readout.n_neurons, step):
             block = slice(first, first + step)
-            delta = mean[block].float() - activations[rows, block].float()
+            delta = mean[block].float() - states.activations[rows, block].float()
             block_effects, block_slopes = _block_effects(readout, tokens, delta, block, unigram, exact_above)
             for whole, part in zip((*effects, *slopes), (*block_effects, *block_slopes), strict=True):
                 whole[rows, block] = part
@@ -245,21 +249,21 @@ def _exact_pairs(
     return TokenEffects(loss, direct_loss, entropy, frequency_kl, log_mean - delta.gather(1, target)[:, 0])
 
 
-def argmax_changes(readout: Readout, *, activations: Tensor, residual: Tensor, mean: Tensor) -> Tensor:
+def argmax_changes(readout: Readout, states: TokenStates, mean: Tensor) -> Tensor:
     """Whether ablating a neuron changes the most likely next token, exactly, ``[tokens, n_neurons]`` bool.
 
-    For a few neurons: pass a readout with their rows of ``w_out`` only. Arguments as in `ablation_effects`.
+    For a few neurons: pass a readout and states of these only. Arguments as in `ablation_effects`.
     """
-    changed = torch.empty(len(residual), readout.n_neurons, dtype=torch.bool, device=residual.device)
+    changed = torch.empty(states.activations.shape, dtype=torch.bool, device=states.residual.device)
     step = max(1, WORKING_SET // readout.vocab_size)
-    for start in range(0, len(residual), step):
+    for start in range(0, len(states.residual), step):
         rows = slice(start, start + step)
-        h = readout.centre(residual[rows])
+        h = readout.centre(states.residual[rows])
         sigma = readout.norm_scale(h)
         x = (h / sigma[:, None]) @ readout.unembedding.T
         argmax = (x + readout.logit_bias).argmax(dim=-1)
         for neuron, w in enumerate(readout.w_out):
-            delta = mean[neuron].float() - activations[rows, neuron].float()
+            delta = mean[neuron].float() - states.activations[rows, neuron].float()
             new_sigma = readout.norm_scale(h + delta[:, None] * w)
             logits = x * (sigma / new_sigma)[:, None] + readout.logit_bias
             logits += (delta / new_sigma)[:, None] * (readout.unembedding @ w)

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from confsteer.anatomy import LastLayerStates, dissect
-from confsteer.discovery.effects import TokenEffects, ablation_effects, argmax_changes
+from confsteer.discovery.effects import TokenEffects, TokenStates, ablation_effects, argmax_changes
 from confsteer.discovery.frequency import Unigram
 from confsteer.discovery.readout import Readout
 from confsteer.discovery.streaming import ActivationMoments, EffectMeans
-from tests.models import FAMILIES, VOCAB, tiny_model
+from tests.models import FAMILIES, VOCAB, TinyFamily, tiny_model
 
 
 def random_readout(*, d: int = 24, neurons: int = 40, vocab: int = 300, centred: bool, bias: bool, seed: int = 0) -> Readout:
@@ -27,29 +27,33 @@ def random_readout(*, d: int = 24, neurons: int = 40, vocab: int = 300, centred:
     )
 
 
-def random_tokens(readout: Readout, tokens: int = 60, scale: float = 1.0, seed: int = 1) -> dict[str, Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    return {
-        "activations": scale * torch.randn(tokens, readout.n_neurons, generator=g),
-        "residual": 2 * torch.randn(tokens, readout.d_model, generator=g),
-        "targets": torch.randint(0, readout.vocab_size, (tokens,), generator=g),
-        "mean": 0.1 * torch.randn(readout.n_neurons, generator=g),
-    }
+def random_states(readout: Readout, tokens: int = 60, scale: float = 1.0) -> TokenStates:
+    g = torch.Generator().manual_seed(1)
+    return TokenStates(
+        activations=scale * torch.randn(tokens, readout.n_neurons, generator=g),
+        residual=2 * torch.randn(tokens, readout.d_model, generator=g),
+        targets=torch.randint(0, readout.vocab_size, (tokens,), generator=g),
+        window=torch.arange(tokens) // 10,
+    )
+
+
+def random_mean(readout: Readout) -> Tensor:
+    return 0.1 * torch.randn(readout.n_neurons, generator=torch.Generator().manual_seed(2))
 
 
 def random_unigram(vocab: int) -> Unigram:
     return Unigram.from_counts((10_000 / torch.arange(1, vocab + 1)).long())
 
 
-def by_definition(readout: Readout, inputs: dict[str, Tensor], unigram: Unigram) -> TokenEffects:
+def by_definition(readout: Readout, states: TokenStates, mean: Tensor, unigram: Unigram) -> TokenEffects:
     """One pair after the other, in float64, as the definitions say: no expansion, no shared terms."""
     as64 = {f.name: v.double() for f in dataclasses.fields(readout) if isinstance(v := getattr(readout, f.name), Tensor)}
     W, b, w_out = as64["unembedding"], as64["logit_bias"], as64["w_out"]
     v, f = unigram.direction.double(), unigram.log_frequency.double().exp()
-    out = TokenEffects(*(torch.zeros(inputs["activations"].shape, dtype=torch.float64) for _ in range(5)))
-    for t, h in enumerate(inputs["residual"].double()):
+    out = TokenEffects(*(torch.zeros(states.activations.shape, dtype=torch.float64) for _ in range(5)))
+    for t, h in enumerate(states.residual.double()):
         h = h - h.mean() if readout.centred else h
-        target = inputs["targets"][t]
+        target = states.targets[t]
 
         def sigma(h: Tensor) -> Tensor:
             return (h.square().mean() + readout.epsilon).sqrt()
@@ -65,7 +69,7 @@ def by_definition(readout: Readout, inputs: dict[str, Tensor], unigram: Unigram)
 
         z = W @ (h / sigma(h)) + b
         for i, w in enumerate(w_out):
-            ablated = h + (inputs["mean"][i] - inputs["activations"][t, i]).double() * w
+            ablated = h + (mean[i] - states.activations[t, i]).double() * w
             total, direct = W @ (ablated / sigma(ablated)) + b, W @ (ablated / sigma(h)) + b
             held = total - ((total - z) @ v) * v
             values = (
@@ -84,10 +88,10 @@ def by_definition(readout: Readout, inputs: dict[str, Tensor], unigram: Unigram)
 @pytest.mark.parametrize("bias", [True, False])
 def test_exact_pairs_equal_the_definition(centred: bool, bias: bool) -> None:
     readout = random_readout(centred=centred, bias=bias)
-    inputs, unigram = random_tokens(readout, tokens=20), random_unigram(readout.vocab_size)
-    effects, _ = ablation_effects(readout, **inputs, unigram=unigram, exact_above=-1.0)
-    for name, ours, theirs in zip(effects._fields, effects, by_definition(readout, inputs, unigram), strict=True):
-        torch.testing.assert_close(ours.double(), theirs, atol=3e-6, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+    states, mean, unigram = random_states(readout, tokens=20), random_mean(readout), random_unigram(readout.vocab_size)
+    effects, _ = ablation_effects(readout, states, mean, unigram, exact_above=-1.0)
+    for ours, theirs in zip(effects, by_definition(readout, states, mean, unigram), strict=True):
+        torch.testing.assert_close(ours.double(), theirs, atol=3e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("centred", [True, False])
@@ -95,9 +99,9 @@ def test_exact_pairs_equal_the_definition(centred: bool, bias: bool) -> None:
 def test_expansion_is_within_a_thousandth_per_neuron(centred: bool, scale: float) -> None:
     """Mean |Δ| of every neuron to 0.1 % of its exact value, or 1e-7 nats."""
     readout = random_readout(centred=centred, bias=True)
-    inputs, unigram = random_tokens(readout, scale=scale), random_unigram(readout.vocab_size)
-    fast, _ = ablation_effects(readout, **inputs, unigram=unigram)
-    exact = by_definition(readout, inputs, unigram)
+    states, mean, unigram = random_states(readout, scale=scale), random_mean(readout), random_unigram(readout.vocab_size)
+    fast, _ = ablation_effects(readout, states, mean, unigram)
+    exact = by_definition(readout, states, mean, unigram)
     for name, ours, theirs in zip(fast._fields, fast, exact, strict=True):
         ours, theirs = ours.double().abs().mean(0), theirs.abs().mean(0)
         assert ((ours - theirs).abs() <= 1e-3 * theirs + 1e-7).all(), (name, ((ours - theirs).abs() / theirs).max())
@@ -109,9 +113,9 @@ def test_expansion_alone_is_second_order() -> None:
     unigram = random_unigram(readout.vocab_size)
     errors = []
     for scale in (0.4, 0.2):
-        inputs = random_tokens(readout, scale=scale) | {"mean": torch.zeros(readout.n_neurons)}
-        approximate, _ = ablation_effects(readout, **inputs, unigram=unigram, exact_above=float("inf"))
-        exact = by_definition(readout, inputs, unigram)
+        states, mean = random_states(readout, scale=scale), torch.zeros(readout.n_neurons)
+        approximate, _ = ablation_effects(readout, states, mean, unigram, exact_above=float("inf"))
+        exact = by_definition(readout, states, mean, unigram)
         errors.append([float((a.double() - e).abs().mean()) for a, e in zip(approximate, exact, strict=True)])
     for coarse, fine in zip(*errors, strict=True):
         assert fine < coarse / 7
@@ -119,12 +123,12 @@ def test_expansion_alone_is_second_order() -> None:
 
 def test_slopes_are_derivatives_of_the_effects() -> None:
     readout = random_readout(centred=True, bias=True)
-    inputs, unigram = random_tokens(readout, tokens=12), random_unigram(readout.vocab_size)
-    _, slopes = ablation_effects(readout, **inputs, unigram=unigram)
+    states, unigram = random_states(readout, tokens=12), random_unigram(readout.vocab_size)
+    _, slopes = ablation_effects(readout, states, random_mean(readout), unigram)
     v64 = unigram.log_frequency.double()
     for i in (0, 7):
         a = torch.zeros(12, dtype=torch.float64, requires_grad=True)
-        h = readout.centre(inputs["residual"]).double() + a[:, None] * readout.w_out[i].double()
+        h = readout.centre(states.residual).double() + a[:, None] * readout.w_out[i].double()
         x = h / (h.square().mean(-1, keepdim=True) + readout.epsilon).sqrt()
         log_p = (x @ readout.unembedding.double().T + readout.logit_bias.double()).log_softmax(-1)
         entropy = -(log_p.exp() * log_p).sum()
@@ -136,39 +140,39 @@ def test_slopes_are_derivatives_of_the_effects() -> None:
 
 def test_chunking_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     readout = random_readout(centred=True, bias=False)
-    inputs, unigram = random_tokens(readout), random_unigram(readout.vocab_size)
-    whole, _ = ablation_effects(readout, **inputs, unigram=unigram)
-    changed = argmax_changes(readout, **{k: v for k, v in inputs.items() if k != "targets"})
+    states, mean, unigram = random_states(readout), random_mean(readout), random_unigram(readout.vocab_size)
+    whole, _ = ablation_effects(readout, states, mean, unigram)
+    changed = argmax_changes(readout, states, mean)
     monkeypatch.setattr("confsteer.discovery.effects.WORKING_SET", 7 * readout.vocab_size)
-    parts, _ = ablation_effects(readout, **inputs, unigram=unigram)
+    parts, _ = ablation_effects(readout, states, mean, unigram)
     for one, other in zip(whole, parts, strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
-    assert torch.equal(changed, argmax_changes(readout, **{k: v for k, v in inputs.items() if k != "targets"}))
+    assert torch.equal(changed, argmax_changes(readout, states, mean))
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f.model_type in ("gpt2", "llama", "gpt_neox", "granite", "phi")])
-def test_effects_equal_running_the_model_with_the_neuron_replaced(family: tuple[str, dict[str, object]]) -> None:
+def test_effects_equal_running_the_model_with_the_neuron_replaced(family: TinyFamily) -> None:
     model = tiny_model(*family)
     anatomy = dissect(model)
     readout = anatomy.readout()
     ids = torch.randint(0, VOCAB, (3, 12), generator=torch.Generator().manual_seed(3))
-    states: list[LastLayerStates] = []
+    recorded: list[LastLayerStates] = []
 
     def run() -> Tensor:
         with torch.no_grad():
-            return model(ids, use_cache=False).logits[:, :-1].flatten(0, 1).log_softmax(-1)
+            log_p: Tensor = model(ids, use_cache=False).logits[:, :-1].flatten(0, 1).log_softmax(-1)
+        return log_p
 
-    with anatomy.recording(states.append):
+    with anatomy.recording(recorded.append):
         before = run()
     not_last = torch.ones(3, 12, dtype=torch.bool)
     not_last[:, -1] = False
     keep, targets = not_last.flatten(), ids[:, 1:].flatten()
-    activations, residual = states[0].activations[keep], states[0].residual[keep]
-    mean = activations.mean(0)
+    states = TokenStates(recorded[0].activations[keep], recorded[0].residual[keep], targets, targets)
+    mean = states.activations.mean(0)
     unigram = random_unigram(VOCAB)
-    arguments = {"activations": activations, "residual": residual, "mean": mean}
-    effects, _ = ablation_effects(readout, **arguments, targets=targets, unigram=unigram)
-    changed = argmax_changes(readout, **arguments)
+    effects, _ = ablation_effects(readout, states, mean, unigram)
+    changed = argmax_changes(readout, states, mean)
     f = unigram.log_frequency.exp()
     for i in (0, 3, anatomy.n_neurons - 1):
 
@@ -207,9 +211,9 @@ def test_moments_of_half_precision_do_not_overflow() -> None:
 def test_standard_errors_are_those_of_window_means() -> None:
     """With equal windows the mean over tokens is the mean of window means, and its error the textbook one."""
     readout = random_readout(centred=True, bias=False, neurons=3)
-    inputs, unigram = random_tokens(readout, tokens=60), random_unigram(readout.vocab_size)
-    effects, slopes = ablation_effects(readout, **inputs, unigram=unigram)
-    window = torch.arange(60) // 10
+    states, unigram = random_states(readout), random_unigram(readout.vocab_size)
+    effects, slopes = ablation_effects(readout, states, random_mean(readout), unigram)
+    window = states.window
     means = EffectMeans(3)
     for half in (slice(0, 30), slice(30, 60)):
         means.update(TokenEffects(*(e[half] for e in effects)), type(slopes)(*(s[half] for s in slopes)), window[half])
@@ -228,7 +232,7 @@ def test_standard_errors_are_those_of_window_means() -> None:
 
 def test_one_window_has_no_standard_error() -> None:
     readout = random_readout(centred=True, bias=False, neurons=3)
-    effects = ablation_effects(readout, **random_tokens(readout), unigram=random_unigram(readout.vocab_size))
+    effects = ablation_effects(readout, random_states(readout), random_mean(readout), random_unigram(readout.vocab_size))
     means = EffectMeans(3)
     means.update(*effects, torch.zeros(60, dtype=torch.long))
     assert not torch.isfinite(means.result().total.standard_error).any()
