@@ -27,6 +27,9 @@ class Steerer:
     def __init__(self, profile: Profile, steerings: Sequence[Steering]) -> None:
         self.profile = profile
         self.steerings = tuple(steerings)
+        self.positions = steerings[0].positions
+        self.by_row = len(steerings) > 1 or self.positions == "generated"
+        """Whether edits depend on the row of the batch, or on where in the text a pass is."""
         self._neurons = torch.tensor([neuron.index for neuron in steerable(profile)])
         self._table = self._build(self.steerings)  # [4, steerings, neurons]: gain, bias, low, high
         self._layer = profile.model.layer
@@ -44,10 +47,10 @@ class Steerer:
             SteeringError: malformed, out of reach, or of another number or other `positions` than the context has.
         """
         steerings = _as_steerings(steering, request)
-        if len(steerings) != len(self.steerings) or _positions(steerings) != _positions(self.steerings):
+        if len(steerings) != len(self.steerings) or steerings[0].positions != self.positions:
             raise SteeringError(
-                f"update() keeps the number of steerings and their positions: {len(self.steerings)}, "
-                f"{_positions(self.steerings)!r}; given {len(steerings)}, {_positions(steerings)!r}. Open another context"
+                f"update() keeps the number of steerings and their positions: {len(self.steerings)}, {self.positions!r}; "
+                f"given {len(steerings)}, {steerings[0].positions!r}. Open another context"
             )
         self._table.copy_(self._build(steerings))
         self.steerings = tuple(steerings)
@@ -75,13 +78,13 @@ class Steerer:
             self._neurons, self._table = self._neurons.to(activations.device), self._table.to(activations.device)
         selected = activations.index_select(-1, self._neurons)
         gain, bias, low, high = self._table
-        if len(self.steerings) > 1 or _positions(self.steerings) == "generated":
+        if self.by_row:
             # One row per sequence, whether the model keeps [rows, positions, n] or flattens it.
             by_row = selected.reshape(self._rows, -1, selected.shape[-1])
             per_steering = self._rows // len(self.steerings)
             gain, bias, low, high = (t.repeat_interleave(per_steering, dim=0)[:, None] for t in (gain, bias, low, high))
             edited = torch.clamp(by_row.float() * gain + bias, low, high).to(selected.dtype)
-            if _positions(self.steerings) == "generated" and not self._continues:
+            if self.positions == "generated" and not self._continues:
                 edited = torch.cat([by_row[:, :-1], edited[:, -1:]], dim=1)
             edited = edited.reshape(selected.shape)
         else:
@@ -127,7 +130,7 @@ def steer(
     with contextlib.ExitStack() as stack:
         _steered.add(anatomy.down_proj)
         stack.callback(_steered.discard, anatomy.down_proj)
-        if len(steerer.steerings) > 1 or _positions(steerer.steerings) == "generated":
+        if steerer.by_row:
             stack.callback(anatomy.last_layer.register_forward_pre_hook(steerer._note_pass, with_kwargs=True).remove)
         stack.callback(anatomy.down_proj.register_forward_pre_hook(steerer._edit).remove)
         yield steerer
@@ -138,14 +141,10 @@ def _as_steerings(steering: Steering | Sequence[Steering] | None, request: dict[
         raise SteeringError("give a Steering or its keywords, not both")
     if steering is None:
         return [Steering.parse(request)]
-    several = steering if isinstance(steering, Sequence) else [steering]
+    several = steering if isinstance(steering, Sequence) and not isinstance(steering, str) else [steering]
     steerings = [Steering.parse(one) for one in several]
     if not steerings:
         raise SteeringError("an empty list of steerings: give one, or one per row of the batch")
     if len({s.positions for s in steerings}) > 1:
         raise SteeringError("all rows of a batch must have the same positions, 'all' or 'generated'")
     return steerings
-
-
-def _positions(steerings: Sequence[Steering]) -> str:
-    return steerings[0].positions

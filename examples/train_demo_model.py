@@ -38,17 +38,15 @@ NULL_DIMS = 8
 RESERVED = 8
 INIT_STD = 0.06  # about 1/sqrt(D_MODEL): GPT-2's 0.02 is for wider models, and attention starts learning late with it
 BATCH = 16
-PEAK_LR, FINAL_SHARE, WARMUP = 1e-3, 0.05, 50
-EMBEDDING_LR = 0.5  # of the learning rate: the sparse, noisy gradients of embeddings would undo what heads learn to copy
-COPY_STEPS, RAMP_STEPS, COPY_CONTEXT = 2000, 400, 256
-"""Training starts on nothing but repeated random tokens, which teaches induction; text then comes in gradually."""
-REPEATED = 0.2
-"""Share of the windows with repetition once text has come in."""
+PEAK_LR, FINAL_SHARE, WARMUP = 2e-3, 0.05, 100
+EMBEDDING_LR = 0.75  # of the learning rate: the sparse, noisy gradients of embeddings would undo what heads learn to copy
+REPEATED_TEXT, REPEATED_RANDOM = 0.15, 0.10
+"""Shares of the training windows in which a stretch of text is read twice, and that are random tokens read again and again."""
 POSITION_DIMS = 48
 INIT_STD = 0.06  # about 1/sqrt(D_MODEL): GPT-2's 0.02 is for wider models, and attention starts learning late with it
 BATCH = 16
-PEAK_LR, FINAL_SHARE, WARMUP = 1e-3, 0.05, 50
-EMBEDDING_LR = 0.5  # of the learning rate: the sparse, noisy gradients of embeddings would undo what heads learn to copy
+PEAK_LR, FINAL_SHARE, WARMUP = 2e-3, 0.05, 100
+EMBEDDING_LR = 0.75  # of the learning rate: the sparse, noisy gradients of embeddings would undo what heads learn to copy
 REPEATED_EARLY, REPEATED_LATE, EARLY_STEPS = 0.7, 0.25, 800
 """Share of training windows with a repeated stretch; the larger share at first is what starts induction."""
 EOT = "<|endoftext|>"
@@ -77,29 +75,17 @@ def encode(tokenizer: PreTrainedTokenizerFast, files: list[Path]) -> NDArray[np.
     return np.asarray(ids, dtype=np.int64)
 
 
-def repeat_length(rng: np.random.Generator, context: int) -> int:
-    """Log-uniform: a short stretch read many times teaches copying, from which long ones teach induction."""
-    return int(np.exp(rng.uniform(np.log(8), np.log(context // 2))))
-
-
-def sample_copies(random_token_cdf: NDArray[np.float64], rng: np.random.Generator, rows: int, context: int) -> NDArray[np.int64]:
-    """``[rows, context + 1]`` ids: in each row one random stretch, read until the row is full."""
-    stretches = (rng.random(repeat_length(rng, context)) for _ in range(rows))
-    return np.stack([np.resize(np.searchsorted(random_token_cdf, s, side="right"), context + 1) for s in stretches])
-
-
-def sample_text(
-    stream: NDArray[np.int64], random_token_cdf: NDArray[np.float64], random_share: float, rng: np.random.Generator
-) -> NDArray[np.int64]:
-    """``[BATCH, CONTEXT + 1]`` ids of text; a share of the rows is random tokens, in `REPEATED`/2 a stretch is read again."""
+def sample_batch(stream: NDArray[np.int64], random_token_cdf: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.int64]:
+    """``[BATCH, CONTEXT + 1]`` ids: text, text with a stretch that is read twice, or random tokens read until it is full."""
     starts = rng.integers(0, len(stream) - CONTEXT - 1, size=BATCH)
     windows = np.stack([stream[s : s + CONTEXT + 1] for s in starts])
     for window in windows:
         kind = rng.random()
-        if kind < random_share:
-            window[:] = sample_copies(random_token_cdf, rng, 1, CONTEXT)[0]
-        elif kind < random_share + REPEATED / 2:
-            length = repeat_length(rng, CONTEXT)
+        # Log-uniform: a short stretch read many times teaches copying, from which long ones teach induction.
+        length = int(np.exp(rng.uniform(np.log(8), np.log(CONTEXT // 2))))
+        if kind < REPEATED_RANDOM:
+            window[:] = np.resize(np.searchsorted(random_token_cdf, rng.random(length), side="right"), len(window))
+        elif kind < REPEATED_RANDOM + REPEATED_TEXT:
             first = int(rng.integers(0, CONTEXT + 2 - 2 * length))
             window[first + length : first + 2 * length] = window[first : first + length]
     return windows
@@ -134,7 +120,7 @@ def start_near_induction(model: Any) -> None:
     model.lm_head.weight.copy_(embeddings)
     for layer, block in enumerate(model.transformer.h):
         query, key, value = block.attn.c_attn.weight.split(D_MODEL, dim=1)
-        block.attn.c_proj.weight.copy_(value.T)
+        block.attn.c_proj.weight.copy_(0.5 * value.T)
         if layer > 0:
             key[:, :width] = query[:, :width]
             continue
@@ -232,9 +218,7 @@ def main(books: Path, out: Path, steps: int, held_out: tuple[str, ...], seed: in
 
     def learning_rate(step: int) -> float:
         warm = min(1.0, (step - resume_at + 1) / WARMUP)
-        if step < COPY_STEPS:
-            return PEAK_LR * warm
-        progress = (step - COPY_STEPS) / max(1, steps - COPY_STEPS)
+        progress = step / steps
         return warm * PEAK_LR * (FINAL_SHARE + 0.5 * (1 - FINAL_SHARE) * (1 + math.cos(math.pi * progress)))
 
     log: list[dict[str, float]] = json.loads((out / "training_log.json").read_text()) if resume_at else []
@@ -245,12 +229,7 @@ def main(books: Path, out: Path, steps: int, held_out: tuple[str, ...], seed: in
     for step in range(resume_at, steps):
         for group in optimizer.param_groups:
             group["lr"] = group["share"] * learning_rate(step)
-        if step < COPY_STEPS:
-            batch = sample_copies(random_token_cdf, rng, BATCH, COPY_CONTEXT)
-        else:
-            ramp = max(0.0, 1 - (step - COPY_STEPS) / RAMP_STEPS)
-            batch = sample_text(stream, random_token_cdf, REPEATED / 2 + 0.5 * ramp, rng)
-        loss = training_loss(torch.from_numpy(batch))
+        loss = training_loss(torch.from_numpy(sample_batch(stream, random_token_cdf, rng)))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

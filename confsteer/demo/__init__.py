@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from confsteer.loading import DEMO_NAME, load_model
 from confsteer.profile import Profile
@@ -13,11 +13,13 @@ from confsteer.profile import Profile
 class Demo(NamedTuple):
     """The demonstration model, its tokenizer and its profile."""
 
-    model: PreTrainedModel
+    model: GPT2LMHeadModel
     tokenizer: PreTrainedTokenizerBase
     profile: Profile
 
 
 def load() -> Demo:
     """The demonstration model on the CPU, its tokenizer and its shipped profile."""
-    return Demo(*load_model(None, device="cpu"), Profile.load(DEMO_NAME))
+    model, tokenizer = load_model(None, device="cpu")
+    assert isinstance(model, GPT2LMHeadModel)
+    return Demo(model, tokenizer, Profile.load(DEMO_NAME))

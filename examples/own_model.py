@@ -1,0 +1,28 @@
+"""Calibrate a model of your own on your own text, save the profile, and evaluate it.
+
+python examples/own_model.py MODEL TEXT_FILE
+python examples/own_model.py                    (the bundled model and the Python documentation)
+"""
+
+import sys
+from pathlib import Path
+
+import confsteer
+from confsteer import Steering
+from confsteer.corpus import python_docs
+from confsteer.evaluation.harness import evaluate
+from confsteer.loading import load_model
+
+name = sys.argv[1] if len(sys.argv) > 1 else None
+model, tokenizer = load_model(name)
+texts = [Path(sys.argv[2]).read_text(encoding="utf-8")] if len(sys.argv) > 2 else python_docs("calibration")
+
+profile = confsteer.calibrate(model, tokenizer, texts, tokens=10_000, progress=True)
+profile.save("own.confsteer")
+if not profile.entropy_neurons:
+    sys.exit("This model has no entropy neurons.")
+
+low, high = profile.reach("entropy")
+result = evaluate(model, tokenizer, texts, profile, [Steering(entropy=low / 2), Steering(entropy=high / 2)], tokens=5_000)
+for row in result.results:
+    print(f"{row.steering!s:>16}: loss {row.metrics['loss'].value:.3f}, ECE {row.metrics['ece'].value:.4f}")
