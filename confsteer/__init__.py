@@ -1,6 +1,6 @@
 """Inference-time confidence control for language models, with their own entropy and token-frequency neurons."""
 
-from confsteer.calibrate import calibrate
+from confsteer.calibration import calibrate
 from confsteer.errors import (
     ConfsteerError,
     CorpusError,

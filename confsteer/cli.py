@@ -118,7 +118,7 @@ def calibrate(
     confsteer calibrate openai-community/gpt2 --text a.txt --text b.txt
     confsteer calibrate ./my-model --dataset HUB_ID --tokens 100000
     """
-    from confsteer.calibrate import calibrate as run
+    from confsteer.calibration import calibrate as run
 
     documents, source = _documents(model, texts, dataset, part="calibration")
     loaded = _load(model, loading)

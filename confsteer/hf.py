@@ -18,6 +18,9 @@ from confsteer.errors import SteeringError
 from confsteer.profile import Profile
 from confsteer.steering import Steering, neuron_edit, steerable
 
+Request = Steering | dict[str, Any] | str
+"""What `Steering.parse` takes."""
+
 _steered: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
@@ -36,7 +39,7 @@ class Steerer:
         self._rows = 1
         self._continues = False
 
-    def update(self, steering: Steering | Sequence[Steering] | None = None, /, **request: Any) -> None:
+    def update(self, steering: Request | Sequence[Request] | None = None, /, **request: Any) -> None:
         """Steer differently from the next forward pass on. Hooks stay in place, so compiled code stays valid.
 
         Args:
@@ -96,7 +99,7 @@ class Steerer:
 def steer(
     model: nn.Module,
     profile: Profile | str | os.PathLike[str],
-    steering: Steering | Sequence[Steering] | None = None,
+    steering: Request | Sequence[Request] | None = None,
     /,
     **request: Any,
 ) -> Iterator[Steerer]:
@@ -136,12 +139,12 @@ def steer(
         yield steerer
 
 
-def _as_steerings(steering: Steering | Sequence[Steering] | None, request: dict[str, Any]) -> Sequence[Steering]:
+def _as_steerings(steering: Request | Sequence[Request] | None, request: dict[str, Any]) -> Sequence[Steering]:
     if steering is not None and request:
         raise SteeringError("give a Steering or its keywords, not both")
     if steering is None:
         return [Steering.parse(request)]
-    several = steering if isinstance(steering, Sequence) and not isinstance(steering, str) else [steering]
+    several = [steering] if isinstance(steering, Steering | dict | str) else steering
     steerings = [Steering.parse(one) for one in several]
     if not steerings:
         raise SteeringError("an empty list of steerings: give one, or one per row of the batch")

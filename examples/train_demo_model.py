@@ -36,19 +36,17 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 VOCAB, D_MODEL, LAYERS, HEADS, CONTEXT = 4096, 192, 4, 4, 512
 NULL_DIMS = 8
 RESERVED = 8
-INIT_STD = 0.06  # about 1/sqrt(D_MODEL): GPT-2's 0.02 is for wider models, and attention starts learning late with it
-BATCH = 16
-PEAK_LR, FINAL_SHARE, WARMUP = 2e-3, 0.05, 100
-EMBEDDING_LR = 0.75  # of the learning rate: the sparse, noisy gradients of embeddings would undo what heads learn to copy
-REPEATED_TEXT, REPEATED_RANDOM = 0.15, 0.10
-"""Shares of the training windows in which a stretch of text is read twice, and that are random tokens read again and again."""
 POSITION_DIMS = 48
-INIT_STD = 0.06  # about 1/sqrt(D_MODEL): GPT-2's 0.02 is for wider models, and attention starts learning late with it
+INIT_STD = 0.06
+"""About 1/sqrt(D_MODEL): GPT-2's 0.02 is for wider models, and with it attention starts learning late here."""
 BATCH = 16
 PEAK_LR, FINAL_SHARE, WARMUP = 2e-3, 0.05, 100
-EMBEDDING_LR = 0.75  # of the learning rate: the sparse, noisy gradients of embeddings would undo what heads learn to copy
-REPEATED_EARLY, REPEATED_LATE, EARLY_STEPS = 0.7, 0.25, 800
-"""Share of training windows with a repeated stretch; the larger share at first is what starts induction."""
+TEXT_STEPS = 1400
+"""The run's first phase, mostly of text; repetition gets larger shares in the second. Pairs below are one value per phase."""
+EMBEDDING_SHARE = (0.75, 0.4)
+"""Of the learning rate: the sparse, noisy gradients of embeddings undo what heads learn to copy."""
+REPEATED_TEXT, REPEATED_RANDOM = (0.15, 0.2), (0.1, 0.3)
+"""Shares of the windows in which a stretch of text is read twice, and that are random tokens read again and again."""
 EOT = "<|endoftext|>"
 
 
@@ -75,7 +73,9 @@ def encode(tokenizer: PreTrainedTokenizerFast, files: list[Path]) -> NDArray[np.
     return np.asarray(ids, dtype=np.int64)
 
 
-def sample_batch(stream: NDArray[np.int64], random_token_cdf: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.int64]:
+def sample_batch(
+    stream: NDArray[np.int64], random_token_cdf: NDArray[np.float64], phase: int, rng: np.random.Generator
+) -> NDArray[np.int64]:
     """``[BATCH, CONTEXT + 1]`` ids: text, text with a stretch that is read twice, or random tokens read until it is full."""
     starts = rng.integers(0, len(stream) - CONTEXT - 1, size=BATCH)
     windows = np.stack([stream[s : s + CONTEXT + 1] for s in starts])
@@ -83,9 +83,9 @@ def sample_batch(stream: NDArray[np.int64], random_token_cdf: NDArray[np.float64
         kind = rng.random()
         # Log-uniform: a short stretch read many times teaches copying, from which long ones teach induction.
         length = int(np.exp(rng.uniform(np.log(8), np.log(CONTEXT // 2))))
-        if kind < REPEATED_RANDOM:
+        if kind < REPEATED_RANDOM[phase]:
             window[:] = np.resize(np.searchsorted(random_token_cdf, rng.random(length), side="right"), len(window))
-        elif kind < REPEATED_RANDOM + REPEATED_TEXT:
+        elif kind < REPEATED_RANDOM[phase] + REPEATED_TEXT[phase]:
             first = int(rng.integers(0, CONTEXT + 2 - 2 * length))
             window[first + length : first + 2 * length] = window[first : first + length]
     return windows
@@ -204,9 +204,9 @@ def main(books: Path, out: Path, steps: int, held_out: tuple[str, ...], seed: in
     known = {id(p) for p in embeddings}
     others = [p for p in model.parameters() if id(p) not in known]
     groups = [
-        {"params": embeddings, "share": EMBEDDING_LR, "weight_decay": 0.1},
-        {"params": [p for p in others if p.dim() >= 2], "share": 1.0, "weight_decay": 0.1},
-        {"params": [p for p in others if p.dim() < 2], "share": 1.0, "weight_decay": 0.0},
+        {"params": embeddings, "share": EMBEDDING_SHARE, "weight_decay": 0.1},
+        {"params": [p for p in others if p.dim() >= 2], "share": (1.0, 1.0), "weight_decay": 0.1},
+        {"params": [p for p in others if p.dim() < 2], "share": (1.0, 1.0), "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=PEAK_LR, betas=(0.9, 0.95))
 
@@ -227,9 +227,10 @@ def main(books: Path, out: Path, steps: int, held_out: tuple[str, ...], seed: in
     random_tokens = np.searchsorted(random_token_cdf, probe.random((32, 100)), side="right")
     started = time.perf_counter()
     for step in range(resume_at, steps):
+        phase = int(step >= TEXT_STEPS)
         for group in optimizer.param_groups:
-            group["lr"] = group["share"] * learning_rate(step)
-        loss = training_loss(torch.from_numpy(sample_batch(stream, random_token_cdf, rng)))
+            group["lr"] = group["share"][phase] * learning_rate(step)
+        loss = training_loss(torch.from_numpy(sample_batch(stream, random_token_cdf, phase, rng)))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

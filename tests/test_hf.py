@@ -166,6 +166,22 @@ def _expected() -> None:
         UNSTEERED[model_type] = logits(planted(model_type).model)
 
 
+def test_a_request_may_come_as_text_json_or_keywords(found: Planted) -> None:
+    outputs = []
+    requests: list[Any] = ["entropy=0.2", '{"entropy": 0.2}', {"entropy": 0.2}, Steering(entropy=0.2), ["entropy=0.2"]]
+    for request in requests:
+        with confsteer.steer(found.model, found.profile, request):
+            outputs.append(logits(found.model))
+    assert all(torch.equal(outputs[0], output) for output in outputs)
+    with pytest.raises(SteeringError, match="not both"), confsteer.steer(found.model, found.profile, Steering(), entropy=0.1):
+        pass
+    with pytest.raises(SteeringError, match="empty list"), confsteer.steer(found.model, found.profile, []):
+        pass
+    mixed = [Steering(), Steering(positions="generated")]
+    with pytest.raises(SteeringError, match="same positions"), confsteer.steer(found.model, found.profile, mixed):
+        pass
+
+
 def test_update_cannot_change_the_shape_of_a_request(found: Planted) -> None:
     with confsteer.steer(found.model, found.profile) as steerer:
         with pytest.raises(SteeringError, match="keeps the number"):

@@ -35,7 +35,7 @@ from torch import Tensor
 from confsteer.discovery.frequency import Unigram
 from confsteer.discovery.readout import Readout
 
-EXACT_ABOVE = 2e-3
+EXACT_ABOVE = 5e-3
 """Pairs with ``Var_p[Δ]`` above this (in nats²) are evaluated exactly; `tests/discovery/test_effects.py` holds the result."""
 WORKING_SET = 2**25
 """Elements of the largest temporary tensors (128 MiB in float32): tokens and neurons are chunked to stay below."""

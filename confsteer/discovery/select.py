@@ -13,7 +13,7 @@ from confsteer.discovery.streaming import Estimate, NeuronEffects
 from confsteer.discovery.weights import WeightStatistics
 
 HIGH_PERCENTILE = 75.0
-"""An entropy neuron's write norm, and any selected neuron's own effect, is at or above this percentile of the layer."""
+"""A selected neuron's own effect is at or above this percentile of the layer."""
 LOW_PERCENTILE = 25.0
 """An entropy neuron's logit variance is at or below this percentile of the layer."""
 SHARE = 0.3
@@ -47,12 +47,13 @@ def _largest_first(eligible: Tensor, effect: Tensor) -> list[int]:
 def entropy_neurons(weights: WeightStatistics, effects: NeuronEffects) -> list[int]:
     """Neurons that regulate confidence through the final norm, the largest mean ``|Δentropy|`` first.
 
-    All of: a write with a high norm and a low logit variance (the paper's criteria), a null fraction that beats the
-    luckiest of as many random directions, an effect that goes through the final norm, and a clear sign.
+    All of: a write with a low logit variance and a null fraction that beats the luckiest of as many random directions; a
+    large effect on the entropy, with a clear sign; and an effect on the loss that goes through the final norm. The paper
+    reads a high norm of the write off a plot as a sign of a large effect; here the effect itself is measured, and a small
+    write of a neuron that is very active counts as well.
     """
     eligible = (
-        (percentile(weights.norm) >= HIGH_PERCENTILE)
-        & (percentile(weights.logit_variance) <= LOW_PERCENTILE)
+        (percentile(weights.logit_variance) <= LOW_PERCENTILE)
         & (weights.null_fraction > weights.chance_null_fraction)
         & (percentile(effects.entropy_abs.value) >= HIGH_PERCENTILE)
         & _clear(effects.mediation, SHARE)

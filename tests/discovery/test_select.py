@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from confsteer.discovery import select
+from confsteer.discovery.streaming import Estimate, NeuronEffects
+from confsteer.discovery.weights import WeightStatistics
+
+N = 100
+GOOD = [3, 8, 50]
+"""Neurons that fulfil every criterion, the largest effect last."""
+
+
+def estimate(background: float, good: float, error: float = 0.001) -> Estimate:
+    value = torch.full((N,), background, dtype=torch.float64) * torch.linspace(0.9, 1.1, N)
+    value[GOOD] = torch.tensor([1.0, 1.1, 1.2], dtype=torch.float64) * good
+    return Estimate(value, torch.full((N,), error, dtype=torch.float64))
+
+
+def layer() -> tuple[WeightStatistics, NeuronEffects, Tensor]:
+    weights = WeightStatistics(
+        norm=torch.ones(N),
+        logit_variance=estimate(1.0, 0.1).value,
+        null_fraction=estimate(0.3, 0.8).value.clamp_max(1.0),
+        singular_values=torch.ones(8),
+        null_dims=2,
+        chance_null_fraction=0.6,
+    )
+    effects = NeuronEffects(
+        **{name: estimate(0.01, 0.1) for name in NeuronEffects._fields}
+        | {
+            "mediation": estimate(0.05, 0.6),
+            "frequency_mediation": estimate(0.05, 0.6),
+            "entropy_slope": estimate(0.2, 0.2),
+            "unigram_slope": estimate(0.2, -0.2),
+        }
+    )
+    return weights, effects, estimate(0.1, 0.7).value
+
+
+def test_all_criteria_together_select_the_largest_first() -> None:
+    weights, effects, cosine = layer()
+    assert select.entropy_neurons(weights, effects) == GOOD[::-1]
+    assert select.frequency_neurons(effects, cosine, 0.5, excluding=[]) == GOOD[::-1]
+    assert select.frequency_neurons(effects, -cosine, 0.5, excluding=[]) == GOOD[::-1], "the sign of the cosine does not matter"
+    assert select.frequency_neurons(effects, cosine, 0.5, excluding=[8]) == [50, 3]
+
+
+def spoiled(values: Tensor, value: float) -> Tensor:
+    changed = values.clone()
+    changed[8] = value
+    return changed
+
+
+@pytest.mark.parametrize(("name", "value"), [("logit_variance", 1.0), ("null_fraction", 0.59)])
+def test_each_weight_criterion_is_needed(name: str, value: float) -> None:
+    weights, effects, _ = layer()
+    worse = WeightStatistics(**weights._asdict() | {name: spoiled(getattr(weights, name), value)})
+    assert select.entropy_neurons(worse, effects) == [50, 3]
+
+
+@pytest.mark.parametrize(("name", "value"), [("entropy_abs", 0.001), ("mediation", 0.301), ("entropy_slope", 0.0019)])
+def test_each_effect_criterion_of_entropy_neurons_is_needed(name: str, value: float) -> None:
+    """0.301 is above the bound, but not by two standard errors of 0.001."""
+    weights, effects, _ = layer()
+    old = getattr(effects, name)
+    worse = effects._replace(**{name: old._replace(value=spoiled(old.value, value))})
+    assert select.entropy_neurons(weights, worse) == [50, 3]
+
+
+@pytest.mark.parametrize(("name", "value"), [("frequency", 0.001), ("frequency_mediation", 0.301), ("unigram_slope", -0.0019)])
+def test_each_effect_criterion_of_frequency_neurons_is_needed(name: str, value: float) -> None:
+    _, effects, cosine = layer()
+    old = getattr(effects, name)
+    worse = effects._replace(**{name: old._replace(value=spoiled(old.value, value))})
+    assert select.frequency_neurons(worse, cosine, 0.5, excluding=[]) == [50, 3]
+
+
+def test_a_cosine_that_chance_reaches_is_not_enough() -> None:
+    _, effects, cosine = layer()
+    assert select.frequency_neurons(effects, spoiled(cosine, 0.5), 0.5, excluding=[]) == [50, 3]
+
+
+def test_no_more_than_the_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, effects, _ = layer()
+    monkeypatch.setattr(select, "MOST", 2)
+    assert select.entropy_neurons(weights, effects) == [50, 8]
+
+
+def test_one_window_shows_nothing_for_sure() -> None:
+    """Without a standard error nothing is clear."""
+    weights, effects, _ = layer()
+    unsure = effects._replace(mediation=effects.mediation._replace(standard_error=torch.full((N,), float("inf"))))
+    assert select.entropy_neurons(weights, unsure) == []
