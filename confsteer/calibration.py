@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import math
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -38,6 +41,7 @@ def calibrate(
     *,
     tokens: int | None = DEFAULT_TOKENS,
     window: int = 256,
+    unigram_counts: NDArray[np.integer] | None = None,
     null_dims: int | None = None,
     seed: int = 0,
     source: str = "texts",
@@ -54,6 +58,8 @@ def calibrate(
         texts: one string per document.
         tokens: read at most this many; all if None.
         window: tokens per window, windows do not cross documents.
+        unigram_counts: how often each token occurs in text like the model's training text, by id; counted in `texts` if None,
+            which ranks tokens only as well as so little text can.
         null_dims: directions counted as the unembedding's effective null space; read off its spectrum if None.
         seed: of the random directions that give chance levels.
         source: what the text is, for the profile.
@@ -78,11 +84,12 @@ def calibrate(
             f"the tokenizer gives ids up to {largest}, the model has {anatomy.vocab_size}: they do not belong together"
         )
     tokenizer_size = min(max(tokenizer.get_vocab().values()) + 1, anatomy.vocab_size)
+    counts = windows.counts(tokenizer_size) if unigram_counts is None else _checked_counts(unigram_counts, tokenizer_size)
 
     with torch.no_grad():
         readout = anatomy.readout(tokenizer_size)
         device = readout.unembedding.device
-        unigram = Unigram.from_counts(windows.counts(tokenizer_size).to(device))
+        unigram = Unigram.from_counts(counts.to(device))
 
         def states(stage: str) -> Iterator[TokenStates]:
             with tqdm(total=windows.n_tokens, desc=stage, unit="tok", unit_scale=True, disable=not progress) as bar:
@@ -141,6 +148,8 @@ def calibrate(
             kept_tokens=moments.count,
             windows=len(windows),
             window=window,
+            unigram_tokens=int(counts.sum()),
+            unigram_sha256=hashlib.sha256(counts.numpy().astype("<i8").tobytes()).hexdigest(),
         ),
         seed=seed,
         versions={name: importlib.metadata.version(name) for name in ("confsteer", "torch", "transformers")},
@@ -161,6 +170,15 @@ def calibrate(
             **{f"{name}_standard_error": estimate.standard_error for name, estimate in effects._asdict().items()},
         },
     )
+
+
+def _checked_counts(counts: NDArray[np.integer], tokenizer_size: int) -> Tensor:
+    """Counts ``[tokenizer_size]`` int64; longer arrays must have nothing in their padding."""
+    if counts.ndim != 1 or not np.issubdtype(counts.dtype, np.integer) or (counts < 0).any():
+        raise CorpusError(f"unigram counts must be a row of integers from 0 up, not {counts.dtype} of shape {counts.shape}")
+    if len(counts) < tokenizer_size or counts[tokenizer_size:].any():
+        raise CorpusError(f"there are unigram counts for {len(counts)} tokens; the tokenizer has {tokenizer_size}")
+    return torch.from_numpy(counts[:tokenizer_size].astype(np.int64))
 
 
 class _CloserLook(NamedTuple):

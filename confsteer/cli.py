@@ -96,6 +96,12 @@ _steer_option = click.option(
 @_text_options
 @click.option("--tokens", default=25_600, show_default=True, type=click.IntRange(min=1), help="Read at most this many.")
 @click.option(
+    "--unigram",
+    type=TEXT_FILE,
+    metavar="FILE.npy",
+    help="Token counts by id of text like the model's training text.  [default: counted in the text]",
+)
+@click.option(
     "--null-dims", type=click.IntRange(min=1), help="Size of the unembedding's null space.  [default: from its spectrum]"
 )
 @click.option("--seed", default=0, show_default=True, help="Of the random directions behind the chance levels.")
@@ -106,6 +112,7 @@ def calibrate(
     dataset: str | None,
     window: int,
     tokens: int,
+    unigram: Path | None,
     null_dims: int | None,
     seed: int,
     out: Path | None,
@@ -119,8 +126,11 @@ def calibrate(
     confsteer calibrate ./my-model --dataset HUB_ID --tokens 100000
     """
     from confsteer.calibration import calibrate as run
+    from confsteer.corpus import read_counts
+    from confsteer.loading import DEMO_UNIGRAM
 
     documents, source = _documents(model, texts, dataset, part="calibration")
+    counts = read_counts(unigram) if unigram else read_counts(DEMO_UNIGRAM) if model is None else None
     loaded = _load(model, loading)
     profile = run(
         loaded.model,
@@ -128,6 +138,7 @@ def calibrate(
         documents,
         tokens=tokens,
         window=window,
+        unigram_counts=counts,
         null_dims=null_dims,
         seed=seed,
         source=source,

@@ -201,6 +201,23 @@ def read_dataset(name: str, *, split: str = "train", field: str = "text") -> Ite
         yield record[field]
 
 
+def read_counts(path: Path) -> NDArray[np.integer]:
+    """Token counts by id, from a ``.npy`` file.
+
+    Raises:
+        CorpusError: it is missing or no such file.
+    """
+    try:
+        counts = np.load(path, allow_pickle=False)
+    except OSError as error:
+        raise CorpusError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise CorpusError(f"{path} is not a .npy file of numbers") from error
+    if not isinstance(counts, np.ndarray):
+        raise CorpusError(f"{path} holds several arrays; give a .npy file of one")
+    return counts
+
+
 def python_docs(part: Literal["calibration", "held-out"]) -> list[str]:
     """Half of the language reference that ships with CPython (`pydoc_data.topics`), one document per topic.
 

@@ -13,6 +13,8 @@ from confsteer.errors import ConfsteerError
 DEMO = Path(__file__).parent / "demo" / "model"
 """Folder of the bundled demonstration model."""
 DEMO_NAME = "confsteer-demo"
+DEMO_UNIGRAM = Path(__file__).parent / "demo" / "unigram.npy"
+"""Token counts of the text it was trained on."""
 
 
 class LoadedModel(NamedTuple):

@@ -160,6 +160,10 @@ class CorpusIdentity(_Strict):
     windows: Annotated[int, Field(gt=0)]
     window: Annotated[int, Field(gt=0)]
     """Tokens per window."""
+    unigram_tokens: Annotated[int, Field(ge=0)]
+    """Tokens that the unigram distribution was counted on: those of the text, or of counts given."""
+    unigram_sha256: Sha256
+    """Of the counts."""
 
 
 class Layer(_Strict):

@@ -9,15 +9,16 @@ from pathlib import Path
 
 import confsteer
 from confsteer import Steering
-from confsteer.corpus import python_docs
+from confsteer.corpus import python_docs, read_counts
 from confsteer.evaluation.harness import evaluate
-from confsteer.loading import load_model
+from confsteer.loading import DEMO_UNIGRAM, load_model
 
 name = sys.argv[1] if len(sys.argv) > 1 else None
 model, tokenizer = load_model(name)
 texts = [Path(sys.argv[2]).read_text(encoding="utf-8")] if len(sys.argv) > 2 else python_docs("calibration")
 
-profile = confsteer.calibrate(model, tokenizer, texts, tokens=10_000, progress=True)
+counts = None if name else read_counts(DEMO_UNIGRAM)  # of the bundled model's training text
+profile = confsteer.calibrate(model, tokenizer, texts, tokens=10_000, unigram_counts=counts, progress=True)
 profile.save("own.confsteer")
 if not profile.entropy_neurons:
     sys.exit("This model has no entropy neurons.")

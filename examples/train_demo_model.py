@@ -23,7 +23,7 @@ import json
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import numpy as np
@@ -40,13 +40,34 @@ POSITION_DIMS = 48
 INIT_STD = 0.06
 """About 1/sqrt(D_MODEL): GPT-2's 0.02 is for wider models, and with it attention starts learning late here."""
 BATCH = 16
-PEAK_LR, FINAL_SHARE, WARMUP = 2e-3, 0.05, 100
-TEXT_STEPS = 1400
-"""The run's first phase, mostly of text; repetition gets larger shares in the second. Pairs below are one value per phase."""
-EMBEDDING_SHARE = (0.75, 0.4)
-"""Of the learning rate: the sparse, noisy gradients of embeddings undo what heads learn to copy."""
-REPEATED_TEXT, REPEATED_RANDOM = (0.15, 0.2), (0.1, 0.3)
-"""Shares of the windows in which a stretch of text is read twice, and that are random tokens read again and again."""
+FINAL_SHARE, WARMUP = 0.05, 100
+
+
+class Phase(NamedTuple):
+    """A stretch of the run, with an optimiser of its own."""
+
+    until: int
+    """Step it ends at."""
+    peak_lr: float
+    """Of a cosine over `horizon` steps from the start of the run. Copying is not learned at the rate that suits text."""
+    horizon: int
+    embedding_share: float
+    """Of the learning rate, for embeddings and unembedding."""
+    repeated_text: float
+    """Share of the windows in which a stretch of text is read twice."""
+    repeated_random: float
+    """Share of the windows that are random tokens, read again and again."""
+
+
+# As it was found, by watching the log: mostly text, until it is known; more repetition, until random tokens are copied; then
+# more repeated text.
+PHASES = (
+    Phase(1400, 2e-3, 4200, 0.75, repeated_text=0.15, repeated_random=0.10),
+    Phase(1900, 2e-3, 4200, 0.40, repeated_text=0.20, repeated_random=0.30),
+    Phase(3500, 1e-3, 4200, 0.75, repeated_text=0.20, repeated_random=0.30),
+    Phase(4000, 2e-3, 4700, 0.75, repeated_text=0.20, repeated_random=0.30),
+    Phase(4700, 2e-3, 4700, 0.75, repeated_text=0.40, repeated_random=0.12),
+)
 EOT = "<|endoftext|>"
 
 
@@ -74,7 +95,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, files: list[Path]) -> NDArray[np.
 
 
 def sample_batch(
-    stream: NDArray[np.int64], random_token_cdf: NDArray[np.float64], phase: int, rng: np.random.Generator
+    stream: NDArray[np.int64], random_token_cdf: NDArray[np.float64], phase: Phase, rng: np.random.Generator
 ) -> NDArray[np.int64]:
     """``[BATCH, CONTEXT + 1]`` ids: text, text with a stretch that is read twice, or random tokens read until it is full."""
     starts = rng.integers(0, len(stream) - CONTEXT - 1, size=BATCH)
@@ -83,9 +104,9 @@ def sample_batch(
         kind = rng.random()
         # Log-uniform: a short stretch read many times teaches copying, from which long ones teach induction.
         length = int(np.exp(rng.uniform(np.log(8), np.log(CONTEXT // 2))))
-        if kind < REPEATED_RANDOM[phase]:
+        if kind < phase.repeated_random:
             window[:] = np.resize(np.searchsorted(random_token_cdf, rng.random(length), side="right"), len(window))
-        elif kind < REPEATED_RANDOM[phase] + REPEATED_TEXT[phase]:
+        elif kind < phase.repeated_random + phase.repeated_text:
             first = int(rng.integers(0, CONTEXT + 2 - 2 * length))
             window[first + length : first + 2 * length] = window[first : first + length]
     return windows
@@ -158,15 +179,12 @@ def induction_losses(model: GPT2LMHeadModel, stretches: NDArray[np.int64]) -> tu
 @click.command()
 @click.option("--books", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True)
 @click.option("--out", type=click.Path(path_type=Path), required=True)
-@click.option("--steps", default=6000, show_default=True, help="Optimiser steps of BATCH * CONTEXT tokens.")
 @click.option("--held-out", multiple=True, default=("pg84.txt", "98-0.txt"), show_default=True, help="Books never trained on.")
 @click.option("--seed", default=0, show_default=True)
-@click.option("--resume-at", default=0, help="Continue the run in OUT at this step, with a fresh optimiser.")
-@click.option("--log-every", default=250, show_default=True)
-def main(books: Path, out: Path, steps: int, held_out: tuple[str, ...], seed: int, resume_at: int, log_every: int) -> None:
+@click.option("--log-every", default=100, show_default=True)
+def main(books: Path, out: Path, held_out: tuple[str, ...], seed: int, log_every: int) -> None:
     """Train the tokenizer and the model, and write both to OUT with a log of the run."""
     torch.manual_seed(seed)
-    rng = np.random.default_rng([seed, resume_at])
     files = sorted(books.glob("*.txt"))
     train_files = [file for file in files if file.name not in held_out]
     tokenizer = train_tokenizer(train_files)
@@ -174,6 +192,10 @@ def main(books: Path, out: Path, steps: int, held_out: tuple[str, ...], seed: in
     unseen = encode(tokenizer, [file for file in files if file.name in held_out])
     click.echo(f"{len(train_files)} books, {len(stream):,} training tokens, {len(unseen):,} held out")
 
+    counts = np.bincount(stream, minlength=VOCAB)
+    counts[tokenizer.eos_token_id] = 0
+    out.mkdir(parents=True, exist_ok=True)
+    np.save(out / "unigram.npy", counts)
     # Random stretches favour common tokens, but visit all of them.
     weight = np.sqrt(np.bincount(stream, minlength=VOCAB) + 1.0)
     random_token_cdf = np.cumsum(weight / weight.sum())
@@ -194,21 +216,12 @@ def main(books: Path, out: Path, steps: int, held_out: tuple[str, ...], seed: in
         eos_token_id=tokenizer.eos_token_id,
     )
     model = GPT2LMHeadModel(config)
-    if resume_at:
-        model = GPT2LMHeadModel.from_pretrained(out)
-    else:
-        start_near_induction(model)
+    start_near_induction(model)
     constrain(model)
     click.echo(f"{sum(p.numel() for p in model.parameters()):,} parameters")
     embeddings = [model.transformer.wte.weight, model.transformer.wpe.weight, model.lm_head.weight]
     known = {id(p) for p in embeddings}
     others = [p for p in model.parameters() if id(p) not in known]
-    groups = [
-        {"params": embeddings, "share": EMBEDDING_SHARE, "weight_decay": 0.1},
-        {"params": [p for p in others if p.dim() >= 2], "share": (1.0, 1.0), "weight_decay": 0.1},
-        {"params": [p for p in others if p.dim() < 2], "share": (1.0, 1.0), "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=PEAK_LR, betas=(0.9, 0.95))
 
     @torch.compile
     def training_loss(ids: torch.Tensor) -> torch.Tensor:
@@ -216,46 +229,55 @@ def main(books: Path, out: Path, steps: int, held_out: tuple[str, ...], seed: in
             logits = model(input_ids=ids[:, :-1], use_cache=False).logits
         return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
 
-    def learning_rate(step: int) -> float:
-        warm = min(1.0, (step - resume_at + 1) / WARMUP)
-        progress = step / steps
-        return warm * PEAK_LR * (FINAL_SHARE + 0.5 * (1 - FINAL_SHARE) * (1 + math.cos(math.pi * progress)))
-
-    log: list[dict[str, float]] = json.loads((out / "training_log.json").read_text()) if resume_at else []
+    log: list[dict[str, float]] = []
     probe = np.random.default_rng(1)
     natural = np.stack([unseen[s : s + 100] for s in probe.integers(0, len(unseen) - 100, size=32)])
     random_tokens = np.searchsorted(random_token_cdf, probe.random((32, 100)), side="right")
     started = time.perf_counter()
-    for step in range(resume_at, steps):
-        phase = int(step >= TEXT_STEPS)
-        for group in optimizer.param_groups:
-            group["lr"] = group["share"][phase] * learning_rate(step)
-        loss = training_loss(torch.from_numpy(sample_batch(stream, random_token_cdf, phase, rng)))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        constrain(model)
-        if (step + 1) % log_every == 0 or step + 1 == steps:
-            model.eval()
-            first, second = induction_losses(model, natural)
-            random_first, random_second = induction_losses(model, random_tokens)
-            row = {
-                "step": step + 1,
-                "train_loss": round(loss.item(), 4),
-                "held_out_loss": round(held_out_loss(model, unseen), 4),
-                "natural_first": round(first, 3),
-                "natural_second": round(second, 3),
-                "random_first": round(random_first, 3),
-                "random_second": round(random_second, 3),
-                "seconds": round(time.perf_counter() - started),
-            }
-            log.append(row)
-            click.echo(json.dumps(row))
-            model.train()
-            model.save_pretrained(out)
-            tokenizer.save_pretrained(out)
-            (out / "training_log.json").write_text(json.dumps(log, indent=1) + "\n")
+    start = 0
+    for phase in PHASES:
+        rng = np.random.default_rng([seed, start])
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": embeddings, "share": phase.embedding_share, "weight_decay": 0.1},
+                {"params": [p for p in others if p.dim() >= 2], "share": 1.0, "weight_decay": 0.1},
+                {"params": [p for p in others if p.dim() < 2], "share": 1.0, "weight_decay": 0.0},
+            ],
+            lr=phase.peak_lr,
+            betas=(0.9, 0.95),
+        )
+        for step in range(start, phase.until):
+            cosine = 0.5 * (1 + math.cos(math.pi * step / phase.horizon))
+            warm = min(1.0, (step - start + 1) / WARMUP)
+            for group in optimizer.param_groups:
+                group["lr"] = group["share"] * warm * phase.peak_lr * (FINAL_SHARE + (1 - FINAL_SHARE) * cosine)
+            loss = training_loss(torch.from_numpy(sample_batch(stream, random_token_cdf, phase, rng)))
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            constrain(model)
+            if (step + 1) % log_every == 0:
+                model.eval()
+                first, second = induction_losses(model, natural)
+                random_first, random_second = induction_losses(model, random_tokens)
+                row = {
+                    "step": step + 1,
+                    "train_loss": round(loss.item(), 4),
+                    "held_out_loss": round(held_out_loss(model, unseen), 4),
+                    "natural_first": round(first, 3),
+                    "natural_second": round(second, 3),
+                    "random_first": round(random_first, 3),
+                    "random_second": round(random_second, 3),
+                    "seconds": round(time.perf_counter() - started),
+                }
+                log.append(row)
+                click.echo(json.dumps(row))
+                model.train()
+                model.save_pretrained(out)
+                tokenizer.save_pretrained(out)
+                (out / "training_log.json").write_text(json.dumps(log, indent=1) + "\n")
+        start = phase.until
 
 
 if __name__ == "__main__":

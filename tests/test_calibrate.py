@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import confsteer
 from confsteer import CorpusError, NoNeuronsError, SettingError
+from confsteer.corpus import make_windows
 from confsteer.profile import DIALS, Dial
 from tests.models import (
     ENTROPY_NEURONS,
@@ -68,7 +71,6 @@ def test_response_curves_pass_through_the_unsteered_model(found: Planted) -> Non
 @pytest.mark.parametrize("dial", DIALS)
 def test_a_dial_does_what_it_was_asked_when_the_model_runs(found: Planted, dial: Dial) -> None:
     """On the calibration text itself the only error is interpolation: within 3 % of the change asked for."""
-    from confsteer.corpus import make_windows
 
     model, tokenizer, texts, profile = found
     windows = make_windows(texts, tokenizer, window=64)
@@ -150,6 +152,27 @@ def test_a_tokenizer_of_another_model_is_refused() -> None:
     assert isinstance(other, PreTrainedTokenizerFast)
     with pytest.raises(CorpusError, match="do not belong together"):
         confsteer.calibrate(found.model, other, [" ".join(f"t{i}" for i in range(1, 120))], window=64)
+
+
+def test_unigram_counts_may_be_given_and_are_checked() -> None:
+    found = planted("gpt2")
+
+    def calibrate(counts: Any) -> confsteer.Profile:
+        return confsteer.calibrate(found.model, found.tokenizer, found.texts, window=64, unigram_counts=np.array(counts))
+
+    own = make_windows(found.texts, found.tokenizer, window=64).counts(96).numpy()
+    assert calibrate([*own, 0, 0]).frequency_neurons == found.profile.frequency_neurons
+    reversed_counts = calibrate(own[::-1])
+    assert reversed_counts.corpus.unigram_sha256 != found.profile.corpus.unigram_sha256
+    assert [n.index for n in reversed_counts.frequency_neurons] != [FREQUENCY_NEURON]
+    for wrong, sentence in (
+        ([1, 2], "for 2 tokens; the tokenizer has 96"),
+        ([*own, 5], "for 97 tokens"),
+        (own * 0.5, "float64"),
+        (-own, "from 0 up"),
+    ):
+        with pytest.raises(CorpusError, match=sentence):
+            calibrate(wrong)
 
 
 def test_calibration_leaves_no_hook(found: Planted) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from confsteer import CorpusError, SettingError
-from confsteer.corpus import FIRST_POSITIONS, SHORTEST_WINDOW, make_windows, python_docs, read_texts
+from confsteer.corpus import FIRST_POSITIONS, SHORTEST_WINDOW, make_windows, python_docs, read_counts, read_texts
 from tests.models import VOCAB, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -116,6 +116,22 @@ def test_files_that_are_no_text_are_named(tmp_path: Path) -> None:
     for bad, sentence in ((empty, "has no text"), (binary, "not UTF-8 text .byte 3"), (tmp_path / "none.txt", "No such file")):
         with pytest.raises(CorpusError, match=f"{bad.name}.*{sentence}"):
             read_texts([good, bad])
+
+
+def test_counts_are_read_and_never_unpickled(tmp_path: Path) -> None:
+    np.save(tmp_path / "c.npy", np.arange(5))
+    assert read_counts(tmp_path / "c.npy").tolist() == [0, 1, 2, 3, 4]
+    np.save(tmp_path / "pickle.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    np.savez(tmp_path / "several.npz", a=np.arange(3))
+    (tmp_path / "text.npy").write_text("no array")
+    for name, sentence in (
+        ("pickle.npy", "not a .npy file"),
+        ("several.npz", "several arrays"),
+        ("text.npy", "not a .npy file"),
+        ("none.npy", "No such file"),
+    ):
+        with pytest.raises(CorpusError, match=sentence):
+            read_counts(tmp_path / name)
 
 
 def test_the_demonstrations_text_has_two_disjoint_halves() -> None:

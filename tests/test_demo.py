@@ -7,9 +7,10 @@ import torch
 
 import confsteer
 from confsteer import Steering, demo
-from confsteer.corpus import python_docs
+from confsteer.corpus import python_docs, read_counts
 from confsteer.demo import Demo
 from confsteer.evaluation.harness import Evaluation, evaluate
+from confsteer.loading import DEMO_UNIGRAM
 
 ASKED = (-0.3, -0.15, 0.15, 0.3)
 
@@ -48,7 +49,11 @@ def test_the_entropy_dial_is_accurate_on_unseen_text(held_out: Evaluation) -> No
 
 def test_its_shipped_profile_is_what_calibration_gives(bundled: Demo) -> None:
     again = confsteer.calibrate(
-        bundled.model, bundled.tokenizer, python_docs("calibration"), source=bundled.profile.corpus.source
+        bundled.model,
+        bundled.tokenizer,
+        python_docs("calibration"),
+        unigram_counts=read_counts(DEMO_UNIGRAM),
+        source=bundled.profile.corpus.source,
     )
     if again.corpus.sha256 != bundled.profile.corpus.sha256:
         pytest.skip("this Python ships other documentation")
