@@ -28,9 +28,9 @@ demo: $(VENV)/.eval
 	@echo "== 2. Draw the neurons and the dials"
 	$(BIN)/confsteer show $(OUT)/profile --plot $(OUT)/neurons.png --response $(OUT)/response.png > $(OUT)/profile.txt
 	@echo "== 3. Generate from one prompt at three entropies"
-	$(BIN)/confsteer generate "It was the best of times, it was" -p $(OUT)/profile -s entropy=-0.3 -s entropy=+0.3
+	$(BIN)/confsteer generate "It was the best of times, it was" -p $(OUT)/profile -s entropy=-0.15 -s entropy=+1
 	@echo "== 4. Loss, entropy and calibration on text that calibration has not seen"
-	$(BIN)/confsteer eval -p $(OUT)/profile -s entropy=-0.3 -s entropy=+0.3 --plot $(OUT)/reliability.png --json $(OUT)/eval.json
+	$(BIN)/confsteer eval -p $(OUT)/profile -s entropy=-0.15 -s entropy=+0.3 --plot $(OUT)/reliability.png --json $(OUT)/eval.json
 	@echo "== Done. Profile: $(OUT)/profile. Pictures: $(OUT)/neurons.png, $(OUT)/response.png, $(OUT)/reliability.png"
 
 test: export HF_HUB_OFFLINE = 1

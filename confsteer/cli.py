@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
@@ -14,6 +14,9 @@ from rich.table import Table
 
 from confsteer.errors import ConfsteerError
 from confsteer.profile import DIALS, Neuron, Profile
+
+if TYPE_CHECKING:
+    from confsteer.evaluation.metrics import Interval
 
 EXIT_NO_NEURONS = 3
 TEXT_FILE = click.Path(path_type=Path, dir_okay=False)
@@ -146,7 +149,7 @@ def calibrate(
     )
     folder = profile.save(out or Path(f"{Path(profile.model.id).name}.confsteer"))
     _print_profile(profile)
-    Console().print(f"Profile written to {escape(str(folder))}")
+    _console().print(f"Profile written to {escape(str(folder))}")
     if not profile.response:
         sys.exit(EXIT_NO_NEURONS)
 
@@ -167,7 +170,7 @@ def show(profile: str, plot: Path | None, response: Path | None) -> None:
         for file, draw in ((plot, plot_neurons), (response, plot_response)):
             if file is not None:
                 draw(loaded, file)
-                Console().print(f"Drawn: {escape(str(file))}")
+                _console().print(f"Drawn: {escape(str(file))}")
 
 
 @main.command()
@@ -202,7 +205,7 @@ def generate(
     r"""Continue PROMPT without steering and with each --steer.
 
     \b
-    confsteer generate "It was a dark and" -p confsteer-demo -s entropy=-0.3 -s entropy=0.3
+    confsteer generate "It was a dark and" -p confsteer-demo -s entropy=-0.15 -s entropy=0.3
     """
     import torch
 
@@ -230,7 +233,7 @@ def generate(
             entropy = float(-(log_p.exp() * log_p).sum(-1).mean())
             text = loaded.tokenizer.decode(output.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             table.add_row(str(steering), escape(text.strip()), f"{entropy:.2f}")
-    Console().print(table, "Entropy: mean over the generated tokens, in nats.", sep="\n")
+    _console().print(table, "Entropy: mean over the generated tokens, in nats.", sep="\n")
 
 
 @main.command(name="eval")
@@ -256,7 +259,7 @@ def evaluate(
     r"""Compare loss, entropy and calibration without steering and with each --steer.
 
     \b
-    confsteer eval -p confsteer-demo -s entropy=-0.3 -s entropy=0.3 --plot reliability.png
+    confsteer eval -p confsteer-demo -s entropy=-0.15 -s entropy=0.3 --plot reliability.png
     """
     from confsteer.evaluation.harness import evaluate as run
     from confsteer.steering import Steering
@@ -282,16 +285,18 @@ def evaluate(
         m = row.metrics
         table.add_row(
             str(row.steering),
-            *(f"{m[name].value:.3f}\n[{m[name].low:.3f}, {m[name].high:.3f}]" for name in ("loss", "perplexity", "entropy")),
+            _with_interval(m["loss"], 3),
+            f"{m['perplexity'].value:.1f}",
+            _with_interval(m["entropy"], 3),
             f"{m['entropy'].value - unsteered:+.3f}",
-            *(f"{m[name].value:.4f}\n[{m[name].low:.4f}, {m[name].high:.4f}]" for name in ("ece", "brier", "accuracy")),
+            *(_with_interval(m[name], 4) for name in ("ece", "brier", "accuracy")),
             f"{m['argmax_changed'].value:.1%}",
         )
-    console = Console()
+    console = _console()
     console.print(table)
     console.print(
         f"{escape(result.model)} on {escape(result.source)}: {result.tokens:,} tokens in {result.windows} windows. Nats; ECE of "
-        "the top prediction, 15 bins; brackets: 95 % bootstrap interval over windows."
+        "the top prediction, 15 bins; ± half of the 95 % bootstrap interval over windows."
     )
     if as_json:
         as_json.write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")
@@ -301,6 +306,17 @@ def evaluate(
 
         plot_reliability(result, plot)
         console.print(f"Drawn: {escape(str(plot))}")
+
+
+def _console() -> Console:
+    """Tables need room: a pipe or a file, which has no width of its own, gets enough."""
+    console = Console()
+    return console if console.is_terminal else Console(width=150)
+
+
+def _with_interval(interval: Interval, digits: int) -> str:
+    """``5.024 ±0.101``: the value and half the width of its interval."""
+    return f"{interval.value:.{digits}f} ±{(interval.high - interval.low) / 2:.{digits}f}"
 
 
 def _load(model: str | None, loading: dict[str, Any]) -> Any:
@@ -325,7 +341,7 @@ def _documents(model: str | None, texts: tuple[Path, ...], dataset: str | None, 
 
 
 def _print_profile(profile: Profile) -> None:
-    console = Console()
+    console = _console()
     model, corpus, layer = profile.model, profile.corpus, profile.layer
     console.print(
         f"[bold]{escape(model.id)}[/bold] ({escape(model.model_type)}), layer {model.layer}: {model.n_neurons:,} neurons, "

@@ -12,7 +12,7 @@ model, tokenizer, profile = demo.load()
 print("entropy neurons:", [neuron.index for neuron in profile.entropy_neurons])
 print("reach of the entropy dial: {:+.2f} to {:+.2f} nats".format(*profile.reach("entropy")))
 
-asked = [Steering(entropy=-0.3), Steering(), Steering(entropy=+0.3)]
+asked = [Steering(entropy=-0.15), Steering(), Steering(entropy=+0.3)]
 prompts = tokenizer(["It was the best of times, it was"] * 3, return_tensors="pt")
 with confsteer.steer(model, profile, asked):
     torch.manual_seed(0)

@@ -41,6 +41,10 @@ WORKING_SET = 2**25
 """Elements of the largest temporary tensors (128 MiB in float32): tokens and neurons are chunked to stay below."""
 
 
+CACHED_SET = 2**18
+"""Elements of the temporaries of exact evaluation, about twenty passes over each: small enough to stay in a core's cache."""
+
+
 class TokenStates(NamedTuple):
     """What a model left in its last layer at some tokens."""
 
@@ -210,7 +214,7 @@ def _block_effects(
     )
 
     largest = torch.maximum(torch.maximum(variance, variance_direct), variance_frequency)
-    for pairs in (largest > exact_above).nonzero().split(max(1, WORKING_SET // (4 * readout.vocab_size))):
+    for pairs in (largest > exact_above).nonzero().split(max(1, CACHED_SET // readout.vocab_size)):
         t, i = pairs.unbind(dim=1)
         exact = _exact_pairs(tokens, t, u[i], alpha[t, i], beta[t, i], beta_direct[t, i], c[t, i], unigram)
         for approximate, values in zip(effects, exact, strict=True):
