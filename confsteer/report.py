@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from confsteer.discovery.response import monotone_range
 from confsteer.evaluation.harness import Evaluation
 from confsteer.profile import DIALS, Profile
 
@@ -21,9 +22,7 @@ def plot_neurons(profile: Profile, file: Path) -> None:
     left, right = figure.subplots(1, 2)
     columns = {name: column.numpy() for name, column in profile.columns.items()}
     _scatter(left, profile, columns["norm"], columns["logit_variance"])
-    left.set(
-        xlabel="norm of the write  ‖w‖", ylabel="logit variance", title="Entropy neurons: high norm, little effect on logits"
-    )
+    left.set(xlabel="norm of the write  ‖w‖", ylabel="logit variance", title="What each neuron writes")
     # A write that is invisible to the unembedding has a variance of exactly zero.
     positive = columns["logit_variance"][columns["logit_variance"] > 0]
     left.set_yscale("symlog", linthresh=float(np.quantile(positive, 0.02)) if len(positive) else 1e-9)
@@ -35,7 +34,7 @@ def plot_neurons(profile: Profile, file: Path) -> None:
         xlabel=f"null fraction  (k = {profile.layer.null_dims})",
         ylabel="mediation  1 − direct/total",
         ylim=(-1.05, 1.05),
-        title="… whose effect goes through the final norm",
+        title="How it acts",
     )
     right.legend(loc="lower right", fontsize=8)
     figure.suptitle(f"{profile.model.id}, layer {profile.model.layer}: {profile.model.n_neurons:,} neurons")
@@ -71,8 +70,8 @@ def plot_response(profile: Profile, file: Path) -> None:
     for axes, dial in zip(figure.subplots(1, len(dials), squeeze=False)[0], dials, strict=True):
         curve, (lowest, highest) = profile.response[dial], profile.reach(dial)
         change = np.array(curve.change(dial))
-        inside = (change >= lowest) & (change <= highest)
-        inside[: curve.zero] &= np.diff(change)[: curve.zero] > 0
+        first, last = monotone_range(change.tolist(), curve.zero)
+        inside = slice(first, last + 1)
         for values, label in (
             (curve.entropy, "entropy"),
             (curve.loss, "loss"),
