@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from confsteer.evaluation.metrics import Interval
 
 EXIT_NO_NEURONS = 3
+EVAL_EXTRA = ("datasets", "matplotlib", "torchmetrics")
+"""Packages of the extra that not everyone installs."""
 TEXT_FILE = click.Path(path_type=Path, dir_okay=False)
 OUTPUT_FILE = click.Path(path_type=Path, dir_okay=False, writable=True)
 
@@ -31,6 +33,11 @@ class _Group(click.Group):
             return super().invoke(ctx)
         except ConfsteerError as error:
             raise click.ClickException(str(error)) from error
+        except ModuleNotFoundError as error:
+            package = (error.name or "").partition(".")[0]
+            if package not in EVAL_EXTRA:
+                raise
+            raise click.ClickException(f"this needs {package}: pip install 'confsteer[eval]'") from error
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,14 @@ def test_interrupted_calibration_leaves_nothing_behind(
     monkeypatch.setattr(f"confsteer.calibration.{stage}", interrupt, raising=True)
     run("calibrate", folder / "model", "--text", folder / "text.txt", "--window", 64, "--out", tmp_path / "p", code=1)
     assert not (tmp_path / "p").exists()
+
+
+def test_a_missing_extra_is_named(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
+    monkeypatch.delitem(sys.modules, "confsteer.report", raising=False)
+    result = run("show", folder / "profile", "--plot", tmp_path / "n.png", code=1)
+    assert "pip install 'confsteer[eval]'" in result.output
 
 
 def test_help_teaches() -> None:
