@@ -45,14 +45,14 @@ class Unigram(NamedTuple):
 
 
 def frequency_cosine(readout: Readout, unigram: Unigram) -> Tensor:
-    """``cos(W_U w_i, v)`` of every neuron's write to the logits with the frequency direction, float64 ``[n_neurons]``.
+    """``cos(W_U w_i, v)`` of every neuron's write to the logits with the unigram direction, ``[n_neurons]`` float64 on the CPU.
 
     Both are centred over the vocabulary: a constant added to all logits is no change of output.
     """
     w_out = readout.w_out.double()
     gram, along = _logit_gram(readout, unigram)
     length = ((w_out @ gram) * w_out).sum(dim=1).clamp_min(0).sqrt()
-    return _cosine(w_out @ along, length)
+    return _cosine(w_out @ along, length).cpu()
 
 
 def chance_frequency_cosine(readout: Readout, unigram: Unigram, *, seed: int = 0) -> float:

@@ -28,7 +28,7 @@ class UnembeddingSpectrum(NamedTuple):
 
 
 class WeightStatistics(NamedTuple):
-    """Per-neuron statistics ``[n_neurons]`` (float64) and what they were measured against."""
+    """Per-neuron statistics ``[n_neurons]`` (float64, on the CPU) and what they were measured against."""
 
     norm: Tensor
     """``‖w_i‖``."""
@@ -68,7 +68,7 @@ def unembedding_spectrum(readout: Readout) -> UnembeddingSpectrum:
     eigenvalues, directions = torch.linalg.eigh(gram)
     if readout.centred:
         eigenvalues, directions = eigenvalues[:-1], directions[:, :-1]
-    return UnembeddingSpectrum(eigenvalues.clamp_min(0).sqrt(), directions)
+    return UnembeddingSpectrum(eigenvalues.clamp_min(0).sqrt().cpu(), directions)
 
 
 def choose_null_dims(singular_values: Tensor) -> int:
@@ -141,9 +141,9 @@ def weight_statistics(readout: Readout, *, null_dims: int | None = None, seed: i
     logit_variance = ((unit @ row_gram) * unit).sum(dim=1).clamp_min(0) / (readout.vocab_size - 1)
     null_fraction = (unit @ spectrum.directions[:, :k]).norm(dim=1).clamp_max(1)  # rounding
     return WeightStatistics(
-        norm=norm,
-        logit_variance=logit_variance,
-        null_fraction=null_fraction,
+        norm=norm.cpu(),
+        logit_variance=logit_variance.cpu(),
+        null_fraction=null_fraction.cpu(),
         singular_values=spectrum.singular_values,
         null_dims=k,
         chance_null_fraction=chance_null_fraction(d, k, readout.n_neurons, seed=seed),
