@@ -49,39 +49,22 @@ def frequency_cosine(readout: Readout, unigram: Unigram) -> Tensor:
 
     Both are centred over the vocabulary: a constant added to all logits is no change of output.
     """
-    w_out = readout.w_out.double()
-    gram, along = _logit_gram(readout, unigram)
-    length = ((w_out @ gram) * w_out).sum(dim=1).clamp_min(0).sqrt()
-    return _cosine(w_out @ along, length).cpu()
+    return _cosine(readout, unigram, readout.w_out.double()).cpu()
 
 
 def chance_frequency_cosine(readout: Readout, unigram: Unigram, *, seed: int = 0) -> float:
     """What the largest ``|cos(W_U w, v)|`` of ``n_neurons`` random writes exceeds 1 time in 20."""
     generator = torch.Generator().manual_seed(seed)
-    gram, along = _logit_gram(readout, unigram)
-    largest = []
-    for _ in range(20):
-        w = torch.randn(readout.n_neurons, readout.d_model, generator=generator, dtype=torch.float64).to(gram.device)
-        length = ((w @ gram) * w).sum(dim=1).sqrt()
-        largest.append(_cosine(w @ along, length).abs().max())
+    device = readout.unembedding.device
+    shape = (readout.n_neurons, readout.d_model)
+    writes = (torch.randn(shape, generator=generator, dtype=torch.float64).to(device) for _ in range(20))
+    largest = [_cosine(readout, unigram, w_out).abs().max() for w_out in writes]
     return float(torch.stack(largest).quantile(0.95))
 
 
-def _cosine(dot: Tensor, length: Tensor) -> Tensor:
-    """`dot` over `length`; zero where a write does not reach the logits at all (to float32 rounding)."""
-    negligible = length <= 1e-6 * length.max()
-    cosine = dot / length.clamp_min(torch.finfo(length.dtype).tiny)
+def _cosine(readout: Readout, unigram: Unigram, w_out: Tensor) -> Tensor:
+    """Of the logit writes of ``w_out`` ``[n, d_model]`` with ``v``; zero where one does not reach the logits at all."""
+    length = ((w_out @ readout.gram) * w_out).sum(dim=1).clamp_min(0).sqrt()
+    cosine = (w_out @ (unigram.direction @ readout.unembedding).double()) / length.clamp_min(torch.finfo(length.dtype).tiny)
+    negligible = length <= 1e-6 * length.max()  # float32 rounding
     return torch.where(negligible, 0.0, cosine).clamp(-1, 1)  # rounding
-
-
-def _logit_gram(readout: Readout, unigram: Unigram) -> tuple[Tensor, Tensor]:
-    """Gram matrix of the vocabulary-centred unembedding ``[d, d]`` and its product with ``v`` ``[d]``, float64."""
-    d = readout.d_model
-    gram = torch.zeros(d, d, dtype=torch.float64, device=readout.unembedding.device)
-    along = torch.zeros(d, dtype=torch.float64, device=readout.unembedding.device)
-    mean = readout.unembedding.double().mean(dim=0)
-    for rows, v in zip(readout.unembedding.split(8192), unigram.direction.split(8192), strict=True):
-        centred = rows.double() - mean
-        gram.addmm_(centred.T, centred)
-        along += centred.T @ v.double()
-    return gram, along

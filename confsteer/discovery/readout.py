@@ -6,10 +6,14 @@ confsteer's mathematics happens on this path, in closed form, without a model.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+ROWS_PER_CHUNK = 8192
+"""Vocabulary rows converted to float64 at a time."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,15 @@ class Readout:
         folded -= folded.mean(dim=0)
         logit_bias -= logit_bias.mean()
         return cls(w_out, folded, logit_bias, epsilon, centred)
+
+    @functools.cached_property
+    def gram(self) -> Tensor:
+        """``W_Uᵀ W_U`` in float64, ``[d_model, d_model]``: lengths of writes in logit space, and the unembedding's spectrum."""
+        gram = torch.zeros(self.d_model, self.d_model, dtype=torch.float64, device=self.unembedding.device)
+        for rows in self.unembedding.split(ROWS_PER_CHUNK):
+            rows = rows.double()
+            gram.addmm_(rows.T, rows)
+        return gram
 
     def centre(self, residual: Tensor) -> Tensor:
         """The part of `residual` ``[..., d_model]`` that the final norm sees, float32."""

@@ -10,11 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from confsteer.discovery.readout import Readout
+from confsteer.discovery.readout import ROWS_PER_CHUNK, Readout
 from confsteer.errors import SettingError
-
-ROWS_PER_CHUNK = 8192
-"""Vocabulary rows converted to float64 at a time."""
 
 
 class UnembeddingSpectrum(NamedTuple):
@@ -44,23 +41,22 @@ class WeightStatistics(NamedTuple):
     """What the luckiest of ``n_neurons`` random directions exceeds with a probability of 5 %."""
 
 
-def _row_gram(matrix: Tensor, *, normalise_rows: bool, centre: bool) -> Tensor:
-    """``MᵀM`` in float64, of rows scaled to unit length and/or centred over the rows; ``[d, d]`` from ``[n, d]``."""
-    n, d = matrix.shape
-    gram = torch.zeros(d, d, dtype=torch.float64, device=matrix.device)
-    total = torch.zeros(d, dtype=torch.float64, device=matrix.device)
-    for rows in matrix.split(ROWS_PER_CHUNK):
+def _direction_covariance(unembedding: Tensor) -> Tensor:
+    """Unbiased covariance over the vocabulary of the rows' directions, float64 ``[d_model, d_model]``."""
+    n, d = unembedding.shape
+    gram = torch.zeros(d, d, dtype=torch.float64, device=unembedding.device)
+    total = torch.zeros(d, dtype=torch.float64, device=unembedding.device)
+    for rows in unembedding.split(ROWS_PER_CHUNK):
         rows = rows.double()
-        if normalise_rows:
-            rows = rows / rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+        rows = rows / rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
         gram.addmm_(rows.T, rows)
         total += rows.sum(dim=0)
-    return gram - torch.outer(total, total) / n if centre else gram
+    return (gram - torch.outer(total, total) / n) / (n - 1)
 
 
 def unembedding_spectrum(readout: Readout) -> UnembeddingSpectrum:
     """Spectrum of the folded unembedding, from its Gram matrix in float64 (the Gram squares small singular values)."""
-    gram = _row_gram(readout.unembedding, normalise_rows=False, centre=False)
+    gram = readout.gram
     if readout.centred:
         # Lift the all-ones direction above the rest of the spectrum, then drop the top.
         ones = torch.full((readout.d_model,), readout.d_model**-0.5, dtype=gram.dtype, device=gram.device)
@@ -136,9 +132,8 @@ def weight_statistics(readout: Readout, *, null_dims: int | None = None, seed: i
     w_out = readout.w_out.double()
     norm = w_out.norm(dim=1)
     unit = w_out / norm.clamp_min(torch.finfo(torch.float64).tiny)[:, None]
-    # Var_t of (row_t · unit) is a quadratic form in the centred Gram matrix of the unit rows: no [vocab, n_neurons] product.
-    row_gram = _row_gram(readout.unembedding, normalise_rows=True, centre=True)
-    logit_variance = ((unit @ row_gram) * unit).sum(dim=1).clamp_min(0) / (readout.vocab_size - 1)
+    # Var_t of (row_t · unit) is a quadratic form in the covariance of the rows: no [vocab, n_neurons] product.
+    logit_variance = ((unit @ _direction_covariance(readout.unembedding)) * unit).sum(dim=1).clamp_min(0)
     null_fraction = (unit @ spectrum.directions[:, :k]).norm(dim=1).clamp_max(1)  # rounding
     return WeightStatistics(
         norm=norm.cpu(),

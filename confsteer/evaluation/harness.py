@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from confsteer.anatomy import input_device
 from confsteer.corpus import make_windows
-from confsteer.evaluation.metrics import BINS, Interval, Metrics, ReliabilityBins, TokenScores, metrics
+from confsteer.evaluation.metrics import BINS, Interval, ReliabilityBins, TokenScores, metrics
 from confsteer.hf import steer
 from confsteer.profile import Profile
 from confsteer.steering import Steering
@@ -40,7 +40,7 @@ class SteeringResult(BaseModel):
 
     steering: Steering
     metrics: dict[str, Interval]
-    """By the names of `Metrics`."""
+    """By the names of `confsteer.evaluation.metrics.Metrics`."""
     reliability: tuple[ReliabilityBin, ...]
     """Bins that hold tokens."""
 
@@ -136,6 +136,3 @@ def _reliability(scores: TokenScores) -> tuple[ReliabilityBin, ...]:
         for i, (n, confidence, correct) in enumerate(rows)
         if n
     )
-
-
-__all__ = ["Evaluation", "Metrics", "ReliabilityBin", "SteeringResult", "evaluate"]
