@@ -73,6 +73,8 @@ class LastLayerStates(NamedTuple):
     """Input of the last MLP's output projection, ``[batch · positions, n_neurons]``."""
     residual: Tensor
     """Input of the final norm, ``[batch · positions, d_model]``."""
+    mlp_output: Tensor | None = None
+    """Input of the write norm, ``[batch · positions, d_model]``, in a model that has one."""
 
 
 @dataclass(frozen=True)

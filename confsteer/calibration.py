@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import importlib.metadata
 import math
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -17,21 +16,23 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from confsteer.anatomy import dissect, dtype_name
-from confsteer.capture import stream
+from confsteer.capture import Recording, regroup
 from confsteer.corpus import make_windows
 from confsteer.discovery import select
-from confsteer.discovery.effects import TokenStates, ablation_effects, argmax_changes
+from confsteer.discovery.effects import ALWAYS_EXACT, ablation_effects, argmax_changes
 from confsteer.discovery.frequency import Unigram, chance_frequency_cosine, frequency_cosine
+from confsteer.discovery.moments import tokens_at_once
 from confsteer.discovery.readout import Readout
-from confsteer.discovery.response import ResponseCurve, ResponseMeans, choose_positions
+from confsteer.discovery.response import ResponseCurve, choose_positions
 from confsteer.discovery.streaming import ActivationMoments, EffectMeans, Estimate, NeuronEffects
 from confsteer.discovery.weights import weight_statistics
 from confsteer.errors import CorpusError, SettingError
+from confsteer.parallel import all_sum, of_first, share
 from confsteer.profile import DIALS, CorpusIdentity, Dial, Layer, Measurement, ModelIdentity, Neuron, Profile, Response
 
-BATCH_SIZE = 4
-"""Windows per forward pass: about a thousand tokens, enough to keep matrix products busy."""
 DEFAULT_TOKENS = 25_600
+POSITION_SAMPLE = 256
+"""Tokens on which the range of each response curve is found."""
 
 
 def calibrate(
@@ -50,7 +51,11 @@ def calibrate(
     """Find a model's entropy and token-frequency neurons and measure what turning them does.
 
     Three passes over the text: mean activations; effects of every neuron; exact effects of the selected neurons and the
-    response curves. Memory does not grow with the text, but for four bytes per token.
+    response curves. The model runs once over as much of it as `confsteer.capture.KEPT_BYTES` hold, and again in every pass
+    over the rest: memory does not grow with the text, but for four bytes per token.
+
+    In several processes that have met (`confsteer.parallel.join`) each reads its share of the text, and all return the same
+    profile.
 
     Args:
         model: a loaded causal language model; it is put in evaluation mode.
@@ -91,21 +96,31 @@ def calibrate(
         device = readout.unembedding.device
         unigram = Unigram.from_counts(counts.to(device))
 
-        def states(stage: str) -> Iterator[TokenStates]:
-            with tqdm(total=windows.n_tokens, desc=stage, unit="tok", unit_scale=True, disable=not progress) as bar:
-                yield from stream(model, anatomy, windows, batch_size=BATCH_SIZE, device=device, on_read=bar.update)
+        recording = Recording(model, anatomy, windows, device, share())
+
+        mine = share()
+        recording = Recording(model, anatomy, windows, device, mine)
+
+        def bar(stage: str, total: int) -> tqdm[NoReturn]:
+            return tqdm(total=total, desc=stage, unit="tok", unit_scale=True, disable=not progress)
 
         weights = weight_statistics(readout, null_dims=null_dims, seed=seed)
         cosine = frequency_cosine(readout, unigram)
         chance_cosine = chance_frequency_cosine(readout, unigram, seed=seed)
         moments = ActivationMoments(readout.n_neurons)
-        for batch in states("1/3 activations"):
-            moments.update(batch.activations)
+        with bar("1/3 activations", windows.n_tokens // mine.of) as shown:
+            for batch in recording.read(shown.update):
+                moments.update(batch.activations)
+        kept = moments.count
+        moments.pool(all_sum)
         if moments.count == 0:
             raise CorpusError("no token of the text counts: its windows are too short")
         mean, means = moments.mean.to(device), EffectMeans(readout.n_neurons)
-        for batch in states("2/3 effects"):
-            means.update(*ablation_effects(readout, batch, mean, unigram), batch.window)
+        with bar("2/3 effects", kept) as shown:
+            for batch in regroup(recording.read(), tokens_at_once(readout.n_neurons)):
+                means.update(*ablation_effects(readout, batch, mean, unigram), batch.window)
+                shown.update(len(batch.targets))
+        means.pool(all_sum)
         effects = means.result()
         entropy = select.entropy_neurons(weights, effects)
         selected: dict[Dial, list[int]] = {
@@ -113,7 +128,8 @@ def calibrate(
             "unigram": select.frequency_neurons(effects, cosine, chance_cosine, excluding=entropy),
         }
         slopes: dict[Dial, Tensor] = {"entropy": effects.entropy_slope.value, "unigram": effects.unigram_slope.value}
-        closer = _look_closer(states("3/3 responses"), readout, selected, slopes, moments, unigram)
+        with bar("3/3 responses", kept) as shown:
+            closer = _look_closer(recording, shown.update, readout, selected, slopes, moments, unigram)
 
     statistics = {
         "norm": weights.norm,
@@ -157,8 +173,8 @@ def calibrate(
             null_dims=weights.null_dims,
             chance_null_fraction=weights.chance_null_fraction,
             chance_frequency_cosine=chance_cosine,
-            entropy=float(closer.baseline.entropy),
-            loss=float(closer.baseline.loss),
+            entropy=closer.entropy,
+            loss=closer.loss,
         ),
         entropy_neurons=tuple(neurons[: len(entropy)]),
         frequency_neurons=tuple(neurons[len(entropy) :]),
@@ -188,12 +204,14 @@ class _CloserLook(NamedTuple):
     """Of the reported neurons, exactly, in the order of the dials."""
     argmax_changed: Tensor
     response: dict[Dial, Response]
-    baseline: ResponseMeans
-    """Of the unsteered model."""
+    entropy: float
+    """Of the unsteered model, in nats, as is the loss."""
+    loss: float
 
 
 def _look_closer(
-    states: Iterator[TokenStates],
+    recording: Recording,
+    on_read: Callable[[int], object],
     readout: Readout,
     selected: dict[Dial, list[int]],
     slopes: dict[Dial, Tensor],
@@ -203,36 +221,50 @@ def _look_closer(
     """Exact effects of the reported neurons, and the response curve of each dial that has neurons."""
     device = readout.unembedding.device
     reported = torch.tensor([*selected["entropy"], *selected["unigram"]], dtype=torch.long, device=device)
-    few = dataclasses.replace(readout, w_out=readout.w_out[reported])
-    mean = moments.mean.to(device)[reported]
+    few, mean = readout.select(reported), moments.mean.to(device)[reported]
     means, changed = EffectMeans(len(reported)), torch.zeros(len(reported), dtype=torch.float64)
-    nowhere = readout.w_out.new_zeros(readout.d_model)
-    baseline = ResponseCurve(readout, nowhere, unigram, torch.zeros(1))
+    pushes = {
+        dial: (slopes[dial].sign() * moments.std * _among(selected[dial], moments.std)).float().to(device) for dial in DIALS
+    }
     curves: dict[Dial, ResponseCurve] = {}
-    for first, batch in enumerate(states):
+    for first, batch in enumerate(regroup(recording.read(), tokens_at_once(len(reported)))):
         if first == 0:
             for dial in DIALS:
                 if selected[dial]:
-                    index = torch.tensor(selected[dial], device=device)
-                    push = (slopes[dial][selected[dial]].sign() * moments.std[selected[dial]]).to(device).float()
-                    direction = push @ readout.w_out[index]
-                    positions = choose_positions(readout, direction, unigram, batch.residual, dial=dial)
-                    curves[dial] = ResponseCurve(readout, direction, unigram, positions)
-        for curve in (baseline, *curves.values()):
-            curve.update(batch.residual, batch.targets)
+                    sample = batch.at(slice(None, None, max(1, len(batch.targets) // POSITION_SAMPLE)))
+                    positions = of_first(choose_positions(readout, pushes[dial], unigram, sample, dial=dial))
+                    curves[dial] = ResponseCurve(readout, pushes[dial], unigram, positions)
+            # The unsteered model is position 0 of any curve.
+            unsteered = next(iter(curves.values()), ResponseCurve(readout, 0 * pushes["entropy"], unigram, torch.zeros(1)))
+        for curve in curves.values() or [unsteered]:
+            curve.update(batch)
         if len(reported):
             theirs = batch._replace(activations=batch.activations[:, reported])
-            means.update(*ablation_effects(few, theirs, mean, unigram, exact_above=-1.0), batch.window)
+            means.update(*ablation_effects(few, theirs, mean, unigram, exact_above=ALWAYS_EXACT), batch.window)
             changed += argmax_changes(few, theirs, mean).double().sum(dim=0).cpu()
+        on_read(len(batch.targets))
+    means.pool(all_sum)
+    for curve in curves.values() or [unsteered]:
+        curve.pool(all_sum)
+    baseline = unsteered.result()
+    zero = int(baseline.position.abs().argmin())
     return _CloserLook(
         effects=means.result(),
-        argmax_changed=changed / moments.count,
+        argmax_changed=all_sum(changed) / moments.count,
         response={
             dial: Response(**{name: tuple(column.tolist()) for name, column in curve.result()._asdict().items()})
             for dial, curve in curves.items()
         },
-        baseline=baseline.result(),
+        entropy=float(baseline.entropy[zero]),
+        loss=float(baseline.loss[zero]),
     )
+
+
+def _among(neurons: list[int], like: Tensor) -> Tensor:
+    """1 for each of `neurons`, 0 for the others, ``[n_neurons]``."""
+    mask = torch.zeros_like(like)
+    mask[neurons] = 1
+    return mask
 
 
 def _neuron(layer: int, row: int, index: int, statistics: dict[str, Tensor], slope: Tensor, closer: _CloserLook) -> Neuron:

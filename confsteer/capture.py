@@ -2,51 +2,100 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 
 import torch
 from transformers import PreTrainedModel
 
 from confsteer.anatomy import Anatomy, LastLayerStates, input_device
-from confsteer.corpus import Windows
-from confsteer.discovery.effects import TokenStates
+from confsteer.corpus import Batch, Windows
+from confsteer.discovery.readout import TokenStates
+from confsteer.parallel import Share
+
+BATCH_SIZE = 4
+"""Windows per forward pass: about a thousand tokens, enough to keep matrix products busy."""
+KEPT_BYTES = 2**30
+"""States up to this size are kept for the next pass over the text; the model runs again for the rest."""
 
 
-def stream(
-    model: PreTrainedModel,
-    anatomy: Anatomy,
-    windows: Windows,
-    *,
-    batch_size: int,
-    device: torch.device,
-    on_read: Callable[[int], object] = lambda tokens: None,
-) -> Iterator[TokenStates]:
-    """One forward pass over `windows`, `batch_size` at a time; logits are not computed.
+class Recording:
+    """The states of a text, to be read more than once.
 
-    The caller must have put the model in evaluation mode.
-
-    Args:
-        model: the model.
-        anatomy: where to look.
-        windows: the text.
-        batch_size: windows per forward pass.
-        device: where the states go.
-        on_read: called with the number of tokens read after each batch was used.
+    The caller must have put the model in evaluation mode. Logits are not computed.
     """
-    inputs_on = input_device(model)
-    for batch in windows.batches(batch_size):
+
+    def __init__(self, model: PreTrainedModel, anatomy: Anatomy, windows: Windows, device: torch.device, share: Share) -> None:
+        """
+        Args:
+            model: the model.
+            anatomy: where to look.
+            windows: the text.
+            device: where the states go.
+            share: of several processes, the one that reads here: every ``share.of``-th batch is its own.
+        """
+        self.model, self.anatomy, self.windows, self.device, self.share = model, anatomy, windows, device, share
+        self._kept: list[tuple[TokenStates, int]] = []
+        self._room = KEPT_BYTES
+
+    def read(self, on_read: Callable[[int], object] = lambda tokens: None) -> Iterator[TokenStates]:
+        """One pass over the text, a batch at a time.
+
+        Args:
+            on_read: called with the number of tokens read after each batch was used.
+        """
+        known = len(self._kept)
+        for states, n_tokens in self._kept[:known]:
+            yield states
+            on_read(n_tokens)
+        mine = islice(self.windows.batches(BATCH_SIZE), self.share.rank, None, self.share.of)
+        for position, batch in enumerate(islice(mine, known, None), start=known):
+            states, n_tokens = self._run(batch), int(batch.attention_mask.sum())
+            # Only what follows directly on the batches kept so far, so that the order stays that of the text.
+            if position == len(self._kept) and (size := _size(states)) <= self._room:
+                self._kept.append((states, n_tokens))
+                self._room -= size
+            yield states
+            on_read(n_tokens)
+
+    def _run(self, batch: Batch) -> TokenStates:
+        inputs_on = input_device(self.model)
         received: list[LastLayerStates] = []
-        with torch.no_grad(), anatomy.recording(received.append):
+        with torch.no_grad(), self.anatomy.recording(received.append):
             # The body alone: the unembedding of every position is not needed here.
-            model.base_model(
+            self.model.base_model(
                 input_ids=batch.input_ids.to(inputs_on), attention_mask=batch.attention_mask.to(inputs_on), use_cache=False
             )
         (states,) = received
         kept = batch.kept.flatten().to(states.residual.device)
-        yield TokenStates(
-            activations=states.activations[kept].to(device),
-            residual=states.residual[kept].to(device),
-            targets=batch.targets.to(device),
-            window=batch.window.to(device),
+        return TokenStates(
+            activations=states.activations[kept].to(self.device),
+            residual=states.residual[kept].to(self.device),
+            mlp_output=None if states.mlp_output is None else states.mlp_output[kept].to(self.device),
+            targets=batch.targets.to(self.device),
+            window=batch.window.to(self.device),
         )
-        on_read(int(batch.attention_mask.sum()))
+
+
+def _size(states: TokenStates) -> int:
+    return sum(field.nbytes for field in states if field is not None)
+
+
+def regroup(batches: Iterable[TokenStates], at_least: int) -> Iterator[TokenStates]:
+    """The same tokens in larger batches, of `at_least` tokens each but for the last; windows stay whole."""
+    waiting: list[TokenStates] = []
+    for batch in batches:
+        waiting.append(batch)
+        if sum(len(b.targets) for b in waiting) >= at_least:
+            yield _join(waiting)
+            waiting = []
+    if waiting:
+        yield _join(waiting)
+
+
+def _join(batches: list[TokenStates]) -> TokenStates:
+    """Tokens of several batches, their windows numbered through."""
+    first = torch.tensor([0, *(int(b.window.max()) + 1 if len(b.window) else 0 for b in batches[:-1])]).cumsum(0).tolist()
+    numbered = [b._replace(window=b.window + start) for b, start in zip(batches, first, strict=True)]
+    joined = (None if column[0] is None else torch.cat(column) for column in zip(*numbered, strict=True))
+    return TokenStates(*joined)  # type: ignore[arg-type]

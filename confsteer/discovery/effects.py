@@ -1,14 +1,13 @@
 """What each neuron of the last MLP does to the output, by mean ablation.
 
-Ablating neuron ``i`` at a token sets its activation ``a`` to its mean ``μ``: with ``δ = μ − a`` the residual ``h`` becomes
-``h + δ w_i``. With ``x = z − b`` (logits less their bias), ``u_i = W_U w_i`` and ``σ`` the norm's denominator, the
-logits move by
+Ablating neuron ``i`` at a token sets its activation ``a`` to its mean ``μ``: it adds ``δ = μ − a``. The logits move by
 
-    Δ = z' − z = α x + β u_i        α = σ/σ' − 1,  β = δ/σ'        (total effect)
-                                    α = 0,         β = δ/σ         (direct effect: the norm is frozen)
+    Δ = Σ_k η_k x_k + β u_i
 
-and ``σ'`` follows from ``‖h + δw‖² = ‖h‖² + 2δ h·w + δ²‖w‖²``. (Stolfo et al. 2024, arXiv 2406.16254, sections 2–4; the
-frequency effect moves ``z'`` back along the unigram direction ``v`` to its projection before the ablation.)
+where ``u_i = W_U w_i``, ``x_k`` are the logits along the token's own directions (mostly just one, ``x = W_U h/σ``) and the
+coefficients have closed forms (`confsteer.discovery.readout`). The direct effect freezes the final norm. The frequency
+effect moves ``z' = z + Δ`` back along the unigram direction ``v`` to its projection before the ablation. (Stolfo et al.
+2024, arXiv 2406.16254, sections 2–4.)
 
 **Cumulant expansion.** Evaluating every (token, neuron) pair over the vocabulary takes ``T·N·V`` exponentials. With
 ``p = softmax(z)``, ``ℓ = log p`` and cumulants under ``p`` (a tilde marks a centred variable)
@@ -20,9 +19,14 @@ For the entropy, ``p' ∝ p e^Δ`` gives ``H' = −E_p'[ℓ] − E_p'[Δ] + log 
 
     H' − H = −κ(ℓ,Δ) − ½ κ(ℓ,Δ,Δ) − ½ κ(Δ,Δ) + O(Δ³)
 
-``Δ`` is linear in ``x`` and ``u_i``, so every cumulant is a polynomial in α and β with coefficients that are matrix
-products: what is linear in ``u_i`` goes through ``(p ⊙ f) @ W_U`` and is ``d_model`` wide; only ``E_p[u²]`` and ``E_p[ℓ̃u²]``
-need ``[T, V] × [V, N]``. Pairs whose ``κ(Δ,Δ)`` exceeds a threshold are then evaluated exactly.
+``Δ`` is linear in the ``x_k`` and ``u_i``, so every cumulant is a polynomial in the coefficients whose own coefficients are
+matrix products. What is linear in ``u_i`` goes through ``(p ⊙ f) @ W_U`` and is ``d_model`` wide; only ``E_p[u²]`` and
+``E_p[ℓ̃u²]`` need ``[T, V] × [V, N]``. Pairs whose ``κ(Δ,Δ)`` exceeds a threshold are then evaluated exactly.
+
+**Softcap.** With ``z = c tanh(y/c)`` the logits before the cap move by ``Σ_k η_k y_k + β u_i`` and those after it by
+``s`` times that to first order, ``s = 1 − (z/c)²``: every ``x_k`` and ``u_i`` above carries the factor ``s`` of its token
+and vocabulary entry. What this leaves out is second order, but
+at most ``0.8/c`` of the second-order term (3 % of it at ``c = 30``); exact pairs apply the cap itself.
 """
 
 from __future__ import annotations
@@ -32,45 +36,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from confsteer.discovery.exact import TokenEffects, evaluate
 from confsteer.discovery.frequency import Unigram
-from confsteer.discovery.readout import Readout
+from confsteer.discovery.moments import Moments, Tokens, blocks, tokens_at_once
+from confsteer.discovery.readout import WORKING_SET, Readout, TokenStates, products
 
 EXACT_ABOVE = 5e-3
 """Pairs with ``Var_p[Δ]`` above this (in nats²) are evaluated exactly; `tests/discovery/test_effects.py` holds the result."""
-WORKING_SET = 2**25
-"""Elements of the largest temporary tensors (128 MiB in float32): tokens and neurons are chunked to stay below."""
-
-
-CACHED_SET = 2**18
-"""Elements of the temporaries of exact evaluation, about twenty passes over each: small enough to stay in a core's cache."""
-
-
-class TokenStates(NamedTuple):
-    """What a model left in its last layer at some tokens."""
-
-    activations: Tensor
-    """Input of the last MLP's output projection, ``[tokens, n_neurons]``."""
-    residual: Tensor
-    """Input of the final norm, ``[tokens, d_model]``."""
-    targets: Tensor
-    """Ids of the tokens that follow, ``[tokens]``."""
-    window: Tensor
-    """Which window each token is in, ``[tokens]``."""
-
-
-class TokenEffects(NamedTuple):
-    """Effects of ablating each neuron at each token, in nats, ``[tokens, n_neurons]`` float32."""
-
-    loss: Tensor
-    """Change of the next-token loss."""
-    direct_loss: Tensor
-    """The same with the final norm frozen."""
-    entropy: Tensor
-    """Change of the output entropy."""
-    frequency_kl: Tensor
-    """Change of ``KL(P_freq ‖ P_model)``."""
-    loss_without_frequency: Tensor
-    """Change of the loss with the logits held at their original projection on the unigram direction."""
+ALWAYS_EXACT = 1e-6
+"""A threshold for exact effects: below it what the expansion leaves out is lost in float32 rounding."""
 
 
 class TokenSlopes(NamedTuple):
@@ -80,71 +54,6 @@ class TokenSlopes(NamedTuple):
     """Of the output entropy."""
     unigram_kl: Tensor
     """Of ``KL(P_model ‖ P_freq)``."""
-
-
-class _Tokens(NamedTuple):
-    """What all neurons share at a chunk of tokens: moments under ``p = softmax(z)``.
-
-    ``x``, ``l`` (for ``log p``) are centred under ``p``. A name like ``p_lx`` is ``Σ_t p l x W_U[t]``, ``[tokens, d_model]``:
-    its product with ``w_i`` is ``E_p[l x u_i]``.
-    """
-
-    residual: Tensor  # centred if the norm centres, [tokens, d_model]
-    targets: Tensor  # [tokens]
-    p: Tensor  # [tokens, vocab]
-    log_p: Tensor  # [tokens, vocab]
-    x: Tensor  # [tokens, vocab]
-    sigma: Tensor  # this and the scalars below: [tokens, 1]
-    x_target: Tensor
-    x_frequency: Tensor  # expectation of x under the unigram distribution
-    x_on_v: Tensor
-    var_x: Tensor
-    cov_lx: Tensor
-    k_lxx: Tensor
-    mean_v: Tensor
-    var_v: Tensor
-    cov_xv: Tensor
-    p_1: Tensor
-    p_x: Tensor
-    p_l: Tensor
-    p_lx: Tensor
-    p_v: Tensor
-
-    @classmethod
-    def measure(cls, readout: Readout, residual: Tensor, targets: Tensor, unigram: Unigram) -> _Tokens:
-        W, v = readout.unembedding, unigram.direction
-        residual = readout.centre(residual)
-        sigma = readout.norm_scale(residual)[:, None]
-        x = (residual / sigma) @ W.T
-        log_p = torch.log_softmax(x + readout.logit_bias, dim=-1)
-        p = log_p.exp()
-        log_p -= (p * log_p).sum(dim=-1, keepdim=True)
-        x -= (p * x).sum(dim=-1, keepdim=True)
-        px, pl = p * x, p * log_p
-        plx = pl * x
-        mean_v = (p @ v)[:, None]
-        return cls(
-            residual=residual,
-            targets=targets,
-            p=p,
-            log_p=log_p,
-            x=x,
-            sigma=sigma,
-            x_target=x.gather(1, targets[:, None]),
-            x_frequency=(x @ unigram.log_frequency.exp())[:, None],
-            x_on_v=(x @ v)[:, None],  # v sums to zero: the mean taken off x does not matter
-            var_x=(px * x).sum(dim=-1, keepdim=True),
-            cov_lx=plx.sum(dim=-1, keepdim=True),
-            k_lxx=(plx * x).sum(dim=-1, keepdim=True),
-            mean_v=mean_v,
-            var_v=(p @ v.square())[:, None] - mean_v.square(),
-            cov_xv=(px @ v)[:, None],
-            p_1=p @ W,
-            p_x=px @ W,
-            p_l=pl @ W,
-            p_lx=plx @ W,
-            p_v=(p * v) @ W,
-        )
 
 
 def ablation_effects(
@@ -159,117 +68,91 @@ def ablation_effects(
         unigram: the corpus's unigram distribution.
         exact_above: variance of ``Δ`` in nats² above which a pair is evaluated exactly.
     """
-    step = max(1, WORKING_SET // readout.vocab_size)
-    effects = TokenEffects(*(torch.empty(states.activations.shape, device=states.residual.device) for _ in range(5)))
-    slopes = TokenSlopes(*(torch.empty_like(effects.loss) for _ in range(2)))
-    for start in range(0, len(states.residual), step):
+    like = states.residual.new_empty(states.activations.shape, dtype=torch.float32)
+    effects = TokenEffects(*(torch.empty_like(like) for _ in TokenEffects._fields))
+    slopes = TokenSlopes(*(torch.empty_like(like) for _ in TokenSlopes._fields))
+    step = tokens_at_once(readout.n_neurons)
+    for start in range(0, len(like), step):
         rows = slice(start, start + step)
-        tokens = _Tokens.measure(readout, states.residual[rows], states.targets[rows], unigram)
-        for first in range(0, readout.n_neurons, step):
-            block = slice(first, first + step)
-            delta = mean[block].float() - states.activations[rows, block].float()
-            block_effects, block_slopes = _block_effects(readout, tokens, delta, block, unigram, exact_above)
-            for whole, part in zip((*effects, *slopes), (*block_effects, *block_slopes), strict=True):
-                whole[rows, block] = part
+        tokens = Tokens.measure(readout, states.at(rows))
+        delta = mean.float() - states.activations[rows].float()
+        moments = Moments.measure(readout, tokens, unigram)
+        above = _expand(readout, tokens, moments, delta, unigram, exact_above, effects, slopes, rows)
+        if len(above):
+            evaluate(readout, tokens, moments, delta, unigram, above, TokenEffects(*(e[rows] for e in effects)))
     return effects, slopes
 
 
-def _block_effects(
-    readout: Readout, tokens: _Tokens, delta: Tensor, block: slice, unigram: Unigram, exact_above: float
-) -> tuple[TokenEffects, TokenSlopes]:
-    """Effects of adding ``delta`` ``[tokens, neurons in block]`` to the activations of one block of neurons."""
-    w, W, v = readout.w_out[block], readout.unembedding, unigram.direction
-    sigma = tokens.sigma
-    u = w @ W.T  # [neurons, vocab]
-    u_squared = u.square()
-    mean_u, cov_xu, cov_lu = tokens.p_1 @ w.T, tokens.p_x @ w.T, tokens.p_l @ w.T
-    var_u = (tokens.p @ u_squared.T - mean_u.square()).clamp_min_(0)
-    k_lxu = tokens.p_lx @ w.T - mean_u * tokens.cov_lx
-    k_luu = (tokens.p * tokens.log_p) @ u_squared.T - 2 * mean_u * cov_lu
-    del u_squared
-    cov_uv = tokens.p_v @ w.T - mean_u * tokens.mean_v
-    u_target = W[tokens.targets] @ w.T
-    u_frequency = (unigram.log_frequency.exp() @ W) @ w.T
+def _expand(
+    readout: Readout,
+    tokens: Tokens,
+    moments: Moments,
+    delta: Tensor,
+    unigram: Unigram,
+    exact_above: float,
+    effects: TokenEffects,
+    slopes: TokenSlopes,
+    where: slice,
+) -> Tensor:
+    """Effects and slopes to second order, written to the rows `where`; the pairs to evaluate exactly, ``[pairs, 2]``."""
+    above = []
+    W, v = readout.unembedding, unigram.direction
+    for rows in blocks(len(delta), readout.n_neurons):
+        m, state, targets = moments.at(rows), tokens.state.at(rows), tokens.targets[rows]
+        total, direct = readout.move(state, delta[rows])
+        u_target = W[targets] @ readout.w_out.T
+        y_target = (tokens.directions[:, rows] * W[targets]).sum(dim=-1, keepdim=True)
+        if readout.softcap is not None:
+            s = 1 - (readout.cap(y_target[-1] + readout.logit_bias[targets, None]) / readout.softcap).square()
+            u_target, y_target = s * u_target, s * y_target
+        x_target = y_target - tokens.mean_x[:, rows]
+        no_x = torch.zeros_like(x_target)  # the x_k are centred
 
-    # σ'² = σ² (1 + growth), and α = σ/σ' − 1 without cancellation.
-    dot = tokens.residual @ w.T
-    growth = (2 * delta * dot + delta.square() * w.square().sum(dim=1)) / (readout.d_model * sigma.square())
-    new_over_old = (1 + growth).clamp_min(torch.finfo(growth.dtype).tiny).sqrt()
-    alpha = -growth / (new_over_old * (1 + new_over_old))
-    beta, beta_direct = delta / (sigma * new_over_old), delta / sigma
-    c = alpha * tokens.x_on_v + beta * (u @ v)  # how far Δ goes along v
-
-    variance = alpha.square() * tokens.var_x + 2 * alpha * beta * cov_xu + beta.square() * var_u
-    variance_direct = beta_direct.square() * var_u
-    variance_frequency = variance - 2 * c * (alpha * tokens.cov_xv + beta * cov_uv) + c.square() * tokens.var_v
-    loss_to_first_order = -alpha * tokens.x_target + beta * (mean_u - u_target)
-    effects = TokenEffects(
-        loss=loss_to_first_order + 0.5 * variance,
-        direct_loss=beta_direct * (mean_u - u_target) + 0.5 * variance_direct,
-        entropy=-(alpha * tokens.cov_lx + beta * cov_lu)
-        - 0.5 * (alpha.square() * tokens.k_lxx + 2 * alpha * beta * k_lxu + beta.square() * k_luu)
-        - 0.5 * variance,
-        frequency_kl=-alpha * tokens.x_frequency + beta * (mean_u - u_frequency) + 0.5 * variance,
-        loss_without_frequency=loss_to_first_order - c * (tokens.mean_v - v[tokens.targets][:, None]) + 0.5 * variance_frequency,
-    )
-
-    largest = torch.maximum(torch.maximum(variance, variance_direct), variance_frequency)
-    for pairs in (largest > exact_above).nonzero().split(max(1, CACHED_SET // readout.vocab_size)):
-        t, i = pairs.unbind(dim=1)
-        exact = _exact_pairs(tokens, t, u[i], alpha[t, i], beta[t, i], beta_direct[t, i], c[t, i], unigram)
-        for approximate, values in zip(effects, exact, strict=True):
-            approximate[t, i] = values
-
-    # dz/da = u/σ − (h·w)/(dσ²) x;  dH = −Cov(l, dz);  dKL(P ‖ P_freq) = Cov(l − log p_freq, dz).
-    shrink = -dot / (readout.d_model * sigma.square())
-    entropy_slope = -(shrink * tokens.cov_lx + cov_lu / sigma)
-    frequency_slope = unigram.length * (shrink * tokens.cov_xv + cov_uv / sigma)
-    return effects, TokenSlopes(entropy=entropy_slope, unigram_kl=-entropy_slope - frequency_slope)
-
-
-def _exact_pairs(
-    tokens: _Tokens, t: Tensor, u: Tensor, alpha: Tensor, beta: Tensor, beta_direct: Tensor, c: Tensor, unigram: Unigram
-) -> TokenEffects:
-    """The effects of pairs of a token ``t`` ``[pairs]`` and a neuron with logit write ``u`` ``[pairs, vocab]``, exactly.
-
-    Differences are formed before exponentials, so that small effects keep their digits: with ``Δ`` centred under ``p``,
-    ``log E_p[e^Δ] = log1p(E_p[expm1(Δ)])``.
-    """
-    p, log_p, x, target = tokens.p[t], tokens.log_p[t], tokens.x[t], tokens.targets[t][:, None]
-
-    def centred_log_mean_exp(delta: Tensor) -> tuple[Tensor, Tensor]:
-        delta = delta - (p * delta).sum(-1, keepdim=True)
-        return delta, (p * delta.expm1()).sum(-1).log1p()
-
-    total = alpha[:, None] * x + beta[:, None] * u
-    delta, log_mean = centred_log_mean_exp(total)
-    loss = log_mean - delta.gather(1, target)[:, 0]
-    tilt = p * (delta - log_mean[:, None]).expm1()  # p' − p
-    entropy = -(tilt * (log_p + delta)).sum(-1) + log_mean  # E_p[delta] is zero
-    frequency_kl = log_mean - delta @ unigram.log_frequency.exp()
-    delta, log_mean = centred_log_mean_exp(beta_direct[:, None] * u)
-    direct_loss = log_mean - delta.gather(1, target)[:, 0]
-    delta, log_mean = centred_log_mean_exp(total - c[:, None] * unigram.direction)
-    return TokenEffects(loss, direct_loss, entropy, frequency_kl, log_mean - delta.gather(1, target)[:, 0])
+        variance = total.bilinear(m.cov_xx, m.cov_xu, m.var_u)
+        direct_variance = direct.bilinear(m.cov_xx, m.cov_xu, m.var_u)
+        c = total.linear(m.x_on_v, m.u_on_v)  # how far Δ goes along v
+        held_variance = variance - 2 * c * total.linear(m.cov_xv, m.cov_uv) + c.square() * m.var_v
+        first_order = total.linear(no_x, m.mean_u) - total.linear(x_target, u_target)
+        block = TokenEffects(
+            loss=first_order + 0.5 * variance,
+            direct_loss=direct.linear(no_x, m.mean_u) - direct.linear(x_target, u_target) + 0.5 * direct_variance,
+            entropy=-total.linear(m.cov_lx, m.cov_lu) - 0.5 * (total.bilinear(m.k_lxx, m.k_lxu, m.k_luu) + variance),
+            frequency_kl=total.linear(no_x, m.mean_u) - total.linear(m.x_frequency, m.u_frequency) + 0.5 * variance,
+            loss_without_frequency=first_order - c * (m.mean_v - v[targets][:, None]) + 0.5 * held_variance,
+        )
+        # dH = −Cov(l, dz);  dKL(P ‖ P_freq) = Cov(l − log p_freq, dz).
+        slope = readout.slope(state)
+        entropy_slope = -slope.linear(m.cov_lx, m.cov_lu)
+        frequency_slope = unigram.length * slope.linear(m.cov_xv, m.cov_uv)
+        block_slopes = TokenSlopes(entropy=entropy_slope, unigram_kl=-entropy_slope - frequency_slope)
+        start = where.start + rows.start
+        for whole, part in zip((*effects, *slopes), (*block, *block_slopes), strict=True):
+            whole[start : start + len(part)] = part
+        largest = torch.maximum(torch.maximum(variance, direct_variance), held_variance)
+        pairs = (largest > exact_above).nonzero()
+        pairs[:, 0] += rows.start
+        above.append(pairs)
+    return torch.cat(above)
 
 
 def argmax_changes(readout: Readout, states: TokenStates, mean: Tensor) -> Tensor:
     """Whether ablating a neuron changes the most likely next token, exactly, ``[tokens, n_neurons]`` bool.
 
-    For a few neurons: pass a readout and states of these only. Arguments as in `ablation_effects`.
+    For a few neurons: pass a readout and states of these only. Arguments as in `ablation_effects`. A softcap is monotonic and
+    changes no order.
     """
     changed = torch.empty(states.activations.shape, dtype=torch.bool, device=states.residual.device)
+    u = readout.w_out @ readout.unembedding.T
     step = max(1, WORKING_SET // readout.vocab_size)
-    for start in range(0, len(states.residual), step):
-        rows = slice(start, start + step)
-        h = readout.centre(states.residual[rows])
-        sigma = readout.norm_scale(h)
-        x = (h / sigma[:, None]) @ readout.unembedding.T
-        argmax = (x + readout.logit_bias).argmax(dim=-1)
-        for neuron, w in enumerate(readout.w_out):
-            delta = mean[neuron].float() - states.activations[rows, neuron].float()
-            new_sigma = readout.norm_scale(h + delta[:, None] * w)
-            logits = x * (sigma / new_sigma)[:, None] + readout.logit_bias
-            logits += (delta / new_sigma)[:, None] * (readout.unembedding @ w)
-            changed[rows, neuron] = logits.argmax(dim=-1) != argmax
+    for start in range(0, len(changed), step):
+        part = states.at(slice(start, start + step))
+        state = readout.state(part.residual, part.mlp_output)
+        total, _ = readout.move(state, mean.float() - part.activations.float())
+        x = products(state.directions, readout.unembedding)
+        y = x[-1] + readout.logit_bias
+        for token, top in enumerate(y.argmax(dim=-1).tolist()):
+            moved = (total.write[token, :, None] * u).add_(y[token])
+            for along, direction in zip(total.along, x, strict=True):
+                moved.addr_(along[token], direction[token])
+            changed[start + token] = moved.amax(dim=-1) > moved[:, top]
     return changed

@@ -1,19 +1,121 @@
 """The path from the last MLP's activations to the logits, as a few tensors.
 
-After the last MLP's output projection a transformer has only ``residual add -> final norm -> unembedding`` left. All of
-confsteer's mathematics happens on this path, in closed form, without a model.
+After the last MLP's output projection a transformer has only ``[write norm ->] residual add -> final norm -> unembedding
+[-> softcap]`` left. All of confsteer's mathematics happens on this path, in closed form, without a model.
+
+**How a neuron's write moves the logits.** Adding ``δ`` to activation ``i`` turns the residual ``h`` into ``h + δ w_i``, with
+logits ``y = W_U h/σ + b`` before the softcap if there is one. With ``u_i = W_U w_i`` and the norm's new denominator ``σ'``,
+
+    y' − y = α (y − b) + β u_i        α = σ/σ' − 1,  β = δ/σ'
+
+A model that normalises the MLP's output ``m`` before adding it (Gemma 2 and 3, OLMo 2) adds ``n = g ⊙ m/ρ`` with ``ρ`` the
+root mean square of ``m``. With ``w_i = g ⊙ (the neuron's own write)`` the residual becomes ``h + (δ/ρ') w_i + γ n`` with
+``γ = ρ/ρ' − 1``, so that a second of the token's own directions joins in:
+
+    y' − y = α (y − b) + η W_U n/σ + β u_i        η = γ σ/σ',  β = δ/(ρ'σ')
+
+``σ'`` and ``ρ'`` follow from dot products, since ``‖h + δw‖² = ‖h‖² + 2δ h·w + δ²‖w‖²``: no pass over the vocabulary.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 ROWS_PER_CHUNK = 8192
 """Vocabulary rows converted to float64 at a time."""
+WORKING_SET = 2**23
+"""Elements of the largest temporary tensors over the vocabulary (32 MiB in float32); there are about twenty."""
+CACHED_SET = 2**18
+"""Elements of the temporaries of elementwise work (1 MiB in float32): in a core's cache it is ten times faster."""
+
+
+@dataclass(frozen=True)
+class WriteNorm:
+    """An RMSNorm between the last MLP and the residual stream."""
+
+    gain: Tensor
+    """``[d_model]``, centred writes included: what a unit of normalised output adds to the residual."""
+    epsilon: float
+    inputs: Tensor
+    """What each neuron adds to the norm's input per unit of activation, ``[n_neurons, d_model]``."""
+
+
+class TokenStates(NamedTuple):
+    """What a model left in its last layer at some tokens."""
+
+    activations: Tensor
+    """Input of the last MLP's output projection, ``[tokens, n_neurons]``."""
+    residual: Tensor
+    """Input of the final norm, ``[tokens, d_model]``."""
+    mlp_output: Tensor | None
+    """Input of the write norm, ``[tokens, d_model]``, in a model that has one."""
+    targets: Tensor
+    """Ids of the tokens that follow, ``[tokens]``."""
+    window: Tensor
+    """Which window each token is in, ``[tokens]``."""
+
+    def at(self, rows: slice) -> TokenStates:
+        """The states of some of the tokens."""
+        return TokenStates(*(field if field is None else field[rows] for field in self))  # type: ignore[arg-type]
+
+
+class ReadoutState(NamedTuple):
+    """What the readout needs to know of some tokens."""
+
+    residual: Tensor
+    """Input of the final norm, centred if the norm centres, ``[tokens, d_model]``."""
+    sigma: Tensor
+    """The final norm's denominator, ``[tokens, 1]``."""
+    mlp_output: Tensor | None
+    """Input of the write norm, ``[tokens, d_model]``; None in a model without one, as the rest."""
+    rho: Tensor | None
+    """The write norm's denominator, ``[tokens, 1]``."""
+    normed: Tensor | None
+    """Output of the write norm, centred if the final norm centres, ``[tokens, d_model]``."""
+
+    @property
+    def directions(self) -> Tensor:
+        """The token's own directions that a write moves along, over ``σ``, the residual last: ``[1 or 2, tokens, d_model]``."""
+        own = [self.residual] if self.normed is None else [self.normed, self.residual]
+        return torch.stack(own) / self.sigma
+
+    def at(self, rows: slice) -> ReadoutState:
+        """The state of some of the tokens."""
+        return ReadoutState(*(field if field is None else field[rows] for field in self))  # type: ignore[arg-type]
+
+
+class Move(NamedTuple):
+    """How far the logits (before a softcap) go along a token's own directions and along a neuron's write, ``[tokens, n]``.
+
+    ``y' − y = Σ_k along[k] · W_U directions[k] + write · W_U w_i``.
+    """
+
+    along: tuple[Tensor, ...]
+    write: Tensor
+
+    def linear(self, of_x: Tensor, of_u: Tensor) -> Tensor:
+        """A linear functional of the move, from its values on the directions (first dimension) and on ``W_U w_i``."""
+        total = self.write * of_u
+        # With a frozen final norm there is no move along the last direction, the residual.
+        for along, value in zip(self.along, of_x, strict=False):
+            total = total + along * value
+        return total
+
+    def bilinear(self, of_xx: Tensor, of_xu: Tensor, of_uu: Tensor) -> Tensor:
+        """A quadratic functional of the move, from its values on pairs of these."""
+        total = self.write.square() * of_uu
+        for k, along in enumerate(self.along):
+            total = total + 2 * along * self.write * of_xu[k]
+            for j, other in enumerate(self.along):
+                total = total + along * other * of_xx[k, j]
+        return total
 
 
 @dataclass(frozen=True)
@@ -25,7 +127,8 @@ class Readout:
     The norm's gain and the logit scale are folded into `unembedding`. For a LayerNorm, which subtracts the mean of its
     input, `w_out` and the rows of `unembedding` are centred over ``d_model`` and every residual is centred by the
     methods below, so that LayerNorm and RMSNorm follow the same formulas. `unembedding` and `logit_bias` are also
-    centred over the vocabulary: that adds a constant to all logits of a token, which no probability notices.
+    centred over the vocabulary: that adds a constant to all logits of a token, which no probability notices. (Not so
+    before a softcap, where they are left as they are.)
     """
 
     w_out: Tensor
@@ -38,6 +141,10 @@ class Readout:
     """The final norm's epsilon."""
     centred: bool
     """Whether the final norm subtracts the mean (LayerNorm) or not (RMSNorm)."""
+    softcap: float | None = None
+    """The logits ``y`` become ``softcap · tanh(y / softcap)``; None in most models."""
+    write_norm: WriteNorm | None = None
+    """A norm on the MLP's output, whose gain is folded into `w_out`; None in most models."""
 
     @property
     def n_neurons(self) -> int:
@@ -63,6 +170,9 @@ class Readout:
         epsilon: float,
         centred: bool,
         logit_scale: float = 1.0,
+        softcap: float | None = None,
+        write_gain: Tensor | None = None,
+        write_epsilon: float = 0.0,
     ) -> Readout:
         """Build from a model's raw weights, in float32.
 
@@ -75,8 +185,16 @@ class Readout:
             epsilon: the final norm's epsilon.
             centred: whether the final norm is a LayerNorm.
             logit_scale: what the raw logits are multiplied by.
+            softcap: bound of the logits.
+            write_gain: effective gain ``[d_model]`` of an RMSNorm on the MLP's output; None if there is none.
+            write_epsilon: its epsilon.
         """
         w_out = w_out.detach().float()
+        write_norm = None
+        if write_gain is not None:
+            write_gain = write_gain.detach().float()
+            write_norm = WriteNorm(write_gain, write_epsilon, inputs=w_out)
+            w_out = w_out * write_gain
         raw = unembedding.detach().float()
         folded = raw * (gain.detach().float() * logit_scale)
         logit_bias = torch.zeros(raw.shape[0], device=raw.device)
@@ -87,9 +205,22 @@ class Readout:
         if centred:
             w_out = w_out - w_out.mean(dim=1, keepdim=True)
             folded -= folded.mean(dim=1, keepdim=True)
-        folded -= folded.mean(dim=0)
-        logit_bias -= logit_bias.mean()
-        return cls(w_out, folded, logit_bias, epsilon, centred)
+        if softcap is None:
+            folded -= folded.mean(dim=0)
+            logit_bias -= logit_bias.mean()
+        return cls(w_out, folded, logit_bias, epsilon, centred, softcap, write_norm)
+
+    def select(self, neurons: Tensor) -> Readout:
+        """The readout of some of the neurons, by index ``[n]``."""
+        return self._with_writes(lambda writes: writes[neurons])
+
+    def combine(self, push: Tensor) -> Readout:
+        """The readout of one imaginary neuron that stands for all, each activated by ``push`` ``[n_neurons]``."""
+        return self._with_writes(lambda writes: (push @ writes)[None])
+
+    def _with_writes(self, change: Callable[[Tensor], Tensor]) -> Readout:
+        norm = self.write_norm and dataclasses.replace(self.write_norm, inputs=change(self.write_norm.inputs))
+        return dataclasses.replace(self, w_out=change(self.w_out), write_norm=norm)
 
     @functools.cached_property
     def gram(self) -> Tensor:
@@ -112,4 +243,73 @@ class Readout:
     def logits(self, residual: Tensor) -> Tensor:
         """Logits ``[..., vocab]`` of a residual ``[..., d_model]``, up to a constant per token."""
         residual = self.centre(residual)
-        return (residual / self.norm_scale(residual)[..., None]) @ self.unembedding.T + self.logit_bias
+        return self.cap((residual / self.norm_scale(residual)[..., None]) @ self.unembedding.T + self.logit_bias)
+
+    def cap(self, logits: Tensor) -> Tensor:
+        """Logits after the softcap, where there is one."""
+        return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
+
+    def state(self, residual: Tensor, mlp_output: Tensor | None = None) -> ReadoutState:
+        """What `move` needs to know of some tokens.
+
+        Args:
+            residual: input of the final norm, ``[tokens, d_model]``.
+            mlp_output: input of the write norm, ``[tokens, d_model]``, in a model that has one.
+        """
+        residual = self.centre(residual)
+        sigma = self.norm_scale(residual)[:, None]
+        if self.write_norm is None:
+            return ReadoutState(residual, sigma, None, None, None)
+        if mlp_output is None:
+            raise ValueError("this model normalises its MLP's output: give the states of that output too")
+        mlp_output = mlp_output.float()
+        rho = (mlp_output.square().mean(dim=-1, keepdim=True) + self.write_norm.epsilon).sqrt()
+        return ReadoutState(residual, sigma, mlp_output, rho, self.centre(mlp_output / rho * self.write_norm.gain))
+
+    def move(self, state: ReadoutState, delta: Tensor) -> tuple[Move, Move]:
+        """How the logits move when ``delta`` ``[tokens, n_neurons]`` is added to each activation alone.
+
+        Returns:
+            The move, and the move with the final norm's denominator frozen.
+        """
+        d, residual, sigma = self.d_model, state.residual, state.sigma
+        dot, length = residual @ self.w_out.T, self.w_out.square().sum(dim=1)
+        if self.write_norm is None:
+            growth = (2 * delta * dot + delta.square() * length) / (d * sigma.square())
+            alpha = _inverse_root(growth)
+            return Move((alpha,), delta / sigma * (1 + alpha)), Move((), delta / sigma)
+        assert state.mlp_output is not None
+        assert state.rho is not None
+        assert state.normed is not None
+        inputs, rho, normed = self.write_norm.inputs, state.rho, state.normed
+        growth = (2 * delta * (state.mlp_output @ inputs.T) + delta.square() * inputs.square().sum(dim=1)) / (d * rho.square())
+        gamma = _inverse_root(growth)
+        delta = delta / rho * (1 + gamma)
+        growth = 2 * delta * dot + delta.square() * length + 2 * gamma * (residual * normed).sum(-1, keepdim=True)
+        growth += gamma.square() * normed.square().sum(-1, keepdim=True) + 2 * gamma * delta * (normed @ self.w_out.T)
+        alpha = _inverse_root(growth / (d * sigma.square()))
+        return Move((gamma * (1 + alpha), alpha), delta / sigma * (1 + alpha)), Move((gamma,), delta / sigma)
+
+    def slope(self, state: ReadoutState) -> Move:
+        """Derivative of `move` with respect to ``delta`` at zero, ``[tokens, n_neurons]``."""
+        d, residual, sigma = self.d_model, state.residual, state.sigma
+        dot = residual @ self.w_out.T
+        if self.write_norm is None:
+            return Move((-dot / (d * sigma.square()),), (1 / sigma).expand_as(dot))
+        assert state.mlp_output is not None
+        assert state.rho is not None
+        assert state.normed is not None
+        gamma = -(state.mlp_output @ self.write_norm.inputs.T) / (d * state.rho.square())
+        dot = dot / state.rho + gamma * (residual * state.normed).sum(-1, keepdim=True)
+        return Move((gamma, -dot / (d * sigma.square())), (1 / (state.rho * sigma)).expand_as(dot))
+
+
+def products(directions: Tensor, unembedding: Tensor) -> Tensor:
+    """``W_U directions``, ``[K, tokens, vocab]``, of directions ``[K, tokens, d_model]``."""
+    return torch.stack([direction @ unembedding.T for direction in directions])
+
+
+def _inverse_root(growth: Tensor) -> Tensor:
+    """``1/sqrt(1 + growth) − 1`` without cancellation."""
+    root = (1 + growth).clamp_min(torch.finfo(growth.dtype).tiny).sqrt()
+    return -growth / (root * (1 + root))

@@ -1,21 +1,20 @@
 """Response curves: what the output does as a group of neurons is pushed together.
 
-A dial at position ``s`` adds ``s · sign_i · std_i`` to the activation of each of its neurons, so the residual moves by
-``s · D`` with one direction ``D = Σ sign_i std_i w_i``, and the logits have the closed form
-
-    z'(s) = (σ/σ'(s)) (z − b) + (s/σ'(s)) W_U D + b
+A dial at position ``s`` adds ``s · sign_i · std_i`` to the activation of each of its neurons. Together they act as one
+neuron that writes ``Σ sign_i std_i w_i`` and is turned up by ``s``, so the logits at every position have the closed form of
+`confsteer.discovery.readout`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from confsteer.discovery.frequency import Unigram
-from confsteer.discovery.readout import Readout
+from confsteer.discovery.readout import CACHED_SET, WORKING_SET, Readout, TokenStates, products
 
 POINTS_PER_SIDE = 12
 LARGEST_POSITION = 64.0
@@ -40,54 +39,73 @@ class ResponseMeans(NamedTuple):
 class ResponseCurve:
     """Accumulates `ResponseMeans` over a stream of tokens."""
 
-    def __init__(self, readout: Readout, direction: Tensor, unigram: Unigram, positions: Tensor) -> None:
+    def __init__(self, readout: Readout, push: Tensor, unigram: Unigram, positions: Tensor) -> None:
         """
         Args:
             readout: the model's last layer.
-            direction: ``D``, ``[d_model]``, centred if the norm centres.
+            push: what position 1 adds to each activation, ``[n_neurons]``.
             unigram: the corpus's unigram distribution.
             positions: dial positions, ``[positions]``.
         """
-        self.readout, self.direction, self.unigram = readout, direction, unigram
+        self.readout, self.unigram = readout.combine(push), unigram
         self.positions = positions.double()
-        self._sums = torch.zeros(5, len(positions), dtype=torch.float64)
+        self._sums = torch.zeros(5, len(positions), dtype=torch.float64, device=push.device)
         self._count = 0
 
-    def update(self, residual: Tensor, targets: Tensor) -> None:
-        """Add tokens: ``[tokens, d_model]`` and the ids of the tokens that follow, ``[tokens]``."""
-        for rows in torch.arange(len(residual)).split(max(1, 2**24 // self.readout.vocab_size)):
-            self._update(residual[rows], targets[rows])
+    def update(self, states: TokenStates) -> None:
+        """Add tokens; their activations are not looked at, only how far the dial moves them from where they are."""
+        readout = self.readout
+        u = readout.w_out[0] @ readout.unembedding.T
+        at_once = max(1, WORKING_SET // readout.vocab_size)
+        # A block of tokens and positions by the vocabulary stays in the cache.
+        tokens = max(1, CACHED_SET // (len(self.positions) * readout.vocab_size))
+        columns = max(1, CACHED_SET // readout.vocab_size)
+        for start in range(0, len(states.targets), at_once):
+            part = states.at(slice(start, start + at_once))
+            state = readout.state(part.residual, part.mlp_output)
+            x = products(state.directions, readout.unembedding)
+            delta = self.positions.to(x).expand(len(part.targets), -1)
+            move, _ = readout.move(state, delta)
+            unmoved = x[-1] + readout.logit_bias
+            top = unmoved.argmax(dim=-1)
+            for first in range(0, len(delta), tokens):
+                rows = slice(first, first + tokens)
+                for at in range(0, len(self.positions), columns):
+                    here = slice(at, at + columns)
+                    y = torch.addcmul(unmoved[rows, None], move.write[rows, here, None], u)
+                    for along, direction in zip(move.along, x, strict=True):
+                        y.addcmul_(along[rows, here, None], direction[rows, None])
+                    self._sums[:, here] += self._sum(readout.cap(y), part.targets[rows], top[rows])
+        self._count += len(states.targets)
 
-    def _update(self, residual: Tensor, targets: Tensor) -> None:
-        readout, direction = self.readout, self.direction
-        residual = readout.centre(residual)
-        sigma = readout.norm_scale(residual)
-        x = (residual / sigma[:, None]) @ readout.unembedding.T
-        u = readout.unembedding @ direction
-        frequency = self.unigram.log_frequency.exp()
-        frequency_entropy = -float(frequency @ self.unigram.log_frequency)
-        argmax = (x + readout.logit_bias).argmax(dim=-1)
-        for column, position in enumerate(self.positions.tolist()):
-            new_sigma = readout.norm_scale(residual + position * direction)
-            logits = x * (sigma / new_sigma)[:, None] + readout.logit_bias
-            logits += (position / new_sigma)[:, None] * u
-            log_p = torch.log_softmax(logits, dim=-1)
-            p = log_p.exp()
-            entropy = -(p * log_p).sum(dim=-1)
-            kl_model_unigram = -entropy - p @ self.unigram.log_frequency
-            kl_unigram_model = -frequency_entropy - log_p @ frequency
-            loss = -log_p.gather(1, targets[:, None])
-            changed = (logits.argmax(dim=-1) != argmax).double()
-            for row, values in enumerate((entropy, kl_model_unigram, kl_unigram_model, loss, changed)):
-                self._sums[row, column] += float(values.double().sum())
-        self._count += len(residual)
+    def _sum(self, z: Tensor, targets: Tensor, top: Tensor) -> Tensor:
+        """Sums over tokens of the five quantities, ``[5, positions]`` float64, from logits ``[tokens, positions, vocab]``."""
+        log_frequency, frequency = self.unigram.log_frequency, self.unigram.log_frequency.exp()
+        ids = torch.stack([targets, top], dim=-1)[:, None].expand(-1, z.shape[1], -1)
+        at_target, at_top = z.gather(2, ids).unbind(dim=-1)
+        largest = z.amax(dim=-1)
+        z_frequency = z @ frequency
+        z -= largest[..., None]
+        e = z.exp()
+        total = e.sum(dim=-1)
+        log_z = total.log()
+        entropy = log_z - z.mul_(e).sum(dim=-1) / total
+        log_z += largest
+        kl_model_unigram = -entropy - (e @ log_frequency) / total
+        kl_unigram_model = log_z - z_frequency + frequency @ log_frequency
+        changed = largest > at_top
+        return torch.stack([q.double().sum(0) for q in (entropy, kl_model_unigram, kl_unigram_model, log_z - at_target, changed)])
+
+    def pool(self, all_sum: Callable[[Tensor], Tensor]) -> None:
+        """Join what other processes have seen; `all_sum` adds a tensor up over them."""
+        self._sums, self._count = all_sum(self._sums), int(all_sum(torch.tensor(self._count)))
 
     def result(self) -> ResponseMeans:
-        """Means over all tokens so far."""
-        return ResponseMeans(self.positions, *(self._sums / self._count))
+        """Means over all tokens so far, on the CPU."""
+        return ResponseMeans(self.positions, *(self._sums.cpu() / self._count))
 
 
-def choose_positions(readout: Readout, direction: Tensor, unigram: Unigram, residual: Tensor, *, dial: str) -> Tensor:
+def choose_positions(readout: Readout, push: Tensor, unigram: Unigram, states: TokenStates, *, dial: str) -> Tensor:
     """Dial positions worth measuring, ascending, with 0 among them; found on a sample of tokens.
 
     On each side positions are doubled until the dial's quantity has moved by `WIDEST_CHANGE` nats, turns back, or the
@@ -95,15 +113,15 @@ def choose_positions(readout: Readout, direction: Tensor, unigram: Unigram, resi
 
     Args:
         readout: the model's last layer.
-        direction: ``D``, ``[d_model]``.
+        push: what position 1 adds to each activation, ``[n_neurons]``.
         unigram: the corpus's unigram distribution.
-        residual: a sample, ``[tokens, d_model]``.
+        states: a sample of tokens.
         dial: ``"entropy"`` or ``"unigram"``.
     """
     doublings = [0.25 * 2**i for i in range(9)]
     trial = torch.tensor([0.0, *doublings, *(-d for d in doublings)])
-    curve = ResponseCurve(readout, direction, unigram, trial)
-    curve.update(residual, residual.new_zeros(len(residual), dtype=torch.long))
+    curve = ResponseCurve(readout, push, unigram, trial)
+    curve.update(states)
     moved = dial_change(curve.result(), dial)
     fractions = (torch.arange(1, POINTS_PER_SIDE + 1, dtype=torch.float64) / POINTS_PER_SIDE) ** 1.5
     sides = []

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from confsteer.discovery.effects import TokenEffects, TokenSlopes
+from confsteer.discovery.effects import TokenSlopes
+from confsteer.discovery.exact import TokenEffects
 
 
 class ActivationMoments:
@@ -34,6 +36,13 @@ class ActivationMoments:
         self._squares += (chunk - mean).square().sum(dim=0) + shift.square() * (self.count * n / total)
         self.mean += shift * (n / total)
         self.count = total
+
+    def pool(self, all_sum: Callable[[Tensor], Tensor]) -> None:
+        """Join what other processes have seen; `all_sum` adds a tensor up over them."""
+        n, own_mean = self.count, self.mean
+        self.count = int(all_sum(torch.tensor(n)))
+        self.mean = all_sum(n * own_mean) / max(1, self.count)
+        self._squares = all_sum(self._squares + n * (own_mean - self.mean).square())
 
     @property
     def std(self) -> Tensor:
@@ -93,57 +102,52 @@ class EffectMeans:
     )
 
     def __init__(self, n_neurons: int) -> None:
-        zeros = torch.zeros(len(self.MEANS), n_neurons, dtype=torch.float64)
-        self._sum, self._sum_squared, self._sum_times_n = zeros.clone(), zeros.clone(), zeros.clone()
-        self._sum_times_total = zeros.clone()
-        self._n = self._n_squared = 0.0
-        self.windows = 0
+        shape = (len(self.MEANS), n_neurons)
+        # Σ S_w, Σ S_w², Σ S_w n_w and Σ S_w (S_w of the first mean); Σ n_w, Σ n_w² and the number of windows.
+        self._sums = torch.zeros(4, *shape, dtype=torch.float64)
+        self._counts = torch.zeros(3, dtype=torch.float64)
 
     def update(self, effects: TokenEffects, slopes: TokenSlopes, window: Tensor) -> None:
         """Add tokens; `window` ``[tokens]`` says which window each came from. A window must come whole."""
-        _, index = window.unique(return_inverse=True)
-        n_windows = int(index.max()) + 1 if len(index) else 0
-        n = torch.bincount(index, minlength=n_windows).double().cpu()
+        _, index, n = window.unique(return_inverse=True, return_counts=True)
+        in_window = (torch.arange(len(n), device=window.device)[:, None] == index).to(effects.loss.dtype)
+        columns = (
+            effects.loss.abs(),
+            effects.direct_loss.abs(),
+            effects.loss_without_frequency.abs(),
+            effects.loss,
+            effects.entropy,
+            effects.entropy.abs(),
+            effects.frequency_kl.abs(),
+            slopes.entropy,
+            -slopes.unigram_kl,
+        )
+        sums = torch.stack([in_window @ column for column in columns]).double().cpu()  # [means, windows, neurons]
+        sizes = n.double().cpu()
+        products = (torch.ones_like(sums), sums, sizes[:, None], sums[0])
+        self._sums += torch.stack([(sums * factor).sum(dim=1) for factor in products])
+        self._counts += torch.stack([sizes.sum(), sizes.square().sum(), torch.tensor(len(n), dtype=torch.float64)])
 
-        def per_window(values: Tensor) -> Tensor:
-            sums = torch.zeros(n_windows, values.shape[1], dtype=torch.float64, device=values.device)
-            return sums.index_add_(0, index, values.double()).cpu()
-
-        sums = torch.stack(
-            [
-                per_window(effects.loss.abs()),
-                per_window(effects.direct_loss.abs()),
-                per_window(effects.loss_without_frequency.abs()),
-                per_window(effects.loss),
-                per_window(effects.entropy),
-                per_window(effects.entropy.abs()),
-                per_window(effects.frequency_kl.abs()),
-                per_window(slopes.entropy),
-                per_window(-slopes.unigram_kl),
-            ]
-        )  # [means, windows, neurons]
-        self._sum += sums.sum(dim=1)
-        self._sum_squared += sums.square().sum(dim=1)
-        self._sum_times_n += (sums * n[:, None]).sum(dim=1)
-        self._sum_times_total += (sums * sums[0]).sum(dim=1)
-        self._n += float(n.sum())
-        self._n_squared += float(n.square().sum())
-        self.windows += n_windows
+    def pool(self, all_sum: Callable[[Tensor], Tensor]) -> None:
+        """Join what other processes have seen; `all_sum` adds a tensor up over them."""
+        self._sums, self._counts = all_sum(self._sums), all_sum(self._counts)
 
     def result(self) -> NeuronEffects:
         """The averages; standard errors are infinite if there is one window only."""
-        correction = self.windows / (self.windows - 1) if self.windows > 1 else float("inf")
+        total_sum, squared, times_n, times_total = self._sums
+        n, n_squared, windows = self._counts.tolist()
+        correction = windows / (windows - 1) if windows > 1 else float("inf")
 
         def mean(name: str) -> Estimate:
             row = self.MEANS.index(name)
-            value = self._sum[row] / self._n
-            squares = self._sum_squared[row] - 2 * value * self._sum_times_n[row] + value.square() * self._n_squared
-            return Estimate(value, (correction * squares.clamp_min(0)).sqrt() / self._n)
+            value = total_sum[row] / n
+            squares = squared[row] - 2 * value * times_n[row] + value.square() * n_squared
+            return Estimate(value, (correction * squares.clamp_min(0)).sqrt() / n)
 
         def share_of_total(name: str) -> Estimate:
-            row, total = self.MEANS.index(name), self._sum[0].clamp_min(torch.finfo(torch.float64).tiny)
-            ratio = self._sum[row] / total
-            squares = self._sum_squared[row] - 2 * ratio * self._sum_times_total[row] + ratio.square() * self._sum_squared[0]
+            row, total = self.MEANS.index(name), total_sum[0].clamp_min(torch.finfo(torch.float64).tiny)
+            ratio = total_sum[row] / total
+            squares = squared[row] - 2 * ratio * times_total[row] + ratio.square() * squared[0]
             return Estimate(1 - ratio, (correction * squares.clamp_min(0)).sqrt() / total)
 
         return NeuronEffects(

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from confsteer.anatomy import LastLayerStates, dissect
-from confsteer.discovery.effects import TokenEffects, TokenStates, ablation_effects, argmax_changes
+from confsteer.discovery.effects import ablation_effects, argmax_changes
+from confsteer.discovery.exact import TokenEffects
 from confsteer.discovery.frequency import Unigram
-from confsteer.discovery.readout import Readout
+from confsteer.discovery.readout import Readout, TokenStates
 from confsteer.discovery.streaming import ActivationMoments, EffectMeans
 from tests.models import FAMILIES, VOCAB, TinyFamily, tiny_model
 
@@ -32,6 +33,7 @@ def random_states(readout: Readout, tokens: int = 60, scale: float = 1.0) -> Tok
     return TokenStates(
         activations=scale * torch.randn(tokens, readout.n_neurons, generator=g),
         residual=2 * torch.randn(tokens, readout.d_model, generator=g),
+        mlp_output=None if readout.write_norm is None else torch.randn(tokens, readout.d_model, generator=g),
         targets=torch.randint(0, readout.vocab_size, (tokens,), generator=g),
         window=torch.arange(tokens) // 10,
     )
@@ -143,7 +145,10 @@ def test_chunking_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     states, mean, unigram = random_states(readout), random_mean(readout), random_unigram(readout.vocab_size)
     whole, _ = ablation_effects(readout, states, mean, unigram)
     changed = argmax_changes(readout, states, mean)
-    monkeypatch.setattr("confsteer.discovery.effects.WORKING_SET", 7 * readout.vocab_size)
+    for module in ("effects", "moments"):
+        monkeypatch.setattr(f"confsteer.discovery.{module}.WORKING_SET", 7 * readout.vocab_size)
+    for module in ("moments", "exact"):
+        monkeypatch.setattr(f"confsteer.discovery.{module}.CACHED_SET", 5 * 64)
     parts, _ = ablation_effects(readout, states, mean, unigram)
     for one, other in zip(whole, parts, strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
@@ -168,7 +173,7 @@ def test_effects_equal_running_the_model_with_the_neuron_replaced(family: TinyFa
     not_last = torch.ones(3, 12, dtype=torch.bool)
     not_last[:, -1] = False
     keep, targets = not_last.flatten(), ids[:, 1:].flatten()
-    states = TokenStates(recorded[0].activations[keep], recorded[0].residual[keep], targets, targets)
+    states = TokenStates(recorded[0].activations[keep], recorded[0].residual[keep], None, targets, targets)
     mean = states.activations.mean(0)
     unigram = random_unigram(VOCAB)
     effects, _ = ablation_effects(readout, states, mean, unigram)

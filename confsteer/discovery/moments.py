@@ -1,0 +1,196 @@
+"""Moments of the output distribution and of the neurons' writes, the coefficients of the expansion in `effects`.
+
+Tokens, vocabulary and neurons are all taken in chunks, so that the memory needed depends on none of them, and elementwise
+work is done on blocks that stay in a core's cache, where it is ten times faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from confsteer.discovery.frequency import Unigram
+from confsteer.discovery.readout import CACHED_SET, WORKING_SET, Readout, ReadoutState, TokenStates, products
+
+MOST_TOKENS = 4096
+"""More tokens at once than this are no faster."""
+
+
+def tokens_at_once(n_neurons: int) -> int:
+    """How many tokens `ablation_effects` works on at a time; giving it as many is fastest."""
+    return max(64, min(MOST_TOKENS, WORKING_SET // max(1, n_neurons)))
+
+
+class Tokens(NamedTuple):
+    """A chunk of tokens, and what normalises and centres everything under ``p``."""
+
+    state: ReadoutState
+    directions: Tensor  # the token's own directions over σ, the residual last: [K, tokens, d_model]
+    targets: Tensor  # [tokens]
+    log_z: Tensor  # [tokens, 1]
+    mean_log_p: Tensor  # [tokens, 1]
+    mean_x: Tensor  # [K, tokens, 1]
+
+    @classmethod
+    def measure(cls, readout: Readout, states: TokenStates) -> Tokens:
+        state = readout.state(states.residual, states.mlp_output)
+        directions = state.directions
+        n_directions, n = directions.shape[:2]
+        # A running softmax over chunks of the vocabulary: largest logit so far, and Σe^(z−largest) · (1, z, x_k).
+        largest = directions.new_full((n, 1), -torch.inf)
+        sums = directions.new_zeros(2 + n_directions, n, 1)
+        for columns in vocabulary_chunks(readout, n):
+            y = products(directions, readout.unembedding[columns])
+            for rows in blocks(n, y.shape[-1]):
+                z, x, _ = _cap(readout, y[:, rows], columns)
+                new_largest = torch.maximum(largest[rows], z.amax(dim=-1, keepdim=True))
+                sums[:, rows] *= (largest[rows] - new_largest).exp()
+                largest[rows] = new_largest
+                e = (z - new_largest).exp_()
+                sums[0, rows] += e.sum(dim=-1, keepdim=True)
+                sums[1, rows] += (e * z).sum(dim=-1, keepdim=True)
+                sums[2:, rows] += (e * x).sum(dim=-1, keepdim=True)
+        log_z = largest + sums[0].log()
+        return cls(state, directions, states.targets, log_z, sums[1] / sums[0] - log_z, sums[2:] / sums[0])
+
+
+class Chunk(NamedTuple):
+    """A block of tokens on a chunk of the vocabulary."""
+
+    p: Tensor  # [tokens, columns]
+    log_p: Tensor  # centred under p, [tokens, columns]
+    x: Tensor  # centred under p, [K, tokens, columns]
+    z: Tensor  # logits, [tokens, columns]
+    s: Tensor | None  # derivative of the softcap, [tokens, columns]
+
+    @classmethod
+    def of(cls, readout: Readout, tokens: Tokens, y: Tensor, rows: slice, columns: slice) -> Chunk:
+        z, x, s = _cap(readout, y[:, rows], columns)
+        log_p = z - tokens.log_z[rows]
+        p = log_p.exp()
+        return cls(p, log_p.sub_(tokens.mean_log_p[rows]), x - tokens.mean_x[:, rows], z, s)
+
+
+def vocabulary_chunks(readout: Readout, n_tokens: int) -> Iterator[slice]:
+    step = max(64, WORKING_SET // max(n_tokens, readout.n_neurons))
+    for start in range(0, readout.vocab_size, step):
+        yield slice(start, min(start + step, readout.vocab_size))
+
+
+def blocks(n: int, width: int) -> Iterator[slice]:
+    """Blocks of `n` rows of `width` elements that stay in the cache."""
+    step = max(1, CACHED_SET // width)
+    for start in range(0, n, step):
+        yield slice(start, min(start + step, n))
+
+
+def _cap(readout: Readout, y: Tensor, columns: slice) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Logits, directions and the softcap's derivative: ``z``, ``x_k`` and ``s`` of the module docstring."""
+    z = y[-1] + readout.logit_bias[columns]
+    if readout.softcap is None:
+        return z, y, None
+    z = readout.cap(z)
+    s = 1 - (z / readout.softcap).square()
+    return z, s * y, s
+
+
+class Moments(NamedTuple):
+    """Moments under ``p``: ``[…, tokens, n_neurons]`` if ``u`` is in the name, otherwise ``[…, tokens, 1]``.
+
+    A leading dimension goes over the token's own directions ``x_k``; a second one over pairs of them. Covariances and third
+    cumulants ``k`` are centred.
+    """
+
+    cov_xx: Tensor
+    cov_lx: Tensor
+    k_lxx: Tensor
+    cov_xv: Tensor
+    x_frequency: Tensor  # expectation under the unigram distribution
+    x_on_v: Tensor
+    mean_v: Tensor
+    var_v: Tensor
+    mean_u: Tensor
+    var_u: Tensor
+    cov_lu: Tensor
+    k_luu: Tensor
+    cov_uv: Tensor
+    cov_xu: Tensor
+    k_lxu: Tensor
+    u_frequency: Tensor
+    u_on_v: Tensor
+
+    def at(self, rows: slice) -> Moments:
+        """The moments of some of the tokens."""
+        return Moments(*(field[..., rows, :] for field in self))
+
+    @classmethod
+    def measure(cls, readout: Readout, tokens: Tokens, unigram: Unigram) -> Moments:
+        n_directions, n = tokens.directions.shape[:2]
+        new = tokens.directions.new_zeros
+        frequency = unigram.log_frequency.exp()
+        # E_p[… u] has the weights p, pl, pv, p x_k, p l x_k; under a softcap the means of u under the unigram distribution
+        # and along v differ from token to token too. Few neurons are cheaper one by one than d_model directions.
+        few = readout.n_neurons < readout.d_model
+        n_linear = 3 + 2 * n_directions + (0 if readout.softcap is None else 2)
+        linear = new(n_linear, n, readout.n_neurons if few else readout.d_model)
+        quadratic = new(2, n, readout.n_neurons)
+        of_v, of_x, of_xx = new(2, n, 1), new(4, n_directions, n, 1), new(2, n_directions, n_directions, n, 1)
+        for columns in vocabulary_chunks(readout, n):
+            W, v, f = readout.unembedding[columns], unigram.direction[columns], frequency[columns]
+            y = products(tokens.directions, W)
+            weights, squares = y.new_empty(n_linear, *y.shape[1:]), y.new_empty(2, *y.shape[1:])
+            for rows in blocks(n, y.shape[-1]):
+                p, log_p, x, _, s = Chunk.of(readout, tokens, y, rows, columns)
+                pl, pv, px = p * log_p, p * v, p * x
+                plx = pl * x
+                of_v[:, rows] += _sums(pv, pv * v)
+                of_x[:, :, rows] += _sums(plx, px * v, x * f, x * v)
+                of_xx[:, :, :, rows] += _sums(px[:, None] * x, plx[:, None] * x)
+                parts = [p, pl, pv, *px, *plx]
+                if s is not None:
+                    parts = [s * part for part in (*parts, f.expand_as(p), v.expand_as(p))]
+                    p, pl = s * parts[0], s * parts[1]
+                for whole, part in zip((*weights, *squares), (*parts, p, pl), strict=True):
+                    whole[rows] = part
+            u = readout.w_out @ W.T
+            linear.flatten(0, 1).addmm_(weights.flatten(0, 1), u.T if few else W)
+            quadratic.flatten(0, 1).addmm_(squares.flatten(0, 1), u.square_().T)
+        if not few:
+            linear = linear @ readout.w_out.T
+        mean_u, cov_lu, mean_uv = linear[:3]
+        cov_xu, lxu = linear[3 : 3 + n_directions], linear[3 + n_directions : 3 + 2 * n_directions]
+        if readout.softcap is None:
+            u_frequency, u_on_v = (
+                (row @ readout.unembedding @ readout.w_out.T).expand_as(mean_u) for row in (frequency, unigram.direction)
+            )
+        else:
+            u_frequency, u_on_v = linear[-2:]
+        cov_lx, cov_xv, x_frequency, x_on_v = of_x
+        mean_v = of_v[0]
+        return cls(
+            cov_xx=of_xx[0],
+            cov_lx=cov_lx,
+            k_lxx=of_xx[1],
+            cov_xv=cov_xv,
+            x_frequency=x_frequency,
+            x_on_v=x_on_v,
+            mean_v=mean_v,
+            var_v=of_v[1] - mean_v.square(),
+            mean_u=mean_u,
+            var_u=(quadratic[0] - mean_u.square()).clamp_min_(0),
+            cov_lu=cov_lu,
+            k_luu=quadratic[1] - 2 * mean_u * cov_lu,
+            cov_uv=mean_uv - mean_u * mean_v,
+            cov_xu=cov_xu,
+            k_lxu=lxu - mean_u * cov_lx,
+            u_frequency=u_frequency,
+            u_on_v=u_on_v,
+        )
+
+
+def _sums(*terms: Tensor) -> Tensor:
+    """Each term ``[…, columns]`` summed over the vocabulary, ``[terms, …, 1]``."""
+    return torch.stack([term.sum(dim=-1, keepdim=True) for term in terms])

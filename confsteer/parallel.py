@@ -1,0 +1,58 @@
+"""Several processes as one: each reads its share of the text, and their sums are added up.
+
+``accelerate launch`` and ``torchrun`` start the processes; in a single process everything here leaves its argument alone.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Share(NamedTuple):
+    """Which of the processes this is."""
+
+    rank: int
+    of: int
+
+
+def join() -> Share:
+    """Meet the other processes if a launcher started several (gloo on CPUs, nccl on GPUs), and say which one this is."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        from accelerate import PartialState
+
+        PartialState()
+    return share()
+
+
+def share() -> Share:
+    """Which process this is of those that have met."""
+    return Share(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else Share(0, 1)
+
+
+def all_sum(values: Tensor) -> Tensor:
+    """The sum over all processes, in each of them."""
+    if share().of == 1:
+        return values
+    total = _on_backend(values)
+    dist.all_reduce(total)
+    return total.to(values.device)
+
+
+def of_first(values: Tensor) -> Tensor:
+    """The first process's values (of the same shape), in each of them."""
+    if share().of == 1:
+        return values
+    copy = _on_backend(values)
+    dist.broadcast(copy, src=0)
+    return copy.to(values.device)
+
+
+def _on_backend(values: Tensor) -> Tensor:
+    """A copy where the backend can reach it: nccl only knows GPUs."""
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    return values.detach().to(device, copy=True).contiguous()
