@@ -12,6 +12,7 @@ import hashlib
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,22 +23,31 @@ from transformers.pytorch_utils import Conv1D
 from confsteer.discovery.readout import Readout
 from confsteer.errors import UnsupportedModelError
 
+UNITS_AT_ONCE = 1024
+"""Rows of the identity that a quantised layer is asked for at a time."""
 FINGERPRINT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Family(NamedTuple):
-    """Module paths in a `PreTrainedModel`; `down_proj` is inside each layer."""
+    """Module paths in a `PreTrainedModel`; `down_proj` and `write_norm` are inside each layer."""
 
     layers: str
     down_proj: str
     final_norm: str
+    write_norm: str | None = None
+    """A norm on the MLP's output, before it is added to the residual."""
 
 
 _LLAMA_LIKE = Family("model.layers", "mlp.down_proj", "model.norm")
+_GEMMA2_LIKE = _LLAMA_LIKE._replace(write_norm="post_feedforward_layernorm")
 FAMILIES: dict[str, Family] = {
     "cohere": _LLAMA_LIKE,
+    "exaone4": _GEMMA2_LIKE,
     "falcon": Family("transformer.h", "mlp.dense_4h_to_h", "transformer.ln_f"),
     "gemma": _LLAMA_LIKE,
+    "gemma2": _GEMMA2_LIKE,
+    "gemma3_text": _GEMMA2_LIKE,
+    "glm4": _LLAMA_LIKE._replace(write_norm="post_mlp_layernorm"),
     "gpt2": Family("transformer.h", "mlp.c_proj", "transformer.ln_f"),
     "gpt_neo": Family("transformer.h", "mlp.c_proj", "transformer.ln_f"),
     "gpt_neox": Family("gpt_neox.layers", "mlp.dense_4h_to_h", "gpt_neox.final_layer_norm"),
@@ -46,6 +56,8 @@ FAMILIES: dict[str, Family] = {
     "llama": _LLAMA_LIKE,
     "mistral": _LLAMA_LIKE,
     "olmo": _LLAMA_LIKE,
+    "olmo2": _GEMMA2_LIKE,
+    "olmo3": _GEMMA2_LIKE,
     "opt": Family("model.decoder.layers", "fc2", "model.decoder.final_layer_norm"),
     "phi": Family("model.layers", "mlp.fc2", "model.final_layernorm"),
     "phi3": _LLAMA_LIKE,
@@ -91,26 +103,34 @@ class Anatomy:
     logit_scale: float
     residual_multiplier: float
     """What the MLP's output is multiplied by before it is added to the residual."""
+    softcap: float | None = None
+    """The logits ``y`` become ``softcap · tanh(y / softcap)``."""
+    write_norm: nn.Module | None = None
+    """A norm on the MLP's output, before it is added to the residual."""
     _digests: dict[Any, str] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def n_neurons(self) -> int:
-        projection = _without_adapter(self.down_proj)
-        return _weight(projection).shape[0 if isinstance(projection, Conv1D) else 1]
+        return _sizes(self.down_proj)[0]
 
     @property
     def d_model(self) -> int:
-        return _weight(self.unembedding).shape[1]
+        return _sizes(self.unembedding)[0]
 
     @property
     def vocab_size(self) -> int:
         """Rows of the unembedding, padding included."""
-        return _weight(self.unembedding).shape[0]
+        return _sizes(self.unembedding)[1]
 
     @property
     def dtype(self) -> torch.dtype:
-        """Precision of the unembedding."""
-        return _weight(self.unembedding).dtype
+        """Precision of the activations."""
+        return next(p.dtype for p in self.final_norm.parameters()) if self.quantised else _weight(self.unembedding).dtype
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the unembedding or the last projection is."""
+        return not all(map(_is_plain, (self.unembedding, self.down_proj)))
 
     def readout(self, vocab_size: int | None = None) -> Readout:
         """The folded last layer, a float32 copy.
@@ -119,31 +139,34 @@ class Anatomy:
             vocab_size: rows of the unembedding to keep; leave out those the tokenizer has no id for.
         """
         norm = read_norm(self.final_norm, self.d_model)
+        write = None if self.write_norm is None else read_norm(self.write_norm, self.d_model)
+        if write is not None and (write.centred or write.bias is not None):
+            raise UnsupportedModelError(f"the norm on the MLP's output, {type(self.write_norm).__name__}, is not an RMSNorm")
         with _on_device(self.unembedding):
-            unembedding = _weight(self.unembedding)[:vocab_size]
-            bias = getattr(self.unembedding, "bias", None)
+            unembedding = written_by(self.unembedding).T[:vocab_size]
+            device, bias = unembedding.device, getattr(self.unembedding, "bias", None)
             return Readout.fold(
-                w_out=self.w_out().to(unembedding.device) * self.residual_multiplier,
+                w_out=self.w_out().to(device) * self.residual_multiplier,
                 unembedding=unembedding,
-                gain=norm.gain.to(unembedding.device),
-                bias=None if norm.bias is None else norm.bias.to(unembedding.device),
+                gain=norm.gain.to(device),
+                bias=None if norm.bias is None else norm.bias.to(device),
                 unembedding_bias=None if bias is None else bias[:vocab_size],
                 epsilon=norm.epsilon,
                 centred=norm.centred,
                 logit_scale=self.logit_scale,
+                softcap=self.softcap,
+                write_gain=None if write is None else write.gain.to(device),
+                write_epsilon=0.0 if write is None else write.epsilon,
             )
 
     def w_out(self) -> Tensor:
-        """The last projection as ``[n_neurons, d_model]``, whatever way round the model stores it."""
-        projection = _without_adapter(self.down_proj)
-        with _on_device(projection):
-            weight = _weight(projection).detach()
-            return (weight if isinstance(projection, Conv1D) else weight.T).clone()
+        """The last projection as ``[n_neurons, d_model]``, whatever way round and however quantised the model stores it."""
+        with _on_device(_without_adapter(self.down_proj)):
+            return written_by(self.down_proj).clone()
 
     def fingerprint(self, dtype: torch.dtype) -> str:
         """SHA-256 of the unembedding and the last projection, rounded to `dtype`; kept until the weights change."""
-        weights = (_weight(self.unembedding), _weight(_without_adapter(self.down_proj)))
-        key = (dtype, *((w.data_ptr(), None if w.is_inference() else w._version) for w in weights))
+        key = (dtype, _stamp(self.unembedding), _stamp(self.down_proj))
         if key not in self._digests:
             self._digests[key] = self._hash_weights(dtype)
         return self._digests[key]
@@ -151,7 +174,7 @@ class Anatomy:
     def _hash_weights(self, dtype: torch.dtype) -> str:
         digest = hashlib.sha256()
         with _on_device(self.unembedding):
-            for weight in (_weight(self.unembedding).detach(), self.w_out()):
+            for weight in (written_by(self.unembedding).T, self.w_out()):
                 digest.update(str(tuple(weight.shape)).encode())
                 for rows in weight.split(8192):
                     digest.update(rows.to(dtype).contiguous().view(torch.uint8).cpu().numpy())
@@ -175,18 +198,21 @@ class Anatomy:
     @contextlib.contextmanager
     def recording(self, receive: Callable[[LastLayerStates], None]) -> Iterator[None]:
         """Within the context every forward pass hands its `LastLayerStates` to `receive`."""
-        pending: list[Tensor] = []
+        pending: dict[str, Tensor] = {}
 
-        def keep_activations(module: nn.Module, args: tuple[Any, ...]) -> None:
-            pending[:] = [args[0].detach().flatten(0, -2)]
+        def keep(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+            pending[name] = args[0].detach().flatten(0, -2)
 
         def keep_residual(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if pending:
+            if "activations" in pending:
                 residual = args[0].detach().flatten(0, -2)
-                receive(LastLayerStates(pending.pop().to(residual.device), residual))
+                receive(LastLayerStates(residual=residual, **{name: t.to(residual.device) for name, t in pending.items()}))
+                pending.clear()
 
         with contextlib.ExitStack() as stack:
-            stack.callback(self.down_proj.register_forward_pre_hook(keep_activations).remove)
+            stack.callback(self.down_proj.register_forward_pre_hook(partial(keep, "activations")).remove)
+            if self.write_norm is not None:
+                stack.callback(self.write_norm.register_forward_pre_hook(partial(keep, "mlp_output")).remove)
             stack.callback(self.final_norm.register_forward_pre_hook(keep_residual).remove)
             yield
 
@@ -222,13 +248,8 @@ def locate(model: nn.Module) -> Anatomy:
         raise UnsupportedModelError(
             f"{config.model_type} is an encoder-decoder; confsteer steers decoder-only causal language models"
         )
-    if getattr(config, "final_logit_softcapping", None):
-        raise UnsupportedModelError(
-            f"{config.model_type} caps its final logits (final_logit_softcapping={config.final_logit_softcapping}), "
-            "which the closed form of the last layer does not cover"
-        )
     unembedding = base.get_output_embeddings()
-    if unembedding is None or getattr(unembedding, "weight", None) is None:
+    if unembedding is None:
         raise UnsupportedModelError(f"{type(base).__name__} has no unembedding: it is not a causal language model")
     layers = _last_layers(base, FAMILIES.get(config.model_type))
     last_layer = layers[-1]
@@ -242,8 +263,9 @@ def locate(model: nn.Module) -> Anatomy:
     if family is not None:
         down_proj = _submodule(last_layer, family.down_proj)
         final_norm = _submodule(base, family.final_norm)
+        write_norm = None if family.write_norm is None else _submodule(last_layer, family.write_norm)
     else:
-        down_proj, final_norm = _search(base, last_layer, unembedding)
+        down_proj, write_norm, final_norm = _search(base, last_layer, unembedding)
     return Anatomy(
         layer=len(layers) - 1,
         last_layer=last_layer,
@@ -252,6 +274,8 @@ def locate(model: nn.Module) -> Anatomy:
         unembedding=unembedding,
         logit_scale=getattr(config, "logit_scale", None) or 1.0 / getattr(config, "logits_scaling", 1.0),
         residual_multiplier=getattr(config, "residual_multiplier", 1.0),
+        softcap=getattr(config, "final_logit_softcapping", None),
+        write_norm=write_norm,
     )
 
 
@@ -295,13 +319,16 @@ def _last_layers(base: PreTrainedModel, family: Family | None) -> nn.ModuleList:
     return layers
 
 
-def _search(base: PreTrainedModel, last_layer: nn.Module, unembedding: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """The last projection and the final norm of a model that is not in the table, by the order of calls.
+def _search(
+    base: PreTrainedModel, last_layer: nn.Module, unembedding: nn.Module
+) -> tuple[nn.Module, nn.Module | None, nn.Module]:
+    """The last projection, the norm on its output and the final norm of a model not in the table, by the order of calls.
 
     The final norm is the last module before the unembedding that is callable on the residual as a norm; the projection
-    is the last ``Linear`` of the last layer that maps a wider space to ``d_model``.
+    is the last ``Linear`` of the last layer that maps a wider space to ``d_model``. A norm of the layer that is called
+    after the projection stands between it and the residual.
     """
-    vocab_size, d_model = _weight(unembedding).shape
+    d_model, vocab_size = _sizes(unembedding)
     calls: list[nn.Module] = []
 
     def note(module: nn.Module, args: Any, output: Any) -> None:
@@ -314,19 +341,23 @@ def _search(base: PreTrainedModel, last_layer: nn.Module, unembedding: nn.Module
         _forward(base, _probe_ids(vocab_size))
     in_last_layer = set(last_layer.modules())
     projections = [m for m in calls if m in in_last_layer and _maps_to(m, d_model)]
-    norms = [m for m in calls if m not in in_last_layer and m is not unembedding and "norm" in type(m).__name__.lower()]
+    norms = [m for m in calls if m not in in_last_layer and m is not unembedding and _is_norm(m)]
     if not projections or not norms:
         missing = "MLP output projection" if not projections else "final norm"
         raise UnsupportedModelError(
             f"{base.config.model_type} is not a family confsteer knows, and no {missing} was found in its structure"
         )
-    return projections[-1], norms[-1]
+    last = max(i for i, module in enumerate(calls) if module is projections[-1])
+    write_norm = next((m for m in calls[last + 1 :] if m in in_last_layer and _is_norm(m)), None)
+    return projections[-1], write_norm, norms[-1]
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower()
 
 
 def _maps_to(module: nn.Module, d_model: int) -> bool:
-    if isinstance(module, Conv1D):
-        return bool(module.weight.shape[1] == d_model and module.weight.shape[0] > d_model)
-    return isinstance(module, nn.Linear) and module.out_features == d_model and module.in_features > d_model
+    return isinstance(module, Conv1D | nn.Linear) and _sizes(module)[1] == d_model < _sizes(module)[0]
 
 
 def read_norm(norm: nn.Module, d_model: int) -> NormParameters:
@@ -383,10 +414,17 @@ def verify(model: nn.Module, anatomy: Anatomy) -> None:
             )
         before = states.pop()
         readout = anatomy.readout()
+        device = readout.w_out.device
+        mlp_output = None if before.mlp_output is None else before.mlp_output.to(device)
+        state = readout.state(before.residual.to(device), mlp_output)
         neurons = torch.linspace(0, anatomy.n_neurons - 1, steps=min(4, anatomy.n_neurons)).long()
-        write = readout.w_out[neurons].sum(dim=0)
-        # A push as large as the residual itself, so that rounding in half precision stays small beside it.
-        push = float(readout.centre(before.residual).norm(dim=-1).mean() / write.norm().clamp_min(1e-12))
+        chosen = torch.zeros(1, anatomy.n_neurons, device=device)
+        chosen[:, neurons] = 1
+        # A push as large as what it is added to, so that rounding in half precision stays small beside it.
+        write, onto = readout.w_out, state.residual
+        if readout.write_norm is not None and state.mlp_output is not None:
+            write, onto = readout.write_norm.inputs, state.mlp_output
+        push = float(onto.norm(dim=-1).mean() / (chosen @ write).norm().clamp_min(1e-12))
 
         def push_activations(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             pushed = args[0].clone()
@@ -401,23 +439,19 @@ def verify(model: nn.Module, anatomy: Anatomy) -> None:
         after = states.pop()
     if not torch.isfinite(logits).all():
         raise UnsupportedModelError(f"{name}: the model's logits are not finite; its weights may be damaged")
-    ours, theirs = readout.logits(before.residual.to(readout.w_out.device)), logits.flatten(0, -2).float()
-    theirs = (theirs - theirs.mean(dim=-1, keepdim=True)).to(ours.device)
-    error = _relative_error(ours - ours.mean(dim=-1, keepdim=True), theirs)
+    ours, theirs = readout.logits(state.residual), logits.flatten(0, -2).float().to(device)
+    error = _relative_error(ours - ours.mean(dim=-1, keepdim=True), theirs - theirs.mean(dim=-1, keepdim=True))
     if not error < tolerance:
         raise UnsupportedModelError(
             f"{name}: its logits are not its unembedding applied to its final norm (relative error {error:.1e}, at most "
             f"{tolerance:.0e}); something else happens to them"
         )
-    moved = readout.centre(after.residual.to(write.device)) - readout.centre(before.residual.to(write.device))
-    error = _relative_error(moved, (push * write).expand_as(moved))
+    moved = readout.centre(after.residual.to(device)) - state.residual
+    error = _relative_error(moved, readout.residual_after(state, push * chosen) - state.residual)
     if not error < tolerance:
-        children = [name for name, _ in anatomy.last_layer.named_children()]
-        norms = [name for name in children if "post" in name and ("norm" in name or "feedforward" in name)]
-        why = f": the MLP's output goes through {norms[-1]} before it is added" if norms else ""
         raise UnsupportedModelError(
             f"{name}: a neuron of the last MLP does not move the residual by its output weights (relative error {error:.1e}, "
-            f"at most {tolerance:.0e}){why}"
+            f"at most {tolerance:.0e}); something else happens to the MLP's output before it is added"
         )
 
 
@@ -445,6 +479,48 @@ def _forward(base: PreTrainedModel, ids: Tensor) -> Tensor:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def written_by(projection: nn.Module) -> Tensor:
+    """What a unit of each input adds to the output of a linear layer, ``[inputs, outputs]``.
+
+    Quantised weights come in many layouts. All of them can be asked: the layer's answer to each unit input, less its answer
+    to none, is the row as the model itself uses it.
+    """
+    projection = _without_adapter(projection)
+    if _is_plain(projection):
+        weight = _weight(projection).detach()
+        return weight if isinstance(projection, Conv1D) else weight.T
+    inputs, _ = _sizes(projection)
+    like = next((t for t in (*projection.parameters(), *projection.buffers()) if t.is_floating_point()), torch.ones(()))
+    with torch.no_grad():
+        nothing = projection(torch.zeros(1, inputs, device=like.device, dtype=like.dtype))
+        units = torch.eye(inputs, device=like.device, dtype=like.dtype).split(UNITS_AT_ONCE)
+        return torch.cat([projection(rows) - nothing for rows in units])
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether its weight is an ordinary matrix."""
+    weight = getattr(_without_adapter(module), "weight", None)
+    return isinstance(weight, Tensor) and type(weight.data) is Tensor and weight.is_floating_point()
+
+
+def _sizes(module: nn.Module) -> tuple[int, int]:
+    """Inputs and outputs of a linear layer."""
+    module = _without_adapter(module)
+    if isinstance(module, Conv1D):
+        return module.weight.shape[0], module.weight.shape[1]
+    inputs, outputs = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if isinstance(inputs, int) and isinstance(outputs, int):
+        return inputs, outputs
+    raise UnsupportedModelError(f"{type(module).__name__} is not a linear layer that says its sizes")
+
+
+def _stamp(module: nn.Module) -> tuple[Any, ...]:
+    """Changes when the weights of a layer do."""
+    module = _without_adapter(module)
+    tensors = (*module.parameters(), *module.buffers())
+    return tuple((id(t), None if t.is_inference() else t._version) for t in tensors)
 
 
 def _weight(module: nn.Module) -> Tensor:

@@ -28,8 +28,12 @@ _LLAMA = {
 }
 FAMILIES = [
     TinyFamily("cohere", _LLAMA | {"logit_scale": 0.25}),
+    TinyFamily("exaone4", _LLAMA),
     TinyFamily("falcon", {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "alibi": False}),
     TinyFamily("gemma", _LLAMA | {"head_dim": 8}),
+    TinyFamily("gemma2", _LLAMA | {"head_dim": 8, "final_logit_softcapping": 8.0, "sliding_window": 32}),
+    TinyFamily("gemma3_text", _LLAMA | {"head_dim": 8, "sliding_window": 32}),
+    TinyFamily("glm4", _LLAMA | {"head_dim": 8, "pad_token_id": 0}),
     TinyFamily("gpt2", _GPT2),
     TinyFamily(
         "gpt_neo",
@@ -41,6 +45,8 @@ FAMILIES = [
     TinyFamily("llama", _LLAMA),
     TinyFamily("mistral", _LLAMA),
     TinyFamily("olmo", _LLAMA),
+    TinyFamily("olmo2", _LLAMA),
+    TinyFamily("olmo3", _LLAMA | {"sliding_window": 32}),
     TinyFamily(
         "opt",
         {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4}

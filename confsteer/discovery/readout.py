@@ -266,6 +266,16 @@ class Readout:
         rho = (mlp_output.square().mean(dim=-1, keepdim=True) + self.write_norm.epsilon).sqrt()
         return ReadoutState(residual, sigma, mlp_output, rho, self.centre(mlp_output / rho * self.write_norm.gain))
 
+    def residual_after(self, state: ReadoutState, change: Tensor) -> Tensor:
+        """The (centred) residual ``[tokens, d_model]`` after ``change`` ``[tokens, n_neurons]`` is added to the activations."""
+        if self.write_norm is None:
+            return state.residual + change @ self.w_out
+        assert state.mlp_output is not None
+        after = self.state(state.residual, state.mlp_output + change @ self.write_norm.inputs).normed
+        assert after is not None
+        assert state.normed is not None
+        return state.residual - state.normed + after
+
     def move(self, state: ReadoutState, delta: Tensor) -> tuple[Move, Move]:
         """How the logits move when ``delta`` ``[tokens, n_neurons]`` is added to each activation alone.
 
