@@ -332,9 +332,9 @@ def _load(model: str | None, loading: dict[str, Any]) -> Any:
     return load_model(model, **loading)
 
 
-def _documents(model: str | None, texts: tuple[Path, ...], dataset: str | None, *, part: Any) -> tuple[Iterable[str], str]:
+def _documents(model: str | None, texts: tuple[Path, ...], dataset: str | None, *, part: Any) -> tuple[Iterable[Any], str]:
     """Documents and what they are; the bundled model has a text of its own."""
-    from confsteer.corpus import python_docs, read_dataset, read_texts
+    from confsteer.texts import python_docs, read_dataset, read_texts
 
     if texts and dataset:
         raise click.UsageError("give --text or --dataset, not both")
