@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import math
+import warnings
 from collections.abc import Callable, Iterable
 from typing import NamedTuple, NoReturn
 
@@ -17,18 +18,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from confsteer.anatomy import dissect, dtype_name
 from confsteer.capture import Recording, regroup
-from confsteer.corpus import make_windows
+from confsteer.corpus import Document, Windows, check_context, make_windows, vocabulary_size
 from confsteer.discovery import select
 from confsteer.discovery.effects import ALWAYS_EXACT, ablation_effects, argmax_changes
-from confsteer.discovery.frequency import Unigram, chance_frequency_cosine, frequency_cosine
+from confsteer.discovery.frequency import Unigram, chance_frequency_cosine, frequency_cosine, ranks_tokens
 from confsteer.discovery.moments import tokens_at_once
 from confsteer.discovery.readout import Readout
 from confsteer.discovery.response import ResponseCurve, choose_positions
 from confsteer.discovery.streaming import ActivationMoments, EffectMeans, Estimate, NeuronEffects
 from confsteer.discovery.weights import weight_statistics
-from confsteer.errors import CorpusError, SettingError
+from confsteer.errors import CorpusError
 from confsteer.parallel import all_sum, of_first, share
 from confsteer.profile import DIALS, CorpusIdentity, Dial, Layer, Measurement, ModelIdentity, Neuron, Profile, Response
+from confsteer.sampling import sample_windows
 
 DEFAULT_TOKENS = 25_600
 POSITION_SAMPLE = 256
@@ -38,7 +40,7 @@ POSITION_SAMPLE = 256
 def calibrate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Iterable[str],
+    texts: Iterable[Document] | Windows | None = None,
     *,
     tokens: int | None = DEFAULT_TOKENS,
     window: int = 256,
@@ -60,13 +62,14 @@ def calibrate(
     Args:
         model: a loaded causal language model; it is put in evaluation mode.
         tokenizer: its tokenizer.
-        texts: one string per document.
+        texts: one string per document, or conversations (see `confsteer.corpus.make_windows`), or windows already made, for
+            which `tokens`, `window` and `source` are not used; sampled from the model itself if None.
         tokens: read at most this many; all if None.
         window: tokens per window, windows do not cross documents.
         unigram_counts: how often each token occurs in text like the model's training text, by id; counted in `texts` if None,
-            which ranks tokens only as well as so little text can.
+            with a warning if that is too little to rank tokens.
         null_dims: directions counted as the unembedding's effective null space; read off its spectrum if None.
-        seed: of the random directions that give chance levels.
+        seed: of the random directions that give chance levels, and of sampling.
         source: what the text is, for the profile.
         progress: whether to show a progress bar.
 
@@ -80,23 +83,35 @@ def calibrate(
     """
     model.eval()
     anatomy = dissect(model)
-    context = getattr(model.config, "max_position_embeddings", None)
-    if context is not None and window > context:
-        raise SettingError(f"a window of {window} tokens does not fit the model's context of {context}")
-    windows = make_windows(texts, tokenizer, window=window, max_tokens=tokens, source=source)
+    if texts is None:
+        texts = sample_windows(
+            model, tokenizer, tokens=DEFAULT_TOKENS if tokens is None else tokens, window=window, seed=seed, progress=progress
+        )
+    windows = (
+        texts if isinstance(texts, Windows) else make_windows(texts, tokenizer, window=window, max_tokens=tokens, source=source)
+    )
+    check_context(windows.window, model.config)
     if (largest := int(windows.token_ids.max())) >= anatomy.vocab_size:
         raise CorpusError(
             f"the tokenizer gives ids up to {largest}, the model has {anatomy.vocab_size}: they do not belong together"
         )
-    tokenizer_size = min(max(tokenizer.get_vocab().values()) + 1, anatomy.vocab_size)
-    counts = windows.counts(tokenizer_size) if unigram_counts is None else _checked_counts(unigram_counts, tokenizer_size)
+    tokenizer_size = min(vocabulary_size(tokenizer), anatomy.vocab_size)
+    if unigram_counts is None:
+        counts = windows.counts(tokenizer_size)
+        if not ranks_tokens(counts):
+            warnings.warn(
+                f"{windows.n_tokens:,} tokens of text are too few to rank the tokenizer's {tokenizer_size:,} by frequency, so "
+                "token-frequency neurons and the unigram dial are of this text's frequencies only: give counts of text like the "
+                "model's training text (unigram_counts, or --unigram FILE.npy), or more text",
+                stacklevel=2,
+            )
+    else:
+        counts = _checked_counts(unigram_counts, tokenizer_size)
 
     with torch.no_grad():
         readout = anatomy.readout(tokenizer_size)
         device = readout.unembedding.device
         unigram = Unigram.from_counts(counts.to(device))
-
-        recording = Recording(model, anatomy, windows, device, share())
 
         mine = share()
         recording = Recording(model, anatomy, windows, device, mine)
@@ -158,12 +173,12 @@ def calibrate(
             fingerprints=anatomy.fingerprints(),
         ),
         corpus=CorpusIdentity(
-            source=source,
+            source=windows.source,
             sha256=windows.sha256,
             tokens=windows.n_tokens,
             kept_tokens=moments.count,
             windows=len(windows),
-            window=window,
+            window=windows.window,
             unigram_tokens=int(counts.sum()),
             unigram_sha256=hashlib.sha256(counts.numpy().astype("<i8").tobytes()).hexdigest(),
         ),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import sys
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 from rich.console import Console
@@ -16,6 +19,7 @@ from confsteer.errors import ConfsteerError
 from confsteer.profile import DIALS, Neuron, Profile
 
 if TYPE_CHECKING:
+    from confsteer.corpus import Document, Windows
     from confsteer.evaluation.metrics import Interval
 
 EXIT_NO_NEURONS = 3
@@ -26,11 +30,13 @@ OUTPUT_FILE = click.Path(path_type=Path, dir_okay=False, writable=True)
 
 
 class _Group(click.Group):
-    """Errors that confsteer raises on purpose become a sentence and exit code 1."""
+    """Errors that confsteer raises on purpose become a sentence and exit code 1, warnings a line."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.showwarning = lambda message, *_, **__: click.echo(f"Warning: {message}", err=True)
+                return super().invoke(ctx)
         except ConfsteerError as error:
             raise click.ClickException(str(error)) from error
         except ModuleNotFoundError as error:
@@ -43,7 +49,7 @@ class _Group(click.Group):
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="confsteer")
 def main() -> None:
-    r"""Confidence control for language models, with their own neurons.
+    """Confidence control for language models, with their own neurons.
 
     \b
     confsteer calibrate MODEL          find the neurons, measure what they do, save a profile
@@ -74,18 +80,77 @@ def _model_options(command: Any) -> Any:
     return command
 
 
+@dataclasses.dataclass(frozen=True)
+class _Text:
+    """The text options of a command."""
+
+    texts: tuple[Path, ...]
+    dataset: str | None
+    config: str | None
+    split: str | None
+    field: str | None
+    chat: bool
+    join: bool
+    window: int
+
+    def documents(self, model: str | None, part: Literal["calibration", "held-out"]) -> tuple[Iterable[Document], str] | None:
+        """Documents and what they are; the bundled model has a text of its own, others have none if none is given."""
+        from confsteer.texts import python_docs, read_dataset, read_texts
+
+        if self.texts and self.dataset:
+            raise click.UsageError("give --text or --dataset, not both")
+        if not self.dataset and (self.config or self.split):
+            raise click.UsageError("--config and --split go with --dataset")
+        chat = " (conversations)" if self.chat else ""
+        if self.dataset:
+            split = self.split or "train"
+            documents = read_dataset(self.dataset, config=self.config, split=split, field=self.field, chat=self.chat)
+            return documents, " ".join(filter(None, ["dataset", self.dataset, self.config, split])) + chat
+        if self.texts:
+            documents = read_texts(self.texts, field=self.field, chat=self.chat)
+            return documents, ", ".join(path.name or str(path) for path in self.texts) + chat
+        if self.field or self.chat or self.join:
+            raise click.UsageError("--field, --chat and --join go with --text or --dataset")
+        return (python_docs(part), f"Python documentation ({part} half)") if model is None else None
+
+    def windows(self, documents: Iterable[Document], source: str, tokenizer: Any, tokens: int | None) -> Windows:
+        from confsteer.corpus import make_windows
+
+        return make_windows(documents, tokenizer, window=self.window, max_tokens=tokens, cross_documents=self.join, source=source)
+
+
 def _text_options(command: Any) -> Any:
+    @functools.wraps(command)
+    def with_text(**options: Any) -> Any:
+        text = _Text(**{field.name: options.pop(field.name) for field in dataclasses.fields(_Text)})
+        return command(text=text, **options)
+
     for option in reversed(
         [
             click.option(
-                "--text", "texts", type=TEXT_FILE, multiple=True, metavar="FILE", help="UTF-8 text, one document; repeatable."
+                "--text",
+                "texts",
+                type=click.Path(path_type=Path),
+                multiple=True,
+                metavar="PATH",
+                help="File or folder, repeatable: .json is a list of documents, .jsonl has one per line, any other file is one; "
+                "all may be gzipped (.gz).",
             ),
-            click.option("--dataset", metavar="HUB_ID", help="Hub dataset (split train, field text), streamed."),
-            click.option("--window", default=256, show_default=True, help="Tokens per window; windows do not cross documents."),
+            click.option("--dataset", metavar="HUB_ID", help="Dataset on the hub or in a local folder, streamed."),
+            click.option("--config", metavar="NAME", help="The dataset's configuration, where it has several."),
+            click.option("--split", metavar="NAME", help="The dataset's split.  [default: train]"),
+            click.option(
+                "--field",
+                metavar="NAME",
+                help="What a JSON object calls its text.  [default: text; with --chat, messages]",
+            ),
+            click.option("--chat", is_flag=True, help="Conversations, read through the tokenizer's chat template."),
+            click.option("--join", is_flag=True, help="Let windows cross documents: join texts with EOS, as pre-training does."),
+            click.option("--window", default=256, show_default=True, help="Tokens per window."),
         ]
     ):
-        command = option(command)
-    return command
+        with_text = option(with_text)
+    return with_text
 
 
 _profile_option = click.option(
@@ -114,13 +179,11 @@ _steer_option = click.option(
 @click.option(
     "--null-dims", type=click.IntRange(min=1), help="Size of the unembedding's null space.  [default: from its spectrum]"
 )
-@click.option("--seed", default=0, show_default=True, help="Of the random directions behind the chance levels.")
+@click.option("--seed", default=0, show_default=True, help="Of the random directions behind the chance levels, and of sampling.")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder of the profile.  [default: NAME.confsteer]")
 def calibrate(
     model: str | None,
-    texts: tuple[Path, ...],
-    dataset: str | None,
-    window: int,
+    text: _Text,
     tokens: int,
     unigram: Path | None,
     null_dims: int | None,
@@ -128,30 +191,40 @@ def calibrate(
     out: Path | None,
     **loading: Any,
 ) -> None:
-    r"""Find MODEL's entropy and token-frequency neurons and save a profile.
+    """Find MODEL's entropy and token-frequency neurons and save a profile.
 
     \b
-    confsteer calibrate                                   the bundled model on the Python documentation
-    confsteer calibrate openai-community/gpt2 --text a.txt --text b.txt
-    confsteer calibrate ./my-model --dataset HUB_ID --tokens 100000
+    confsteer calibrate             the bundled model on the Python documentation
+    confsteer calibrate MODEL       a model on text that it is made to write
+    confsteer calibrate MODEL --text a.txt --text folder
+    confsteer calibrate MODEL --text corpus.jsonl.gz --field content
+    confsteer calibrate MODEL --dataset HUB_ID --split validation
+    confsteer calibrate MODEL --text chats.jsonl --chat --unigram counts.npy
+
+    \b
+    A line of chats.jsonl: {"messages": [{"role": "user", "content": "Hi"}, ...]}
+
+    Tokens are ranked by how often they occur in the text unless --unigram has their counts in text like the model's training
+    text; 25,600 tokens are too few to rank a vocabulary, and a warning says so.
     """
     from confsteer.calibration import calibrate as run
     from confsteer.corpus import read_counts
     from confsteer.loading import DEMO_UNIGRAM
 
-    documents, source = _documents(model, texts, dataset, part="calibration")
+    given = text.documents(model, "calibration")
     counts = read_counts(unigram) if unigram else read_counts(DEMO_UNIGRAM) if model is None else None
     loaded = _load(model, loading)
+    if given is None:
+        click.echo(f"No text given: the model writes its own, {tokens:,} tokens sampled at temperature 1 (seed {seed}).")
     profile = run(
         loaded.model,
         loaded.tokenizer,
-        documents,
+        text.windows(*given, loaded.tokenizer, tokens) if given else None,
         tokens=tokens,
-        window=window,
+        window=text.window,
         unigram_counts=counts,
         null_dims=null_dims,
         seed=seed,
-        source=source,
         progress=True,
     )
     folder = profile.save(out or Path(f"{Path(profile.model.id).name}.confsteer"))
@@ -209,7 +282,7 @@ def generate(
     seed: int,
     **loading: Any,
 ) -> None:
-    r"""Continue PROMPT without steering and with each --steer.
+    """Continue PROMPT without steering and with each --steer.
 
     \b
     confsteer generate "It was a dark and" -p confsteer-demo -s entropy=-0.15 -s entropy=0.3
@@ -255,35 +328,36 @@ def evaluate(
     model: str | None,
     profile: str,
     steers: tuple[str, ...],
-    texts: tuple[Path, ...],
-    dataset: str | None,
-    window: int,
+    text: _Text,
     tokens: int | None,
     as_json: Path | None,
     plot: Path | None,
     **loading: Any,
 ) -> None:
-    r"""Compare loss, entropy and calibration without steering and with each --steer.
+    """Compare loss, entropy and calibration without steering and with each --steer.
 
     \b
     confsteer eval -p confsteer-demo -s entropy=-0.15 -s entropy=0.3 --plot reliability.png
+    confsteer eval ./my-model -p my-profile --text held-out.jsonl -s entropy=0.2 --json results.json
+    confsteer eval ./my-chat-model -p my-profile --text chats.jsonl --chat -s entropy=0.2
     """
     from confsteer.evaluation.harness import evaluate as run
     from confsteer.steering import Steering
 
-    steerings = [Steering.parse(text) for text in steers]
+    steerings = [Steering.parse(steer) for steer in steers]
     loaded_profile = Profile.load(profile)
-    documents, source = _documents(model, texts, dataset, part="held-out")
+    given = text.documents(model, "held-out")
+    if given is None:
+        raise click.UsageError(
+            "give some text: --text PATH or --dataset HUB_ID (on samples of its own every model is perfectly calibrated)"
+        )
     loaded = _load(model, loading)
     result = run(
         loaded.model,
         loaded.tokenizer,
-        documents,
+        text.windows(*given, loaded.tokenizer, tokens),
         loaded_profile,
         steerings,
-        tokens=tokens,
-        window=window,
-        source=source,
         progress=True,
     )
     table = Table("steering", "loss", "perplexity", "entropy", "Δentropy", "ECE", "Brier", "accuracy", "argmax changed")
@@ -330,21 +404,6 @@ def _load(model: str | None, loading: dict[str, Any]) -> Any:
     from confsteer.loading import load_model
 
     return load_model(model, **loading)
-
-
-def _documents(model: str | None, texts: tuple[Path, ...], dataset: str | None, *, part: Any) -> tuple[Iterable[str], str]:
-    """Documents and what they are; the bundled model has a text of its own."""
-    from confsteer.corpus import python_docs, read_dataset, read_texts
-
-    if texts and dataset:
-        raise click.UsageError("give --text or --dataset, not both")
-    if dataset:
-        return read_dataset(dataset), f"dataset {dataset}"
-    if texts:
-        return read_texts(texts), ", ".join(path.name for path in texts)
-    if model is None:
-        return python_docs(part), f"Python documentation ({part} half)"
-    raise click.UsageError("give some text: --text FILE or --dataset HUB_ID")
 
 
 def _print_profile(profile: Profile) -> None:

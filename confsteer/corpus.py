@@ -1,26 +1,31 @@
-"""Text to token windows, and which positions of a window count."""
+"""Documents to token windows, and which positions of a window count."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from confsteer.errors import CorpusError, SettingError
 
 FIRST_POSITIONS = 3
 """Positions at the start of a window that are left out: with so little context they are unlike the rest."""
 SHORTEST_WINDOW = 8
-SHORT_PARAGRAPH = 60
-"""Characters below which a repeated paragraph is a phrase such as "Example:"."""
+PART_CHARACTERS = 1_000_000
+"""A longer text is tokenized in parts: a tokenizer needs about a hundred bytes per token of what it is given at once."""
+
+Conversation = Sequence[Mapping[str, Any]]
+"""Messages with ``role`` and ``content``, as a chat template takes them."""
+Document = str | Conversation
 
 
 @dataclass(frozen=True)
@@ -47,17 +52,16 @@ class Batch:
 
 @dataclass(frozen=True)
 class Windows:
-    """A corpus as token windows that never cross documents.
-
-    The ids are held in memory, four bytes per token; everything computed from them is streamed.
-    """
+    """A corpus as token windows. The ids are held in memory, four bytes per token; what is computed from them is streamed."""
 
     token_ids: NDArray[np.int32]
     """All windows one after the other, ``[tokens]``."""
     starts: NDArray[np.int64]
     """Where each window starts in `token_ids`, and the end of the last, ``[windows + 1]``."""
     special_ids: tuple[int, ...]
-    """Ids (BOS, EOS) that do not count, nor does the token after each."""
+    """Control tokens, which do not count, nor does the token after each: see `control_ids`."""
+    window: int
+    """Tokens in the longest window there may be."""
     source: str
     """What the text was, for the profile."""
 
@@ -76,7 +80,7 @@ class Windows:
         return digest.hexdigest()
 
     def counts(self, vocab_size: int) -> Tensor:
-        """How often each token occurs, BOS and EOS not counted, ``[vocab_size]`` int64."""
+        """How often each token occurs, control tokens not counted, ``[vocab_size]`` int64."""
         counts = np.bincount(self.token_ids, minlength=vocab_size)
         counts[[i for i in self.special_ids if i < len(counts)]] = 0
         return torch.from_numpy(counts)
@@ -99,7 +103,7 @@ class Windows:
             )
 
     def _kept(self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Without the first positions, the last of each window, BOS/EOS and the token after these."""
+        """Without the first positions, the last of each window, control tokens and the token after these."""
         kept = attention_mask.astype(bool)
         kept[:, :-1] &= attention_mask[:, 1:].astype(bool)
         kept[:, -1] = False
@@ -110,95 +114,161 @@ class Windows:
         return kept
 
 
+class TokenizedDocument(NamedTuple):
+    """A document as `cut_windows` takes it."""
+
+    start: Sequence[int]
+    """What each of its windows begins with: BOS, or nothing."""
+    token_ids: Iterable[int]
+    """The rest; it is read no further than needed."""
+
+
 def make_windows(
-    texts: Iterable[str],
+    documents: Iterable[Document],
     tokenizer: PreTrainedTokenizerBase,
     *,
     window: int = 256,
     max_tokens: int | None = None,
+    cross_documents: bool = False,
     source: str = "texts",
 ) -> Windows:
     """Tokenize documents into windows.
 
-    Every window starts with BOS if the tokenizer starts texts with it. A document's last, shorter window is kept if it has
-    `SHORTEST_WINDOW` tokens.
+    Every window of a text starts with BOS if the tokenizer starts texts with it. A conversation becomes what the model is
+    served: the ids of the tokenizer's chat template, nothing added; if they start with BOS, so do the windows that continue
+    it. All turns count, the user's as well: few templates tell which tokens are the assistant's. What templates put around
+    turns does not count where it is a control token (see `control_ids`).
 
     Args:
-        texts: one string per document.
+        documents: strings, or conversations.
         tokenizer: the model's.
         window: tokens per window, BOS included.
+        max_tokens: stop here, and read no more documents than that takes; all if None.
+        cross_documents: cut texts as pre-training does, joined with EOS between them, so that all windows but the last are
+            full.
+        source: a description of the text for the profile.
+
+    Raises:
+        SettingError: `window` or `max_tokens` is too small; or `cross_documents` with conversations, or without an EOS token.
+        CorpusError: there are not enough tokens for one window; or there is no chat template, or it refuses a conversation.
+    """
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    start = [bos] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []
+
+    def tokenized() -> Iterator[TokenizedDocument]:
+        for number, document in enumerate(documents, start=1):
+            if isinstance(document, str):
+                yield TokenizedDocument(start, _token_ids(document, tokenizer))
+            elif cross_documents:
+                raise SettingError("conversations are served one by one: windows of them cannot cross documents")
+            else:
+                ids = _token_ids(_apply_chat_template(document, tokenizer, number), tokenizer)
+                first = list(islice(ids, 1))
+                yield TokenizedDocument(first, ids) if first == [bos] else TokenizedDocument([], chain(first, ids))
+
+    def joined() -> Iterator[int]:
+        for number, document in enumerate(tokenized()):
+            if number:
+                yield eos
+            yield from document.token_ids
+
+    if cross_documents and eos is None:
+        raise SettingError("the tokenizer has no EOS token to put between documents: windows cannot cross them")
+    return cut_windows(
+        [TokenizedDocument(start, joined())] if cross_documents else tokenized(),
+        tokenizer,
+        window=window,
+        max_tokens=max_tokens,
+        source=source,
+    )
+
+
+def cut_windows(
+    documents: Iterable[TokenizedDocument],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    window: int,
+    max_tokens: int | None = None,
+    source: str,
+) -> Windows:
+    """Windows of token ids. A document's last, shorter window is kept if it has `SHORTEST_WINDOW` tokens.
+
+    Args:
+        documents: see `TokenizedDocument`.
+        tokenizer: what the ids are of.
+        window: tokens per window, the document's start included.
         max_tokens: stop here; the whole text if None.
         source: a description of the text for the profile.
 
     Raises:
-        SettingError: the window is too short.
-        CorpusError: the text has not enough tokens for one window.
+        SettingError: `window` or `max_tokens` is too small.
+        CorpusError: there are not enough tokens for one window.
     """
     if window < SHORTEST_WINDOW:
         raise SettingError(f"a window of {window} tokens is too short; use at least {SHORTEST_WINDOW}")
-    bos = tokenizer.bos_token_id
-    starts_with_bos = bos is not None and tokenizer("")["input_ids"][:1] == [bos]
-    body = window - 1 if starts_with_bos else window
+    if max_tokens is not None and max_tokens < SHORTEST_WINDOW:
+        raise SettingError(f"{max_tokens} tokens make no window; read at least {SHORTEST_WINDOW}")
     pieces: list[NDArray[np.int32]] = []
     total = 0
-    for text in texts:
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        for first in range(0, len(ids), body):
-            piece = ids[first : first + body]
-            if starts_with_bos:
-                piece = [bos, *piece]
+    for start, token_ids in documents:
+        ids = iter(token_ids)
+        while (max_tokens is None or total + SHORTEST_WINDOW <= max_tokens) and (body := [*islice(ids, window - len(start))]):
+            piece = [*start, *body]
             if max_tokens is not None:
                 piece = piece[: max_tokens - total]
             if len(piece) >= SHORTEST_WINDOW:
                 pieces.append(np.asarray(piece, dtype=np.int32))
                 total += len(piece)
-            elif max_tokens is not None and total + SHORTEST_WINDOW > max_tokens:
-                break
         if max_tokens is not None and total + SHORTEST_WINDOW > max_tokens:
             break
     if not pieces:
         raise CorpusError(f"the text is too short: it has no document of {SHORTEST_WINDOW} tokens")
-    special = tuple(sorted({i for i in (bos, tokenizer.eos_token_id) if i is not None}))
     starts = np.concatenate([[0], np.cumsum([len(p) for p in pieces])]).astype(np.int64)
-    return Windows(np.concatenate(pieces), starts, special, source)
+    return Windows(np.concatenate(pieces), starts, control_ids(tokenizer), window, source)
 
 
-def read_texts(paths: Iterable[Path]) -> list[str]:
-    """One document per file, UTF-8.
+def control_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """BOS, EOS and what else the tokenizer marks as special, such as a chat template's ``<|im_start|>``.
 
-    Raises:
-        CorpusError: a file is missing, empty or not UTF-8 text.
+    At role markers as at BOS no model is asked for the next token: the template writes it. The unknown token is not among
+    them: it stands for words of the text.
     """
-    texts = []
-    for path in paths:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise CorpusError(f"cannot read {path}: {error.strerror}") from error
-        except UnicodeDecodeError as error:
-            raise CorpusError(f"{path} is not UTF-8 text (byte {error.start} is not valid)") from error
-        if not text.strip():
-            raise CorpusError(f"{path} has no text")
-        texts.append(text)
-    return texts
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special and i != tokenizer.unk_token_id}
+    return tuple(sorted(special | {i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None}))
 
 
-def read_dataset(name: str, *, split: str = "train", field: str = "text") -> Iterator[str]:
-    """Documents of a hub dataset, streamed.
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The tokenizer's largest id plus one; a model may have more rows, as padding."""
+    return int(max(tokenizer.get_vocab().values())) + 1
 
-    Raises:
-        CorpusError: there is no such dataset, split or field.
-    """
-    from datasets import load_dataset
 
+def check_context(window: int, config: PretrainedConfig) -> None:
+    """Raise SettingError if a model cannot read `window` tokens at once."""
+    context = getattr(config, "max_position_embeddings", None)
+    if context is not None and window > context:
+        raise SettingError(f"a window of {window} tokens does not fit the model's context of {context}")
+
+
+def _token_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[int]:
+    """Tokens of the text as it stands, part by part; parts end before a space, where words end too."""
+    first = 0
+    while first < len(text):
+        last = first + PART_CHARACTERS
+        if last < len(text) and (space := text.rfind(" ", first + 1, last)) > 0:
+            last = space
+        yield from tokenizer(text[first:last], add_special_tokens=False, verbose=False)["input_ids"]
+        first = last
+
+
+def _apply_chat_template(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, number: int) -> str:
+    from jinja2 import TemplateError
+
+    if not tokenizer.chat_template:
+        raise CorpusError("the tokenizer has no chat template: it is not a chat model's; give plain text")
     try:
-        dataset = load_dataset(name, split=split, streaming=True)
-    except Exception as error:  # datasets raises many kinds: not found, offline, no such split
-        raise CorpusError(f"cannot load dataset {name!r}, split {split!r}: {error}") from error
-    for record in dataset:
-        if field not in record:
-            raise CorpusError(f"dataset {name!r} has no field {field!r}; it has {', '.join(sorted(record))}")
-        yield record[field]
+        return str(tokenizer.apply_chat_template([dict(message) for message in conversation], tokenize=False))
+    except (TemplateError, TypeError, ValueError) as error:
+        raise CorpusError(f"the chat template refuses conversation {number}: {error}") from error
 
 
 def read_counts(path: Path) -> NDArray[np.integer]:
@@ -216,20 +286,3 @@ def read_counts(path: Path) -> NDArray[np.integer]:
     if not isinstance(counts, np.ndarray):
         raise CorpusError(f"{path} holds several arrays; give a .npy file of one")
     return counts
-
-
-def python_docs(part: Literal["calibration", "held-out"]) -> list[str]:
-    """Half of the language reference that ships with CPython (`pydoc_data.topics`), one document per topic.
-
-    English prose that is on every machine: the text of the demonstration. Its topics go to the two parts in turn. Topics
-    repeat each other, so a paragraph stays only where it comes first: the parts share no text beyond short phrases.
-    """
-    from pydoc_data.topics import topics
-
-    seen: set[str] = set()
-    documents = []
-    for name in sorted(topics):
-        paragraphs = [p for p in topics[name].split("\n\n") if len(p) < SHORT_PARAGRAPH or p.strip() not in seen]
-        seen.update(p.strip() for p in paragraphs)
-        documents.append("\n\n".join(paragraphs))
-    return documents[0 if part == "calibration" else 1 :: 2]

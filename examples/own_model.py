@@ -9,9 +9,10 @@ from pathlib import Path
 
 import confsteer
 from confsteer import Steering
-from confsteer.corpus import python_docs, read_counts
+from confsteer.corpus import read_counts
 from confsteer.evaluation.harness import evaluate
 from confsteer.loading import DEMO_UNIGRAM, load_model
+from confsteer.texts import python_docs
 
 name = sys.argv[1] if len(sys.argv) > 1 else None
 model, tokenizer = load_model(name)

@@ -83,6 +83,22 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<eos>", eos_token="<eos>", unk_token="<eos>")
 
 
+CHAT_TEMPLATE = (
+    """{{ bos_token }} {% for message in messages %}<|start|> {{ message.role }} {{ message.content }} <|end|> {% endfor %}"""
+)
+
+
+def chat_tokenizer(template: str = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
+    """`tiny_tokenizer` with role markers (ids 94 and 95) and roles, and a chat template that writes BOS."""
+    vocabulary = {"<eos>": 0} | {f"t{i}": i for i in range(1, 92)} | {"user": 92, "assistant": 93, "<|start|>": 94, "<|end|>": 95}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<eos>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(["<|start|>", "<|end|>"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<eos>", eos_token="<eos>", unk_token="<eos>", chat_template=template
+    )
+
+
 def zipf_texts(documents: int = 8, words: int = 120, *, seed: int = 0) -> list[str]:
     """Documents of words whose frequency falls with their id."""
     generator = torch.Generator().manual_seed(seed)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,24 @@ def test_unigram_counts_may_be_given_and_are_checked() -> None:
     ):
         with pytest.raises(CorpusError, match=sentence):
             calibrate(wrong)
+
+
+def test_a_text_too_short_to_rank_tokens_is_warned_of_unless_counts_are_given() -> None:
+    found = planted("gpt2")
+    with pytest.warns(UserWarning, match="500 tokens of text are too few to rank the tokenizer's 96.*--unigram"):
+        confsteer.calibrate(found.model, found.tokenizer, found.texts, window=64, tokens=500)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        confsteer.calibrate(found.model, found.tokenizer, found.texts, window=64)
+        counts = np.ones(96, dtype=np.int64)
+        counts[1:] += np.arange(95)
+        confsteer.calibrate(found.model, found.tokenizer, found.texts, window=64, tokens=500, unigram_counts=counts)
+
+
+def test_windows_are_taken_as_they_are() -> None:
+    found = planted("gpt2")
+    windows = make_windows(found.texts, found.tokenizer, window=64, source="zipf")
+    assert confsteer.calibrate(found.model, found.tokenizer, windows) == found.profile
 
 
 def test_calibration_leaves_no_hook(found: Planted) -> None:

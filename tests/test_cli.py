@@ -9,7 +9,8 @@ from click.testing import CliRunner, Result
 
 from confsteer import Profile
 from confsteer.cli import EXIT_NO_NEURONS, main
-from tests.models import ENTROPY_NEURONS, FAMILIES, tiny_model, tiny_tokenizer, zipf_texts
+from confsteer.corpus import make_windows
+from tests.models import ENTROPY_NEURONS, FAMILIES, chat_tokenizer, tiny_model, tiny_tokenizer, zipf_texts
 from tests.planted import planted
 
 
@@ -29,6 +30,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found.profile.save(root / "profile")
     (root / "text.txt").write_text("\n".join(found.texts))
     (root / "other.txt").write_text("\n".join(zipf_texts(4, 150, seed=4)))
+    turns = [{"role": "user", "content": text} for text in found.texts]
+    (root / "chats.jsonl").write_text("".join(json.dumps({"messages": [turn]}) + "\n" for turn in turns))
     return root
 
 
@@ -41,6 +44,45 @@ def test_calibrate_finds_saves_and_prints(folder: Path, tmp_path: Path) -> None:
         assert f"{neuron.layer}.{neuron.index}" in result.output
     assert "Entropy neurons" in result.output
     assert str(tmp_path / "p") in result.output.replace("\n", "")
+
+
+def test_calibrate_without_text_samples_it_and_says_so(folder: Path, tmp_path: Path) -> None:
+    arguments = ("calibrate", folder / "model", "--window", 64, "--tokens", 2000, "--seed", 7)
+    result = run(*arguments, "--out", tmp_path / "p")
+    assert "No text given: the model writes its own, 2,000 tokens sampled at temperature 1 (seed 7)." in result.output
+    assert Profile.load(tmp_path / "p").corpus.source == "text sampled from the model itself (seed 7)"
+
+
+def test_calibrate_on_conversations(folder: Path, tmp_path: Path) -> None:
+    planted("llama").model.save_pretrained(tmp_path / "model")
+    tokenizer = chat_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "model")
+    arguments = ("--text", folder / "chats.jsonl", "--chat", "--window", 64, "--out", tmp_path / "p")
+    run("calibrate", tmp_path / "model", *arguments)
+    corpus = Profile.load(tmp_path / "p").corpus
+    served = [json.loads(line)["messages"] for line in (folder / "chats.jsonl").read_text().splitlines()]
+    assert corpus.sha256 == make_windows(served, tokenizer, window=64).sha256
+    assert corpus.source == "chats.jsonl (conversations)"
+
+
+def test_windows_cross_documents_where_asked(folder: Path, tmp_path: Path) -> None:
+    texts = zipf_texts(40, 30)
+    (tmp_path / "texts.json").write_text(json.dumps([{"body": text} for text in texts]))
+    arguments = ("--text", tmp_path, "--field", "body", "--join", "--window", 64, "--out", tmp_path / "p")
+    run("calibrate", folder / "model", *arguments)
+    corpus = Profile.load(tmp_path / "p").corpus
+    assert corpus.tokens == 40 * 30 + 39
+    assert corpus.windows == -(-corpus.tokens // 64)
+
+
+def test_a_dataset_is_a_text(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "test.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in zipf_texts()))
+    arguments = ("--dataset", tmp_path / "data", "--split", "test", "--window", 64, "--out", tmp_path / "p")
+    result = run("calibrate", folder / "model", *arguments)
+    assert Profile.load(tmp_path / "p").corpus.source == f"dataset {tmp_path / 'data'} test"
+    assert "\nWarning: 960 tokens of text are too few to rank the tokenizer's 96 by frequency" in result.output
+    assert "UserWarning" not in result.output
 
 
 def test_calibrate_says_so_when_there_is_nothing(tmp_path: Path, folder: Path) -> None:
@@ -87,7 +129,12 @@ def test_eval_compares_and_writes_json_and_a_picture(folder: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("arguments", "code", "sentence"),
     [
-        (["calibrate", "{model}"], 2, "give some text: --text FILE or --dataset HUB_ID"),
+        (["calibrate", "{model}", "--split", "train"], 2, "--config and --split go with --dataset"),
+        (["calibrate", "{model}", "--chat"], 2, "--field, --chat and --join go with --text or --dataset"),
+        (["calibrate", "{model}", "--text", "{text}", "--chat"], 1, "conversations are read from .json, .jsonl, .ndjson"),
+        (["calibrate", "{model}", "--text", "{chats}", "--chat"], 1, "the tokenizer has no chat template"),
+        (["calibrate", "{model}", "--text", "{chats}"], 1, "chats.jsonl, line 1 has no field 'text'; it has 'messages'"),
+        (["eval", "{model}", "-p", "{profile}"], 2, "give some text: --text PATH or --dataset HUB_ID"),
         (["calibrate", "{model}", "--text", "{text}", "--dataset", "x/y"], 2, "not both"),
         (["calibrate", "{model}", "--text", "{text}", "--window", "4"], 1, "a window of 4 tokens is too short; use at least 8"),
         (["calibrate", "{model}", "--text", "{text}", "--window", "65"], 1, "does not fit the model's context of 64"),
@@ -99,7 +146,8 @@ def test_eval_compares_and_writes_json_and_a_picture(folder: Path, tmp_path: Pat
         (["show", "{root}/nothing"], 1, "no profile"),
         (["show", "{model}"], 1, "has no profile.json"),
         (["eval", "{model}", "--text", "{text}"], 2, "Missing option '-p'"),
-        (["eval", "{model}", "-p", "{profile}", "--text", "{text}", "-s", "entropy=9"], 1, "entropy=+9 is out of reach"),
+        (["eval", "{model}", "-p", "{profile}", "--text", "{text}", "--window", "64", "-s", "entropy=9"], 1, "is out of reach"),
+        (["eval", "{model}", "-p", "{profile}", "--text", "{text}"], 1, "does not fit the model's context of 64"),
         (["eval", "{model}", "-p", "{profile}", "--text", "{text}", "-s", "heat=9"], 1, "unknown key 'heat'"),
         (["generate", "t1", "{model}", "-p", "{profile}", "-s", "entropy"], 1, "'entropy' is not KEY=VALUE"),
         (["generate", "t1", "{model}", "-p", "{profile}", "--max-new-tokens", "0"], 2, "0 is not in the range"),
@@ -107,7 +155,13 @@ def test_eval_compares_and_writes_json_and_a_picture(folder: Path, tmp_path: Pat
     ],
 )
 def test_bad_input_is_a_sentence_and_a_code(folder: Path, tmp_path: Path, arguments: list[str], code: int, sentence: str) -> None:
-    places = {"model": folder / "model", "text": folder / "text.txt", "profile": folder / "profile", "root": folder}
+    places = {
+        "chats": folder / "chats.jsonl",
+        "model": folder / "model",
+        "text": folder / "text.txt",
+        "profile": folder / "profile",
+        "root": folder,
+    }
     filled = [argument.format(**places) for argument in arguments]
     if filled[0] == "calibrate":
         filled += ["--out", str(tmp_path / "p")]
@@ -141,7 +195,9 @@ def test_help_teaches() -> None:
     text = run("--help").output
     for command in main.commands:
         assert command in text
-        assert "Usage:" in run(command, "--help").output
+        page = run(command, "--help").output
+        assert "Usage:" in page
+        assert "\\b" not in page
     assert "Exit codes" in text
 
 

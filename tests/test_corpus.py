@@ -1,27 +1,44 @@
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerFast
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from confsteer import CorpusError, SettingError
-from confsteer.corpus import FIRST_POSITIONS, SHORTEST_WINDOW, make_windows, python_docs, read_counts, read_texts
-from tests.models import VOCAB, tiny_tokenizer
+from confsteer.corpus import FIRST_POSITIONS, SHORTEST_WINDOW, Windows, control_ids, make_windows, read_counts
+from confsteer.loading import DEMO
+from confsteer.texts import python_docs
+from tests.models import CHAT_TEMPLATE, VOCAB, chat_tokenizer, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
+STARTS_WITH_BOS = TemplateProcessing(single="<eos> $A", special_tokens=[("<eos>", 0)])
+CONVERSATIONS = [
+    [{"role": "user", "content": "t1 t2 t3"}, {"role": "assistant", "content": "t4 t5 t6 t7"}],
+    [{"role": "user", "content": "t11 " * 10}, {"role": "assistant", "content": "t12 " * 20}],
+]
 
 
 def with_bos() -> PreTrainedTokenizerFast:
     """A tokenizer that starts every text with BOS, as Llama's does."""
-    from tokenizers.processors import TemplateProcessing
-
     tokenizer = tiny_tokenizer()
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<eos> $A", special_tokens=[("<eos>", 0)])
+    tokenizer.backend_tokenizer.post_processor = STARTS_WITH_BOS
     return tokenizer
+
+
+def text_of(ids: list[int]) -> str:
+    return " ".join("<eos>" if i == 0 else f"t{i}" for i in ids)
+
+
+def cut(windows: Windows) -> list[list[int]]:
+    return [windows.token_ids[first:last].tolist() for first, last in itertools.pairwise(windows.starts)]
 
 
 DOCUMENTS = st.lists(st.lists(st.integers(0, VOCAB - 1), max_size=60), min_size=1, max_size=6)
@@ -29,7 +46,7 @@ DOCUMENTS = st.lists(st.lists(st.integers(0, VOCAB - 1), max_size=60), min_size=
 
 @given(documents=DOCUMENTS, window=st.integers(SHORTEST_WINDOW, 40), batch=st.integers(1, 5))
 def test_kept_positions_by_their_definition(documents: list[list[int]], window: int, batch: int) -> None:
-    texts = [" ".join("<eos>" if i == 0 else f"t{i}" for i in ids) for ids in documents]
+    texts = [text_of(ids) for ids in documents]
     expected = []
     for ids in documents:
         for first in range(0, len(ids), window):
@@ -64,6 +81,111 @@ def test_windows_start_with_bos_where_the_tokenizer_does_so() -> None:
     assert (make_windows([text], TOKENIZER, window=16).token_ids == np.arange(1, 31)).all()
 
 
+@given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=6), window=st.integers(SHORTEST_WINDOW, 40), bos=st.booleans())
+def test_windows_never_cross_documents(lengths: list[int], window: int, bos: bool) -> None:
+    """Document i is the word ``t{i}`` over and over; of each only a tail shorter than the shortest window is lost."""
+    tokenizer = with_bos() if bos else TOKENIZER
+    texts = [f"t{i} " * length for i, length in enumerate(lengths, start=1)]
+    try:
+        windows = cut(make_windows(texts, tokenizer, window=window))
+    except CorpusError:
+        windows = []
+    kept = [0] * len(lengths)
+    for ids in windows:
+        words = ids[1:] if bos else ids
+        assert len(set(words)) == 1
+        kept[words[0] - 1] += len(words)
+    for length, n in zip(lengths, kept, strict=True):
+        assert length - SHORTEST_WINDOW < n <= length
+
+
+@given(documents=DOCUMENTS, window=st.integers(SHORTEST_WINDOW, 40), bos=st.booleans())
+def test_windows_that_cross_documents_are_the_stream_in_pieces(documents: list[list[int]], window: int, bos: bool) -> None:
+    stream = documents[0] + [token for ids in documents[1:] for token in (TOKENIZER.eos_token_id, *ids)]
+    try:
+        windows = cut(
+            make_windows(map(text_of, documents), with_bos() if bos else TOKENIZER, window=window, cross_documents=True)
+        )
+    except CorpusError:
+        assert len(stream) < SHORTEST_WINDOW
+        return
+    assert all(len(ids) == window for ids in windows[:-1])
+    if bos:
+        assert all(ids[0] == 0 for ids in windows)
+    pieces = [token for ids in windows for token in (ids[1:] if bos else ids)]
+    assert pieces == stream[: len(pieces)]
+    assert len(stream) - len(pieces) < SHORTEST_WINDOW
+
+
+def test_the_joint_between_documents_does_not_count() -> None:
+    windows = make_windows(["t1 t2 t3 t4 t5", "t6 t7 t8 t9 t10"], TOKENIZER, window=11, cross_documents=True)
+    (batch,) = windows.batches(1)
+    assert batch.input_ids[batch.kept].tolist() == [4, 5, 7, 8, 9]
+    assert batch.targets.tolist() == [5, 0, 8, 9, 10]
+
+
+def test_without_eos_documents_are_not_joined() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(SettingError, match="no EOS token"):
+        make_windows(["t1 " * 30], tokenizer, cross_documents=True)
+
+
+@pytest.mark.parametrize("characters", [2, 100, 333, 5000])
+def test_a_long_text_is_tokenized_in_parts_that_change_nothing(monkeypatch: pytest.MonkeyPatch, characters: int) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(DEMO)
+    text = max(python_docs("calibration"), key=len)[:20_000]
+    whole = tokenizer(text, verbose=False)["input_ids"]
+    monkeypatch.setattr("confsteer.corpus.PART_CHARACTERS", characters)
+    in_parts = make_windows([text], tokenizer, window=len(whole)).token_ids
+    if characters >= 100:  # longer than the words
+        assert in_parts.tolist() == whole
+    assert tokenizer.decode(in_parts) == text
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, CHAT_TEMPLATE.removeprefix("{{ bos_token }} ")])
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_conversations_are_the_ids_of_the_chat_template(template: str, adds_bos: bool) -> None:
+    tokenizer = chat_tokenizer(template)
+    if adds_bos:
+        tokenizer.backend_tokenizer.post_processor = STARTS_WITH_BOS
+    served: Any = [tokenizer.apply_chat_template(c, tokenize=True, return_dict=False) for c in CONVERSATIONS]
+    assert [ids[0] for ids in served] == [0 if template == CHAT_TEMPLATE else 94] * len(served)
+    assert cut(make_windows(CONVERSATIONS, tokenizer)) == served
+    # A window that continues a conversation starts with BOS if the conversation does.
+    first, second = cut(make_windows(CONVERSATIONS[1:], tokenizer, window=12))[:2]
+    start = [0] if template == CHAT_TEMPLATE else []
+    assert first == served[1][:12]
+    assert second == start + served[1][12 : 24 - len(start)]
+
+
+def test_role_markers_and_roles_do_not_count() -> None:
+    tokenizer = chat_tokenizer()
+    windows = make_windows(CONVERSATIONS, tokenizer)
+    assert windows.special_ids == (0, 94, 95)
+    (batch,) = windows.batches(8)
+    counted, targets = batch.input_ids[batch.kept].tolist(), batch.targets.tolist()
+    assert not {0, 92, 93, 94, 95} & set(counted)
+    assert 95 in targets, "that a turn ends is something the model decides"
+    assert windows.counts(VOCAB)[[0, 94, 95]].tolist() == [0, 0, 0]
+
+
+def test_the_unknown_token_counts() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"unk_token": "t9", "pad_token": "t8"})
+    assert control_ids(tokenizer) == (0, 8)
+
+
+def test_a_chat_template_is_needed_and_may_refuse() -> None:
+    with pytest.raises(CorpusError, match="no chat template"):
+        make_windows(CONVERSATIONS, TOKENIZER)
+    refusing = chat_tokenizer("{% if messages[0].role != 'user' %}{{ raise_exception('first comes the user') }}{% endif %}t1")
+    with pytest.raises(CorpusError, match="refuses conversation 2: first comes the user"):
+        make_windows([CONVERSATIONS[0], CONVERSATIONS[0][1:]], refusing)
+    with pytest.raises(SettingError, match="cannot cross"):
+        make_windows(CONVERSATIONS, chat_tokenizer(), cross_documents=True)
+
+
 def test_counts_leave_special_tokens_out() -> None:
     windows = make_windows(["<eos> " + "t5 " * 10 + "t7"], TOKENIZER, window=12)
     counts = windows.counts(VOCAB)
@@ -81,11 +203,18 @@ def test_no_more_tokens_than_asked(limit: int) -> None:
 
 
 def test_reading_stops_when_there_are_enough_tokens() -> None:
-    def endless() -> object:
+    read = 0
+
+    def endless() -> Iterator[str]:
+        nonlocal read
         while True:
+            read += 1
             yield "t1 " * 40
 
-    assert make_windows(endless(), TOKENIZER, window=16, max_tokens=100).n_tokens <= 100  # type: ignore[arg-type]
+    assert make_windows(endless(), TOKENIZER, window=16, max_tokens=100).n_tokens <= 100
+    assert read == 3
+    assert make_windows(endless(), TOKENIZER, window=16, max_tokens=100, cross_documents=True).n_tokens <= 100
+    assert read == 6
 
 
 def test_the_hash_is_of_the_text_and_of_where_windows_start() -> None:
@@ -105,17 +234,8 @@ def test_too_little_text_is_refused(texts: list[str]) -> None:
 def test_a_tiny_window_is_refused() -> None:
     with pytest.raises(SettingError, match="window of 4 tokens is too short; use at least 8"):
         make_windows(["t1 " * 30], TOKENIZER, window=4)
-
-
-def test_files_that_are_no_text_are_named(tmp_path: Path) -> None:
-    good, empty, binary = tmp_path / "good.txt", tmp_path / "empty.txt", tmp_path / "binary.txt"
-    good.write_text("t1 t2\n")
-    empty.write_text(" \n")
-    binary.write_bytes(b"t1 \xff\xfe")
-    assert read_texts([good]) == ["t1 t2\n"]
-    for bad, sentence in ((empty, "has no text"), (binary, "not UTF-8 text .byte 3"), (tmp_path / "none.txt", "No such file")):
-        with pytest.raises(CorpusError, match=f"{bad.name}.*{sentence}"):
-            read_texts([good, bad])
+    with pytest.raises(SettingError, match="5 tokens make no window; read at least 8"):
+        make_windows(["t1 " * 30], TOKENIZER, max_tokens=5)
 
 
 def test_counts_are_read_and_never_unpickled(tmp_path: Path) -> None:
@@ -132,12 +252,3 @@ def test_counts_are_read_and_never_unpickled(tmp_path: Path) -> None:
     ):
         with pytest.raises(CorpusError, match=sentence):
             read_counts(tmp_path / name)
-
-
-def test_the_demonstrations_text_has_two_disjoint_halves() -> None:
-    def paragraphs(documents: list[str]) -> set[str]:
-        return {p.strip() for document in documents for p in document.split("\n\n") if len(p) >= 60}
-
-    calibration, held_out = python_docs("calibration"), python_docs("held-out")
-    assert not paragraphs(calibration) & paragraphs(held_out)
-    assert min(sum(map(len, calibration)), sum(map(len, held_out))) > 100_000

@@ -7,11 +7,12 @@ import torch
 
 import confsteer
 from confsteer import Steering, demo
-from confsteer.corpus import make_windows, python_docs, read_counts
+from confsteer.corpus import make_windows, read_counts
 from confsteer.demo import Demo
 from confsteer.evaluation.harness import Evaluation, evaluate
 from confsteer.evaluation.metrics import TokenScores
 from confsteer.loading import DEMO_UNIGRAM
+from confsteer.texts import python_docs
 
 ASKED = (-0.15, 0.15, 0.3, 0.6)
 

@@ -44,6 +44,20 @@ class Unigram(NamedTuple):
         return cls(log_frequency.float(), (centred / length).float(), length)
 
 
+MEDIAN_COUNT = 10
+"""Count of the median token from which counts rank tokens.
+
+A token counted ``c`` times has a log frequency known to ``1/√c`` nats. Samples of the counts behind the bundled model (4,096
+tokens) have a unigram direction whose cosine with that of all 7.4 million is 0.74 where the median token is counted 2 times
+(25,000 tokens), 0.88 where it is 7 times, 0.93 where it is 15 times.
+"""
+
+
+def ranks_tokens(counts: Tensor) -> bool:
+    """Whether so many tokens were counted, ``[vocab]``, that the counts tell frequent from rare for most of the vocabulary."""
+    return bool(counts.median() >= MEDIAN_COUNT)
+
+
 def frequency_cosine(readout: Readout, unigram: Unigram) -> Tensor:
     """``cos(W_U w_i, v)`` of every neuron's write to the logits with the unigram direction, ``[n_neurons]`` float64 on the CPU.
 

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from confsteer.anatomy import input_device
-from confsteer.corpus import make_windows
+from confsteer.corpus import Document, Windows, check_context, make_windows
 from confsteer.evaluation.metrics import BINS, Interval, ReliabilityBins, TokenScores, metrics
 from confsteer.hf import steer
 from confsteer.profile import Profile
@@ -62,7 +62,7 @@ class Evaluation(BaseModel):
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Iterable[str],
+    texts: Iterable[Document] | Windows,
     profile: Profile,
     steerings: Sequence[Steering],
     *,
@@ -78,7 +78,8 @@ def evaluate(
     Args:
         model: the profile's model.
         tokenizer: its tokenizer.
-        texts: one string per document.
+        texts: one string per document, or conversations (see `confsteer.corpus.make_windows`), or windows already made, for
+            which `tokens`, `window` and `source` are not used.
         profile: see `confsteer.steer`.
         steerings: to compare with the unsteered model; all for every position.
         tokens: read at most this many.
@@ -88,9 +89,13 @@ def evaluate(
 
     Raises:
         CorpusError: the text is too short.
+        SettingError: the window is too short or longer than the model's context.
         SteeringError, ProfileMismatchError, NoNeuronsError: see `confsteer.steer`.
     """
-    windows = make_windows(texts, tokenizer, window=window, max_tokens=tokens, source=source)
+    windows = (
+        texts if isinstance(texts, Windows) else make_windows(texts, tokenizer, window=window, max_tokens=tokens, source=source)
+    )
+    check_context(windows.window, model.config)
     compared = [Steering(), *steerings]
     scores: list[list[TokenScores]] = [[] for _ in compared]
     window_of: list[torch.Tensor] = []
@@ -114,7 +119,7 @@ def evaluate(
     joined = [TokenScores(*map(torch.cat, zip(*collected, strict=True))) for collected in scores]
     return Evaluation(
         model=profile.model.id,
-        source=source,
+        source=windows.source,
         tokens=len(window_index),
         windows=int(window_index.max()) + 1,
         results=tuple(

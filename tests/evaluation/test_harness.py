@@ -34,6 +34,14 @@ def test_results_are_those_of_running_the_steered_model() -> None:
     assert result.windows == len(windows)
 
 
+def test_windows_are_taken_as_they_are() -> None:
+    model, tokenizer, texts, profile = planted("gpt2")
+    windows = make_windows(texts, tokenizer, window=64, max_tokens=500, source="zipf")
+    assert evaluate(model, tokenizer, windows, profile, []) == evaluate(
+        model, tokenizer, texts, profile, [], tokens=500, window=64, source="zipf"
+    )
+
+
 def test_the_entropy_dial_moves_the_entropy_of_unseen_text_as_asked() -> None:
     model, tokenizer, _, profile = planted("llama")
     asked = [-0.4, -0.1, 0.1, 0.4]

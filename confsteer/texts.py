@@ -1,0 +1,192 @@
+"""Where documents come from: files and folders, datasets, the Python documentation."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from io import BufferedIOBase
+from pathlib import Path
+from typing import Any, Literal
+
+from confsteer.corpus import Document
+from confsteer.errors import CorpusError
+
+TEXT_SUFFIXES = (".txt", ".md")
+JSON_LINES_SUFFIXES = (".jsonl", ".ndjson")
+JSON_SUFFIXES = (".json", *JSON_LINES_SUFFIXES)
+SHORT_PARAGRAPH = 60
+"""Characters below which a repeated paragraph is a phrase such as "Example:"."""
+
+
+def read_texts(paths: Sequence[Path], *, field: str | None = None, chat: bool = False) -> Iterator[Document]:
+    """Documents of UTF-8 files and folders, one at a time.
+
+    ``.json`` holds a list of documents and ``.jsonl`` or ``.ndjson`` one per line; a document is a string (of a chat: a list
+    of messages) or an object that has it in `field`. Any other file is one document. All of them may be gzipped (``.gz``). Of
+    a folder, everything below it that ends like these or in ``.txt`` or ``.md``, in the order of the paths, hidden files and
+    folders left out.
+
+    Args:
+        paths: files and folders.
+        field: where an object has its document; ``text`` if None, ``messages`` of a chat.
+        chat: whether documents are conversations.
+
+    Raises:
+        CorpusError: at once if a path is missing or a folder has no such file; while reading if a file is not what its name
+            says, has no document, or a record has no such field.
+    """
+    suffixes = JSON_SUFFIXES if chat else (*TEXT_SUFFIXES, *JSON_SUFFIXES)
+    files = [file for path in paths for file in _files(path, suffixes)]
+    for file in files:
+        if chat and _suffix(file) not in JSON_SUFFIXES:
+            raise CorpusError(f"{file}: conversations are read from {', '.join(suffixes)} (or .gz of these)")
+    return (document for file in files for document in _read_file(file, field, chat))
+
+
+def read_dataset(
+    name: str, *, config: str | None = None, split: str = "train", field: str | None = None, chat: bool = False
+) -> Iterator[Document]:
+    """Documents of a dataset on the hub or in a local folder, streamed.
+
+    Args:
+        name: hub id or folder.
+        config: the dataset's configuration, where it has several.
+        split: which part.
+        field: which column; ``text`` if None, ``messages`` of a chat.
+        chat: whether documents are conversations.
+
+    Raises:
+        CorpusError: at once if there is no such dataset, configuration or split; while reading if a record has no such field, or
+            cannot be read.
+    """
+    from datasets import load_dataset
+
+    try:
+        dataset = load_dataset(name, config, split=split, streaming=True)
+    except Exception as error:  # datasets raises many kinds: not found, offline, no such split
+        raise CorpusError(f"cannot load dataset {name!r}, split {split!r}: {error}") from error
+
+    def records() -> Iterator[Any]:
+        try:
+            yield from dataset
+        except Exception as error:  # as many kinds: the network, the format of a file
+            raise CorpusError(f"cannot read dataset {name!r}, split {split!r}: {error}") from error
+
+    return (
+        _document(record, f"dataset {name!r}, record {number}", field, chat) for number, record in enumerate(records(), start=1)
+    )
+
+
+def python_docs(part: Literal["calibration", "held-out"]) -> list[str]:
+    """Half of the language reference that ships with CPython (`pydoc_data.topics`), one document per topic.
+
+    English prose that is on every machine: the text of the demonstration. Its topics go to the two parts in turn. Topics
+    repeat each other, so a paragraph stays only where it comes first: the parts share no text beyond short phrases.
+    """
+    from pydoc_data.topics import topics
+
+    seen: set[str] = set()
+    documents = []
+    for name in sorted(topics):
+        paragraphs = [p for p in topics[name].split("\n\n") if len(p) < SHORT_PARAGRAPH or p.strip() not in seen]
+        seen.update(p.strip() for p in paragraphs)
+        documents.append("\n\n".join(paragraphs))
+    return documents[0 if part == "calibration" else 1 :: 2]
+
+
+def _files(path: Path, suffixes: Sequence[str]) -> list[Path]:
+    """The path itself, or what is below it."""
+    try:
+        path.stat()
+    except OSError as error:
+        raise CorpusError(f"cannot read {path}: {error.strerror}") from error
+    if not path.is_dir():
+        return [path]
+    below = sorted(file for file in path.rglob("*") if file.is_file() and _suffix(file) in suffixes)
+    files = [file for file in below if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+    if not files:
+        raise CorpusError(f"{path} has no file that ends in {', '.join(suffixes)} (or .gz of these)")
+    return files
+
+
+def _suffix(file: Path) -> str:
+    """What the file is, under the compression."""
+    name = file.name.lower()
+    return Path(name.removesuffix(".gz")).suffix
+
+
+def _read_file(file: Path, field: str | None, chat: bool) -> Iterator[Document]:
+    has_documents = False
+    try:
+        with gzip.open(file) if file.suffix.lower() == ".gz" else file.open("rb") as stream:
+            for where, record in _records(stream, file):
+                has_documents = True
+                yield _document(record, where, field, chat)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise CorpusError(f"{file} is not a sound gzip file: {error}") from error
+    except OSError as error:
+        raise CorpusError(f"cannot read {file}: {error.strerror}") from error
+    if not has_documents:
+        raise CorpusError(f"{file} has no text")
+
+
+def _records(stream: BufferedIOBase, file: Path) -> Iterator[tuple[str, Any]]:
+    """What the file holds, each with where that is. Of JSON lines no more is read than is asked for."""
+    suffix = _suffix(file)
+    if suffix in JSON_LINES_SUFFIXES:
+        for number, line in enumerate(stream, start=1):
+            if line.strip():
+                where = f"{file}, line {number}"
+                yield where, _parse(line, where)
+    elif suffix in JSON_SUFFIXES:
+        records = _parse(stream.read(), str(file))
+        if not isinstance(records, list):
+            raise CorpusError(f"{file} is {_kind(records)}, not a list of documents")
+        for number, record in enumerate(records, start=1):
+            yield f"{file}, item {number}", record
+    else:
+        text = _decode(stream.read(), str(file)).replace("\r\n", "\n")
+        if text.strip():
+            yield str(file), text
+
+
+def _decode(content: bytes, where: str) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise CorpusError(f"{where} is not UTF-8 text (byte {error.start} is not valid)") from error
+
+
+def _parse(content: bytes, where: str) -> Any:
+    try:
+        return json.loads(_decode(content, where))
+    except json.JSONDecodeError as error:
+        hint = "; if it has one document per line, name it .jsonl" if error.msg == "Extra data" else ""
+        raise CorpusError(f"{where} is not JSON: {error}{hint}") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets thousands deep
+        raise CorpusError(f"{where} is not JSON that can be read: {error}") from error
+
+
+def _document(record: Any, where: str, field: str | None, chat: bool) -> Document:
+    """The document in a record: the record itself, or its field."""
+    field = field or ("messages" if chat else "text")
+    document = record
+    if isinstance(record, dict):
+        if field not in record:
+            raise CorpusError(f"{where} has no field {field!r}; it has {', '.join(map(repr, record)) or 'none'}")
+        document, where = record[field], f"{where}, field {field!r}"
+    if chat:
+        if not (isinstance(document, list) and document and all(isinstance(m, dict) and "role" in m for m in document)):
+            raise CorpusError(f"{where} is not a list of messages with 'role' and 'content'")
+        return document
+    if not isinstance(document, str):
+        raise CorpusError(f"{where} is {_kind(document)}, not a string")
+    return document
+
+
+def _kind(value: Any) -> str:
+    """What JSON calls a value."""
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a truth value", type(None): "null"}
+    return names.get(type(value), "a number")
