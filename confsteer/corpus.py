@@ -136,17 +136,14 @@ def make_windows(
     """
     if window < SHORTEST_WINDOW:
         raise SettingError(f"a window of {window} tokens is too short; use at least {SHORTEST_WINDOW}")
-    bos = tokenizer.bos_token_id
-    starts_with_bos = bos is not None and tokenizer("")["input_ids"][:1] == [bos]
-    body = window - 1 if starts_with_bos else window
+    first_ids = leading_ids(tokenizer)
+    body = window - len(first_ids)
     pieces: list[NDArray[np.int32]] = []
     total = 0
     for text in texts:
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         for first in range(0, len(ids), body):
-            piece = ids[first : first + body]
-            if starts_with_bos:
-                piece = [bos, *piece]
+            piece = [*first_ids, *ids[first : first + body]]
             if max_tokens is not None:
                 piece = piece[: max_tokens - total]
             if len(piece) >= SHORTEST_WINDOW:
@@ -158,9 +155,19 @@ def make_windows(
             break
     if not pieces:
         raise CorpusError(f"the text is too short: it has no document of {SHORTEST_WINDOW} tokens")
-    special = tuple(sorted({i for i in (bos, tokenizer.eos_token_id) if i is not None}))
     starts = np.concatenate([[0], np.cumsum([len(p) for p in pieces])]).astype(np.int64)
-    return Windows(np.concatenate(pieces), starts, special, source)
+    return Windows(np.concatenate(pieces), starts, special_ids(tokenizer), source)
+
+
+def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """BOS, if the tokenizer starts texts with it; otherwise nothing."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """BOS and EOS, those that there are, ascending."""
+    return tuple(sorted({i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None}))
 
 
 def read_texts(paths: Iterable[Path]) -> list[str]:
