@@ -16,6 +16,8 @@ from confsteer.errors import ConfsteerError
 from confsteer.profile import DIALS, Neuron, Profile
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from confsteer.evaluation.metrics import Interval
 
 EXIT_NO_NEURONS = 3
@@ -50,6 +52,7 @@ def main() -> None:
     confsteer show PROFILE             what a profile holds, as tables or pictures
     confsteer generate -p PROFILE ...  the same prompt at several settings
     confsteer eval -p PROFILE ...      loss, entropy and calibration with and without steering
+    confsteer study ... -p PROFILE     measurements of the paper: induction, cumulative ablation
 
     MODEL is a hub id or a folder; without it the bundled demonstration model is used. PROFILE is a folder, the name of a
     shipped profile (confsteer-demo) or a hub repository.
@@ -81,13 +84,15 @@ def _text_options(command: Any) -> Any:
                 "--text", "texts", type=TEXT_FILE, multiple=True, metavar="FILE", help="UTF-8 text, one document; repeatable."
             ),
             click.option("--dataset", metavar="HUB_ID", help="Hub dataset (split train, field text), streamed."),
-            click.option("--window", default=256, show_default=True, help="Tokens per window; windows do not cross documents."),
         ]
     ):
         command = option(command)
     return command
 
 
+_window_option = click.option(
+    "--window", default=256, show_default=True, help="Tokens per window; windows do not cross documents."
+)
 _profile_option = click.option(
     "-p", "--profile", required=True, metavar="PROFILE", help="Folder, shipped name or hub repository."
 )
@@ -104,6 +109,7 @@ _steer_option = click.option(
 @main.command()
 @_model_options
 @_text_options
+@_window_option
 @click.option("--tokens", default=25_600, show_default=True, type=click.IntRange(min=1), help="Read at most this many.")
 @click.option(
     "--unigram",
@@ -248,6 +254,7 @@ def generate(
 @_profile_option
 @_steer_option
 @_text_options
+@_window_option
 @click.option("--tokens", type=click.IntRange(min=1), help="Read at most this many.  [default: all]")
 @click.option("--json", "as_json", type=OUTPUT_FILE, metavar="FILE", help="Write the results as JSON.")
 @click.option("--plot", type=OUTPUT_FILE, metavar="FILE.png", help="Draw a reliability diagram.")
@@ -312,6 +319,198 @@ def evaluate(
         from confsteer.report import plot_reliability
 
         plot_reliability(result, plot)
+        console.print(f"Drawn: {escape(str(plot))}")
+
+
+@main.group()
+def study() -> None:
+    """Measurements of the paper (arXiv 2406.16254) on MODEL and the neurons of a profile.
+
+    \b
+    confsteer study induction -p confsteer-demo       entropy neurons when a text repeats itself
+    confsteer study cumulative -p confsteer-demo      entropy neurons ablated together, against random ones
+    """
+
+
+_study_json_option = click.option("--json", "as_json", type=OUTPUT_FILE, metavar="FILE", help="Write the results as JSON.")
+_study_plot_option = click.option("--plot", type=OUTPUT_FILE, metavar="FILE.png", help="Draw the results.")
+
+
+@study.command()
+@_model_options
+@_profile_option
+@_text_options
+@click.option("--sequences", default=100, show_default=True, help="Of each kind; the paper has 1,000.")
+@click.option("--half", default=100, show_default=True, help="Tokens of a stretch.")
+@click.option("--seed", default=0, show_default=True, help="Of the random tokens.")
+@_study_json_option
+@_study_plot_option
+def induction(
+    model: str | None,
+    profile: str,
+    texts: tuple[Path, ...],
+    dataset: str | None,
+    sequences: int,
+    half: int,
+    seed: int,
+    as_json: Path | None,
+    plot: Path | None,
+    **loading: Any,
+) -> None:
+    """Entropy neurons when a stretch of tokens is read twice, random tokens and natural ones.
+
+    Each neuron is clipped at its mean of the first reading, so that it cannot take part in what changes at the second. A
+    MODEL without text gets random tokens only.
+
+    \b
+    confsteer study induction -p confsteer-demo --plot induction.png
+    confsteer study induction openai-community/gpt2 -p my-profile --text book.txt --sequences 1000
+    """
+    from confsteer.evaluation.induction import induction as run
+
+    loaded_profile = Profile.load(profile)
+    has_text = model is None or texts or dataset
+    documents, source = _documents(model, texts, dataset, part="held-out") if has_text else (None, "")
+    loaded = _load(model, loading)
+    result = run(
+        loaded.model,
+        loaded.tokenizer,
+        loaded_profile,
+        texts=documents,
+        source=source,
+        sequences=sequences,
+        half=half,
+        seed=seed,
+        progress=True,
+    )
+    console = _console()
+    for kind in result.kinds:
+        table = Table("clipped")
+        for name in ("1st mean", "2nd mean", "from", "Δentropy", "in %", "Δloss", "Δentropy at 1st"):
+            table.add_column(name, justify="right")
+        bounds: dict[tuple[int, ...], tuple[str, str, str]] = {
+            (n.index,): (f"{n.first_mean:.3f}", f"{n.second_mean:.3f}", n.clipped_from) for n in kind.neurons
+        }
+        for clip in kind.clips:
+            table.add_row(
+                str(clip.neurons[0]) if len(clip.neurons) == 1 else "all",
+                *bounds.get(clip.neurons, ("", "", "")),
+                _with_range(clip.second_entropy.nats),
+                f"{clip.second_entropy.relative.value:+.1%}",
+                _with_range(clip.second_loss.nats),
+                _with_range(clip.first_entropy.nats),
+            )
+        console.print(
+            f"[bold]{kind.kind.capitalize()}[/bold] ({escape(kind.source)}), {kind.sequences} stretches of {result.half} tokens. "
+            f"First reading: entropy {_with_interval(kind.first.entropy, 3)}, loss {_with_interval(kind.first.loss, 3)}; "
+            f"second: {_with_interval(kind.second.entropy, 3)}, {_with_interval(kind.second.loss, 3)}.",
+            table,
+            sep="\n",
+        )
+    console.print(
+        f"{escape(result.model)}. Nats; ± half of the 95 % bootstrap interval over sequences, in brackets the interval of the "
+        "paired difference; changes are of the second reading unless said otherwise."
+    )
+    _write_study(console, result, as_json, plot, "plot_induction")
+
+
+@study.command()
+@_model_options
+@_profile_option
+@_text_options
+@_window_option
+@click.option("--tokens", default=5_120, show_default=True, type=click.IntRange(min=1), help="Read at most this many.")
+@click.option("-k", type=int, help="Ablate at most this many neurons.  [default: all of the profile's]")
+@click.option("--repeats", default=10, show_default=True, help="Draws of random neurons.")
+@click.option("--seed", default=0, show_default=True, help="Of the draws.")
+@_study_json_option
+@_study_plot_option
+def cumulative(
+    model: str | None,
+    profile: str,
+    texts: tuple[Path, ...],
+    dataset: str | None,
+    window: int,
+    tokens: int,
+    k: int | None,
+    repeats: int,
+    seed: int,
+    as_json: Path | None,
+    plot: Path | None,
+    **loading: Any,
+) -> None:
+    """The 1, 2, ... k strongest entropy neurons set to their means, against random neurons of like norm.
+
+    \b
+    confsteer study cumulative -p confsteer-demo --plot cumulative.png
+    confsteer study cumulative openai-community/gpt2 -p my-profile --text book.txt -k 6
+    """
+    from confsteer.evaluation.cumulative import cumulative as run
+
+    loaded_profile = Profile.load(profile)
+    documents, source = _documents(model, texts, dataset, part="held-out")
+    loaded = _load(model, loading)
+    result = run(
+        loaded.model,
+        loaded.tokenizer,
+        documents,
+        loaded_profile,
+        k=k,
+        repeats=repeats,
+        tokens=tokens,
+        window=window,
+        seed=seed,
+        source=source,
+        progress=True,
+    )
+    table = Table("ablated")
+    for name in ("norm", "Δentropy", "in %", "|Δentropy|", "Δloss", "|Δloss|"):
+        table.add_column(name, justify="right")
+    for step in result.steps:
+        number, controls = len(step.neurons), step.controls
+        table.add_row(
+            f"{'' if number == 1 else '+ '}{step.neurons[-1]}",
+            f"{step.mean_norm:.2f}",
+            _with_range(step.entropy.nats),
+            f"{step.entropy.relative.value:+.2%}",
+            _with_range(step.entropy_abs, sign=""),
+            _with_range(step.loss.nats),
+            _with_range(step.loss_abs, sign=""),
+        )
+        table.add_row(
+            f"{number} random",
+            f"{controls.mean_norm:.2f}",
+            _with_range(controls.entropy),
+            "",
+            _with_range(controls.entropy_abs, sign=""),
+            _with_range(controls.loss),
+            _with_range(controls.loss_abs, sign=""),
+            style="dim",
+            end_section=True,
+        )
+    console = _console()
+    console.print(table)
+    console.print(
+        f"{escape(result.model)} on {escape(result.source)}: {result.tokens:,} tokens in {result.windows} windows; unsteered "
+        f"entropy {_with_interval(result.entropy, 3)}, loss {_with_interval(result.loss, 3)}. Nats; 95 % bootstrap intervals "
+        f"over windows; random: mean, lowest and highest of {len(result.draws)} draws. Norm: mean of the writes."
+    )
+    _write_study(console, result, as_json, plot, "plot_cumulative")
+
+
+def _with_range(interval: Interval, sign: str = "+") -> str:
+    """``+0.2479 (+0.2375 … +0.2595)``"""
+    return "{:{f}} ({:{f}} … {:{f}})".format(*interval, f=f"{sign}.4f")
+
+
+def _write_study(console: Console, result: BaseModel, as_json: Path | None, plot: Path | None, draw: str) -> None:
+    if as_json:
+        as_json.write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        console.print(f"Written: {escape(str(as_json))}")
+    if plot:
+        from confsteer import report
+
+        getattr(report, draw)(result, plot)
         console.print(f"Drawn: {escape(str(plot))}")
 
 

@@ -153,10 +153,10 @@ def test_natural_stretches_follow_one_another_and_skip_special_tokens() -> None:
         ({"sequences": 1}, "1 sequences give no interval: use at least 2"),
     ],
 )
-def test_settings_out_of_range_are_named(settings: dict[str, int], sentence: str) -> None:
+def test_settings_out_of_range_are_named(settings: dict[str, Any], sentence: str) -> None:
     model, tokenizer, _, profile = planted("llama")
     with pytest.raises(SettingError, match=sentence):
-        induction(model, tokenizer, profile, **({"sequences": SEQUENCES, "half": HALF} | settings))
+        induction(model, tokenizer, profile, **{"sequences": SEQUENCES, "half": HALF, **settings})
 
 
 def test_a_model_without_entropy_neurons_is_refused_with_the_sentence(empty: tuple[Any, Profile]) -> None:
