@@ -150,7 +150,7 @@ def plot_induction(study: InductionStudy, file: Path) -> None:
         activation.set_xlabel("position (dotted: the stretch is read again)")
         entropy.set_title(f"{kind.kind} ({kind.source}): {kind.sequences} sequences", fontsize=10)
     figure.suptitle(f"{study.model}: a stretch of {study.half} tokens, read twice")
-    figure.savefig(file, dpi=100)
+    figure.savefig(file, dpi=90)
 
 
 def _band(axes: Axes, x: tuple[int, ...], curve: Curve, label: str, colour: str) -> None:
@@ -161,7 +161,7 @@ def _band(axes: Axes, x: tuple[int, ...], curve: Curve, label: str, colour: str)
 
 def plot_cumulative(study: CumulativeStudy, file: Path) -> None:
     """Ablation of 1, 2, … entropy neurons with 95 % intervals, and of random neurons with the range over draws."""
-    figure = Figure(figsize=(10, 7), layout="constrained")
+    figure = Figure(figsize=(9, 6.4), layout="constrained")
     steps = study.steps
     number = [len(step.neurons) for step in steps]
     measured = (
@@ -179,4 +179,4 @@ def plot_cumulative(study: CumulativeStudy, file: Path) -> None:
         axes.set(xlabel="neurons set to their means", ylabel=label, xticks=number)
         axes.legend(fontsize=8)
     figure.suptitle(f"{study.model} on {study.source}: {study.tokens:,} tokens, {len(study.draws)} draws of random neurons")
-    figure.savefig(file, dpi=130)
+    figure.savefig(file, dpi=100)
