@@ -152,16 +152,10 @@ def induction(
         neurons = [neuron.index for neuron in profile.entropy_neurons]
     if not neurons or not all(0 <= index < profile.model.n_neurons for index in neurons):
         raise SettingError(f"neurons {list(neurons)}: give some from 0 to {profile.model.n_neurons - 1}")
-    if sequences < 2:
-        raise SettingError(f"{sequences} sequences give no interval: use at least 2")
+    check_repetition(model, tokenizer, sequences, half)
     model.eval()
     anatomy = dissect(model)
     profile.check_model(anatomy)
-    first_ids = leading_ids(tokenizer)
-    longest = (getattr(model.config, "max_position_embeddings", None) or 2**31) - len(first_ids)
-    if not SHORTEST_WINDOW <= half <= longest // 2:
-        raise SettingError(f"stretches of {half} tokens read twice: use {SHORTEST_WINDOW} to {longest // 2} for this model")
-
     stretches: dict[Kind, np.ndarray] = {
         "random": random_stretches(tokenizer, profile.model.tokenizer_size, sequences, half, seed=seed)
     }
@@ -171,12 +165,29 @@ def induction(
     with torch.no_grad():
         readout = anatomy.readout(profile.model.tokenizer_size)
         for kind, ids in stretches.items():
-            sequence = np.concatenate([np.tile(first_ids, (len(ids), 1)), ids, ids], axis=1).astype(np.int32)
-            starts = np.arange(len(ids) + 1, dtype=np.int64) * sequence.shape[1]
-            where = "uniform tokens" if kind == "random" else source
-            windows = Windows(sequence.ravel(), starts, special_ids(tokenizer), where)
+            windows = read_twice(tokenizer, ids, "uniform tokens" if kind == "random" else source)
             kinds.append(_measure(model, anatomy, readout, windows, torch.tensor(neurons), half, kind, progress))
     return InductionStudy(model=profile.model.id, half=half, seed=seed, kinds=tuple(kinds))
+
+
+def check_repetition(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sequences: int, half: int) -> None:
+    """
+    Raises:
+        SettingError: there are too few sequences for an interval, or the model cannot read stretches of `half` tokens twice.
+    """
+    if sequences < 2:
+        raise SettingError(f"{sequences} sequences give no interval: use at least 2")
+    context = getattr(model.config, "max_position_embeddings", None)
+    longest = half if context is None else (context - len(leading_ids(tokenizer))) // 2
+    if not SHORTEST_WINDOW <= half <= longest:
+        raise SettingError(f"stretches of {half} tokens read twice: use {SHORTEST_WINDOW} to {longest} for this model")
+
+
+def read_twice(tokenizer: PreTrainedTokenizerBase, stretches: np.ndarray, source: str) -> Windows:
+    """A window for each of `stretches` ``[sequences, half]``: BOS if the tokenizer starts texts with it, the stretch, twice."""
+    first_ids = np.tile(leading_ids(tokenizer), (len(stretches), 1))
+    ids = np.concatenate([first_ids, stretches, stretches], axis=1).astype(np.int32)
+    return Windows(ids.ravel(), np.arange(len(ids) + 1, dtype=np.int64) * ids.shape[1], special_ids(tokenizer), source)
 
 
 def random_stretches(

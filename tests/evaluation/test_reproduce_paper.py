@@ -46,10 +46,11 @@ def report_on(script: ModuleType, model: object, folder: Path) -> tuple[str, dic
 
 def test_a_report_has_every_section_and_its_numbers_can_be_read_back(script: ModuleType, tmp_path: Path) -> None:
     text, numbers = report_on(script, planted("llama").model, tmp_path)
-    assert text.count("\n## ") == 7
+    assert text.count("\n## ") == 8
     for index in (*ENTROPY_NEURONS, FREQUENCY_NEURON):
         assert f"| 1.{index} |" in text
     assert text.count("\n![") == 5
+    assert "**This model has none, so nothing was ablated.**" in text
     assert "Skipped: the published numbers are of GPT-2 small" in text
     assert len(CumulativeStudy.model_validate(numbers["cumulative"]).steps) == len(ENTROPY_NEURONS)
     assert [kind.kind for kind in InductionStudy.model_validate(numbers["induction"]).kinds] == ["random", "natural"]
@@ -66,7 +67,7 @@ def test_tables_are_whole(script: ModuleType, tmp_path: Path) -> None:
 def test_a_model_without_entropy_neurons_gets_a_report_that_says_so(script: ModuleType, tmp_path: Path) -> None:
     text, numbers = report_on(script, tiny_model(*next(f for f in FAMILIES if f.model_type == "llama")), tmp_path)
     assert "**No entropy neurons were found in this model.**" in text
-    assert text.count("**Not measured: no entropy neurons were found in this model.**") == 2
+    assert text.count("**Not measured: no entropy neurons were found in this model.**") == 3
     assert numbers["cumulative"] is None
 
 
