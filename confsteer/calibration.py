@@ -87,9 +87,7 @@ def calibrate(
         texts = sample_windows(
             model, tokenizer, tokens=DEFAULT_TOKENS if tokens is None else tokens, window=window, seed=seed, progress=progress
         )
-    windows = (
-        texts if isinstance(texts, Windows) else make_windows(texts, tokenizer, window=window, max_tokens=tokens, source=source)
-    )
+    windows = make_windows(texts, tokenizer, window=window, max_tokens=tokens, source=source)
     check_context(windows.window, model.config)
     if (largest := int(windows.token_ids.max())) >= anatomy.vocab_size:
         raise CorpusError(

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from confsteer.anatomy import Anatomy, LastLayerStates, input_device
 from confsteer.corpus import Batch, Windows
 from confsteer.discovery.readout import TokenStates
-from confsteer.parallel import Share
+from confsteer.parallel import ALONE, Share
 
 BATCH_SIZE = 4
 """Windows per forward pass: about a thousand tokens, enough to keep matrix products busy."""
@@ -25,7 +25,9 @@ class Recording:
     The caller must have put the model in evaluation mode. Logits are not computed.
     """
 
-    def __init__(self, model: PreTrainedModel, anatomy: Anatomy, windows: Windows, device: torch.device, share: Share) -> None:
+    def __init__(
+        self, model: PreTrainedModel, anatomy: Anatomy, windows: Windows, device: torch.device, share: Share = ALONE
+    ) -> None:
         """
         Args:
             model: the model.

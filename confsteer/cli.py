@@ -19,10 +19,13 @@ from confsteer.errors import ConfsteerError
 from confsteer.profile import DIALS, Neuron, Profile
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from confsteer.corpus import Document, Windows
     from confsteer.evaluation.metrics import Interval
 
 EXIT_NO_NEURONS = 3
+NO_TEXT = "give some text: --text PATH or --dataset HUB_ID"
 EVAL_EXTRA = ("datasets", "matplotlib", "torchmetrics")
 """Packages of the extra that not everyone installs."""
 TEXT_FILE = click.Path(path_type=Path, dir_okay=False)
@@ -56,6 +59,7 @@ def main() -> None:
     confsteer show PROFILE             what a profile holds, as tables or pictures
     confsteer generate -p PROFILE ...  the same prompt at several settings
     confsteer eval -p PROFILE ...      loss, entropy and calibration with and without steering
+    confsteer study ... -p PROFILE     measurements of the paper: induction, cumulative ablation
 
     MODEL is a hub id or a folder; without it the bundled demonstration model is used. PROFILE is a folder, the name of a
     shipped profile (confsteer-demo) or a hub repository.
@@ -91,7 +95,6 @@ class _Text:
     field: str | None
     chat: bool
     join: bool
-    window: int
 
     def documents(self, model: str | None, part: Literal["calibration", "held-out"]) -> tuple[Iterable[Document], str] | None:
         """Documents and what they are; the bundled model has a text of its own, others have none if none is given."""
@@ -113,10 +116,10 @@ class _Text:
             raise click.UsageError("--field, --chat and --join go with --text or --dataset")
         return (python_docs(part), f"Python documentation ({part} half)") if model is None else None
 
-    def windows(self, documents: Iterable[Document], source: str, tokenizer: Any, tokens: int | None) -> Windows:
+    def windows(self, documents: Iterable[Document], source: str, tokenizer: Any, window: int, tokens: int | None) -> Windows:
         from confsteer.corpus import make_windows
 
-        return make_windows(documents, tokenizer, window=self.window, max_tokens=tokens, cross_documents=self.join, source=source)
+        return make_windows(documents, tokenizer, window=window, max_tokens=tokens, cross_documents=self.join, source=source)
 
 
 def _text_options(command: Any) -> Any:
@@ -146,13 +149,13 @@ def _text_options(command: Any) -> Any:
             ),
             click.option("--chat", is_flag=True, help="Conversations, read through the tokenizer's chat template."),
             click.option("--join", is_flag=True, help="Let windows cross documents: join texts with EOS, as pre-training does."),
-            click.option("--window", default=256, show_default=True, help="Tokens per window."),
         ]
     ):
         with_text = option(with_text)
     return with_text
 
 
+_window_option = click.option("--window", default=256, show_default=True, type=int, help="Tokens per window.")
 _profile_option = click.option(
     "-p", "--profile", required=True, metavar="PROFILE", help="Folder, shipped name or hub repository."
 )
@@ -169,6 +172,7 @@ _steer_option = click.option(
 @main.command()
 @_model_options
 @_text_options
+@_window_option
 @click.option("--tokens", default=25_600, show_default=True, type=click.IntRange(min=1), help="Read at most this many.")
 @click.option(
     "--unigram",
@@ -184,6 +188,7 @@ _steer_option = click.option(
 def calibrate(
     model: str | None,
     text: _Text,
+    window: int,
     tokens: int,
     unigram: Path | None,
     null_dims: int | None,
@@ -219,9 +224,9 @@ def calibrate(
     profile = run(
         loaded.model,
         loaded.tokenizer,
-        text.windows(*given, loaded.tokenizer, tokens) if given else None,
+        text.windows(*given, loaded.tokenizer, window, tokens) if given else None,
         tokens=tokens,
-        window=text.window,
+        window=window,
         unigram_counts=counts,
         null_dims=null_dims,
         seed=seed,
@@ -321,6 +326,7 @@ def generate(
 @_profile_option
 @_steer_option
 @_text_options
+@_window_option
 @click.option("--tokens", type=click.IntRange(min=1), help="Read at most this many.  [default: all]")
 @click.option("--json", "as_json", type=OUTPUT_FILE, metavar="FILE", help="Write the results as JSON.")
 @click.option("--plot", type=OUTPUT_FILE, metavar="FILE.png", help="Draw a reliability diagram.")
@@ -329,6 +335,7 @@ def evaluate(
     profile: str,
     steers: tuple[str, ...],
     text: _Text,
+    window: int,
     tokens: int | None,
     as_json: Path | None,
     plot: Path | None,
@@ -348,14 +355,12 @@ def evaluate(
     loaded_profile = Profile.load(profile)
     given = text.documents(model, "held-out")
     if given is None:
-        raise click.UsageError(
-            "give some text: --text PATH or --dataset HUB_ID (on samples of its own every model is perfectly calibrated)"
-        )
+        raise click.UsageError(f"{NO_TEXT} (on samples of its own every model is perfectly calibrated)")
     loaded = _load(model, loading)
     result = run(
         loaded.model,
         loaded.tokenizer,
-        text.windows(*given, loaded.tokenizer, tokens),
+        text.windows(*given, loaded.tokenizer, window, tokens),
         loaded_profile,
         steerings,
         progress=True,
@@ -386,6 +391,195 @@ def evaluate(
         from confsteer.report import plot_reliability
 
         plot_reliability(result, plot)
+        console.print(f"Drawn: {escape(str(plot))}")
+
+
+@main.group()
+def study() -> None:
+    """Measurements of the paper (arXiv 2406.16254) on MODEL and the neurons of a profile.
+
+    \b
+    confsteer study induction -p confsteer-demo       entropy neurons when a text repeats itself
+    confsteer study cumulative -p confsteer-demo      entropy neurons ablated together, against random ones
+    """
+
+
+_study_json_option = click.option("--json", "as_json", type=OUTPUT_FILE, metavar="FILE", help="Write the results as JSON.")
+_study_plot_option = click.option("--plot", type=OUTPUT_FILE, metavar="FILE.png", help="Draw the results.")
+
+
+@study.command()
+@_model_options
+@_profile_option
+@_text_options
+@click.option("--sequences", default=100, show_default=True, help="Of each kind; the paper has 1,000.")
+@click.option("--half", default=100, show_default=True, help="Tokens of a stretch.")
+@click.option("--seed", default=0, show_default=True, help="Of the random tokens.")
+@_study_json_option
+@_study_plot_option
+def induction(
+    model: str | None,
+    profile: str,
+    text: _Text,
+    sequences: int,
+    half: int,
+    seed: int,
+    as_json: Path | None,
+    plot: Path | None,
+    **loading: Any,
+) -> None:
+    """Entropy neurons when a stretch of tokens is read twice, random tokens and natural ones.
+
+    Each neuron is clipped at its mean of the first reading, so that it cannot take part in what changes at the second. A
+    MODEL without text gets random tokens only.
+
+    \b
+    confsteer study induction -p confsteer-demo --plot induction.png
+    confsteer study induction openai-community/gpt2 -p my-profile --text book.txt --sequences 1000
+    """
+    from confsteer.corpus import leading_ids
+    from confsteer.evaluation.induction import induction as run
+
+    loaded_profile = Profile.load(profile)
+    given = text.documents(model, "held-out")
+    loaded = _load(model, loading)
+    beginning = len(leading_ids(loaded.tokenizer))
+    result = run(
+        loaded.model,
+        loaded.tokenizer,
+        loaded_profile,
+        texts=text.windows(*given, loaded.tokenizer, beginning + half, 2 * sequences * (beginning + half)) if given else None,
+        sequences=sequences,
+        half=half,
+        seed=seed,
+        progress=True,
+    )
+    console = _console()
+    for kind in result.kinds:
+        table = Table("clipped")
+        for name in ("1st mean", "2nd mean", "from", "Δentropy", "in %", "Δloss", "Δentropy at 1st"):
+            table.add_column(name, justify="right")
+        bounds: dict[tuple[int, ...], tuple[str, str, str]] = {
+            (n.index,): (f"{n.first_mean:.3f}", f"{n.second_mean:.3f}", n.clipped_from) for n in kind.neurons
+        }
+        for clip in kind.clips:
+            table.add_row(
+                str(clip.neurons[0]) if len(clip.neurons) == 1 else "all",
+                *bounds.get(clip.neurons, ("", "", "")),
+                _with_range(clip.second_entropy.nats),
+                f"{clip.second_entropy.relative.value:+.1%}",
+                _with_range(clip.second_loss.nats),
+                _with_range(clip.first_entropy.nats),
+            )
+        console.print(
+            f"[bold]{kind.kind.capitalize()}[/bold] ({escape(kind.source)}), {kind.sequences} stretches of {result.half} tokens. "
+            f"First reading: entropy {_with_interval(kind.first.entropy, 3)}, loss {_with_interval(kind.first.loss, 3)}; "
+            f"second: {_with_interval(kind.second.entropy, 3)}, {_with_interval(kind.second.loss, 3)}.",
+            table,
+            sep="\n",
+        )
+    console.print(
+        f"{escape(result.model)}. Nats; ± half of the 95 % bootstrap interval over sequences, in brackets the interval of the "
+        "paired difference; changes are of the second reading unless said otherwise."
+    )
+    _write_study(console, result, as_json, plot, "plot_induction")
+
+
+@study.command()
+@_model_options
+@_profile_option
+@_text_options
+@_window_option
+@click.option("--tokens", default=5_120, show_default=True, type=click.IntRange(min=1), help="Read at most this many.")
+@click.option("-k", type=int, help="Ablate at most this many neurons.  [default: all of the profile's]")
+@click.option("--repeats", default=10, show_default=True, help="Draws of random neurons.")
+@click.option("--seed", default=0, show_default=True, help="Of the draws.")
+@_study_json_option
+@_study_plot_option
+def cumulative(
+    model: str | None,
+    profile: str,
+    text: _Text,
+    window: int,
+    tokens: int,
+    k: int | None,
+    repeats: int,
+    seed: int,
+    as_json: Path | None,
+    plot: Path | None,
+    **loading: Any,
+) -> None:
+    """The 1, 2, ... k strongest entropy neurons set to their means, against random neurons of like norm.
+
+    \b
+    confsteer study cumulative -p confsteer-demo --plot cumulative.png
+    confsteer study cumulative openai-community/gpt2 -p my-profile --text book.txt -k 6
+    """
+    from confsteer.evaluation.cumulative import cumulative as run
+
+    loaded_profile = Profile.load(profile)
+    given = text.documents(model, "held-out")
+    if given is None:
+        raise click.UsageError(NO_TEXT)
+    loaded = _load(model, loading)
+    result = run(
+        loaded.model,
+        loaded.tokenizer,
+        text.windows(*given, loaded.tokenizer, window, tokens),
+        loaded_profile,
+        k=k,
+        repeats=repeats,
+        seed=seed,
+        progress=True,
+    )
+    table = Table("ablated")
+    for name in ("norm", "Δentropy", "in %", "|Δentropy|", "Δloss", "|Δloss|"):
+        table.add_column(name, justify="right")
+    for step in result.steps:
+        number, controls = len(step.neurons), step.controls
+        table.add_row(
+            f"{'' if number == 1 else '+ '}{step.neurons[-1]}",
+            f"{step.mean_norm:.2f}",
+            _with_range(step.entropy.nats),
+            f"{step.entropy.relative.value:+.2%}",
+            _with_range(step.entropy_abs, sign=""),
+            _with_range(step.loss.nats),
+            _with_range(step.loss_abs, sign=""),
+        )
+        table.add_row(
+            f"{number} random",
+            f"{controls.mean_norm:.2f}",
+            _with_range(controls.entropy),
+            "",
+            _with_range(controls.entropy_abs, sign=""),
+            _with_range(controls.loss),
+            _with_range(controls.loss_abs, sign=""),
+            style="dim",
+            end_section=True,
+        )
+    console = _console()
+    console.print(table)
+    console.print(
+        f"{escape(result.model)} on {escape(result.source)}: {result.tokens:,} tokens in {result.windows} windows; unsteered "
+        f"entropy {_with_interval(result.entropy, 3)}, loss {_with_interval(result.loss, 3)}. Nats; 95 % bootstrap intervals "
+        f"over windows; random: mean, lowest and highest of {len(result.draws)} draws. Norm: mean of the writes."
+    )
+    _write_study(console, result, as_json, plot, "plot_cumulative")
+
+
+def _with_range(interval: Interval, sign: str = "+") -> str:
+    """``+0.2479 (+0.2375 … +0.2595)``"""
+    return "{:{f}} ({:{f}} … {:{f}})".format(*interval, f=f"{sign}.4f")
+
+
+def _write_study(console: Console, result: BaseModel, as_json: Path | None, plot: Path | None, draw: str) -> None:
+    if as_json:
+        as_json.write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        console.print(f"Written: {escape(str(as_json))}")
+    if plot:
+        from confsteer import report
+
+        getattr(report, draw)(result, plot)
         console.print(f"Drawn: {escape(str(plot))}")
 
 

@@ -124,7 +124,7 @@ class TokenizedDocument(NamedTuple):
 
 
 def make_windows(
-    documents: Iterable[Document],
+    documents: Iterable[Document] | Windows,
     tokenizer: PreTrainedTokenizerBase,
     *,
     window: int = 256,
@@ -140,7 +140,7 @@ def make_windows(
     turns does not count where it is a control token (see `control_ids`).
 
     Args:
-        documents: strings, or conversations.
+        documents: strings, or conversations; or windows already made, which are returned as they are.
         tokenizer: the model's.
         window: tokens per window, BOS included.
         max_tokens: stop here, and read no more documents than that takes; all if None.
@@ -152,8 +152,10 @@ def make_windows(
         SettingError: `window` or `max_tokens` is too small; or `cross_documents` with conversations, or without an EOS token.
         CorpusError: there are not enough tokens for one window; or there is no chat template, or it refuses a conversation.
     """
+    if isinstance(documents, Windows):
+        return documents
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    start = [bos] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []
+    start = leading_ids(tokenizer)
 
     def tokenized() -> Iterator[TokenizedDocument]:
         for number, document in enumerate(documents, start=1):
@@ -225,6 +227,12 @@ def cut_windows(
         raise CorpusError(f"the text is too short: it has no document of {SHORTEST_WINDOW} tokens")
     starts = np.concatenate([[0], np.cumsum([len(p) for p in pieces])]).astype(np.int64)
     return Windows(np.concatenate(pieces), starts, control_ids(tokenizer), window, source)
+
+
+def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """BOS, if the tokenizer starts texts with it; otherwise nothing."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []
 
 
 def control_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

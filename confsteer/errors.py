@@ -4,7 +4,7 @@ ConfsteerError
 ├── UnsupportedModelError      the model's last layer is not one confsteer can steer; the message names what failed
 ├── NoNeuronsError             the model (or profile) has no neurons of the kind asked for
 ├── CorpusError                the text cannot be used
-├── SettingError               a setting of calibration is out of its range
+├── SettingError               a setting of a measurement is out of its range
 ├── SteeringError              a steering request is wrong or out of reach
 └── ProfileError               a profile cannot be used
     ├── ProfileNotFoundError   no such folder, shipped profile or hub repository
@@ -31,7 +31,7 @@ class CorpusError(ConfsteerError):
 
 
 class SettingError(ConfsteerError, ValueError):
-    """A setting of calibration is out of its range."""
+    """A setting of a measurement is out of its range."""
 
 
 class SteeringError(ConfsteerError, ValueError):

@@ -20,6 +20,9 @@ class Share(NamedTuple):
     of: int
 
 
+ALONE = Share(0, 1)
+
+
 def join() -> Share:
     """Meet the other processes if a launcher started several (gloo on CPUs, nccl on GPUs), and say which one this is."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
@@ -31,7 +34,7 @@ def join() -> Share:
 
 def share() -> Share:
     """Which process this is of those that have met."""
-    return Share(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else Share(0, 1)
+    return Share(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else ALONE
 
 
 def all_sum(values: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Pictures of a profile and of an evaluation."""
+"""Pictures of a profile, of an evaluation and of the studies."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from confsteer.discovery.response import monotone_range
+from confsteer.evaluation.cumulative import CumulativeStudy
 from confsteer.evaluation.harness import Evaluation
+from confsteer.evaluation.induction import Curve, InductionStudy
 from confsteer.profile import DIALS, Profile
 
 GREY, ENTROPY, FREQUENCY = "#9aa0a6", "#c5221f", "#1967d2"
@@ -57,6 +59,23 @@ def _scatter(axes: Axes, profile: Profile, x: np.ndarray, y: np.ndarray) -> None
         )
 
 
+def plot_frequency_neurons(profile: Profile, file: Path) -> None:
+    """How much each neuron's ablation moves the output along the unigram direction, against the share that does the loss."""
+    figure = Figure(figsize=(6, 4.6), layout="constrained")
+    axes = figure.subplots()
+    columns = {name: column.numpy() for name, column in profile.columns.items()}
+    _scatter(axes, profile, columns["frequency"], columns["frequency_mediation"])
+    axes.set(
+        xscale="log",
+        xlabel="mean |ΔKL(P_freq ‖ P_model)|, nats",
+        ylabel="frequency mediation  1 − direct/total",
+        ylim=(-1.05, 1.05),
+    )
+    axes.legend(fontsize=8)
+    figure.suptitle(f"{profile.model.id}, layer {profile.model.layer}: {profile.model.n_neurons:,} neurons")
+    figure.savefig(file, dpi=130)
+
+
 def plot_response(profile: Profile, file: Path) -> None:
     """What each dial does over its reach: entropy, loss and divergence from the unigram distribution.
 
@@ -102,3 +121,62 @@ def plot_reliability(evaluation: Evaluation, file: Path) -> None:
     axes.set_title(f"{evaluation.model} on {evaluation.source}\n{evaluation.tokens:,} tokens; dots: share of tokens", fontsize=9)
     axes.legend(fontsize=8, loc="upper left")
     figure.savefig(file, dpi=130)
+
+
+def plot_induction(study: InductionStudy, file: Path) -> None:
+    """Entropy, loss and activations by position of repeated sequences, unsteered and with entropy neurons clipped.
+
+    Bands are ± 1.96 standard errors over sequences. Of the clips, the strongest neuron's and that of all together are drawn;
+    of the activations, those of the first eight neurons.
+    """
+    figure = Figure(figsize=(5.4 * len(study.kinds), 7.8), layout="constrained")
+    panels = figure.subplots(3, len(study.kinds), sharex="col", squeeze=False)
+    for kind, (entropy, loss, activation) in zip(study.kinds, panels.T, strict=True):
+        alone = max(kind.clips[: len(kind.neurons)], key=lambda clip: abs(clip.second_entropy.nats.value))
+        _band(entropy, kind.positions, kind.entropy, "unsteered", "black")
+        _band(loss, kind.positions, kind.loss, "unsteered", "black")
+        clips = [(alone, f"{alone.neurons[0]} clipped", FREQUENCY)]
+        if len(kind.neurons) > 1:
+            clips.append((kind.clips[-1], f"all {len(kind.neurons)} clipped", ENTROPY))
+        for clip, label, colour in clips:
+            _band(entropy, kind.positions, clip.entropy, label, colour)
+            _band(loss, kind.positions, clip.loss, label, colour)
+        for row, neuron in enumerate(kind.neurons[:8]):
+            _band(activation, kind.positions, neuron.activation, str(neuron.index), f"C{row}")
+        for axes, label in ((entropy, "entropy, nats"), (loss, "loss, nats"), (activation, "activation")):
+            axes.axvline(kind.repeats_from, color=GREY, linestyle=":", linewidth=1)
+            axes.set_ylabel(label)
+            axes.legend(fontsize=7, ncols=2)
+        activation.set_xlabel("position (dotted: the stretch is read again)")
+        entropy.set_title(f"{kind.kind} ({kind.source}): {kind.sequences} sequences", fontsize=10)
+    figure.suptitle(f"{study.model}: a stretch of {study.half} tokens, read twice")
+    figure.savefig(file, dpi=90)
+
+
+def _band(axes: Axes, x: tuple[int, ...], curve: Curve, label: str, colour: str) -> None:
+    mean, error = np.array(curve.mean), np.array(curve.standard_error)
+    axes.plot(x, mean, color=colour, linewidth=1, label=label)
+    axes.fill_between(x, mean - 1.96 * error, mean + 1.96 * error, color=colour, alpha=0.2, linewidth=0)
+
+
+def plot_cumulative(study: CumulativeStudy, file: Path) -> None:
+    """Ablation of 1, 2, … entropy neurons with 95 % intervals, and of random neurons with the range over draws."""
+    figure = Figure(figsize=(9, 6.4), layout="constrained")
+    steps = study.steps
+    number = [len(step.neurons) for step in steps]
+    measured = (
+        ("mean Δentropy, nats", [step.entropy.nats for step in steps], [step.controls.entropy for step in steps]),
+        ("mean |Δentropy|, nats", [step.entropy_abs for step in steps], [step.controls.entropy_abs for step in steps]),
+        ("mean Δloss, nats", [step.loss.nats for step in steps], [step.controls.loss for step in steps]),
+        ("mean |Δloss|, nats", [step.loss_abs for step in steps], [step.controls.loss_abs for step in steps]),
+    )
+    for axes, (label, ours, controls) in zip(figure.subplots(2, 2).flat, measured, strict=True):
+        kinds = ((ours, "entropy neurons (95 % interval)", ENTROPY), (controls, "random neurons (all draws)", GREY))
+        for intervals, name, colour in kinds:
+            value, low, high = np.array(intervals).T
+            axes.errorbar(number, value, (value - low, high - value), color=colour, marker="o", capsize=3, label=name)
+        axes.axhline(0, color="black", linewidth=0.6)
+        axes.set(xlabel="neurons set to their means", ylabel=label, xticks=number)
+        axes.legend(fontsize=8)
+    figure.suptitle(f"{study.model} on {study.source}: {study.tokens:,} tokens, {len(study.draws)} draws of random neurons")
+    figure.savefig(file, dpi=100)

@@ -33,7 +33,6 @@ from confsteer.discovery.effects import EXACT_ABOVE, ablation_effects
 from confsteer.discovery.exact import TokenEffects
 from confsteer.discovery.frequency import Unigram
 from confsteer.discovery.readout import Readout, TokenStates
-from confsteer.parallel import Share
 
 
 class Shape(NamedTuple):
@@ -133,7 +132,7 @@ def record(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, text: str
     anatomy = dissect(model)
     readout = anatomy.readout()
     windows = make_windows([text], tokenizer)
-    recording = Recording(model, anatomy, windows, torch.device("cpu"), Share(0, 1))
+    recording = Recording(model, anatomy, windows, torch.device("cpu"))
     (states,) = regroup(recording.read(), windows.n_tokens)
     return readout, states, states.activations.mean(dim=0), Unigram.from_counts(windows.counts(readout.vocab_size))
 

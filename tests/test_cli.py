@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+import confsteer
 from confsteer import Profile
 from confsteer.cli import EXIT_NO_NEURONS, main
 from confsteer.corpus import make_windows
+from confsteer.evaluation.cumulative import CumulativeStudy
+from confsteer.evaluation.induction import InductionStudy
 from tests.models import ENTROPY_NEURONS, FAMILIES, chat_tokenizer, tiny_model, tiny_tokenizer, zipf_texts
 from tests.planted import planted
 
@@ -205,3 +208,33 @@ def test_the_version_is_the_packages() -> None:
     import importlib.metadata
 
     assert importlib.metadata.version("confsteer") in run("--version").output
+
+
+def test_studies_print_write_json_and_draw(folder: Path, tmp_path: Path) -> None:
+    model, text = ("-p", folder / "profile", folder / "model"), ("--text", folder / "other.txt")
+    outputs = ("--json", tmp_path / "s.json", "--plot", tmp_path / "s.png")
+    result = run("study", "induction", *model, *text, "--half", 24, "--sequences", 5, *outputs)
+    assert "Random (uniform tokens), 5 stretches of 24 tokens." in result.output
+    assert "Natural (other.txt), 5 stretches" in result.output
+    study = InductionStudy.model_validate_json((tmp_path / "s.json").read_text())
+    assert {neuron.index for neuron in study.kinds[1].neurons} == set(ENTROPY_NEURONS)
+    assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
+    without_text = run("study", "induction", *model, "--half", 24, "--sequences", 5)
+    assert "Natural" not in without_text.output
+    (tmp_path / "s.png").unlink()
+    result = run("study", "cumulative", *model, *text, "--window", 64, "-k", 2, "--repeats", 3, *outputs)
+    assert "2 random" in result.output
+    assert len(CumulativeStudy.model_validate_json((tmp_path / "s.json").read_text()).draws) == 3
+    assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("study", ["induction", "cumulative"])
+def test_a_study_of_a_model_without_entropy_neurons_is_a_sentence(folder: Path, tmp_path: Path, study: str) -> None:
+    texts = zipf_texts()
+    model = tiny_model(*next(f for f in FAMILIES if f.model_type == "llama"))
+    confsteer.calibrate(model, tiny_tokenizer(), texts, window=64).save(tmp_path / "p")
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    arguments = ("study", study, tmp_path / "model", "-p", tmp_path / "p", "--text", folder / "text.txt")
+    result = run(*arguments, code=1)
+    assert "has no entropy neurons" in result.output

@@ -10,13 +10,12 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from confsteer.anatomy import input_device
+from confsteer.capture import BATCH_SIZE
 from confsteer.corpus import Document, Windows, check_context, make_windows
 from confsteer.evaluation.metrics import BINS, Interval, ReliabilityBins, TokenScores, metrics
 from confsteer.hf import steer
 from confsteer.profile import Profile
 from confsteer.steering import Steering
-
-BATCH_SIZE = 4
 
 
 class ReliabilityBin(BaseModel):
@@ -92,9 +91,7 @@ def evaluate(
         SettingError: the window is too short or longer than the model's context.
         SteeringError, ProfileMismatchError, NoNeuronsError: see `confsteer.steer`.
     """
-    windows = (
-        texts if isinstance(texts, Windows) else make_windows(texts, tokenizer, window=window, max_tokens=tokens, source=source)
-    )
+    windows = make_windows(texts, tokenizer, window=window, max_tokens=tokens, source=source)
     check_context(windows.window, model.config)
     compared = [Steering(), *steerings]
     scores: list[list[TokenScores]] = [[] for _ in compared]

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from confsteer.discovery.readout import WORKING_SET, Readout
+
 BINS = 15
 RESAMPLES = 1000
 
@@ -39,6 +41,13 @@ class TokenScores(NamedTuple):
             correct=prediction == targets,
         )
 
+    @classmethod
+    def of_residual(cls, readout: Readout, residual: Tensor, targets: Tensor) -> TokenScores:
+        """From inputs of the final norm ``[tokens, d_model]``, edited ones too: no model runs, logits are held in chunks."""
+        step = max(1, WORKING_SET // readout.vocab_size)
+        chunks = [cls.of(readout.logits(rows), ids) for rows, ids in zip(residual.split(step), targets.split(step), strict=True)]
+        return cls(*map(torch.cat, zip(*chunks, strict=True)))
+
 
 class Interval(NamedTuple):
     """An estimate with its 95 % bootstrap interval."""
@@ -46,6 +55,25 @@ class Interval(NamedTuple):
     value: float
     low: float
     high: float
+
+
+class Change(NamedTuple):
+    """What an intervention changes of a mean; both sides are of the same tokens, so the interval is of pairs."""
+
+    nats: Interval
+    relative: Interval
+    """As a share of the mean without the intervention."""
+
+    @classmethod
+    def of(cls, difference: Tensor, before: Tensor, n: Tensor) -> Change:
+        """From sums per window of the differences, of the values before, and numbers of tokens, float64 ``[windows]`` each."""
+        return cls(ratio_interval(difference, n), ratio_interval(difference, before))
+
+
+def ratio_interval(numerator: Tensor, denominator: Tensor) -> Interval:
+    """``Σ numerator / Σ denominator`` over windows (float64 ``[windows]`` each); with numbers of tokens below it is a mean."""
+    weights = bootstrap_weights(len(numerator))
+    return _interval(float(numerator.sum() / denominator.sum()), (weights @ numerator) / (weights @ denominator))
 
 
 def expected_calibration_error(confidence: Tensor, correct: Tensor) -> float:

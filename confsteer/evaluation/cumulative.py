@@ -1,0 +1,213 @@
+"""Entropy neurons ablated one after another, against random neurons (Stolfo et al. 2024, arXiv 2406.16254).
+
+Ablation sets neurons to their means: an edit of the last layer, so one forward pass and the closed form of the readout give
+every set of neurons, also of neurons that a profile does not name and steering therefore does not reach.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from confsteer.anatomy import dissect
+from confsteer.capture import Recording
+from confsteer.corpus import Document, Windows, check_context, make_windows
+from confsteer.errors import SettingError
+from confsteer.evaluation.metrics import Change, Interval, TokenScores, ratio_interval, window_sums
+from confsteer.profile import Profile
+
+CANDIDATES = 10
+"""A control is drawn from this many neurons nearest in norm."""
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class Controls(_Frozen):
+    """Random neurons in the place of entropy neurons: the mean over draws, and the lowest and the highest draw, in nats."""
+
+    mean_norm: float
+    """Of the writes, over neurons and draws."""
+    entropy: Interval
+    entropy_abs: Interval
+    loss: Interval
+    loss_abs: Interval
+
+
+class CumulativeStep(_Frozen):
+    """The strongest entropy neurons set to their means together."""
+
+    neurons: tuple[int, ...]
+    mean_norm: float
+    """Of their writes."""
+    entropy: Change
+    """Of the mean entropy."""
+    entropy_abs: Interval
+    """Mean |Δentropy| of a token, in nats."""
+    loss: Change
+    loss_abs: Interval
+    """Mean |Δloss| of a token, in nats."""
+    controls: Controls
+
+
+class CumulativeStudy(_Frozen):
+    """Ablation of 1, 2, … entropy neurons together and of as many random ones."""
+
+    model: str
+    source: str
+    tokens: int
+    """Tokens scored."""
+    windows: int
+    """Windows they are in, the unit of the bootstrap."""
+    seed: int
+    entropy: Interval
+    """Unsteered mean, in nats."""
+    loss: Interval
+    draws: tuple[tuple[int, ...], ...]
+    """Each draw of control neurons, in the order of the entropy neurons they stand for."""
+    steps: tuple[CumulativeStep, ...]
+
+
+def cumulative(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[Document] | Windows,
+    profile: Profile,
+    *,
+    k: int | None = None,
+    repeats: int = 10,
+    tokens: int | None = 5_120,
+    window: int = 256,
+    seed: int = 0,
+    source: str = "texts",
+    progress: bool = False,
+) -> CumulativeStudy:
+    """Set the 1, 2, … `k` strongest entropy neurons to their means together, and as many random neurons of like norm.
+
+    Args:
+        model: the profile's model; it is put in evaluation mode.
+        tokenizer: its tokenizer.
+        texts: what `confsteer.corpus.make_windows` takes.
+        profile: gives the order of the neurons, and norms and mean activations of all.
+        k: at most this many; all of the profile's if None.
+        repeats: draws of random neurons.
+        tokens: read at most this many; all if None.
+        window: tokens per window.
+        seed: of the draws.
+        source: what the text is, for the report.
+        progress: whether to show a progress bar.
+
+    Raises:
+        NoNeuronsError: the profile has no entropy neurons.
+        SettingError: `k` or `repeats` out of range.
+        CorpusError: the text is too short.
+        ProfileMismatchError, UnsupportedModelError: see `confsteer.steer`.
+    """
+    profile.require_neurons("entropy")
+    found = len(profile.entropy_neurons)
+    k = found if k is None else k
+    if not 1 <= k <= found:
+        raise SettingError(f"k={k}: the profile has {found} entropy neurons; use 1 to {found}")
+    if repeats < 1:
+        raise SettingError(f"{repeats} draws of random neurons: use at least 1")
+    model.eval()
+    anatomy = dissect(model)
+    profile.check_model(anatomy)
+    windows = make_windows(texts, tokenizer, window=window, max_tokens=tokens, source=source)
+    check_context(windows.window, model.config)
+    neurons = [neuron.index for neuron in profile.entropy_neurons[:k]]
+    norm = profile.columns["norm"].numpy()
+    every_entropy_neuron = {neuron.index for neuron in profile.entropy_neurons}
+    rng = np.random.default_rng(seed)
+    draws = [draw_controls(norm, neurons, rng, excluding=every_entropy_neuron) for _ in range(repeats)]
+
+    # Sums per window of Δentropy, |Δentropy|, Δloss, |Δloss|: [orders, k, 4, windows].
+    changes: list[Tensor] = []
+    unsteered: list[Tensor] = []
+    with torch.no_grad(), tqdm(total=windows.n_tokens, desc="ablate", unit="tok", unit_scale=True, disable=not progress) as bar:
+        readout = anatomy.readout(profile.model.tokenizer_size)
+        device = readout.unembedding.device
+        mean = profile.columns["mean_activation"].to(device).float()
+        for batch in Recording(model, anatomy, windows, device).read(bar.update):
+            # Windows without a kept token are not part of the sample.
+            present, index = batch.window.unique(return_inverse=True)
+
+            def per_window(values: Tensor, index: Tensor = index, n_windows: int = len(present)) -> Tensor:
+                return window_sums(values, index, n_windows).cpu()
+
+            before = TokenScores.of_residual(readout, batch.residual, batch.targets)
+            unsteered.append(torch.stack([per_window(v) for v in (torch.ones_like(before.nll), before.entropy, before.nll)]))
+            rows = []
+            for order in (neurons, *draws):
+                few = readout.select(torch.tensor(order, device=device))
+                state = few.state(batch.residual, batch.mlp_output)
+                delta = mean[order] - batch.activations[:, order].float()
+                for n_ablated in range(1, k + 1):
+                    change_by = delta.clone()
+                    change_by[:, n_ablated:] = 0
+                    after = TokenScores.of_residual(readout, few.residual_after(state, change_by), batch.targets)
+                    entropy, loss = after.entropy - before.entropy, after.nll - before.nll
+                    rows.append(torch.stack([per_window(v) for v in (entropy, entropy.abs(), loss, loss.abs())]))
+            changes.append(torch.stack(rows).view(1 + repeats, k, 4, -1))
+    n, entropy_before, loss_before = torch.cat(unsteered, dim=-1)
+    sums = torch.cat(changes, dim=-1)
+    return CumulativeStudy(
+        model=profile.model.id,
+        source=windows.source,
+        tokens=int(n.sum()),
+        windows=len(n),
+        seed=seed,
+        entropy=ratio_interval(entropy_before, n),
+        loss=ratio_interval(loss_before, n),
+        draws=tuple(tuple(draw) for draw in draws),
+        steps=tuple(
+            CumulativeStep(
+                neurons=tuple(neurons[: step + 1]),
+                mean_norm=float(norm[neurons[: step + 1]].mean()),
+                entropy=Change.of(sums[0, step, 0], entropy_before, n),
+                entropy_abs=ratio_interval(sums[0, step, 1], n),
+                loss=Change.of(sums[0, step, 2], loss_before, n),
+                loss_abs=ratio_interval(sums[0, step, 3], n),
+                controls=_controls(sums[1:, step].sum(dim=-1) / n.sum(), norm[[draw[: step + 1] for draw in draws]]),
+            )
+            for step in range(k)
+        ),
+    )
+
+
+def draw_controls(norm: np.ndarray, neurons: Sequence[int], rng: np.random.Generator, *, excluding: set[int]) -> list[int]:
+    """One random neuron for each of `neurons`, each other, out of the `CANDIDATES` nearest in norm.
+
+    Args:
+        norm: of every neuron of the layer, ``[n_neurons]``.
+        neurons: to find controls for.
+        rng: draws.
+        excluding: neurons that are no controls.
+
+    Raises:
+        SettingError: the layer has not as many others.
+    """
+    free = [index for index in range(len(norm)) if index not in excluding]
+    if len(free) < len(neurons):
+        raise SettingError(f"{len(neurons)} controls are needed; the layer has {len(free)} neurons besides its entropy neurons")
+    drawn: list[int] = []
+    for neuron in neurons:
+        nearest = sorted(free, key=lambda index: abs(norm[index] - norm[neuron]))[:CANDIDATES]
+        drawn.append(int(rng.choice(nearest)))
+        free.remove(drawn[-1])
+    return drawn
+
+
+def _controls(means: Tensor, norms: np.ndarray) -> Controls:
+    """From means per draw ``[draws, 4]`` and the norms of its neurons ``[draws, neurons]``."""
+    entropy, entropy_abs, loss, loss_abs = (
+        Interval(float(column.mean()), float(column.min()), float(column.max())) for column in means.T
+    )
+    return Controls(mean_norm=float(norms.mean()), entropy=entropy, entropy_abs=entropy_abs, loss=loss, loss_abs=loss_abs)

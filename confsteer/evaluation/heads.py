@@ -1,0 +1,222 @@
+"""Induction heads and the entropy neurons they drive (Stolfo et al. 2024, arXiv 2406.16254, section 5).
+
+On a stretch of random tokens that is read twice, an induction head attends from a token to the one that came after it at the
+first reading. BOS ablation takes a head out: its attention row becomes one-hot on position 0. What that does to the entropy
+neurons' activations at the second reading is what they get from induction.
+
+At position 0 a causal head can attend to nothing else, so its output there is what a one-hot row gives at any position: the
+ablation copies it, and needs no attention weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from confsteer.anatomy import Anatomy, dissect, input_device, unwrap
+from confsteer.capture import BATCH_SIZE, Recording
+from confsteer.corpus import FIRST_POSITIONS, Windows
+from confsteer.errors import UnsupportedModelError
+from confsteer.evaluation.induction import check_repetition, random_stretches, read_twice
+from confsteer.evaluation.metrics import Change, Interval, TokenScores, ratio_interval
+from confsteer.profile import Profile
+
+INDUCTION_SCORE = 0.7
+"""Heads above it count as induction heads, as in the paper."""
+Head = tuple[int, int]
+"""Layer and number of an attention head."""
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class DrivenNeuron(_Frozen):
+    """An entropy neuron's mean activation, and what the ablation changes of it."""
+
+    index: int
+    first_mean: float
+    """First reading, unablated."""
+    second_mean: float
+    """Second reading, unablated."""
+    change: Interval
+    """Of the second reading's mean by the ablation."""
+
+
+class HeadStudy(_Frozen):
+    """Induction heads, and BOS ablation of all of them together. Intervals are over sequences, of paired differences."""
+
+    model: str
+    half: int
+    sequences: int
+    seed: int
+    scores: tuple[tuple[float, ...], ...]
+    """Of every head, by layer: mean attention from a token of the second reading to the one after its first occurrence."""
+    heads: tuple[Head, ...]
+    """Those that were ablated: score above `INDUCTION_SCORE`."""
+    neurons: tuple[DrivenNeuron, ...]
+    entropy: Change
+    """Of the second reading's mean entropy."""
+    loss: Change
+
+
+def bos_ablation(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    profile: Profile,
+    *,
+    sequences: int = 100,
+    half: int = 100,
+    seed: int = 0,
+    progress: bool = False,
+) -> HeadStudy:
+    """Find the induction heads on repeated random tokens, ablate them, and see what the entropy neurons do.
+
+    Args:
+        model: the profile's model; it is put in evaluation mode.
+        tokenizer: its tokenizer.
+        profile: says which neurons are entropy neurons.
+        sequences: stretches of random tokens.
+        half: tokens of a stretch.
+        seed: of the random tokens.
+        progress: whether to show a progress bar.
+
+    Raises:
+        NoNeuronsError: the profile has no entropy neurons.
+        SettingError: `sequences` or `half` out of range.
+        ProfileMismatchError: the profile is of another model.
+        UnsupportedModelError: the model gives no attention weights, or its heads were not found; see also `confsteer.steer`.
+    """
+    profile.require_neurons("entropy")
+    check_repetition(model, tokenizer, sequences, half)
+    model.eval()
+    anatomy = dissect(model)
+    profile.check_model(anatomy)
+    neurons = torch.tensor([neuron.index for neuron in profile.entropy_neurons])
+    stretches = random_stretches(tokenizer, profile.model.tokenizer_size, sequences, half, seed=seed)
+    windows = read_twice(tokenizer, stretches, "uniform tokens")
+    scores = induction_scores(model, windows, half, progress=progress)
+    heads = [(layer, head) for layer, head in (scores > INDUCTION_SCORE).nonzero().tolist()]
+    readout = anatomy.readout(profile.model.tokenizer_size)
+    device = readout.unembedding.device
+
+    def reading(stage: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Sums over the first and the second reading, ``[sequences, neurons]`` twice, and of entropy and loss of the second."""
+        first, second, scored = [], [], []
+        with tqdm(total=windows.n_tokens, desc=stage, unit="tok", unit_scale=True, disable=not progress) as bar:
+            for batch in Recording(model, anatomy, windows, device).read(bar.update):
+                positions = len(batch.targets) // len(batch.window.unique())
+                activations = batch.activations[:, neurons].double().cpu().view(-1, positions, len(neurons))
+                first.append(activations[:, : positions - half].sum(dim=1))
+                second.append(activations[:, half:].sum(dim=1))
+                token = TokenScores.of_residual(readout, batch.residual, batch.targets)
+                values = torch.stack([token.entropy, token.nll]).double().cpu().view(2, -1, positions)
+                scored.append(values[:, :, half:].sum(dim=2))
+        return torch.cat(first), torch.cat(second), torch.cat(scored, dim=1)
+
+    with torch.no_grad():
+        first, second, before = reading("unablated")
+        with ablated(model, anatomy, heads):
+            _, second_ablated, after = reading("ablated")
+    counted = windows.n_tokens // sequences - FIRST_POSITIONS - 1 - half
+    n = torch.full((sequences,), float(counted), dtype=torch.float64)
+    return HeadStudy(
+        model=profile.model.id,
+        half=half,
+        sequences=sequences,
+        seed=seed,
+        scores=tuple(tuple(layer) for layer in scores.tolist()),
+        heads=tuple(heads),
+        neurons=tuple(
+            DrivenNeuron(
+                index=int(index),
+                first_mean=float(first[:, row].sum() / n.sum()),
+                second_mean=float(second[:, row].sum() / n.sum()),
+                change=ratio_interval(second_ablated[:, row] - second[:, row], n),
+            )
+            for row, index in enumerate(neurons)
+        ),
+        entropy=Change.of(after[0] - before[0], before[0], n),
+        loss=Change.of(after[1] - before[1], before[1], n),
+    )
+
+
+def induction_scores(model: PreTrainedModel, windows: Windows, half: int, *, progress: bool = False) -> Tensor:
+    """Mean attention of every head from a token of the second reading to the one after its first occurrence.
+
+    Args:
+        model: in evaluation mode; its attention is computed eagerly for the time of the call.
+        windows: stretches of `half` tokens read twice, see `read_twice`.
+        half: tokens of a stretch.
+        progress: whether to show a progress bar.
+
+    Returns:
+        ``[layers, heads]`` float64 on the CPU.
+
+    Raises:
+        UnsupportedModelError: the model gives no attention weights.
+    """
+    base, device = unwrap(model), input_device(model)
+    usual = base.config._attn_implementation
+    total = torch.zeros(())
+    base.set_attn_implementation("eager")
+    try:
+        with (
+            torch.no_grad(),
+            tqdm(total=windows.n_tokens, desc="heads", unit="tok", unit_scale=True, disable=not progress) as bar,
+        ):
+            for batch in windows.batches(BATCH_SIZE):
+                output = base.base_model(input_ids=batch.input_ids.to(device), use_cache=False, output_attentions=True)
+                if not output.attentions or any(weights is None for weights in output.attentions):
+                    raise UnsupportedModelError(f"{base.config.model_type} gives no attention weights: its heads have no scores")
+                # Keys from the second token of the stretch on: what comes after a first occurrence.
+                first_key = batch.input_ids.shape[1] - 2 * half + 1
+                diagonals = [w.diagonal(1 - half, dim1=2, dim2=3)[..., first_key:].double().cpu() for w in output.attentions]
+                total = total + torch.stack([diagonal.mean(dim=2).sum(dim=0) for diagonal in diagonals])
+                bar.update(int(batch.attention_mask.sum()))
+    finally:
+        base.set_attn_implementation(usual)
+    return total / len(windows)
+
+
+@contextlib.contextmanager
+def ablated(model: PreTrainedModel, anatomy: Anatomy, heads: Iterable[Head]) -> Iterator[None]:
+    """Within the context the attention rows of `heads` are one-hot on position 0. Batches must not be padded on the left.
+
+    Raises:
+        UnsupportedModelError: the output projections of the attention were not found.
+    """
+    by_layer: dict[int, list[int]] = {}
+    for layer, head in heads:
+        by_layer.setdefault(layer, []).append(head)
+    base = unwrap(model)
+    stacks = (module for module in base.modules() if isinstance(module, nn.ModuleList) and anatomy.last_layer in set(module))
+    layers, n_heads = next(stacks), base.config.get_text_config().num_attention_heads
+    with contextlib.ExitStack() as stack:
+        for layer, chosen in by_layer.items():
+            projection = _output_projection(layers[layer], base.config.model_type)
+
+            def edit(module: nn.Module, args: tuple[Any, ...], chosen: list[int] = chosen) -> tuple[Any, ...]:
+                by_head = args[0].unflatten(-1, (n_heads, -1)).clone()  # [batch, positions, heads, d_head]
+                by_head[:, :, chosen] = by_head[:, :1, chosen]
+                return (by_head.flatten(-2), *args[1:])
+
+            stack.callback(projection.register_forward_pre_hook(edit).remove)
+        yield
+
+
+def _output_projection(layer: nn.Module, model_type: str) -> nn.Module:
+    """The last linear map in the layer's attention."""
+    attention = [m for name, m in layer.named_children() if "attn" in name or "attention" in name]
+    linear = [m for module in attention for m in module.modules() if isinstance(m, nn.Linear | Conv1D)]
+    if not linear:
+        raise UnsupportedModelError(f"{model_type}: no attention was found in its layers ({type(layer).__name__})")
+    return linear[-1]
