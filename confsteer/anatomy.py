@@ -297,7 +297,8 @@ def _search(base: PreTrainedModel, last_layer: nn.Module, unembedding: nn.Module
     """The last projection and the final norm of a model that is not in the table, by the order of calls.
 
     The final norm is the last module before the unembedding that is callable on the residual as a norm; the projection
-    is the last ``Linear`` of the last layer that maps a wider space to ``d_model``.
+    is the last ``Linear`` of the last layer that maps a wider space to ``d_model``. A norm of the layer that is called
+    after the projection stands between it and the residual.
     """
     vocab_size, d_model = _weight(unembedding).shape
     calls: list[nn.Module] = []
@@ -312,13 +313,24 @@ def _search(base: PreTrainedModel, last_layer: nn.Module, unembedding: nn.Module
         _forward(base, _probe_ids(vocab_size))
     in_last_layer = set(last_layer.modules())
     projections = [m for m in calls if m in in_last_layer and _maps_to(m, d_model)]
-    norms = [m for m in calls if m not in in_last_layer and m is not unembedding and "norm" in type(m).__name__.lower()]
+    norms = [m for m in calls if m not in in_last_layer and m is not unembedding and _is_norm(m)]
     if not projections or not norms:
         missing = "MLP output projection" if not projections else "final norm"
         raise UnsupportedModelError(
             f"{base.config.model_type} is not a family confsteer knows, and no {missing} was found in its structure"
         )
+    after = calls[max(i for i, module in enumerate(calls) if module is projections[-1]) + 1 :]
+    for name, module in last_layer.named_modules():
+        if module in after and _is_norm(module):
+            raise UnsupportedModelError(
+                f"{base.config.model_type}: a neuron of the last MLP does not move the residual by its output weights: the MLP's "
+                f"output goes through {name} before it is added"
+            )
     return projections[-1], norms[-1]
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower()
 
 
 def _maps_to(module: nn.Module, d_model: int) -> bool:
@@ -433,12 +445,16 @@ def _probe_ids(vocab_size: int) -> Tensor:
 
 
 def _forward(base: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Logits ``[batch, positions, vocab]`` in evaluation mode; every module's mode is put back."""
+    """Logits ``[batch, positions, vocab]`` in evaluation mode; every module's mode is put back.
+
+    The mask says what models otherwise look for in the ids, which have no values on the meta device.
+    """
     modes = [(module, module.training) for module in base.modules()]
     base.eval()
     try:
         with torch.no_grad():
-            logits: Tensor = base(input_ids=ids.to(input_device(base)), use_cache=False).logits
+            ids = ids.to(input_device(base))
+            logits: Tensor = base(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
         return logits
     finally:
         for module, mode in modes:

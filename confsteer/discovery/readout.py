@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 ROWS_PER_CHUNK = 8192
-"""Vocabulary rows converted to float64 at a time."""
+"""Rows of a weight matrix converted to float64 at a time."""
 
 
 @dataclass(frozen=True)
