@@ -36,6 +36,7 @@ def test_calibrate_finds_saves_and_prints(folder: Path, tmp_path: Path) -> None:
     result = run("calibrate", folder / "model", "--text", folder / "text.txt", "--window", 64, "--out", tmp_path / "p")
     profile = Profile.load(tmp_path / "p")
     assert {n.index: n.sign for n in profile.entropy_neurons} == ENTROPY_NEURONS
+    assert profile.corpus is not None
     assert profile.corpus.source == "text.txt"
     for neuron in (*profile.entropy_neurons, *profile.frequency_neurons):
         assert f"{neuron.layer}.{neuron.index}" in result.output
