@@ -1,6 +1,7 @@
 """Inference-time confidence control for language models, with their own entropy and token-frequency neurons."""
 
 from confsteer.calibration import calibrate
+from confsteer.checkpoint import Scan, scan
 from confsteer.errors import (
     ConfsteerError,
     CorpusError,
@@ -30,10 +31,12 @@ __all__ = [
     "ProfileNotFoundError",
     "ProfileVersionError",
     "Response",
+    "Scan",
     "SettingError",
     "Steering",
     "SteeringError",
     "UnsupportedModelError",
     "calibrate",
+    "scan",
     "steer",
 ]

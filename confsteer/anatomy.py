@@ -469,12 +469,16 @@ def _probe_ids(vocab_size: int) -> Tensor:
 
 
 def _forward(base: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Logits ``[batch, positions, vocab]`` in evaluation mode; every module's mode is put back."""
+    """Logits ``[batch, positions, vocab]`` in evaluation mode; every module's mode is put back.
+
+    The mask says what models otherwise look for in the ids, which have no values on the meta device.
+    """
     modes = [(module, module.training) for module in base.modules()]
     base.eval()
     try:
         with torch.no_grad():
-            logits: Tensor = base(input_ids=ids.to(input_device(base)), use_cache=False).logits
+            ids = ids.to(input_device(base))
+            logits: Tensor = base(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
         return logits
     finally:
         for module, mode in modes:

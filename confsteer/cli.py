@@ -56,6 +56,7 @@ def main() -> None:
 
     \b
     confsteer calibrate MODEL          find the neurons, measure what they do, save a profile
+    confsteer scan MODEL               candidates from the weights alone, read off the disk: no text, no model in memory
     confsteer show PROFILE             what a profile holds, as tables or pictures
     confsteer generate -p PROFILE ...  the same prompt at several settings
     confsteer eval -p PROFILE ...      loss, entropy and calibration with and without steering
@@ -240,9 +241,60 @@ def calibrate(
 
 
 @main.command()
+@click.argument("model", required=False)
+@click.option("--revision", help="Branch, tag or commit on the hub.")
+@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
+@click.option(
+    "--null-dims", type=click.IntRange(min=1), help="Size of the unembedding's null space.  [default: from its spectrum]"
+)
+@click.option("--seed", default=0, show_default=True, help="Of the random directions behind the chance level.")
+@click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), help="Folder of the profile.  [default: NAME.scan.confsteer]"
+)
+@click.option(
+    "--plot",
+    type=OUTPUT_FILE,
+    metavar="FILE.png",
+    help="Draw norm, logit variance, null fraction and the spectrum.",
+)
+def scan(model: str | None, out: Path | None, plot: Path | None, **settings: Any) -> None:
+    """Look for entropy neurons in MODEL's weights alone and save what they say.
+
+    Reads three weights of a safetensors checkpoint, without loading the model: a few percent of its bytes, no text. What is
+    found are candidates; what they do is for calibrate to measure.
+
+    \b
+    confsteer scan                                        the bundled model
+    confsteer scan openai-community/gpt2 --plot gpt2.png
+    confsteer scan ./my-model --null-dims 12 --out my-model.scan
+    """
+    from confsteer.checkpoint import scan as run
+    from confsteer.discovery.select import candidates
+
+    result = run(model, **settings, progress=True)
+    profile = result.profile
+    folder = profile.save(out or Path(f"{Path(profile.model.id).name}.scan.confsteer"))
+    _print_profile(profile)
+    share = f", {result.bytes_read / result.bytes_total:.1%} of the checkpoint" if result.bytes_total else ""
+    console = _console()
+    console.print(f"Read: {escape(', '.join(result.tensors))}: {result.bytes_read / 1e6:,.1f} MB{share}.")
+    if plot:
+        from confsteer.report import plot_neurons
+
+        plot_neurons(profile, plot)
+        console.print(f"Drawn: {escape(str(plot))}")
+    console.print(f"Profile of the weights written to {escape(str(folder))}")
+    if not candidates(profile.weights):
+        sys.exit(EXIT_NO_NEURONS)
+
+
+@main.command()
 @click.argument("profile")
 @click.option(
-    "--plot", type=OUTPUT_FILE, metavar="FILE.png", help="Draw norm against logit variance and null fraction against mediation."
+    "--plot",
+    type=OUTPUT_FILE,
+    metavar="FILE.png",
+    help="Draw norm against logit variance and null fraction against mediation (of a scan: against norm, and the spectrum).",
 )
 @click.option("--response", type=OUTPUT_FILE, metavar="FILE.png", help="Draw what the dials do.")
 def show(profile: str, plot: Path | None, response: Path | None) -> None:
@@ -603,6 +655,9 @@ def _load(model: str | None, loading: dict[str, Any]) -> Any:
 def _print_profile(profile: Profile) -> None:
     console = _console()
     model, corpus, layer = profile.model, profile.corpus, profile.layer
+    if corpus is None:
+        _print_scan(profile)
+        return
     console.print(
         f"[bold]{escape(model.id)}[/bold] ({escape(model.model_type)}), layer {model.layer}: {model.n_neurons:,} neurons, "
         f"{corpus.kept_tokens:,} tokens in {corpus.windows} windows of {escape(corpus.source)}. Unsteered: entropy "
@@ -620,6 +675,44 @@ def _print_profile(profile: Profile) -> None:
         f"Null fraction: {layer.null_dims} of {model.d_model} directions; the luckiest of {model.n_neurons:,} random writes "
         f"exceeds {layer.chance_null_fraction:.3f} 1 time in 20, and a cosine with unigram of "
         f"{layer.chance_frequency_cosine:.3f}. Effects: neuron set to its mean, nats, ± standard error over windows."
+    )
+
+
+def _print_scan(profile: Profile) -> None:
+    from confsteer.discovery.select import candidates, percentile
+
+    console, model, weights = _console(), profile.model, profile.weights
+    console.print(
+        f"[bold]{escape(model.id)}[/bold] ({escape(model.model_type)}), layer {model.layer}: {model.n_neurons:,} neurons, "
+        "scanned by their weights alone."
+    )
+    values, k = weights.singular_values, weights.null_dims
+    console.print(
+        f"Spectrum of W_U: {k} of {len(values):,} singular values count as its effective null space, up to {values[k - 1]:.4g}; "
+        f"the next is {values[k]:.4g}, the largest {values[-1]:.4g}."
+    )
+    if found := candidates(weights):
+        table = Table(title="Candidates for entropy neurons, the longest write into the null space first", title_justify="left")
+        for name in ("neuron", "norm", "norm %ile", "logit variance", "logit var %ile", "null fraction", "of chance"):
+            table.add_column(name, justify="right")
+        norm_percentile, variance_percentile = percentile(weights.norm), percentile(weights.logit_variance)
+        for i in found:
+            table.add_row(
+                f"{model.layer}.{i}",
+                f"{weights.norm[i]:.3f}",
+                f"{norm_percentile[i]:.1f}",
+                f"{weights.logit_variance[i]:.2e}",
+                f"{variance_percentile[i]:.1f}",
+                f"{weights.null_fraction[i]:.3f}",
+                f"{weights.null_fraction[i] / weights.chance_null_fraction:.2f}×",
+            )
+        console.print(table)
+    else:
+        console.print("[bold]Candidates for entropy neurons: none found.[/bold]")
+    console.print(
+        f"Null fraction: the luckiest of {model.n_neurons:,} random writes exceeds {weights.chance_null_fraction:.3f} 1 time in "
+        "20. Where the last layer is was read off the model's structure; calibrate checks that numerically, measures what the "
+        "neurons do, and finds token-frequency neurons too."
     )
 
 

@@ -17,13 +17,15 @@ def push(profile: Profile, repo: str, *, private: bool = False) -> str:
 
     Raises:
         ProfileError: the hub refused.
+        NoNeuronsError: see `card`.
     """
+    readme = card(profile, repo)
     api = HfApi()
     try:
         url = api.create_repo(repo, private=private, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
             profile.save(folder)
-            (Path(folder) / "README.md").write_text(card(profile, repo), encoding="utf-8")
+            (Path(folder) / "README.md").write_text(readme, encoding="utf-8")
             api.upload_folder(repo_id=repo, folder_path=folder, commit_message="confsteer profile", delete_patterns="columns-*")
     except (HfHubHTTPError, ValueError, OSError) as error:
         raise ProfileError(f"cannot push to {repo}: {error}") from error
@@ -31,8 +33,14 @@ def push(profile: Profile, repo: str, *, private: bool = False) -> str:
 
 
 def card(profile: Profile, repo: str) -> str:
-    """The repository's README, written from the profile."""
+    """The repository's README, written from the profile.
+
+    Raises:
+        NoNeuronsError: the profile is of the weights alone, and whoever downloads it could not steer with it.
+    """
     model, corpus = profile.model, profile.corpus
+    if corpus is None:
+        raise profile.no_neurons("entropy", "token-frequency")
     lines = [
         "---",
         "library_name: confsteer",

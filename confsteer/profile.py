@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import os
 import re
@@ -16,9 +17,11 @@ import safetensors
 import safetensors.torch
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from confsteer.anatomy import Anatomy
+from confsteer.anatomy import Anatomy, dtype_name
 from confsteer.discovery.response import monotone_range
+from confsteer.discovery.weights import WeightStatistics
 from confsteer.errors import (
     NoNeuronsError,
     ProfileCorruptError,
@@ -32,6 +35,8 @@ from confsteer.errors import (
 FORMAT_VERSION = 1
 FILE_NAME = "profile.json"
 COLUMNS_PATTERN = "columns-*.safetensors"
+WEIGHT_COLUMNS = ("norm", "logit_variance", "null_fraction", "singular_values")
+"""Columns that the weights alone give, all a profile without a corpus has."""
 
 Dial = Literal["entropy", "unigram"]
 DIALS: tuple[Dial, ...] = ("entropy", "unigram")
@@ -147,6 +152,24 @@ class ModelIdentity(_Strict):
     fingerprints: dict[str, Sha256]
     """SHA-256 of the unembedding and the last projection, rounded to each precision."""
 
+    @classmethod
+    def of(
+        cls, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, anatomy: Anatomy, *, revision: str | None = None
+    ) -> ModelIdentity:
+        """The identity of the model that these are of."""
+        return cls(
+            id=str(config.name_or_path or config.model_type),
+            revision=revision,
+            model_type=config.model_type,
+            layer=anatomy.layer,
+            n_neurons=anatomy.n_neurons,
+            d_model=anatomy.d_model,
+            vocab_size=anatomy.vocab_size,
+            tokenizer_size=min(max(tokenizer.get_vocab().values()) + 1, anatomy.vocab_size),
+            dtype=dtype_name(anatomy.dtype),
+            fingerprints=anatomy.fingerprints(),
+        )
+
 
 class CorpusIdentity(_Strict):
     """The text a profile was calibrated on."""
@@ -173,11 +196,11 @@ class Layer(_Strict):
     """Directions counted as the unembedding's effective null space."""
     chance_null_fraction: Share
     """Exceeded by the luckiest of as many random directions as the layer has neurons 1 time in 20."""
-    chance_frequency_cosine: Share
-    """The same for the cosine with the unigram direction."""
-    entropy: NonNegative
+    chance_frequency_cosine: Share | None
+    """The same for the cosine with the unigram direction; this and what follows is None without a corpus."""
+    entropy: NonNegative | None
     """Mean output entropy of the unsteered model on the corpus, in nats."""
-    loss: NonNegative
+    loss: NonNegative | None
     """Mean next-token loss of the unsteered model on the corpus, in nats."""
 
 
@@ -189,10 +212,11 @@ class ColumnsFile(_Strict):
 
 
 class Profile(_Strict):
-    """What calibration found in one model."""
+    """What calibration found in one model, or what a scan found in its weights alone."""
 
     model: ModelIdentity
-    corpus: CorpusIdentity
+    corpus: CorpusIdentity | None
+    """None: of the weights alone, without neurons and dials."""
     seed: int
     """Of the random directions behind the chance levels."""
     versions: dict[str, str]
@@ -220,6 +244,11 @@ class Profile(_Strict):
         for dial in DIALS:
             if bool(self.neurons(dial)) != (dial in self.response):
                 raise ValueError(f"the {dial} dial must have a response curve if and only if it has neurons")
+        for name in ("chance_frequency_cosine", "entropy", "loss"):
+            if (getattr(self.layer, name) is None) != (self.corpus is None):
+                raise ValueError(f"layer.{name} must be given if and only if there is a corpus")
+        if self.corpus is None and neurons:
+            raise ValueError("neurons are measured on a corpus, and there is none")
         return self
 
     @classmethod
@@ -242,6 +271,15 @@ class Profile(_Strict):
         """Statistics of every neuron of the layer, ``[n_neurons]`` each, and the unembedding's ``singular_values``."""
         return self._columns
 
+    @property
+    def weights(self) -> WeightStatistics:
+        """What the weights alone say, as `confsteer.discovery.weights.weight_statistics` gave it."""
+        return WeightStatistics(
+            **{name: self._columns[name] for name in WEIGHT_COLUMNS},
+            null_dims=self.layer.null_dims,
+            chance_null_fraction=self.layer.chance_null_fraction,
+        )
+
     def neurons(self, dial: Dial) -> tuple[Neuron, ...]:
         """The neurons on a dial."""
         return self.entropy_neurons if dial == "entropy" else self.frequency_neurons
@@ -253,12 +291,32 @@ class Profile(_Strict):
             NoNeuronsError: the model has no neurons of this kind.
         """
         if dial not in self.response:
-            kind = "entropy" if dial == "entropy" else "token-frequency"
-            raise NoNeuronsError(
-                f"{self.model.id} has no {kind} neurons (profile from {self.corpus.kept_tokens:,} tokens of "
-                f"{self.corpus.source}), so the {dial} dial has nothing to turn"
-            )
+            raise self.no_neurons("entropy" if dial == "entropy" else "token-frequency")
         return self.response[dial]
+
+    @property
+    def text(self) -> CorpusIdentity:
+        """The text it was calibrated on.
+
+        Raises:
+            NoNeuronsError: none: only the weights were scanned.
+        """
+        if self.corpus is None:
+            raise self.no_neurons()
+        return self.corpus
+
+    def no_neurons(self, *kinds: str) -> NoNeuronsError:
+        """The error that says why there are no neurons of these kinds to steer."""
+        if self.corpus is None:
+            return NoNeuronsError(
+                f"this profile of {self.model.id} is a scan of its weights alone: there is nothing to steer before the neurons' "
+                "effects are measured. Run confsteer calibrate on the model"
+            )
+        missing = " and ".join(f"no {kind} neurons" for kind in kinds)
+        return NoNeuronsError(
+            f"{self.model.id} has {missing} (profile from {self.corpus.kept_tokens:,} tokens of "
+            f"{self.corpus.source}): there is nothing to steer"
+        )
 
     def reach(self, dial: Dial) -> tuple[float, float]:
         """Lowest and highest change the dial can make, in nats.
@@ -398,6 +456,11 @@ def shipped_profiles() -> dict[str, Path]:
     # In a wheel the folder is inside the package, in a checkout beside it.
     root = next((r for r in (package / "calibrations", package.parent / "calibrations") if r.is_dir()), None)
     return {} if root is None else {file.parent.name: file.parent for file in root.glob(f"*/{FILE_NAME}")}
+
+
+def library_versions() -> dict[str, str]:
+    """Of the libraries that a profile's numbers depend on."""
+    return {name: importlib.metadata.version(name) for name in ("confsteer", "torch", "transformers")}
 
 
 def schema() -> dict[str, Any]:

@@ -9,6 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from confsteer.discovery.response import monotone_range
+from confsteer.discovery.select import candidates
+from confsteer.discovery.weights import WeightStatistics
 from confsteer.evaluation.cumulative import CumulativeStudy
 from confsteer.evaluation.harness import Evaluation
 from confsteer.evaluation.induction import Curve, InductionStudy
@@ -19,44 +21,60 @@ GREY, ENTROPY, FREQUENCY = "#9aa0a6", "#c5221f", "#1967d2"
 
 
 def plot_neurons(profile: Profile, file: Path) -> None:
-    """Norm against logit variance and null fraction against mediation: figures 2a and 2e of arXiv 2406.16254."""
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    """Norm against logit variance and null fraction against mediation: figures 2a and 2e of arXiv 2406.16254.
+
+    Of a profile without a corpus, which has no mediation: null fraction against norm, and the unembedding's spectrum.
+    """
+    scanned = profile.corpus is None
+    figure = Figure(figsize=(16.5 if scanned else 11, 4.6), layout="constrained")
+    left, right, *rest = figure.subplots(1, 3 if scanned else 2)
     columns = {name: column.numpy() for name, column in profile.columns.items()}
     _scatter(left, profile, columns["norm"], columns["logit_variance"])
     left.set(xlabel="norm of the write  ‖w‖", ylabel="logit variance", title="What each neuron writes")
     # A write that is invisible to the unembedding has a variance of exactly zero.
     positive = columns["logit_variance"][columns["logit_variance"] > 0]
     left.set_yscale("symlog", linthresh=float(np.quantile(positive, 0.02)) if len(positive) else 1e-9)
-    _scatter(right, profile, columns["null_fraction"], columns["mediation"])
+    _scatter(right, profile, columns["null_fraction"], columns["norm" if scanned else "mediation"])
     right.axvline(
         profile.layer.chance_null_fraction, color="black", linewidth=0.8, linestyle=":", label="chance (luckiest of all)"
     )
-    right.set(
-        xlabel=f"null fraction  (k = {profile.layer.null_dims})",
-        ylabel="mediation  1 − direct/total",
-        ylim=(-1.05, 1.05),
-        title="How it acts",
-    )
-    right.legend(loc="lower right", fontsize=8)
+    right.set_xlabel(f"null fraction  (k = {profile.layer.null_dims})")
+    if scanned:
+        right.set(ylabel="norm of the write  ‖w‖", title="Where it writes")
+        _spectrum(rest[0], profile.weights)
+    else:
+        right.set(ylabel="mediation  1 − direct/total", ylim=(-1.05, 1.05), title="How it acts")
+    right.legend(loc="best", fontsize=8)
     figure.suptitle(f"{profile.model.id}, layer {profile.model.layer}: {profile.model.n_neurons:,} neurons")
     figure.savefig(file, dpi=130)
 
 
 def _scatter(axes: Axes, profile: Profile, x: np.ndarray, y: np.ndarray) -> None:
     axes.scatter(x, y, s=7, color=GREY, linewidths=0, label="neuron of the layer")
+    entropy = [neuron.index for neuron in profile.entropy_neurons]
+    frequency = [neuron.index for neuron in profile.frequency_neurons]
+    if profile.corpus is None:
+        entropy = candidates(profile.weights)
     kinds = (
-        (profile.entropy_neurons, ENTROPY, "entropy neuron"),
-        (profile.frequency_neurons, FREQUENCY, "token-frequency neuron"),
+        (entropy, ENTROPY, "candidate" if profile.corpus is None else "entropy neuron"),
+        (frequency, FREQUENCY, "token-frequency neuron"),
     )
-    for neurons, colour, label in kinds:
-        index = [neuron.index for neuron in neurons]
+    for index, colour, label in kinds:
         if index:
             axes.scatter(x[index], y[index], s=30, color=colour, label=label, zorder=3)
-    for neuron in profile.entropy_neurons[:6]:
-        axes.annotate(
-            str(neuron.index), (x[neuron.index], y[neuron.index]), fontsize=7, xytext=(4, 3), textcoords="offset points"
-        )
+    for i in entropy[:6]:
+        axes.annotate(str(i), (x[i], y[i]), fontsize=7, xytext=(4, 3), textcoords="offset points")
+
+
+def _spectrum(axes: Axes, weights: WeightStatistics) -> None:
+    """Singular values of the unembedding, largest first, and where its effective null space begins."""
+    values = weights.singular_values.numpy()[::-1]
+    axes.plot(np.arange(1, len(values) + 1), values, marker=".", markersize=3, linewidth=0.8, color=GREY)
+    axes.axvspan(len(values) - weights.null_dims + 0.5, len(values) + 0.5, color=ENTROPY, alpha=0.2, label="effective null space")
+    axes.set(xlabel="singular value, by size", ylabel="size", title="What the unembedding reads")
+    # An exact null space has singular values of zero.
+    axes.set_yscale("symlog", linthresh=float(values[0]) * 1e-4)
+    axes.legend(loc="lower left", fontsize=8)
 
 
 def plot_frequency_neurons(profile: Profile, file: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from confsteer.errors import NoNeuronsError, SteeringError
+from confsteer.errors import SteeringError
 from confsteer.profile import DIALS, Neuron, Profile
 
 Number = Annotated[float, Field(ge=-1e6, le=1e6)]
@@ -106,10 +106,7 @@ def steerable(profile: Profile) -> tuple[Neuron, ...]:
     """
     neurons = (*profile.entropy_neurons, *profile.frequency_neurons)
     if not neurons:
-        raise NoNeuronsError(
-            f"{profile.model.id} has no entropy neurons and no token-frequency neurons (profile from "
-            f"{profile.corpus.kept_tokens:,} tokens of {profile.corpus.source}): there is nothing to steer"
-        )
+        raise profile.no_neurons("entropy", "token-frequency")
     return neurons
 
 

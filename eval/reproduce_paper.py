@@ -126,7 +126,7 @@ def interval(value: Interval, sign: str = "+") -> str:
 
 
 def head(profile: Profile) -> str:
-    model, corpus = profile.model, profile.corpus
+    model, corpus = profile.model, profile.text
     versions = ", ".join(f"{name} {version}" for name, version in profile.versions.items())
     return (
         "Made by `eval/reproduce_paper.py`; the paper is Stolfo et al. 2024, arXiv 2406.16254. Everything is in nats. The "
@@ -201,7 +201,7 @@ def effects(profile: Profile) -> str:
     ]
     return (
         "A neuron is set to its mean. Total effect: mean |Δloss|; direct effect: the same with the final norm frozen; mediation: "
-        f"1 − direct/total. {profile.corpus.kept_tokens:,} tokens; ± standard error over {profile.corpus.windows} windows.\n\n"
+        f"1 − direct/total. {profile.text.kept_tokens:,} tokens; ± standard error over {profile.text.windows} windows.\n\n"
         + table(["neuron", "total", "direct", "mediation", "Δentropy", "abs. Δentropy", "argmax changed"], [*rows, *quantiles])
     )
 
@@ -225,7 +225,7 @@ def frequency(profile: Profile) -> str:
         "![Mean |ΔKL| against frequency mediation](frequency_neurons.png)\n\n"
         "Frequency mediation: the share of a neuron's effect on the loss that is gone when the logits are held at their "
         "projection on the unigram direction. KL is KL(P_freq ‖ P_model), as in the paper's code. The unigram distribution was "
-        f"counted on {profile.corpus.unigram_tokens:,} tokens. The luckiest of as many random writes has a cosine beyond "
+        f"counted on {profile.text.unigram_tokens:,} tokens. The luckiest of as many random writes has a cosine beyond "
         f"{profile.layer.chance_frequency_cosine:.3f} with the unigram direction 1 time in 20. ± standard error over windows.\n\n"
         + (
             table(["neuron", "mean abs. ΔKL", "frequency mediation", "mean abs. Δloss", "cosine with unigram"], rows)
@@ -364,7 +364,7 @@ def response(profile: Profile) -> str:
     parts = [
         "![Response of the dials](response.png)",
         "All neurons of a kind are moved together, each by the dial's position in units of its own standard deviation. "
-        f"Means over {profile.corpus.kept_tokens:,} tokens in {profile.corpus.windows} windows; no intervals are kept of these.",
+        f"Means over {profile.text.kept_tokens:,} tokens in {profile.text.windows} windows; no intervals are kept of these.",
     ]
     for dial in DIALS:
         if dial in profile.response:

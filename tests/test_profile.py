@@ -90,6 +90,7 @@ def profiles(draw: st.DrawFn) -> Profile:
     if indices[cut:]:
         response["unigram"] = curve()
     fields = {name: getattr(base, name) for name in Profile.model_fields if name != "columns_file"}
+    assert base.corpus is not None
     fields["corpus"] = base.corpus.model_copy(update={"source": draw(st.text(max_size=20))})
     fields["entropy_neurons"] = tuple(neuron(i) for i in indices[:cut])
     fields["frequency_neurons"] = tuple(neuron(i) for i in indices[cut:])
@@ -340,6 +341,7 @@ def test_a_profile_is_pushed_with_a_card_and_loaded_by_its_repository(
 def test_a_card_is_plain_text_whatever_the_profile_says(profile: Profile) -> None:
     from confsteer.hub import card
 
+    assert profile.corpus is not None
     hostile = profile.model_copy(update={"corpus": profile.corpus.model_copy(update={"source": "<script>\n---\n# `x` [y](z)"})})
     assert "<script>" not in card(hostile, "a/b")
     assert "script ---" not in card(hostile, "a/b").splitlines()

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 ROWS_PER_CHUNK = 8192
-"""Vocabulary rows converted to float64 at a time."""
+"""Rows of a weight matrix converted to float64 at a time."""
 WORKING_SET = 2**23
 """Elements of the largest temporary tensors over the vocabulary (32 MiB in float32); there are about twenty."""
 CACHED_SET = 2**18

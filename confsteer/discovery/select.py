@@ -44,6 +44,22 @@ def _largest_first(eligible: Tensor, effect: Tensor) -> list[int]:
     return [int(i) for i in indices[order][:MOST]]
 
 
+def _unread_writes(weights: WeightStatistics) -> Tensor:
+    """Whether each write has a low logit variance, and a null fraction that beats the luckiest of as many random ones."""
+    low_variance = percentile(weights.logit_variance) <= LOW_PERCENTILE
+    return low_variance & (weights.null_fraction > weights.chance_null_fraction)
+
+
+def candidates(weights: WeightStatistics) -> list[int]:
+    """Neurons that are entropy neurons as far as their weights can tell, the longest ``‖V₀ᵀw_i‖`` first.
+
+    ``‖V₀ᵀw_i‖ = null_fraction · norm`` is how far one unit of activation moves the residual where the unembedding hardly
+    reads it: a long write changes the norm much, its null part changes nothing else. How active the neuron is, and so how
+    large its effect, the weights do not tell.
+    """
+    return _largest_first(_unread_writes(weights), weights.null_fraction * weights.norm)
+
+
 def entropy_neurons(weights: WeightStatistics, effects: NeuronEffects) -> list[int]:
     """Neurons that regulate confidence through the final norm, the largest mean ``|Δentropy|`` first.
 
@@ -53,8 +69,7 @@ def entropy_neurons(weights: WeightStatistics, effects: NeuronEffects) -> list[i
     write of a neuron that is very active counts as well.
     """
     eligible = (
-        (percentile(weights.logit_variance) <= LOW_PERCENTILE)
-        & (weights.null_fraction > weights.chance_null_fraction)
+        _unread_writes(weights)
         & (percentile(effects.entropy_abs.value) >= HIGH_PERCENTILE)
         & _clear(effects.mediation, SHARE)
         & _is_signed(effects.entropy_slope)

@@ -129,16 +129,20 @@ def weight_statistics(readout: Readout, *, null_dims: int | None = None, seed: i
     k = choose_null_dims(spectrum.singular_values) if null_dims is None else null_dims
     if not 0 < k < d:
         raise SettingError(f"null_dims is {k}; it must be between 1 and {d - 1}")
-    w_out = readout.w_out.double()
-    norm = w_out.norm(dim=1)
-    unit = w_out / norm.clamp_min(torch.finfo(torch.float64).tiny)[:, None]
-    # Var_t of (row_t · unit) is a quadratic form in the covariance of the rows: no [vocab, n_neurons] product.
-    logit_variance = ((unit @ _direction_covariance(readout.unembedding)) * unit).sum(dim=1).clamp_min(0)
-    null_fraction = (unit @ spectrum.directions[:, :k]).norm(dim=1).clamp_max(1)  # rounding
+    covariance, null_space = _direction_covariance(readout.unembedding), spectrum.directions[:, :k]
+    norm, logit_variance, null_fraction = (torch.empty(readout.n_neurons, dtype=torch.float64) for _ in range(3))
+    for first in range(0, readout.n_neurons, ROWS_PER_CHUNK):
+        rows = slice(first, first + ROWS_PER_CHUNK)
+        writes = readout.w_out[rows].double()
+        norm[rows] = length = writes.norm(dim=1)
+        unit = writes / length.clamp_min(torch.finfo(torch.float64).tiny)[:, None]
+        # Var_t of (row_t · unit) is a quadratic form in the covariance of the rows: no [vocab, n_neurons] product.
+        logit_variance[rows] = ((unit @ covariance) * unit).sum(dim=1).clamp_min(0)
+        null_fraction[rows] = (unit @ null_space).norm(dim=1).clamp_max(1)  # rounding
     return WeightStatistics(
-        norm=norm.cpu(),
-        logit_variance=logit_variance.cpu(),
-        null_fraction=null_fraction.cpu(),
+        norm=norm,
+        logit_variance=logit_variance,
+        null_fraction=null_fraction,
         singular_values=spectrum.singular_values,
         null_dims=k,
         chance_null_fraction=chance_null_fraction(d, k, readout.n_neurons, seed=seed),

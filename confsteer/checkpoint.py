@@ -1,0 +1,229 @@
+"""A model on disk: the few tensors of its last layer, read without the rest, and what they say."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file, extract_commit_hash
+
+from confsteer.anatomy import Anatomy, dtype_name, locate
+from confsteer.discovery.weights import weight_statistics
+from confsteer.errors import ConfsteerError, UnsupportedModelError
+from confsteer.loading import DEMO, DEMO_NAME
+from confsteer.profile import WEIGHT_COLUMNS, Layer, ModelIdentity, Profile, library_versions
+
+READABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Scan(NamedTuple):
+    """What `scan` found, and what it read for that."""
+
+    profile: Profile
+    """Of the weights alone: no corpus, no neurons, no dials."""
+    tensors: tuple[str, ...]
+    """Names of the tensors read, as in the checkpoint."""
+    bytes_read: int
+    """Size of these tensors."""
+    bytes_total: int | None
+    """Size of the whole checkpoint; None where its index does not say."""
+
+
+def scan(
+    name: str | None,
+    *,
+    revision: str | None = None,
+    null_dims: int | None = None,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+    progress: bool = False,
+) -> Scan:
+    """What a model's weights alone say about the neurons of its last MLP, without building the model.
+
+    Of the checkpoint only the unembedding, the final norm and the last MLP's output projection are read. Where they are is
+    known from the table of families or from the structure of the model, which is laid out without weights; the numerical
+    check that `confsteer.calibrate` makes needs the whole model and is not made here.
+
+    Args:
+        name: hub id or folder; the bundled demonstration model if None. From the hub, only files with a tensor that is
+            needed are downloaded.
+        revision: branch, tag or commit on the hub.
+        null_dims: directions counted as the unembedding's effective null space; read off its spectrum if None.
+        seed: of the random directions that give the chance level.
+        trust_remote_code: run code that comes with the model.
+        progress: whether to show a progress bar.
+
+    Raises:
+        ConfsteerError: there is no such model, or its checkpoint is not one of whole float32, bfloat16 or float16 tensors in
+            safetensors files.
+        UnsupportedModelError: see `confsteer.anatomy.locate`.
+        SettingError: `null_dims` is out of range.
+    """
+    source = str(DEMO) if name is None else name
+    with tqdm(total=3, desc="reading", unit="step", disable=not progress) as bar, torch.no_grad():
+        try:
+            # Whatever the branch moves to meanwhile, all files are of one commit.
+            commit = extract_commit_hash(str(_file(source, CONFIG_NAME, revision)), None)
+            revision = commit or revision
+            config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+            tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError) as error:
+            raise ConfsteerError(f"cannot load {source}: {_first_line(error)}") from error
+        model, anatomy = _skeleton(config, trust_remote_code)
+        shard_of, bytes_total = _shards(source, revision)
+        tensors = _fill(model, anatomy, source, revision, shard_of)
+        bytes_read = sum(tensor.nbytes for tensor in tensors.values())
+        names = tuple(tensors)
+        bar.update()
+        bar.set_description("hashing")
+        if name is None:
+            config.name_or_path = DEMO_NAME
+        identity = ModelIdentity.of(config, tokenizer, anatomy, revision=commit)
+        bar.update()
+        bar.set_description("statistics")
+        readout = anatomy.readout(identity.tokenizer_size)
+        # The raw weights make room for the float64 copies of the folded ones.
+        del model, anatomy, tensors
+        weights = weight_statistics(readout, null_dims=null_dims, seed=seed)
+        bar.update()
+    profile = Profile.create(
+        model=identity,
+        corpus=None,
+        seed=seed,
+        versions=library_versions(),
+        layer=Layer(
+            null_dims=weights.null_dims,
+            chance_null_fraction=weights.chance_null_fraction,
+            chance_frequency_cosine=None,
+            entropy=None,
+            loss=None,
+        ),
+        entropy_neurons=(),
+        frequency_neurons=(),
+        response={},
+        columns={name: getattr(weights, name) for name in WEIGHT_COLUMNS},
+    )
+    return Scan(profile, names, bytes_read, bytes_total)
+
+
+def _skeleton(config: Any, trust_remote_code: bool) -> tuple[PreTrainedModel, Anatomy]:
+    """A model without weights, and where its last layer is."""
+    try:
+        with torch.device("meta"):
+            # The other kinds of attention look at the values of the mask, and the meta device has none.
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", trust_remote_code=trust_remote_code)
+        return model, locate(model)
+    except (ValueError, RuntimeError) as error:
+        raise UnsupportedModelError(
+            f"{config.model_type} cannot be laid out as a causal language model without its weights: {_first_line(error)}. If "
+            "it is one, run confsteer calibrate, which loads them"
+        ) from error
+
+
+def _shards(source: str, revision: str | None) -> tuple[dict[str, str], int | None]:
+    """The file of each tensor of a checkpoint, and the size of all of them in bytes where it is known."""
+    try:
+        try:
+            single = _file(source, SAFE_WEIGHTS_NAME, revision)
+        except OSError:
+            index = json.loads(_file(source, SAFE_WEIGHTS_INDEX_NAME, revision).read_bytes())
+            return dict(index["weight_map"]), index.get("metadata", {}).get("total_size")
+    except OSError as error:
+        raise ConfsteerError(
+            f"{source} has no {SAFE_WEIGHTS_NAME} and no {SAFE_WEIGHTS_INDEX_NAME} within reach. Checkpoints of other formats "
+            "are not read, because to unpickle one is to run its code: load and save it with transformers to convert it"
+        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfsteerError(f"{SAFE_WEIGHTS_INDEX_NAME} of {source} is not an index of safetensors files") from error
+    with _opened(single) as file:
+        return dict.fromkeys(file.keys(), SAFE_WEIGHTS_NAME), single.stat().st_size
+
+
+def _fill(
+    model: PreTrainedModel, anatomy: Anatomy, source: str, revision: str | None, shard_of: dict[str, str]
+) -> dict[str, Tensor]:
+    """Give the modules at the end of `model` their weights; these weights, by their name in the checkpoint."""
+    needed = [(anatomy.down_proj, "weight")]  # its bias is no neuron's write
+    for module in filter(None, (anatomy.write_norm, anatomy.final_norm, anatomy.unembedding)):
+        needed += [(module, parameter) for parameter, _ in module.named_parameters(recurse=False)]
+    stored = _stored_names(model, shard_of)
+    path_of = {module: path for path, module in model.named_modules()}
+    places = {}
+    for module, parameter in needed:
+        own = f"{path_of[module]}.{parameter}"
+        value = module.get_parameter(parameter)
+        # A tied parameter is stored under any of its names; its own comes first, as when transformers loads it.
+        names = [own, *(path for path, p in model.named_parameters(remove_duplicate=False) if p is value)]
+        found = next((stored[name] for name in names if name in stored), None)
+        if found is None:
+            raise ConfsteerError(f"the checkpoint of {source} has no tensor for {own}: it is incomplete, or quantised")
+        places[found] = module, parameter
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted({shard_of[name] for name in places}):
+        try:
+            path = _file(source, shard, revision)
+        except OSError as error:
+            raise ConfsteerError(f"cannot read {shard} of {source}: {_first_line(error)}") from error
+        with _opened(path) as file:
+            tensors |= {name: file.get_tensor(name) for name in places if shard_of[name] == shard}
+    for name, (module, parameter) in places.items():
+        tensor, shape = tensors[name], module.get_parameter(parameter).shape
+        if tensor.dtype not in READABLE_DTYPES or tensor.shape != shape:
+            raise ConfsteerError(
+                f"{name} of {source} is {dtype_name(tensor.dtype)} {list(tensor.shape)}; it should be {list(shape)} in float32, "
+                "bfloat16 or float16. If the checkpoint is quantised, scan the one it was made from"
+            )
+        setattr(module, parameter, nn.Parameter(tensor, requires_grad=False))
+    return tensors
+
+
+def _stored_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+    """Name in the model -> name in the checkpoint, by the renamings that transformers makes when it loads one."""
+    parameters = model.state_dict()
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    stored = {}
+    for name in names:
+        renamed, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)
+        if converter is None:  # else it is not stored as the model has it
+            stored[renamed] = name
+    return stored
+
+
+def _file(source: str, name: str, revision: str | None) -> Path:
+    """A file of a local folder, of the hub's cache, or of the hub.
+
+    Raises:
+        OSError: it is in none of these.
+    """
+    path = cached_file(source, name, revision=revision)
+    if path is None:
+        raise FileNotFoundError(f"it has no {name}")
+    return Path(path)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file, mapped into memory: only what is touched is read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise ConfsteerError(f"{path} is not a whole safetensors file: {error}") from error
+
+
+def _first_line(error: Exception) -> str:
+    """Of the sentences that transformers writes, which go on for long."""
+    return str(error).strip().partition("\n")[0]
