@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import math
 import warnings
 from collections.abc import Callable, Iterable
@@ -16,24 +15,36 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from confsteer.anatomy import dissect, dtype_name
-from confsteer.capture import Recording, regroup
-from confsteer.corpus import Document, Windows, check_context, make_windows, vocabulary_size
+from confsteer.anatomy import dissect
+from confsteer.capture import BATCH_SIZE, Recording, regroup
+from confsteer.corpus import Document, Windows, check_context, make_windows
 from confsteer.discovery import select
-from confsteer.discovery.effects import ALWAYS_EXACT, ablation_effects, argmax_changes
+from confsteer.discovery.effects import ablation_effects
+from confsteer.discovery.exact import TokenEffects, exact_effects
 from confsteer.discovery.frequency import Unigram, chance_frequency_cosine, frequency_cosine, ranks_tokens
 from confsteer.discovery.moments import tokens_at_once
-from confsteer.discovery.readout import Readout
+from confsteer.discovery.readout import Outputs, Readout
 from confsteer.discovery.response import ResponseCurve, choose_positions
 from confsteer.discovery.streaming import ActivationMoments, EffectMeans, Estimate, NeuronEffects
 from confsteer.discovery.weights import weight_statistics
-from confsteer.errors import CorpusError
+from confsteer.errors import CorpusError, ProfileMismatchError, SettingError
 from confsteer.parallel import all_sum, of_first, share
-from confsteer.profile import DIALS, CorpusIdentity, Dial, Layer, Measurement, ModelIdentity, Neuron, Profile, Response
+from confsteer.profile import (
+    DIALS,
+    CorpusIdentity,
+    Dial,
+    Layer,
+    Measurement,
+    ModelIdentity,
+    Neuron,
+    Profile,
+    Response,
+    library_versions,
+)
 from confsteer.sampling import sample_windows
 
 DEFAULT_TOKENS = 25_600
-POSITION_SAMPLE = 256
+POSITION_SAMPLE = 128
 """Tokens on which the range of each response curve is found."""
 
 
@@ -46,6 +57,7 @@ def calibrate(
     window: int = 256,
     unigram_counts: NDArray[np.integer] | None = None,
     null_dims: int | None = None,
+    scanned: Profile | None = None,
     seed: int = 0,
     source: str = "texts",
     progress: bool = False,
@@ -69,6 +81,8 @@ def calibrate(
         unigram_counts: how often each token occurs in text like the model's training text, by id; counted in `texts` if None,
             with a warning if that is too little to rank tokens.
         null_dims: directions counted as the unembedding's effective null space; read off its spectrum if None.
+        scanned: a profile of the same model, from `confsteer.scan` or an earlier calibration, whose statistics of the weights
+            are taken over instead of computed again.
         seed: of the random directions that give chance levels, and of sampling.
         source: what the text is, for the profile.
         progress: whether to show a progress bar.
@@ -79,10 +93,16 @@ def calibrate(
     Raises:
         UnsupportedModelError: see `confsteer.anatomy.dissect`.
         CorpusError: the text is too short, or not of this model's tokenizer.
-        SettingError: the window is too short or longer than the model's context, or `null_dims` out of range.
+        SettingError: the window is too short or longer than the model's context, `null_dims` is out of range or given beside
+            `scanned`, or there are more processes than batches of text.
+        ProfileMismatchError: `scanned` is of another model.
     """
     model.eval()
     anatomy = dissect(model)
+    if scanned is not None:
+        scanned.check_model(anatomy)
+        if null_dims is not None:
+            raise SettingError(f"null_dims={null_dims} beside a scan, which has {scanned.layer.null_dims}: give one of them")
     if texts is None:
         texts = sample_windows(
             model, tokenizer, tokens=DEFAULT_TOKENS if tokens is None else tokens, window=window, seed=seed, progress=progress
@@ -93,7 +113,15 @@ def calibrate(
         raise CorpusError(
             f"the tokenizer gives ids up to {largest}, the model has {anatomy.vocab_size}: they do not belong together"
         )
-    tokenizer_size = min(vocabulary_size(tokenizer), anatomy.vocab_size)
+    mine = share()
+    if len(windows) <= BATCH_SIZE * (mine.of - 1):
+        raise SettingError(f"{len(windows)} windows are too few for {mine.of} processes, which read {BATCH_SIZE} at a time")
+    identity = ModelIdentity.of(model.config, tokenizer, anatomy, revision=getattr(model.config, "_commit_hash", None))
+    tokenizer_size = identity.tokenizer_size
+    if scanned is not None and scanned.model.tokenizer_size != tokenizer_size:
+        raise ProfileMismatchError(
+            f"the scan is of {scanned.model.tokenizer_size:,} tokens; this tokenizer has {tokenizer_size:,}"
+        )
     if unigram_counts is None:
         counts = windows.counts(tokenizer_size)
         if not ranks_tokens(counts):
@@ -111,13 +139,12 @@ def calibrate(
         device = readout.unembedding.device
         unigram = Unigram.from_counts(counts.to(device))
 
-        mine = share()
         recording = Recording(model, anatomy, windows, device, mine)
 
         def bar(stage: str, total: int) -> tqdm[NoReturn]:
             return tqdm(total=total, desc=stage, unit="tok", unit_scale=True, disable=not progress)
 
-        weights = weight_statistics(readout, null_dims=null_dims, seed=seed)
+        weights = weight_statistics(readout, null_dims=null_dims, seed=seed) if scanned is None else scanned.weights
         cosine = frequency_cosine(readout, unigram)
         chance_cosine = chance_frequency_cosine(readout, unigram, seed=seed)
         moments = ActivationMoments(readout.n_neurons)
@@ -131,7 +158,8 @@ def calibrate(
         mean, means = moments.mean.to(device), EffectMeans(readout.n_neurons)
         with bar("2/3 effects", kept) as shown:
             for batch in regroup(recording.read(), tokens_at_once(readout.n_neurons)):
-                means.update(*ablation_effects(readout, batch, mean, unigram), batch.window)
+                token_effects, token_slopes = ablation_effects(readout, batch, mean, unigram)
+                means.update(token_effects, batch.window, token_slopes)
                 shown.update(len(batch.targets))
         means.pool(all_sum)
         effects = means.result()
@@ -156,20 +184,8 @@ def calibrate(
         _neuron(anatomy.layer, row, index, statistics, slopes[dial], closer)
         for row, (dial, index) in enumerate((dial, index) for dial in DIALS for index in selected[dial])
     ]
-    config = model.config
     return Profile.create(
-        model=ModelIdentity(
-            id=str(config.name_or_path or config.model_type),
-            revision=getattr(config, "_commit_hash", None),
-            model_type=config.model_type,
-            layer=anatomy.layer,
-            n_neurons=anatomy.n_neurons,
-            d_model=anatomy.d_model,
-            vocab_size=anatomy.vocab_size,
-            tokenizer_size=tokenizer_size,
-            dtype=dtype_name(anatomy.dtype),
-            fingerprints=anatomy.fingerprints(),
-        ),
+        model=identity,
         corpus=CorpusIdentity(
             source=windows.source,
             sha256=windows.sha256,
@@ -181,7 +197,7 @@ def calibrate(
             unigram_sha256=hashlib.sha256(counts.numpy().astype("<i8").tobytes()).hexdigest(),
         ),
         seed=seed,
-        versions={name: importlib.metadata.version(name) for name in ("confsteer", "torch", "transformers")},
+        versions=library_versions(),
         layer=Layer(
             null_dims=weights.null_dims,
             chance_null_fraction=weights.chance_null_fraction,
@@ -249,12 +265,14 @@ def _look_closer(
                     curves[dial] = ResponseCurve(readout, pushes[dial], unigram, positions)
             # The unsteered model is position 0 of any curve.
             unsteered = next(iter(curves.values()), ResponseCurve(readout, 0 * pushes["entropy"], unigram, torch.zeros(1)))
-        for curve in curves.values() or [unsteered]:
-            curve.update(batch)
-        if len(reported):
-            theirs = batch._replace(activations=batch.activations[:, reported])
-            means.update(*ablation_effects(few, theirs, mean, unigram, exact_above=ALWAYS_EXACT), batch.window)
-            changed += argmax_changes(few, theirs, mean).double().sum(dim=0).cpu()
+        exact = []
+        for outputs, rows in Outputs.stream(readout, batch):
+            for curve in curves.values() or [unsteered]:
+                curve.update(outputs)
+            delta = mean.float() - batch.activations[rows][:, reported].float()
+            exact.append(exact_effects(few, outputs, delta, unigram))
+        means.update(TokenEffects(*map(torch.cat, zip(*(effects for effects, _ in exact), strict=True))), batch.window)
+        changed += torch.cat([one for _, one in exact]).double().sum(dim=0).cpu()
         on_read(len(batch.targets))
     means.pool(all_sum)
     for curve in curves.values() or [unsteered]:

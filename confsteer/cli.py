@@ -184,6 +184,13 @@ _steer_option = click.option(
 @click.option(
     "--null-dims", type=click.IntRange(min=1), help="Size of the unembedding's null space.  [default: from its spectrum]"
 )
+@click.option(
+    "--scan",
+    "scanned",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="FOLDER",
+    help="Take the statistics of the weights from a scan of MODEL.",
+)
 @click.option("--seed", default=0, show_default=True, help="Of the random directions behind the chance levels, and of sampling.")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder of the profile.  [default: NAME.confsteer]")
 def calibrate(
@@ -193,6 +200,7 @@ def calibrate(
     tokens: int,
     unigram: Path | None,
     null_dims: int | None,
+    scanned: Path | None,
     seed: int,
     out: Path | None,
     **loading: Any,
@@ -216,11 +224,13 @@ def calibrate(
     from confsteer.calibration import calibrate as run
     from confsteer.corpus import read_counts
     from confsteer.loading import DEMO_UNIGRAM
+    from confsteer.parallel import join
 
+    first = join().rank == 0
     given = text.documents(model, "calibration")
     counts = read_counts(unigram) if unigram else read_counts(DEMO_UNIGRAM) if model is None else None
     loaded = _load(model, loading)
-    if given is None:
+    if given is None and first:
         click.echo(f"No text given: the model writes its own, {tokens:,} tokens sampled at temperature 1 (seed {seed}).")
     profile = run(
         loaded.model,
@@ -230,9 +240,12 @@ def calibrate(
         window=window,
         unigram_counts=counts,
         null_dims=null_dims,
+        scanned=Profile.load(scanned) if scanned else None,
         seed=seed,
-        progress=True,
+        progress=first,
     )
+    if not first:
+        return
     folder = profile.save(out or Path(f"{Path(profile.model.id).name}.confsteer"))
     _print_profile(profile)
     _console().print(f"Profile written to {escape(str(folder))}")

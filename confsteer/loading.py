@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import CONFIG_NAME
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from confsteer.errors import ConfsteerError
 
@@ -46,7 +49,9 @@ def load_model(
         ConfsteerError: there is no such model, or it cannot be loaded.
     """
     source = str(DEMO) if name is None else name
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device is None:
+        # Of several processes on a machine, each has a GPU of its own.
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(
@@ -56,6 +61,8 @@ def load_model(
             revision=revision,
             trust_remote_code=trust_remote_code,
         )
+        # transformers does not keep the commit it loaded.
+        model.config._commit_hash = extract_commit_hash(str(cached_file(source, CONFIG_NAME, revision=revision)), None)
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfsteerError(f"cannot load {source}: {error}") from error
     if name is None:

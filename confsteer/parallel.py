@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from typing import NamedTuple
 
@@ -29,6 +30,7 @@ def join() -> Share:
         from accelerate import PartialState
 
         PartialState()
+        atexit.register(dist.destroy_process_group)
     return share()
 
 

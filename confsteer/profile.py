@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from confsteer.anatomy import Anatomy, dtype_name
+from confsteer.corpus import vocabulary_size
 from confsteer.discovery.response import monotone_range
 from confsteer.discovery.weights import WeightStatistics
 from confsteer.errors import (
@@ -165,7 +166,7 @@ class ModelIdentity(_Strict):
             n_neurons=anatomy.n_neurons,
             d_model=anatomy.d_model,
             vocab_size=anatomy.vocab_size,
-            tokenizer_size=min(max(tokenizer.get_vocab().values()) + 1, anatomy.vocab_size),
+            tokenizer_size=min(vocabulary_size(tokenizer), anatomy.vocab_size),
             dtype=dtype_name(anatomy.dtype),
             fingerprints=anatomy.fingerprints(),
         )

@@ -36,15 +36,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from confsteer.discovery.exact import TokenEffects, evaluate
+from confsteer.discovery.exact import TokenEffects, evaluate_pairs
 from confsteer.discovery.frequency import Unigram
 from confsteer.discovery.moments import Moments, Tokens, blocks, tokens_at_once
-from confsteer.discovery.readout import WORKING_SET, Readout, TokenStates, products
+from confsteer.discovery.readout import Readout, TokenStates
 
 EXACT_ABOVE = 5e-3
 """Pairs with ``Var_p[Δ]`` above this (in nats²) are evaluated exactly; `tests/discovery/test_effects.py` holds the result."""
-ALWAYS_EXACT = 1e-6
-"""A threshold for exact effects: below it what the expansion leaves out is lost in float32 rounding."""
 
 
 class TokenSlopes(NamedTuple):
@@ -79,7 +77,7 @@ def ablation_effects(
         moments = Moments.measure(readout, tokens, unigram)
         above = _expand(readout, tokens, moments, delta, unigram, exact_above, effects, slopes, rows)
         if len(above):
-            evaluate(readout, tokens, moments, delta, unigram, above, TokenEffects(*(e[rows] for e in effects)))
+            evaluate_pairs(readout, tokens, moments, delta, unigram, above, TokenEffects(*(e[rows] for e in effects)))
     return effects, slopes
 
 
@@ -133,26 +131,3 @@ def _expand(
         pairs[:, 0] += rows.start
         above.append(pairs)
     return torch.cat(above)
-
-
-def argmax_changes(readout: Readout, states: TokenStates, mean: Tensor) -> Tensor:
-    """Whether ablating a neuron changes the most likely next token, exactly, ``[tokens, n_neurons]`` bool.
-
-    For a few neurons: pass a readout and states of these only. Arguments as in `ablation_effects`. A softcap is monotonic and
-    changes no order.
-    """
-    changed = torch.empty(states.activations.shape, dtype=torch.bool, device=states.residual.device)
-    u = readout.w_out @ readout.unembedding.T
-    step = max(1, WORKING_SET // readout.vocab_size)
-    for start in range(0, len(changed), step):
-        part = states.at(slice(start, start + step))
-        state = readout.state(part.residual, part.mlp_output)
-        total, _ = readout.move(state, mean.float() - part.activations.float())
-        x = products(state.directions, readout.unembedding)
-        y = x[-1] + readout.logit_bias
-        for token, top in enumerate(y.argmax(dim=-1).tolist()):
-            moved = (total.write[token, :, None] * u).add_(y[token])
-            for along, direction in zip(total.along, x, strict=True):
-                moved.addr_(along[token], direction[token])
-            changed[start + token] = moved.amax(dim=-1) > moved[:, top]
-    return changed

@@ -68,12 +68,16 @@ def frequency_cosine(readout: Readout, unigram: Unigram) -> Tensor:
 
 def chance_frequency_cosine(readout: Readout, unigram: Unigram, *, seed: int = 0) -> float:
     """What the largest ``|cos(W_U w, v)|`` of ``n_neurons`` random writes exceeds 1 time in 20."""
+    # A random direction is as random in the eigenvectors of the Gram matrix, where lengths need no matrix product.
+    squares, vectors = torch.linalg.eigh(readout.gram)
+    along_v = vectors.T @ (unigram.direction @ readout.unembedding).double()
     generator = torch.Generator().manual_seed(seed)
-    device = readout.unembedding.device
-    shape = (readout.n_neurons, readout.d_model)
-    writes = (torch.randn(shape, generator=generator, dtype=torch.float64).to(device) for _ in range(20))
-    largest = [_cosine(readout, unigram, w_out).abs().max() for w_out in writes]
-    return float(torch.stack(largest).quantile(0.95))
+    largest = []
+    for _ in range(20):
+        write = torch.randn((readout.n_neurons, readout.d_model), generator=generator).to(squares)
+        length = (write.square() @ squares.clamp_min(0)).sqrt()
+        largest.append(((write @ along_v) / length.clamp_min(torch.finfo(length.dtype).tiny)).abs().max())
+    return float(torch.stack(largest).quantile(0.95).clamp_max(1))
 
 
 def _cosine(readout: Readout, unigram: Unigram, w_out: Tensor) -> Tensor:

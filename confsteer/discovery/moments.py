@@ -138,10 +138,12 @@ class Moments(NamedTuple):
         linear = new(n_linear, n, readout.n_neurons if few else readout.d_model)
         quadratic = new(2, n, readout.n_neurons)
         of_v, of_x, of_xx = new(2, n, 1), new(4, n_directions, n, 1), new(2, n_directions, n_directions, n, 1)
-        for columns in vocabulary_chunks(readout, n):
+        chunks = list(vocabulary_chunks(readout, n))
+        # Memory that is used again costs much less than memory that is new in every chunk.
+        all_weights = new(n_linear + (0 if readout.softcap is None else 2), n, chunks[0].stop)
+        for columns in chunks:
             W, v, f = readout.unembedding[columns], unigram.direction[columns], frequency[columns]
-            y = products(tokens.directions, W)
-            weights, squares = y.new_empty(n_linear, *y.shape[1:]), y.new_empty(2, *y.shape[1:])
+            y, weights = products(tokens.directions, W), all_weights[:, :, : columns.stop - columns.start]
             for rows in blocks(n, y.shape[-1]):
                 p, log_p, x, _, s = Chunk.of(readout, tokens, y, rows, columns)
                 pl, pv, px = p * log_p, p * v, p * x
@@ -152,11 +154,13 @@ class Moments(NamedTuple):
                 parts = [p, pl, pv, *px, *plx]
                 if s is not None:
                     parts = [s * part for part in (*parts, f.expand_as(p), v.expand_as(p))]
-                    p, pl = s * parts[0], s * parts[1]
-                for whole, part in zip((*weights, *squares), (*parts, p, pl), strict=True):
+                    parts += [s * parts[0], s * parts[1]]
+                for whole, part in zip(weights, parts, strict=True):
                     whole[rows] = part
+            # Weights of E_p[… u²]: p and pl, under a softcap times s².
+            squares = weights[:2] if readout.softcap is None else weights[-2:]
             u = readout.w_out @ W.T
-            linear.flatten(0, 1).addmm_(weights.flatten(0, 1), u.T if few else W)
+            linear.flatten(0, 1).addmm_(weights[:n_linear].flatten(0, 1), u.T if few else W)
             quadratic.flatten(0, 1).addmm_(squares.flatten(0, 1), u.square_().T)
         if not few:
             linear = linear @ readout.w_out.T

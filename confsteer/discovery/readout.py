@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -314,9 +314,34 @@ class Readout:
         return Move((gamma, -dot / (d * sigma.square())), (1 / (state.rho * sigma)).expand_as(dot))
 
 
+class Outputs(NamedTuple):
+    """The unsteered output at some tokens, over the whole vocabulary."""
+
+    state: ReadoutState
+    x: Tensor
+    """Logits along the tokens' own directions, ``[K, tokens, vocab]``."""
+    y: Tensor
+    """Logits before the softcap, ``[tokens, vocab]``."""
+    argmax: Tensor
+    targets: Tensor
+    """Ids of the tokens that follow, ``[tokens]``."""
+
+    @classmethod
+    def stream(cls, readout: Readout, states: TokenStates) -> Iterator[tuple[Outputs, slice]]:
+        """As few tokens at a time as the size of the vocabulary asks for, and which they are."""
+        at_once = max(1, WORKING_SET // readout.vocab_size)
+        for start in range(0, len(states.targets), at_once):
+            rows = slice(start, start + at_once)
+            part = states.at(rows)
+            state = readout.state(part.residual, part.mlp_output)
+            x = products(state.directions, readout.unembedding)
+            y = x[-1] + readout.logit_bias
+            yield cls(state, x, y, y.argmax(dim=-1), part.targets), rows
+
+
 def products(directions: Tensor, unembedding: Tensor) -> Tensor:
     """``W_U directions``, ``[K, tokens, vocab]``, of directions ``[K, tokens, d_model]``."""
-    return torch.stack([direction @ unembedding.T for direction in directions])
+    return directions @ unembedding.T
 
 
 def _inverse_root(growth: Tensor) -> Tensor:

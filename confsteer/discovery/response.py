@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from confsteer.discovery.frequency import Unigram
-from confsteer.discovery.readout import CACHED_SET, WORKING_SET, Readout, TokenStates, products
+from confsteer.discovery.readout import CACHED_SET, Outputs, Readout, TokenStates
 
-POINTS_PER_SIDE = 12
+POINTS_PER_SIDE = 8
 LARGEST_POSITION = 64.0
 WIDEST_CHANGE = 1.5
 """A curve ends where the dial has moved by this many nats (or turns back)."""
@@ -49,52 +49,67 @@ class ResponseCurve:
         """
         self.readout, self.unigram = readout.combine(push), unigram
         self.positions = positions.double()
+        self._u = self.readout.w_out[0] @ readout.unembedding.T
+        self._frequency = unigram.log_frequency.exp()
         self._sums = torch.zeros(5, len(positions), dtype=torch.float64, device=push.device)
         self._count = 0
 
-    def update(self, states: TokenStates) -> None:
-        """Add tokens; their activations are not looked at, only how far the dial moves them from where they are."""
+    def update(self, outputs: Outputs) -> None:
+        """Add tokens."""
         readout = self.readout
-        u = readout.w_out[0] @ readout.unembedding.T
-        at_once = max(1, WORKING_SET // readout.vocab_size)
+        u = self._u
+        delta = self.positions.to(u).expand(len(outputs.targets), -1)
+        move, _ = readout.move(outputs.state, delta)
+        ids = torch.stack([outputs.targets, outputs.argmax], dim=-1)
+        sums = u.new_empty(len(self._QUANTITIES), *delta.shape)
         # A block of tokens and positions by the vocabulary stays in the cache.
         tokens = max(1, CACHED_SET // (len(self.positions) * readout.vocab_size))
         columns = max(1, CACHED_SET // readout.vocab_size)
-        for start in range(0, len(states.targets), at_once):
-            part = states.at(slice(start, start + at_once))
-            state = readout.state(part.residual, part.mlp_output)
-            x = products(state.directions, readout.unembedding)
-            delta = self.positions.to(x).expand(len(part.targets), -1)
-            move, _ = readout.move(state, delta)
-            unmoved = x[-1] + readout.logit_bias
-            top = unmoved.argmax(dim=-1)
-            for first in range(0, len(delta), tokens):
-                rows = slice(first, first + tokens)
-                for at in range(0, len(self.positions), columns):
-                    here = slice(at, at + columns)
-                    y = torch.addcmul(unmoved[rows, None], move.write[rows, here, None], u)
-                    for along, direction in zip(move.along, x, strict=True):
-                        y.addcmul_(along[rows, here, None], direction[rows, None])
-                    self._sums[:, here] += self._sum(readout.cap(y), part.targets[rows], top[rows])
-        self._count += len(states.targets)
+        for first in range(0, len(delta), tokens):
+            rows = slice(first, first + tokens)
+            for at in range(0, len(self.positions), columns):
+                here = slice(at, at + columns)
+                y = torch.addcmul(outputs.y[rows, None], move.write[rows, here, None], u)
+                for along, direction in zip(move.along, outputs.x, strict=True):
+                    y.addcmul_(along[rows, here, None], direction[rows, None])
+                self._measure(readout.cap(y), ids[rows], sums[:, rows, here])
+        self._add(*sums)
+        self._count += len(delta)
 
-    def _sum(self, z: Tensor, targets: Tensor, top: Tensor) -> Tensor:
-        """Sums over tokens of the five quantities, ``[5, positions]`` float64, from logits ``[tokens, positions, vocab]``."""
-        log_frequency, frequency = self.unigram.log_frequency, self.unigram.log_frequency.exp()
-        ids = torch.stack([targets, top], dim=-1)[:, None].expand(-1, z.shape[1], -1)
-        at_target, at_top = z.gather(2, ids).unbind(dim=-1)
-        largest = z.amax(dim=-1)
-        z_frequency = z @ frequency
-        z -= largest[..., None]
-        e = z.exp()
-        total = e.sum(dim=-1)
+    _QUANTITIES = ("largest", "at_target", "at_top", "z_frequency", "total", "total_z", "total_log_frequency")
+
+    def _measure(self, z: Tensor, ids: Tensor, sums: Tensor) -> None:
+        """What the five quantities are made of, from logits ``[tokens, positions, vocab]``, which are overwritten.
+
+        Small results go to `sums` as they come: work on them is put off until there are many.
+        """
+        largest, at_ids, z_frequency, total, total_z, total_log_frequency = sums[0], sums[1:3], *sums[3:]
+        torch.amax(z, dim=-1, out=largest)
+        at_ids.copy_(z.gather(2, ids[:, None].expand(-1, z.shape[1], -1)).movedim(-1, 0))
+        z_frequency.copy_(z @ self._frequency)
+        e = z.sub_(largest[..., None]).exp()
+        total.copy_(e.sum(dim=-1))
+        total_log_frequency.copy_(e @ self.unigram.log_frequency)
+        total_z.copy_(z.mul_(e).sum(dim=-1))
+
+    def _add(
+        self,
+        largest: Tensor,
+        at_target: Tensor,
+        at_top: Tensor,
+        z_frequency: Tensor,
+        total: Tensor,
+        total_z: Tensor,
+        total_log_frequency: Tensor,
+    ) -> None:
+        """Add up the five quantities over tokens ``[tokens, positions]``: with ``e = exp(z − largest)``, from Σe, Σez, …"""
         log_z = total.log()
-        entropy = log_z - z.mul_(e).sum(dim=-1) / total
-        log_z += largest
-        kl_model_unigram = -entropy - (e @ log_frequency) / total
-        kl_unigram_model = log_z - z_frequency + frequency @ log_frequency
-        changed = largest > at_top
-        return torch.stack([q.double().sum(0) for q in (entropy, kl_model_unigram, kl_unigram_model, log_z - at_target, changed)])
+        entropy = log_z - total_z / total
+        log_z = log_z + largest
+        kl_model_unigram = -entropy - total_log_frequency / total
+        kl_unigram_model = log_z - z_frequency + self._frequency @ self.unigram.log_frequency
+        quantities = (entropy, kl_model_unigram, kl_unigram_model, log_z - at_target, largest > at_top)
+        self._sums += torch.stack([quantity.double().sum(dim=0) for quantity in quantities])
 
     def pool(self, all_sum: Callable[[Tensor], Tensor]) -> None:
         """Join what other processes have seen; `all_sum` adds a tensor up over them."""
@@ -121,7 +136,8 @@ def choose_positions(readout: Readout, push: Tensor, unigram: Unigram, states: T
     doublings = [0.25 * 2**i for i in range(9)]
     trial = torch.tensor([0.0, *doublings, *(-d for d in doublings)])
     curve = ResponseCurve(readout, push, unigram, trial)
-    curve.update(states)
+    for outputs, _ in Outputs.stream(readout, states):
+        curve.update(outputs)
     moved = dial_change(curve.result(), dial)
     fractions = (torch.arange(1, POINTS_PER_SIDE + 1, dtype=torch.float64) / POINTS_PER_SIDE) ** 1.5
     sides = []

@@ -107,8 +107,11 @@ class EffectMeans:
         self._sums = torch.zeros(4, *shape, dtype=torch.float64)
         self._counts = torch.zeros(3, dtype=torch.float64)
 
-    def update(self, effects: TokenEffects, slopes: TokenSlopes, window: Tensor) -> None:
-        """Add tokens; `window` ``[tokens]`` says which window each came from. A window must come whole."""
+    def update(self, effects: TokenEffects, window: Tensor, slopes: TokenSlopes | None = None) -> None:
+        """Add tokens; `window` ``[tokens]`` says which window each came from. A window must come whole.
+
+        Slopes that are never given are zero in the result.
+        """
         _, index, n = window.unique(return_inverse=True, return_counts=True)
         in_window = (torch.arange(len(n), device=window.device)[:, None] == index).to(effects.loss.dtype)
         columns = (
@@ -119,8 +122,8 @@ class EffectMeans:
             effects.entropy,
             effects.entropy.abs(),
             effects.frequency_kl.abs(),
-            slopes.entropy,
-            -slopes.unigram_kl,
+            slopes.entropy if slopes else torch.zeros_like(effects.loss),
+            -slopes.unigram_kl if slopes else torch.zeros_like(effects.loss),
         )
         sums = torch.stack([in_window @ column for column in columns]).double().cpu()  # [means, windows, neurons]
         sizes = n.double().cpu()
