@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 import warnings
@@ -44,7 +45,7 @@ from confsteer.profile import (
 from confsteer.sampling import sample_windows
 
 DEFAULT_TOKENS = 25_600
-POSITION_SAMPLE = 128
+POSITION_SAMPLE = 64
 """Tokens on which the range of each response curve is found."""
 
 
@@ -231,6 +232,8 @@ class _CloserLook(NamedTuple):
 
     effects: NeuronEffects
     """Of the reported neurons, exactly, in the order of the dials."""
+    uncapped: NeuronEffects | None
+    """The same of the logits before a softcap, in a model that has one."""
     argmax_changed: Tensor
     response: dict[Dial, Response]
     entropy: float
@@ -251,7 +254,9 @@ def _look_closer(
     device = readout.unembedding.device
     reported = torch.tensor([*selected["entropy"], *selected["unigram"]], dtype=torch.long, device=device)
     few, mean = readout.select(reported), moments.mean.to(device)[reported]
-    means, changed = EffectMeans(len(reported)), torch.zeros(len(reported), dtype=torch.float64)
+    uncapped = None if readout.softcap is None else dataclasses.replace(few, softcap=None)
+    means, uncapped_means = EffectMeans(len(reported)), EffectMeans(len(reported))
+    changed = torch.zeros(len(reported), dtype=torch.float64)
     pushes = {
         dial: (slopes[dial].sign() * moments.std * _among(selected[dial], moments.std)).float().to(device) for dial in DIALS
     }
@@ -265,22 +270,29 @@ def _look_closer(
                     curves[dial] = ResponseCurve(readout, pushes[dial], unigram, positions)
             # The unsteered model is position 0 of any curve.
             unsteered = next(iter(curves.values()), ResponseCurve(readout, 0 * pushes["entropy"], unigram, torch.zeros(1)))
-        exact = []
+        exact, before_cap = [], []
         for outputs, rows in Outputs.stream(readout, batch):
             for curve in curves.values() or [unsteered]:
                 curve.update(outputs)
             delta = mean.float() - batch.activations[rows][:, reported].float()
             exact.append(exact_effects(few, outputs, delta, unigram))
-        means.update(TokenEffects(*map(torch.cat, zip(*(effects for effects, _ in exact), strict=True))), batch.window)
+            if uncapped is not None:
+                before_cap.append(exact_effects(uncapped, outputs, delta, unigram))
+        for accumulator, parts in ((means, exact), (uncapped_means, before_cap)):
+            if parts:
+                columns = zip(*(effects for effects, _ in parts), strict=True)
+                accumulator.update(TokenEffects(*map(torch.cat, columns)), batch.window)
         changed += torch.cat([one for _, one in exact]).double().sum(dim=0).cpu()
         on_read(len(batch.targets))
     means.pool(all_sum)
+    uncapped_means.pool(all_sum)
     for curve in curves.values() or [unsteered]:
         curve.pool(all_sum)
     baseline = unsteered.result()
     zero = int(baseline.position.abs().argmin())
     return _CloserLook(
         effects=means.result(),
+        uncapped=None if uncapped is None else uncapped_means.result(),
         argmax_changed=all_sum(changed) / moments.count,
         response={
             dial: Response(**{name: tuple(column.tolist()) for name, column in curve.result()._asdict().items()})
@@ -317,6 +329,8 @@ def _neuron(layer: int, row: int, index: int, statistics: dict[str, Tensor], slo
         frequency_effect=effects["frequency"],
         frequency_mediation=effects["frequency_mediation"],
         argmax_changed=float(closer.argmax_changed[row]),
+        total_effect_uncapped=closer.uncapped and _measurement(closer.uncapped.total, row),
+        entropy_effect_abs_uncapped=closer.uncapped and _measurement(closer.uncapped.entropy_abs, row),
     )
 
 

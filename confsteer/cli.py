@@ -743,6 +743,9 @@ def _neuron_table(title: str, neurons: tuple[Neuron, ...], dial: str) -> Table:
         columns = ("via unigram", "|ΔKL|", "|Δloss|", "cosine with unigram")
     for name in columns:
         table.add_column(name, justify="right")
+    capped = any(n.total_effect_uncapped is not None for n in neurons)
+    if capped:
+        table.add_column("|Δloss| before softcap", justify="right")
     for n in neurons:
         if dial == "entropy":
             effects = (measured(n.mediation), measured(n.entropy_effect_abs), measured(n.total_effect), f"{n.argmax_changed:.2%}")
@@ -760,5 +763,6 @@ def _neuron_table(title: str, neurons: tuple[Neuron, ...], dial: str) -> Table:
             f"{n.logit_variance_percentile:.1f}",
             f"{n.null_fraction:.3f}",
             *effects,
+            *([measured(n.total_effect_uncapped)] if capped else []),
         )
     return table

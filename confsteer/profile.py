@@ -95,6 +95,10 @@ class Neuron(_Strict):
     """Cosine of its write to the logits with the unigram direction."""
     argmax_changed: Share
     """Share of tokens whose most likely next token changes."""
+    total_effect_uncapped: Measurement | None = None
+    """Mean |Δloss| of the logits before the model's softcap; None in models that have none, as the next."""
+    entropy_effect_abs_uncapped: Measurement | None = None
+    """Mean |Δentropy| before the softcap."""
 
 
 class Response(_Strict):

@@ -6,7 +6,11 @@ from typing import Any, NamedTuple
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.pytorch_utils import Conv1D
+
+from confsteer.anatomy import locate, read_norm
 
 VOCAB = 96
 
@@ -124,39 +128,48 @@ def planted_model(model_type: str, counts: torch.Tensor) -> Any:
     takes from it. The frequency neuron's write is the one whose logits follow the unigram direction best.
     """
     config = {family.model_type: family.config for family in FAMILIES}[model_type]
-    model = tiny_model(model_type, config)
-    projection, unembedding, norm = {
-        "gpt2": lambda m: (m.transformer.h[-1].mlp.c_proj, m.lm_head, m.transformer.ln_f),
-        "llama": lambda m: (m.model.layers[-1].mlp.down_proj, m.lm_head, m.model.norm),
-    }[model_type](model)
-    centred = model_type == "gpt2"
-    embeddings = model.get_input_embeddings()
+    model = tiny_model(model_type, config | {"tie_word_embeddings": False})
+    anatomy = locate(model)
+    d_model, projection = anatomy.d_model, anatomy.down_proj
+    unembedding = anatomy.unembedding.get_parameter("weight")
+    norm = read_norm(anatomy.final_norm, d_model)
     with torch.no_grad():
-        norm.weight.fill_(1.0)
-        unembedding.weight[:, -NULL_DIMS:] = 0
+        for module in filter(None, (anatomy.final_norm, anatomy.write_norm)):
+            for _, weight in filter(lambda named: named[0] == "weight", module.named_parameters()):
+                # A gain of one, which is a weight of zero where the module adds one to it.
+                weight.sub_(read_norm(module, d_model).gain - 1)
+        unembedding[:, -NULL_DIMS:] = 0
         # Nothing else writes into the null space; its content is a constant that comes in with the embeddings.
-        for name, parameter in model.named_parameters():
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
-                parameter[-NULL_DIMS:] = 0
-            elif name.endswith("c_proj.weight"):
-                parameter[:, -NULL_DIMS:] = 0
-            elif name.endswith("c_proj.bias") or "wpe" in name:
-                parameter[..., -NULL_DIMS:] = 0
+        for module in model.modules():
+            if isinstance(module, Conv1D | nn.Linear) and module is not anatomy.unembedding:
+                into = module.weight.T if isinstance(module, Conv1D) else module.weight
+                if into.shape[0] == d_model:
+                    into[-NULL_DIMS:] = 0
+                    if module.bias is not None:
+                        module.bias[-NULL_DIMS:] = 0
+            elif isinstance(module, nn.Embedding):
+                module.weight[..., -NULL_DIMS:] = 0
         # Zero-sum, so that a LayerNorm's centring takes nothing away from it.
         constant = torch.tensor([1.0, -1.0, 1.0, -1.0])
-        embeddings.weight[:, -NULL_DIMS:] = 2 * constant
-        w_out = projection.weight if centred else projection.weight.T  # [neurons, d_model]
+        model.get_input_embeddings().weight[:, -NULL_DIMS:] = 2 * constant
+        stored = projection.get_parameter("weight")
+        w_out = stored if isinstance(projection, Conv1D) else stored.T  # [neurons, d_model]
+        normed = anatomy.write_norm is not None
+        if normed:
+            # The planted writes must not make up most of what the norm divides by.
+            w_out.mul_(50)
+            # GLM-4's layers write more: their norms have gains above one.
+            model.get_input_embeddings().weight[:, -NULL_DIMS:] *= 3 if model_type == "glm4" else 2
         for neuron, sign in ENTROPY_NEURONS.items():
             w_out[neuron] = 0
             w_out[neuron, -NULL_DIMS:] = 4 * sign * constant
         log_frequency = ((counts + 1) / (counts + 1).sum()).log()
         direction = log_frequency - log_frequency.mean()
         # Make the unembedding able to express the direction exactly through one residual dimension.
-        unembedding.weight[:, 0] = 0.3 * direction
-        unembedding.weight[:, 0] -= unembedding.weight[:, 0].mean()
+        unembedding[:, 0] = 0.3 * direction
         w_out[FREQUENCY_NEURON] = 0
-        w_out[FREQUENCY_NEURON, 0] = -2.0
-        if centred:
+        w_out[FREQUENCY_NEURON, 0] = -12.0 if normed else -2.0
+        if norm.centred:
             # A write that sums to zero and reads out as dimension 0 alone: the rest goes where nothing is read.
-            w_out[FREQUENCY_NEURON, -NULL_DIMS:] = 2.0 / NULL_DIMS
+            w_out[FREQUENCY_NEURON, -NULL_DIMS:] = -w_out[FREQUENCY_NEURON, 0] / NULL_DIMS
     return model

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import confsteer
 from confsteer import CorpusError, NoNeuronsError, SettingError
+from confsteer.anatomy import dissect
 from confsteer.corpus import make_windows
 from confsteer.profile import DIALS, Dial
 from tests.models import (
@@ -30,26 +31,39 @@ STORIES = Path(__file__).parents[2] / "shared" / "models" / "stories260K" / "hf"
 STORIES_TEXT = Path(__file__).parents[2] / "shared" / "corpora" / "tinystories" / "tinystories_1000.json"
 
 
-@pytest.fixture(params=["gpt2", "llama"])
+@pytest.fixture(params=["gpt2", "llama", "gemma2", "olmo2"])
 def found(request: pytest.FixtureRequest) -> Planted:
     return planted(request.param)
 
 
-def test_exactly_the_planted_neurons_are_found(found: Planted) -> None:
-    profile = found.profile
+@pytest.mark.parametrize("family", TINY_FAMILIES, ids=lambda family: family.model_type)
+def test_exactly_the_planted_neurons_are_found(family: TinyFamily) -> None:
+    profile = planted(family.model_type).profile
     assert {n.index: n.sign for n in profile.entropy_neurons} == ENTROPY_NEURONS
     assert {n.index: n.sign for n in profile.frequency_neurons} == {FREQUENCY_NEURON: FREQUENCY_SIGN}
 
 
 def test_planted_neurons_have_the_statistics_they_were_given(found: Planted) -> None:
+    write_norm = dissect(found.model).write_norm is not None
     for neuron in found.profile.entropy_neurons:
         assert neuron.null_fraction == pytest.approx(1, abs=1e-6)
-        assert neuron.direct_effect.value == pytest.approx(0, abs=1e-7)
-        assert neuron.mediation.value == pytest.approx(1, abs=1e-5)
         assert neuron.norm == pytest.approx(8, rel=1e-5)  # 4 · ‖(1, −1, 1, −1)‖
+        if write_norm:  # there a neuron also turns down what the others write
+            assert 0.3 < neuron.mediation.value < 1
+        else:
+            assert neuron.direct_effect.value == pytest.approx(0, abs=1e-7)
+            assert neuron.mediation.value == pytest.approx(1, abs=1e-5)
     (frequency,) = found.profile.frequency_neurons
     assert frequency.frequency_cosine == pytest.approx(-1, abs=1e-6)
-    assert frequency.frequency_mediation.value > 0.8
+    assert frequency.frequency_mediation.value > 0.6
+
+
+def test_a_softcap_has_effects_before_and_after(found: Planted) -> None:
+    capped = found.model.config.model_type == "gemma2"
+    for neuron in (*found.profile.entropy_neurons, *found.profile.frequency_neurons):
+        assert (neuron.total_effect_uncapped is not None) == capped
+        if neuron.entropy_effect_abs_uncapped is not None:
+            assert neuron.entropy_effect_abs_uncapped.value != neuron.entropy_effect_abs.value
 
 
 def test_columns_hold_the_whole_layer(found: Planted) -> None:

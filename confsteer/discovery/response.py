@@ -16,8 +16,10 @@ from torch import Tensor
 from confsteer.discovery.frequency import Unigram
 from confsteer.discovery.readout import CACHED_SET, Outputs, Readout, TokenStates
 
-POINTS_PER_SIDE = 8
+POINTS_PER_SIDE = 12
 LARGEST_POSITION = 64.0
+FLAT = 1.03
+"""A dial that moves by a factor less than this while its position grows by √2 has nothing more to give."""
 WIDEST_CHANGE = 1.5
 """A curve ends where the dial has moved by this many nats (or turns back)."""
 
@@ -123,8 +125,8 @@ class ResponseCurve:
 def choose_positions(readout: Readout, push: Tensor, unigram: Unigram, states: TokenStates, *, dial: str) -> Tensor:
     """Dial positions worth measuring, ascending, with 0 among them; found on a sample of tokens.
 
-    On each side positions are doubled until the dial's quantity has moved by `WIDEST_CHANGE` nats, turns back, or the
-    position reaches `LARGEST_POSITION`. Points are denser near zero.
+    On each side positions grow until the dial's quantity has moved by `WIDEST_CHANGE` nats, flattens out or turns back, or
+    the position reaches `LARGEST_POSITION`. Points are denser near zero.
 
     Args:
         readout: the model's last layer.
@@ -133,19 +135,18 @@ def choose_positions(readout: Readout, push: Tensor, unigram: Unigram, states: T
         states: a sample of tokens.
         dial: ``"entropy"`` or ``"unigram"``.
     """
-    doublings = [0.25 * 2**i for i in range(9)]
-    trial = torch.tensor([0.0, *doublings, *(-d for d in doublings)])
-    curve = ResponseCurve(readout, push, unigram, trial)
+    trials = [position for i in range(17) if (position := 0.25 * 2 ** (i / 2)) <= LARGEST_POSITION]
+    curve = ResponseCurve(readout, push, unigram, torch.tensor([0.0, *trials, *(-p for p in trials)]))
     for outputs, _ in Outputs.stream(readout, states):
         curve.update(outputs)
     moved = dial_change(curve.result(), dial)
     fractions = (torch.arange(1, POINTS_PER_SIDE + 1, dtype=torch.float64) / POINTS_PER_SIDE) ** 1.5
     sides = []
-    for sign, start in ((1, 1), (-1, 1 + len(doublings))):
-        end, previous = doublings[0], 0.0
-        for position, change in zip(doublings, moved[start : start + len(doublings)].tolist(), strict=True):
+    for sign, start in ((1, 1), (-1, 1 + len(trials))):
+        end, previous = trials[0], 0.0
+        for position, change in zip(trials, (sign * moved[start : start + len(trials)]).tolist(), strict=True):
             end = position
-            if abs(change) >= WIDEST_CHANGE or sign * change <= sign * previous:
+            if change >= WIDEST_CHANGE or change <= FLAT * previous:
                 break
             previous = change
         sides.append(sign * end * fractions)

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+from confsteer import Profile, SettingError
+from confsteer.discovery.streaming import ActivationMoments
+from confsteer.parallel import ALONE, all_sum, join, of_first
+from tests.planted import planted
+
+
+def test_one_process_is_alone_and_changes_nothing() -> None:
+    assert join() == ALONE
+    values = torch.randn(3)
+    assert all_sum(values) is values
+    assert of_first(values) is values
+
+
+def test_pooled_moments_are_those_of_all_tokens() -> None:
+    torch.manual_seed(0)
+    whole = 100 + torch.randn(50, 4, dtype=torch.float64)
+    parts = [ActivationMoments(4), ActivationMoments(4)]
+    for part, rows in zip(parts, whole.split([13, 37]), strict=True):
+        part.update(rows)
+    # What an all-reduce gives each process: n, then n·mean, then the squares about the common mean.
+    n = torch.tensor(50)
+    mean = whole.mean(0)
+    pooled = []
+    for part in parts:
+        part.pool(mock.Mock(side_effect=[n, 50 * mean, (whole - mean).square().sum(0)]))
+        pooled.append(part)
+    for part in pooled:
+        assert part.count == 50
+        torch.testing.assert_close(part.mean, mean)
+        torch.testing.assert_close(part.std, whole.std(0))
+
+
+def calibrate(folder: Path, out: Path, launcher: list[str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *launcher, "-m", "confsteer", "calibrate", str(folder / "model"), "--text", str(folder / "texts")]
+    return subprocess.run(
+        [*command, "--window", "64", "--out", str(out)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("parallel")
+    model, tokenizer, texts, _ = planted("gpt2")
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    (folder / "texts").mkdir()
+    for number, text in enumerate(texts):
+        (folder / "texts" / f"{number:02}.txt").write_text(text)
+    return folder
+
+
+def test_two_processes_make_the_profile_of_one(folder: Path, tmp_path: Path) -> None:
+    two = calibrate(folder, tmp_path / "two", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"])
+    assert two.returncode == 0, two.stderr
+    assert two.stdout.count("Profile written") == 1
+    one = calibrate(folder, tmp_path / "one", [])
+    assert one.returncode == 0, one.stderr
+    ours, theirs = Profile.load(tmp_path / "two"), Profile.load(tmp_path / "one")
+    assert ours.text == theirs.text
+    assert [n.index for n in ours.entropy_neurons] == [n.index for n in theirs.entropy_neurons]
+    assert [n.index for n in ours.frequency_neurons] == [n.index for n in theirs.frequency_neurons]
+    for name, column in theirs.columns.items():
+        scale = float(column.abs().max())
+        torch.testing.assert_close(ours.columns[name], column, rtol=1e-6, atol=1e-6 * scale, msg=name)
+    for dial, curve in theirs.response.items():
+        for name, values in curve:
+            torch.testing.assert_close(
+                torch.tensor(getattr(ours.response[dial], name)), torch.tensor(values), rtol=1e-6, atol=1e-6
+            )
+
+
+def test_more_processes_than_text_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    import confsteer
+    from confsteer.parallel import Share
+
+    monkeypatch.setattr("confsteer.calibration.share", lambda: Share(0, 100))
+    model, tokenizer, texts, _ = planted("gpt2")
+    with pytest.raises(SettingError, match="too few for 100 processes"):
+        confsteer.calibrate(model, tokenizer, texts, window=64)
