@@ -110,11 +110,14 @@ def build(shape: Shape, folder: Path) -> tuple[GPT2LMHeadModel, PreTrainedTokeni
     return model, tokenizer, " ".join(f"w{i}" for i in ids.tolist())
 
 
-def command(folder: Path, text: Path, tokens: int) -> dict[str, Any]:
+def command(folder: Path, text: Path, tokens: int, *launcher: str, threads: int | None = None) -> dict[str, Any]:
     """`confsteer calibrate` as a user runs it, start of the interpreter included."""
     arguments = [str(folder), "--text", str(text), "--tokens", str(tokens), "--out", str(folder / "profile")]
+    environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     start = time.perf_counter()
-    pid = subprocess.Popen([sys.executable, "-m", "confsteer", "calibrate", *arguments], stdout=subprocess.DEVNULL).pid
+    pid = subprocess.Popen(
+        [sys.executable, *launcher, "-m", "confsteer", "calibrate", *arguments], stdout=subprocess.DEVNULL, env=environment
+    ).pid
     _, status, usage = os.wait4(pid, 0)
     if os.waitstatus_to_exitcode(status) not in (0, 3):
         raise click.ClickException("confsteer calibrate failed")
@@ -217,6 +220,20 @@ def compare(shape: Shape, model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizer
     }
 
 
+def processes() -> dict[str, Any]:
+    """One process against two, each with one thread."""
+    shape = SHAPES["half of GPT-2 small"]._replace(tokens=10_240)
+    two = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        _, _, text = build(shape, folder)
+        file = folder / "text.txt"
+        file.write_text(text)
+        alone, shared = (command(folder, file, shape.tokens, *launcher, threads=1) for launcher in ((), two))
+    seconds = {"one process": alone["seconds"], "two processes": shared["seconds"]}
+    return {"shape": str(shape), **seconds, "speed-up": round(alone["seconds"] / shared["seconds"], 2)}
+
+
 @click.command()
 @click.option("--only", type=click.Choice(list(SHAPES)), multiple=True, help="Some of the shapes.  [default: all]")
 @click.option(
@@ -245,7 +262,9 @@ def main(only: tuple[str, ...], sample: int, out: Path) -> None:
         "machine": platform.machine(),
         "exact_above": EXACT_ABOVE,
         "rows": rows,
+        "processes": processes(),
     }
+    click.echo(json.dumps(result["processes"], indent=1))
     out.write_text(json.dumps(result, indent=1) + "\n")
 
 
