@@ -15,14 +15,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from confsteer import tables
 from confsteer.errors import ConfsteerError
-from confsteer.profile import DIALS, Neuron, Profile
+from confsteer.profile import Profile
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
     from confsteer.corpus import Document, Windows
-    from confsteer.evaluation.metrics import Interval
 
 EXIT_NO_NEURONS = 3
 NO_TEXT = "give some text: --text PATH or --dataset HUB_ID"
@@ -247,8 +247,8 @@ def calibrate(
     if not first:
         return
     folder = profile.save(out or Path(f"{Path(profile.model.id).name}.confsteer"))
-    _print_profile(profile)
-    _console().print(f"Profile written to {escape(str(folder))}")
+    tables.print_profile(tables.console(), profile)
+    tables.console().print(f"Profile written to {escape(str(folder))}")
     if not profile.response:
         sys.exit(EXIT_NO_NEURONS)
 
@@ -287,9 +287,9 @@ def scan(model: str | None, out: Path | None, plot: Path | None, **settings: Any
     result = run(model, **settings, progress=True)
     profile = result.profile
     folder = profile.save(out or Path(f"{Path(profile.model.id).name}.scan.confsteer"))
-    _print_profile(profile)
+    tables.print_profile(tables.console(), profile)
     share = f", {result.bytes_read / result.bytes_total:.1%} of the checkpoint" if result.bytes_total else ""
-    console = _console()
+    console = tables.console()
     console.print(f"Read: {escape(', '.join(result.tensors))}: {result.bytes_read / 1e6:,.1f} MB{share}.")
     if plot:
         from confsteer.report import plot_neurons
@@ -313,14 +313,14 @@ def scan(model: str | None, out: Path | None, plot: Path | None, **settings: Any
 def show(profile: str, plot: Path | None, response: Path | None) -> None:
     """Print what PROFILE holds, or draw it."""
     loaded = Profile.load(profile)
-    _print_profile(loaded)
+    tables.print_profile(tables.console(), loaded)
     if plot or response:
         from confsteer.report import plot_neurons, plot_response
 
         for file, draw in ((plot, plot_neurons), (response, plot_response)):
             if file is not None:
                 draw(loaded, file)
-                _console().print(f"Drawn: {escape(str(file))}")
+                tables.console().print(f"Drawn: {escape(str(file))}")
 
 
 @main.command()
@@ -383,7 +383,7 @@ def generate(
             entropy = float(-(log_p.exp() * log_p).sum(-1).mean())
             text = loaded.tokenizer.decode(output.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             table.add_row(str(steering), escape(text.strip()), f"{entropy:.2f}")
-    _console().print(table, "Entropy: mean over the generated tokens, in nats.", sep="\n")
+    tables.console().print(table, "Entropy: mean over the generated tokens, in nats.", sep="\n")
 
 
 @main.command(name="eval")
@@ -430,33 +430,9 @@ def evaluate(
         steerings,
         progress=True,
     )
-    table = Table("steering", "loss", "perplexity", "entropy", "Δentropy", "ECE", "Brier", "accuracy", "argmax changed")
-    unsteered = result.results[0].metrics["entropy"].value
-    for row in result.results:
-        m = row.metrics
-        table.add_row(
-            str(row.steering),
-            _with_interval(m["loss"], 3),
-            f"{m['perplexity'].value:.1f}",
-            _with_interval(m["entropy"], 3),
-            f"{m['entropy'].value - unsteered:+.3f}",
-            *(_with_interval(m[name], 4) for name in ("ece", "brier", "accuracy")),
-            f"{m['argmax_changed'].value:.1%}",
-        )
-    console = _console()
-    console.print(table)
-    console.print(
-        f"{escape(result.model)} on {escape(result.source)}: {result.tokens:,} tokens in {result.windows} windows. Nats; ECE of "
-        "the top prediction, 15 bins; ± half of the 95 % bootstrap interval over windows."
-    )
-    if as_json:
-        as_json.write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        console.print(f"Written: {escape(str(as_json))}")
-    if plot:
-        from confsteer.report import plot_reliability
-
-        plot_reliability(result, plot)
-        console.print(f"Drawn: {escape(str(plot))}")
+    console = tables.console()
+    tables.print_evaluation(console, result)
+    _write(console, result, as_json, plot, "plot_reliability")
 
 
 @main.group()
@@ -519,35 +495,9 @@ def induction(
         seed=seed,
         progress=True,
     )
-    console = _console()
-    for kind in result.kinds:
-        table = Table("clipped")
-        for name in ("1st mean", "2nd mean", "from", "Δentropy", "in %", "Δloss", "Δentropy at 1st"):
-            table.add_column(name, justify="right")
-        bounds: dict[tuple[int, ...], tuple[str, str, str]] = {
-            (n.index,): (f"{n.first_mean:.3f}", f"{n.second_mean:.3f}", n.clipped_from) for n in kind.neurons
-        }
-        for clip in kind.clips:
-            table.add_row(
-                str(clip.neurons[0]) if len(clip.neurons) == 1 else "all",
-                *bounds.get(clip.neurons, ("", "", "")),
-                _with_range(clip.second_entropy.nats),
-                f"{clip.second_entropy.relative.value:+.1%}",
-                _with_range(clip.second_loss.nats),
-                _with_range(clip.first_entropy.nats),
-            )
-        console.print(
-            f"[bold]{kind.kind.capitalize()}[/bold] ({escape(kind.source)}), {kind.sequences} stretches of {result.half} tokens. "
-            f"First reading: entropy {_with_interval(kind.first.entropy, 3)}, loss {_with_interval(kind.first.loss, 3)}; "
-            f"second: {_with_interval(kind.second.entropy, 3)}, {_with_interval(kind.second.loss, 3)}.",
-            table,
-            sep="\n",
-        )
-    console.print(
-        f"{escape(result.model)}. Nats; ± half of the 95 % bootstrap interval over sequences, in brackets the interval of the "
-        "paired difference; changes are of the second reading unless said otherwise."
-    )
-    _write_study(console, result, as_json, plot, "plot_induction")
+    console = tables.console()
+    tables.print_induction(console, result)
+    _write(console, result, as_json, plot, "plot_induction")
 
 
 @study.command()
@@ -597,47 +547,12 @@ def cumulative(
         seed=seed,
         progress=True,
     )
-    table = Table("ablated")
-    for name in ("norm", "Δentropy", "in %", "|Δentropy|", "Δloss", "|Δloss|"):
-        table.add_column(name, justify="right")
-    for step in result.steps:
-        number, controls = len(step.neurons), step.controls
-        table.add_row(
-            f"{'' if number == 1 else '+ '}{step.neurons[-1]}",
-            f"{step.mean_norm:.2f}",
-            _with_range(step.entropy.nats),
-            f"{step.entropy.relative.value:+.2%}",
-            _with_range(step.entropy_abs, sign=""),
-            _with_range(step.loss.nats),
-            _with_range(step.loss_abs, sign=""),
-        )
-        table.add_row(
-            f"{number} random",
-            f"{controls.mean_norm:.2f}",
-            _with_range(controls.entropy),
-            "",
-            _with_range(controls.entropy_abs, sign=""),
-            _with_range(controls.loss),
-            _with_range(controls.loss_abs, sign=""),
-            style="dim",
-            end_section=True,
-        )
-    console = _console()
-    console.print(table)
-    console.print(
-        f"{escape(result.model)} on {escape(result.source)}: {result.tokens:,} tokens in {result.windows} windows; unsteered "
-        f"entropy {_with_interval(result.entropy, 3)}, loss {_with_interval(result.loss, 3)}. Nats; 95 % bootstrap intervals "
-        f"over windows; random: mean, lowest and highest of {len(result.draws)} draws. Norm: mean of the writes."
-    )
-    _write_study(console, result, as_json, plot, "plot_cumulative")
+    console = tables.console()
+    tables.print_cumulative(console, result)
+    _write(console, result, as_json, plot, "plot_cumulative")
 
 
-def _with_range(interval: Interval, sign: str = "+") -> str:
-    """``+0.2479 (+0.2375 … +0.2595)``"""
-    return "{:{f}} ({:{f}} … {:{f}})".format(*interval, f=f"{sign}.4f")
-
-
-def _write_study(console: Console, result: BaseModel, as_json: Path | None, plot: Path | None, draw: str) -> None:
+def _write(console: Console, result: BaseModel, as_json: Path | None, plot: Path | None, draw: str) -> None:
     if as_json:
         as_json.write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")
         console.print(f"Written: {escape(str(as_json))}")
@@ -648,121 +563,7 @@ def _write_study(console: Console, result: BaseModel, as_json: Path | None, plot
         console.print(f"Drawn: {escape(str(plot))}")
 
 
-def _console() -> Console:
-    """Tables need room: a pipe or a file, which has no width of its own, gets enough."""
-    console = Console()
-    return console if console.is_terminal else Console(width=150)
-
-
-def _with_interval(interval: Interval, digits: int) -> str:
-    """``5.024 ±0.101``: the value and half the width of its interval."""
-    return f"{interval.value:.{digits}f} ±{(interval.high - interval.low) / 2:.{digits}f}"
-
-
 def _load(model: str | None, loading: dict[str, Any]) -> Any:
     from confsteer.loading import load_model
 
     return load_model(model, **loading)
-
-
-def _print_profile(profile: Profile) -> None:
-    console = _console()
-    model, corpus, layer = profile.model, profile.corpus, profile.layer
-    if corpus is None:
-        _print_scan(profile)
-        return
-    console.print(
-        f"[bold]{escape(model.id)}[/bold] ({escape(model.model_type)}), layer {model.layer}: {model.n_neurons:,} neurons, "
-        f"{corpus.kept_tokens:,} tokens in {corpus.windows} windows of {escape(corpus.source)}. Unsteered: entropy "
-        f"{layer.entropy:.3f}, loss {layer.loss:.3f} nats."
-    )
-    for dial in DIALS:
-        neurons = profile.neurons(dial)
-        kind = "Entropy" if dial == "entropy" else "Token-frequency"
-        if not neurons:
-            console.print(f"[bold]{kind} neurons: none found.[/bold]")
-            continue
-        low, high = profile.reach(dial)
-        console.print(_neuron_table(f"{kind} neurons ({dial} dial: {low:+.2f} to {high:+.2f} nats)", neurons, dial))
-    console.print(
-        f"Null fraction: {layer.null_dims} of {model.d_model} directions; the luckiest of {model.n_neurons:,} random writes "
-        f"exceeds {layer.chance_null_fraction:.3f} 1 time in 20, and a cosine with unigram of "
-        f"{layer.chance_frequency_cosine:.3f}. Effects: neuron set to its mean, nats, ± standard error over windows."
-    )
-
-
-def _print_scan(profile: Profile) -> None:
-    from confsteer.discovery.select import candidates, percentile
-
-    console, model, weights = _console(), profile.model, profile.weights
-    console.print(
-        f"[bold]{escape(model.id)}[/bold] ({escape(model.model_type)}), layer {model.layer}: {model.n_neurons:,} neurons, "
-        "scanned by their weights alone."
-    )
-    values, k = weights.singular_values, weights.null_dims
-    console.print(
-        f"Spectrum of W_U: {k} of {len(values):,} singular values count as its effective null space, up to {values[k - 1]:.4g}; "
-        f"the next is {values[k]:.4g}, the largest {values[-1]:.4g}."
-    )
-    if found := candidates(weights):
-        table = Table(title="Candidates for entropy neurons, the longest write into the null space first", title_justify="left")
-        for name in ("neuron", "norm", "norm %ile", "logit variance", "logit var %ile", "null fraction", "of chance"):
-            table.add_column(name, justify="right")
-        norm_percentile, variance_percentile = percentile(weights.norm), percentile(weights.logit_variance)
-        for i in found:
-            table.add_row(
-                f"{model.layer}.{i}",
-                f"{weights.norm[i]:.3f}",
-                f"{norm_percentile[i]:.1f}",
-                f"{weights.logit_variance[i]:.2e}",
-                f"{variance_percentile[i]:.1f}",
-                f"{weights.null_fraction[i]:.3f}",
-                f"{weights.null_fraction[i] / weights.chance_null_fraction:.2f}×",
-            )
-        console.print(table)
-    else:
-        console.print("[bold]Candidates for entropy neurons: none found.[/bold]")
-    console.print(
-        f"Null fraction: the luckiest of {model.n_neurons:,} random writes exceeds {weights.chance_null_fraction:.3f} 1 time in "
-        "20. Where the last layer is was read off the model's structure; calibrate checks that numerically, measures what the "
-        "neurons do, and finds token-frequency neurons too."
-    )
-
-
-def _neuron_table(title: str, neurons: tuple[Neuron, ...], dial: str) -> Table:
-    def measured(value: Any) -> str:
-        error = "" if value.standard_error is None else f" ±{value.standard_error:.4f}"
-        return f"{value.value:.4f}{error}"
-
-    table = Table(title=title, title_justify="left")
-    for name in ("neuron", "sign", "norm %ile", "logit var %ile", "null fraction"):
-        table.add_column(name, justify="right")
-    if dial == "entropy":
-        columns = ("mediation", "|Δentropy|", "|Δloss|", "argmax changed")
-    else:
-        columns = ("via unigram", "|ΔKL|", "|Δloss|", "cosine with unigram")
-    for name in columns:
-        table.add_column(name, justify="right")
-    capped = any(n.total_effect_uncapped is not None for n in neurons)
-    if capped:
-        table.add_column("|Δloss| before softcap", justify="right")
-    for n in neurons:
-        if dial == "entropy":
-            effects = (measured(n.mediation), measured(n.entropy_effect_abs), measured(n.total_effect), f"{n.argmax_changed:.2%}")
-        else:
-            effects = (
-                measured(n.frequency_mediation),
-                measured(n.frequency_effect),
-                measured(n.total_effect),
-                f"{n.frequency_cosine:+.3f}",
-            )
-        table.add_row(
-            f"{n.layer}.{n.index}",
-            f"{n.sign:+d}",
-            f"{n.norm_percentile:.1f}",
-            f"{n.logit_variance_percentile:.1f}",
-            f"{n.null_fraction:.3f}",
-            *effects,
-            *([measured(n.total_effect_uncapped)] if capped else []),
-        )
-    return table

@@ -105,8 +105,9 @@ def test_chance_cosine_is_what_random_writes_reach() -> None:
     assert exceeded <= 20
 
 
-def test_frequency_cosine_is_the_cosine_in_logit_space() -> None:
-    readout = random_readout(centred=True, bias=False)
+@pytest.mark.parametrize("softcap", [None, 30.0], ids=["centred over the vocabulary", "not centred"])
+def test_frequency_cosine_is_the_cosine_in_logit_space(softcap: float | None) -> None:
+    readout = random_readout(centred=True, bias=False, softcap=softcap)
     unigram = random_unigram(readout.vocab_size)
     writes = readout.w_out.double() @ readout.unembedding.double().T
     writes = writes - writes.mean(dim=1, keepdim=True)
