@@ -45,6 +45,9 @@ from confsteer.profile import (
 from confsteer.sampling import sample_windows
 
 DEFAULT_TOKENS = 25_600
+CURVE_TOKENS = 4096
+"""Response curves are measured on about this many tokens, spread evenly over the text: what a dial does differs more from
+one text to the next than this sample differs from its text."""
 POSITION_SAMPLE = 64
 """Tokens on which the range of each response curve is found."""
 
@@ -260,7 +263,9 @@ def _look_closer(
     pushes = {
         dial: (slopes[dial].sign() * moments.std * _among(selected[dial], moments.std)).float().to(device) for dial in DIALS
     }
+    unsteered = ResponseCurve(readout, torch.zeros_like(pushes["entropy"]), unigram, torch.zeros(1))
     curves: dict[Dial, ResponseCurve] = {}
+    stride = max(1, moments.count // CURVE_TOKENS)
     for first, batch in enumerate(regroup(recording.read(), tokens_at_once(len(reported)))):
         if first == 0:
             for dial in DIALS:
@@ -268,12 +273,14 @@ def _look_closer(
                     sample = batch.at(slice(None, None, max(1, len(batch.targets) // POSITION_SAMPLE)))
                     positions = of_first(choose_positions(readout, pushes[dial], unigram, sample, dial=dial))
                     curves[dial] = ResponseCurve(readout, pushes[dial], unigram, positions)
-            # The unsteered model is position 0 of any curve.
-            unsteered = next(iter(curves.values()), ResponseCurve(readout, 0 * pushes["entropy"], unigram, torch.zeros(1)))
+        # Every stride-th token of each window, in however many processes and batches the windows come.
+        in_window = torch.arange(len(batch.window), device=device) - torch.searchsorted(batch.window, batch.window)
+        sampled = in_window % stride == 0
         exact, before_cap = [], []
         for outputs, rows in Outputs.stream(readout, batch):
-            for curve in curves.values() or [unsteered]:
-                curve.update(outputs)
+            unsteered.update(outputs)
+            for curve in curves.values():
+                curve.update(outputs.at(sampled[rows]))
             delta = mean.float() - batch.activations[rows][:, reported].float()
             exact.append(exact_effects(few, outputs, delta, unigram))
             if uncapped is not None:
@@ -286,10 +293,9 @@ def _look_closer(
         on_read(len(batch.targets))
     means.pool(all_sum)
     uncapped_means.pool(all_sum)
-    for curve in curves.values() or [unsteered]:
+    for curve in (unsteered, *curves.values()):
         curve.pool(all_sum)
     baseline = unsteered.result()
-    zero = int(baseline.position.abs().argmin())
     return _CloserLook(
         effects=means.result(),
         uncapped=None if uncapped is None else uncapped_means.result(),
@@ -298,8 +304,8 @@ def _look_closer(
             dial: Response(**{name: tuple(column.tolist()) for name, column in curve.result()._asdict().items()})
             for dial, curve in curves.items()
         },
-        entropy=float(baseline.entropy[zero]),
-        loss=float(baseline.loss[zero]),
+        entropy=float(baseline.entropy),
+        loss=float(baseline.loss),
     )
 
 

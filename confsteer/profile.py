@@ -102,7 +102,7 @@ class Neuron(_Strict):
 
 
 class Response(_Strict):
-    """What one dial does: means over the corpus at each of its positions, in nats."""
+    """What one dial does: means over the corpus (over an even sample of a long one) at each of its positions, in nats."""
 
     position: tuple[float, ...]
     """Dial positions, ascending, 0 among them; each neuron is pushed by position · sign · its standard deviation."""

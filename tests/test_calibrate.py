@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import confsteer
-from confsteer import CorpusError, NoNeuronsError, SettingError
+from confsteer import CorpusError, NoNeuronsError, ProfileMismatchError, SettingError
 from confsteer.anatomy import dissect
 from confsteer.corpus import make_windows
 from confsteer.profile import DIALS, Dial
@@ -81,6 +81,19 @@ def test_response_curves_pass_through_the_unsteered_model(found: Planted) -> Non
         assert curve.entropy[curve.zero] == pytest.approx(found.profile.layer.entropy, rel=1e-6)
         assert curve.loss[curve.zero] == pytest.approx(found.profile.layer.loss, rel=1e-6)
         assert curve.argmax_changed[curve.zero] == 0
+
+
+def test_a_curve_on_a_sample_is_close_to_that_on_all_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = planted("llama")
+    monkeypatch.setattr("confsteer.calibration.CURVE_TOKENS", 600)
+    sampled = confsteer.calibrate(found.model, found.tokenizer, found.texts, window=64, source="zipf")
+    assert sampled.layer == found.profile.layer
+    assert sampled.entropy_neurons == found.profile.entropy_neurons
+    for dial, curve in found.profile.response.items():
+        low, high = found.profile.reach(dial)
+        assert sampled.response[dial].entropy != curve.entropy
+        for change in (0.5 * low, 0.5 * high):
+            assert sampled.dial_position(dial, change) == pytest.approx(found.profile.dial_position(dial, change), rel=0.1)
 
 
 @pytest.mark.parametrize("dial", DIALS)
@@ -208,5 +221,23 @@ def test_windows_are_taken_as_they_are() -> None:
     assert confsteer.calibrate(found.model, found.tokenizer, windows) == found.profile
 
 
-def test_calibration_leaves_no_hook(found: Planted) -> None:
-    assert not any(module._forward_pre_hooks or module._forward_hooks for module in found.model.modules())
+def test_calibration_leaves_no_hook() -> None:
+    model = planted_model("gpt2", torch.ones(96))
+    confsteer.calibrate(model, tiny_tokenizer(), zipf_texts(), window=64)
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def test_a_scan_stands_in_for_the_statistics_of_the_weights(found: Planted, tmp_path: Path) -> None:
+    found.model.save_pretrained(tmp_path)
+    found.tokenizer.save_pretrained(tmp_path)
+    scanned = confsteer.scan(str(tmp_path)).profile
+
+    def calibrate(**settings: Any) -> confsteer.Profile:
+        return confsteer.calibrate(found.model, found.tokenizer, found.texts, window=64, source="zipf", **settings)
+
+    assert calibrate(scanned=scanned) == found.profile
+    with pytest.raises(SettingError, match="null_dims=2 beside a scan"):
+        calibrate(scanned=scanned, null_dims=2)
+    other = planted("llama" if found.model.config.model_type != "llama" else "gpt2").profile
+    with pytest.raises(ProfileMismatchError):
+        calibrate(scanned=other)

@@ -86,7 +86,7 @@ class ReadoutState(NamedTuple):
         own = [self.residual] if self.normed is None else [self.normed, self.residual]
         return torch.stack(own) / self.sigma
 
-    def at(self, rows: slice) -> ReadoutState:
+    def at(self, rows: slice | Tensor) -> ReadoutState:
         """The state of some of the tokens."""
         return ReadoutState(*(field if field is None else field[rows] for field in self))  # type: ignore[arg-type]
 
@@ -325,6 +325,10 @@ class Outputs(NamedTuple):
     argmax: Tensor
     targets: Tensor
     """Ids of the tokens that follow, ``[tokens]``."""
+
+    def at(self, rows: Tensor) -> Outputs:
+        """The outputs at some of the tokens."""
+        return Outputs(self.state.at(rows), self.x[:, rows], self.y[rows], self.argmax[rows], self.targets[rows])
 
     @classmethod
     def stream(cls, readout: Readout, states: TokenStates) -> Iterator[tuple[Outputs, slice]]:
