@@ -174,7 +174,7 @@ def test_bad_input_is_a_sentence_and_a_code(folder: Path, tmp_path: Path, argume
     assert not (tmp_path / "p").exists(), "nothing is written when something is wrong"
 
 
-@pytest.mark.parametrize("stage", ["argmax_changes", "ablation_effects"])
+@pytest.mark.parametrize("stage", ["exact_effects", "ablation_effects"])
 def test_interrupted_calibration_leaves_nothing_behind(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:

@@ -66,6 +66,8 @@ def profiles(draw: st.DrawFn) -> Profile:
         for name, field in Neuron.model_fields.items():
             if field.annotation is Measurement:
                 fields[name] = draw(MEASUREMENT)
+            elif field.annotation == Measurement | None:
+                fields[name] = draw(MEASUREMENT | st.none())
             elif name.endswith("percentile"):
                 fields[name] = draw(st.floats(0, 100))
             elif name in ("null_fraction", "argmax_changed"):

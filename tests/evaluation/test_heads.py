@@ -1,14 +1,15 @@
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedTokenizerFast
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from confsteer import NoNeuronsError, demo
+from confsteer import NoNeuronsError, Profile, demo
 from confsteer.anatomy import dissect
 from confsteer.evaluation.heads import HeadStudy, ablated, bos_ablation, induction_scores
 from confsteer.evaluation.induction import random_stretches, read_twice
@@ -16,6 +17,12 @@ from tests.models import FAMILIES, VOCAB, TinyFamily, tiny_model, tiny_tokenizer
 from tests.planted import planted
 
 LAYERS, HEADS = 2, 4
+
+
+def copied(model_type: str) -> tuple[Any, PreTrainedTokenizerFast, Profile]:
+    """A planted model of one's own: asking for attentions, transformers leaves hooks behind."""
+    model, tokenizer, _, profile = planted(model_type)
+    return copy.deepcopy(model), tokenizer, profile
 
 
 def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -95,7 +102,7 @@ def test_the_bundled_models_neurons_hear_of_repetition_through_its_induction_hea
 def test_means_are_those_of_the_induction_study() -> None:
     from confsteer.evaluation.induction import induction
 
-    model, tokenizer, _, profile = planted("gpt2")
+    model, tokenizer, profile = copied("gpt2")
     study = bos_ablation(model, tokenizer, profile, sequences=4, half=20)
     (kind,) = induction(model, tokenizer, profile, sequences=4, half=20).kinds
     for ours, theirs in zip(study.neurons, kind.neurons, strict=True):
@@ -104,7 +111,7 @@ def test_means_are_those_of_the_induction_study() -> None:
 
 
 def test_a_model_without_induction_heads_has_nothing_ablated() -> None:
-    model, tokenizer, _, profile = planted("llama")
+    model, tokenizer, profile = copied("llama")
     study = bos_ablation(model, tokenizer, profile, sequences=4, half=20)
     assert study.heads == ()
     assert study.entropy.nats == (0, 0, 0)
@@ -112,7 +119,7 @@ def test_a_model_without_induction_heads_has_nothing_ablated() -> None:
 
 
 def test_a_profile_without_entropy_neurons_is_refused() -> None:
-    model, tokenizer, _, profile = planted("llama")
+    model, tokenizer, profile = copied("llama")
     without = profile.model_copy(update={"entropy_neurons": (), "response": {}})
     with pytest.raises(NoNeuronsError, match="no entropy neurons"):
         bos_ablation(model, tokenizer, without)
