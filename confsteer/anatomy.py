@@ -66,7 +66,7 @@ FAMILIES: dict[str, Family] = {
     "smollm3": _LLAMA_LIKE,
     "stablelm": _LLAMA_LIKE,
 }
-"""Model type of the config -> where things are. Adding a family is one row here and one in ``tests/families.py``."""
+"""Model type of the config -> where things are. Adding a family is one row here and one in ``tests/models.py``."""
 
 
 class NormParameters(NamedTuple):
