@@ -157,6 +157,8 @@ def _text_options(command: Any) -> Any:
 
 
 _window_option = click.option("--window", default=256, show_default=True, type=int, help="Tokens per window.")
+_json_option = click.option("--json", "as_json", type=OUTPUT_FILE, metavar="FILE", help="Write the results as JSON.")
+_plot_option = click.option("--plot", type=OUTPUT_FILE, metavar="FILE.png", help="Draw the results.")
 _profile_option = click.option(
     "-p", "--profile", required=True, metavar="PROFILE", help="Folder, shipped name or hub repository."
 )
@@ -393,8 +395,8 @@ def generate(
 @_text_options
 @_window_option
 @click.option("--tokens", type=click.IntRange(min=1), help="Read at most this many.  [default: all]")
-@click.option("--json", "as_json", type=OUTPUT_FILE, metavar="FILE", help="Write the results as JSON.")
-@click.option("--plot", type=OUTPUT_FILE, metavar="FILE.png", help="Draw a reliability diagram.")
+@_json_option
+@_plot_option
 def evaluate(
     model: str | None,
     profile: str,
@@ -445,10 +447,6 @@ def study() -> None:
     """
 
 
-_study_json_option = click.option("--json", "as_json", type=OUTPUT_FILE, metavar="FILE", help="Write the results as JSON.")
-_study_plot_option = click.option("--plot", type=OUTPUT_FILE, metavar="FILE.png", help="Draw the results.")
-
-
 @study.command()
 @_model_options
 @_profile_option
@@ -456,8 +454,8 @@ _study_plot_option = click.option("--plot", type=OUTPUT_FILE, metavar="FILE.png"
 @click.option("--sequences", default=100, show_default=True, help="Of each kind; the paper has 1,000.")
 @click.option("--half", default=100, show_default=True, help="Tokens of a stretch.")
 @click.option("--seed", default=0, show_default=True, help="Of the random tokens.")
-@_study_json_option
-@_study_plot_option
+@_json_option
+@_plot_option
 def induction(
     model: str | None,
     profile: str,
@@ -509,8 +507,8 @@ def induction(
 @click.option("-k", type=int, help="Ablate at most this many neurons.  [default: all of the profile's]")
 @click.option("--repeats", default=10, show_default=True, help="Draws of random neurons.")
 @click.option("--seed", default=0, show_default=True, help="Of the draws.")
-@_study_json_option
-@_study_plot_option
+@_json_option
+@_plot_option
 def cumulative(
     model: str | None,
     profile: str,
