@@ -3,8 +3,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
@@ -28,16 +29,23 @@ def test_pooled_moments_are_those_of_all_tokens() -> None:
     parts = [ActivationMoments(4), ActivationMoments(4)]
     for part, rows in zip(parts, whole.split([13, 37]), strict=True):
         part.update(rows)
-    # What an all-reduce gives each process: n, then n·mean, then the squares about the common mean.
-    n = torch.tensor(50)
-    mean = whole.mean(0)
-    pooled = []
+    barrier, given = threading.Barrier(2), {}
+
+    def pool(rank: int) -> None:
+        def all_sum(values: torch.Tensor) -> torch.Tensor:
+            given[rank] = values
+            barrier.wait()
+            total = given[0] + given[1]
+            barrier.wait()
+            return total
+
+        parts[rank].pool(all_sum)
+
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(pool, range(2)))
     for part in parts:
-        part.pool(mock.Mock(side_effect=[n, 50 * mean, (whole - mean).square().sum(0)]))
-        pooled.append(part)
-    for part in pooled:
         assert part.count == 50
-        torch.testing.assert_close(part.mean, mean)
+        torch.testing.assert_close(part.mean, whole.mean(0))
         torch.testing.assert_close(part.std, whole.std(0))
 
 

@@ -101,7 +101,7 @@ def _expand(
         u_target = W[targets] @ readout.w_out.T
         y_target = (tokens.directions[:, rows] * W[targets]).sum(dim=-1, keepdim=True)
         if readout.softcap is not None:
-            s = 1 - (readout.cap(y_target[-1] + readout.logit_bias[targets, None]) / readout.softcap).square()
+            s = readout.cap_slope(readout.cap(y_target[-1] + readout.logit_bias[targets, None]))
             u_target, y_target = s * u_target, s * y_target
         x_target = y_target - tokens.mean_x[:, rows]
         no_x = torch.zeros_like(x_target)  # the x_k are centred

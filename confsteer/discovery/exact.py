@@ -96,7 +96,7 @@ def evaluate_pairs(
     t, i = (column.contiguous() for column in pairs.unbind(dim=1))
     total, direct = (Move(tuple(c[t, i] for c in move.along), move.write[t, i]) for move in readout.move(tokens.state, delta))
     mean_u, mean_v, targets = moments.mean_u[t, i], moments.mean_v[t, 0], tokens.targets[t]
-    # How far Δ goes along v (under a softcap to first order: that is how the held logits are defined).
+    # How far Δ goes along v, under a softcap to first order only: the sum over the vocabulary is not known yet.
     c = total.linear(moments.x_on_v[:, t, 0], moments.u_on_v[t, i])
     # For each of the three effects Σ q and Δ at the target; for the total also Σ f Δ and E_p[Δ] + Σ q (l + Δ).
     sums = torch.zeros(8, len(pairs), dtype=torch.float64, device=delta.device)

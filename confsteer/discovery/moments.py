@@ -93,7 +93,7 @@ def _cap(readout: Readout, y: Tensor, columns: slice) -> tuple[Tensor, Tensor, T
     if readout.softcap is None:
         return z, y, None
     z = readout.cap(z)
-    s = 1 - (z / readout.softcap).square()
+    s = readout.cap_slope(z)
     return z, s * y, s
 
 

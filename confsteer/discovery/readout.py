@@ -41,7 +41,7 @@ class WriteNorm:
     """An RMSNorm between the last MLP and the residual stream."""
 
     gain: Tensor
-    """``[d_model]``, centred writes included: what a unit of normalised output adds to the residual."""
+    """``[d_model]``"""
     epsilon: float
     inputs: Tensor
     """What each neuron adds to the norm's input per unit of activation, ``[n_neurons, d_model]``."""
@@ -248,6 +248,11 @@ class Readout:
     def cap(self, logits: Tensor) -> Tensor:
         """Logits after the softcap, where there is one."""
         return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
+
+    def cap_slope(self, capped: Tensor) -> Tensor:
+        """Derivative of the softcap where it gives `capped`; only for a model that has one."""
+        assert self.softcap is not None
+        return 1 - (capped / self.softcap).square()
 
     def state(self, residual: Tensor, mlp_output: Tensor | None = None) -> ReadoutState:
         """What `move` needs to know of some tokens.
