@@ -1,23 +1,28 @@
 """Inference-time confidence control for language models, with their own entropy and token-frequency neurons."""
 
-from confsteer.calibration import calibrate
-from confsteer.checkpoint import Scan, scan
-from confsteer.errors import (
-    ConfsteerError,
-    CorpusError,
-    NoNeuronsError,
-    ProfileCorruptError,
-    ProfileError,
-    ProfileMismatchError,
-    ProfileNotFoundError,
-    ProfileVersionError,
-    SettingError,
-    SteeringError,
-    UnsupportedModelError,
-)
-from confsteer.hf import steer
-from confsteer.profile import Neuron, Profile, Response
-from confsteer.steering import Steering
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from confsteer.calibration import calibrate
+    from confsteer.checkpoint import Scan, scan
+    from confsteer.errors import (
+        ConfsteerError,
+        CorpusError,
+        NoNeuronsError,
+        ProfileCorruptError,
+        ProfileError,
+        ProfileMismatchError,
+        ProfileNotFoundError,
+        ProfileVersionError,
+        SettingError,
+        SteeringError,
+        UnsupportedModelError,
+    )
+    from confsteer.hf import steer
+    from confsteer.profile import Neuron, Profile, Response
+    from confsteer.steering import Steering
 
 __all__ = [
     "ConfsteerError",
@@ -40,3 +45,30 @@ __all__ = [
     "scan",
     "steer",
 ]
+
+_MODULES = {
+    "Neuron": "profile",
+    "Profile": "profile",
+    "Response": "profile",
+    "Scan": "checkpoint",
+    "Steering": "steering",
+    "calibrate": "calibration",
+    "scan": "checkpoint",
+    "steer": "hf",
+}
+"""Where a name is; the others are errors."""
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: vLLM loads this package in each of its processes, wanted or not."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(f"{__name__}.{_MODULES.get(name, 'errors')}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

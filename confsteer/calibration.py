@@ -31,9 +31,7 @@ from confsteer.discovery.weights import weight_statistics
 from confsteer.errors import CorpusError, ProfileMismatchError, SettingError
 from confsteer.parallel import all_sum, of_first, share
 from confsteer.profile import (
-    DIALS,
     CorpusIdentity,
-    Dial,
     Layer,
     Measurement,
     ModelIdentity,
@@ -43,6 +41,7 @@ from confsteer.profile import (
     library_versions,
 )
 from confsteer.sampling import sample_windows
+from confsteer.steering import DIALS, Dial
 
 DEFAULT_TOKENS = 25_600
 CURVE_TOKENS = 4096

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from confsteer.anatomy import dissect
+from confsteer.edit import edited, neuron_edit, resolve, steerable
 from confsteer.errors import SteeringError
 from confsteer.profile import Profile
-from confsteer.steering import Steering, neuron_edit, steerable
+from confsteer.steering import Steering
 
 Request = Steering | dict[str, Any] | str
 """What `Steering.parse` takes."""
@@ -29,8 +30,8 @@ class Steerer:
 
     def __init__(self, profile: Profile, steerings: Sequence[Steering]) -> None:
         self.profile = profile
-        self.steerings = tuple(steerings)
-        self.positions = steerings[0].positions
+        self.steerings = _resolve(steerings, profile)
+        self.positions = self.steerings[0].positions
         self.by_row = len(steerings) > 1 or self.positions == "generated"
         """Whether edits depend on the row of the batch, or on where in the text a pass is."""
         self._neurons = torch.tensor([neuron.index for neuron in steerable(profile)])
@@ -49,14 +50,14 @@ class Steerer:
         Raises:
             SteeringError: malformed, out of reach, or of another number or other `positions` than the context has.
         """
-        steerings = _as_steerings(steering, request)
+        steerings = _resolve(_as_steerings(steering, request), self.profile)
         if len(steerings) != len(self.steerings) or steerings[0].positions != self.positions:
             raise SteeringError(
                 f"update() keeps the number of steerings and their positions: {len(self.steerings)}, {self.positions!r}; "
                 f"given {len(steerings)}, {steerings[0].positions!r}. Open another context"
             )
         self._table.copy_(self._build(steerings))
-        self.steerings = tuple(steerings)
+        self.steerings = steerings
 
     def _build(self, steerings: Sequence[Steering]) -> Tensor:
         edits = [neuron_edit(steering, self.profile) for steering in steerings]
@@ -86,13 +87,13 @@ class Steerer:
             by_row = selected.reshape(self._rows, -1, selected.shape[-1])
             per_steering = self._rows // len(self.steerings)
             gain, bias, low, high = (t.repeat_interleave(per_steering, dim=0)[:, None] for t in (gain, bias, low, high))
-            edited = torch.clamp(by_row.float() * gain + bias, low, high).to(selected.dtype)
+            after = edited(by_row, gain, bias, low, high)
             if self.positions == "generated" and not self._continues:
-                edited = torch.cat([by_row[:, :-1], edited[:, -1:]], dim=1)
-            edited = edited.reshape(selected.shape)
+                after = torch.cat([by_row[:, :-1], after[:, -1:]], dim=1)
+            after = after.reshape(selected.shape)
         else:
-            edited = torch.clamp(selected.float() * gain[0] + bias[0], low[0], high[0]).to(selected.dtype)
-        return (activations.index_copy(-1, self._neurons, edited), *args[1:])
+            after = edited(selected, gain[0], bias[0], low[0], high[0])
+        return (activations.index_copy(-1, self._neurons, after), *args[1:])
 
 
 @contextlib.contextmanager
@@ -148,6 +149,11 @@ def _as_steerings(steering: Request | Sequence[Request] | None, request: dict[st
     steerings = [Steering.parse(one) for one in several]
     if not steerings:
         raise SteeringError("an empty list of steerings: give one, or one per row of the batch")
-    if len({s.positions for s in steerings}) > 1:
-        raise SteeringError("all rows of a batch must have the same positions, 'all' or 'generated'")
     return steerings
+
+
+def _resolve(steerings: Sequence[Steering], profile: Profile) -> tuple[Steering, ...]:
+    resolved = tuple(resolve(steering, profile) for steering in steerings)
+    if len({steering.positions for steering in resolved}) > 1:
+        raise SteeringError("all rows of a batch must have the same positions, 'all' or 'generated'")
+    return resolved

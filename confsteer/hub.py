@@ -9,7 +9,8 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
 from confsteer.errors import ProfileError
-from confsteer.profile import DIALS, Profile
+from confsteer.profile import Profile
+from confsteer.steering import DIALS
 
 
 def push(profile: Profile, repo: str, *, private: bool = False) -> str:

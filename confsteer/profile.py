@@ -23,6 +23,7 @@ from confsteer.anatomy import Anatomy, dtype_name
 from confsteer.corpus import vocabulary_size
 from confsteer.discovery.response import monotone_range
 from confsteer.discovery.weights import WeightStatistics
+from confsteer.edit import neuron_edit
 from confsteer.errors import (
     NoNeuronsError,
     ProfileCorruptError,
@@ -32,6 +33,7 @@ from confsteer.errors import (
     ProfileVersionError,
     SteeringError,
 )
+from confsteer.steering import DIALS, Dial, PresetName, Steering
 
 FORMAT_VERSION = 1
 FILE_NAME = "profile.json"
@@ -39,8 +41,6 @@ COLUMNS_PATTERN = "columns-*.safetensors"
 WEIGHT_COLUMNS = ("norm", "logit_variance", "null_fraction", "singular_values")
 """Columns that the weights alone give, all a profile without a corpus has."""
 
-Dial = Literal["entropy", "unigram"]
-DIALS: tuple[Dial, ...] = ("entropy", "unigram")
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Share = Annotated[float, Field(ge=0, le=1)]
 Percent = Annotated[float, Field(ge=0, le=100)]
@@ -233,6 +233,8 @@ class Profile(_Strict):
     """Largest mean |ΔKL(P_freq ‖ P_model)| first."""
     response: dict[Dial, Response]
     """One curve per dial that has neurons."""
+    presets: dict[PresetName, Steering] = {}
+    """Steerings worth a name."""
     columns_file: ColumnsFile
     _columns: dict[str, Tensor] = PrivateAttr(default_factory=dict)
 
@@ -254,7 +256,26 @@ class Profile(_Strict):
                 raise ValueError(f"layer.{name} must be given if and only if there is a corpus")
         if self.corpus is None and neurons:
             raise ValueError("neurons are measured on a corpus, and there is none")
+        for name, steering in self.presets.items():
+            self._check_preset(name, steering)
         return self
+
+    def _check_preset(self, name: str, steering: Steering) -> None:
+        if steering.preset is not None:
+            raise SteeringError(f"preset {name!r} is made of another preset, {steering.preset!r}: write out what it does")
+        neuron_edit(steering, self)
+
+    def with_preset(self, name: str, steering: Steering) -> Profile:
+        """A copy of the profile in which `steering` can be asked for as ``preset=name``.
+
+        Raises:
+            SteeringError: the name is not letters, digits, ``.``, ``_`` and ``-``; or the steering names another preset, or is
+                nothing this profile can do.
+            NoNeuronsError: there are no neurons to steer.
+        """
+        Steering.parse({"preset": name})
+        self._check_preset(name, steering)
+        return self.model_copy(update={"presets": {**self.presets, name: steering}})
 
     @classmethod
     def create(cls, *, columns: Mapping[str, Tensor], **fields: Any) -> Profile:
@@ -270,6 +291,11 @@ class Profile(_Strict):
         return isinstance(other, Profile) and self.model_dump() == other.model_dump()
 
     __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def checksum(self) -> str:
+        """SHA-256 of ``profile.json``'s contents, the hash of the columns among them."""
+        return _checksum(FORMAT_VERSION, self.model_dump(mode="json"))
 
     @property
     def columns(self) -> Mapping[str, Tensor]:

@@ -14,7 +14,8 @@ from confsteer.discovery.weights import WeightStatistics
 from confsteer.evaluation.cumulative import CumulativeStudy
 from confsteer.evaluation.harness import Evaluation
 from confsteer.evaluation.induction import Curve, InductionStudy
-from confsteer.profile import DIALS, Profile
+from confsteer.profile import Profile
+from confsteer.steering import DIALS
 
 GREY, ENTROPY, FREQUENCY = "#9aa0a6", "#c5221f", "#1967d2"
 """The layer, its entropy neurons, its token-frequency neurons."""

@@ -1,23 +1,22 @@
-"""A steering request, and what it does to each neuron: shared by every runtime.
-
-One rule covers everything: an activation ``a`` becomes ``clip(gain · a + bias, low, high)``.
-"""
+"""A steering request: the same in Python, on the command line and over the wire, whatever runs the model."""
 
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from confsteer.errors import SteeringError
-from confsteer.profile import DIALS, Neuron, Profile
 
+Dial = Literal["entropy", "unigram"]
+DIALS: tuple[Dial, ...] = ("entropy", "unigram")
+MAX_CHARACTERS = 10_000
+"""Of a request in JSON or in text: dozens of neurons by name fit."""
 Number = Annotated[float, Field(ge=-1e6, le=1e6)]
 Bound = Number | None
 NeuronKey = int | Literal["entropy", "frequency"]
+PresetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,100}$")]
 
 
 class Steering(BaseModel):
@@ -35,12 +34,16 @@ class Steering(BaseModel):
     """How much closer to the unigram distribution the output comes, in nats of KL(P_model ‖ P_freq); below 0 farther."""
     scale: dict[NeuronKey, Number] = {}
     """Factor on a neuron's deviation from its mean activation: 0 ablates it, 1 leaves it."""
+    shift: dict[NeuronKey, Number] = {}
+    """What is added to a neuron's activation, in the activation's own units."""
     clamp: dict[NeuronKey, Number | tuple[Bound, Bound]] = {}
     """Value a neuron's activation is set to, or the range it is kept in; None for no bound on a side."""
     positions: Literal["all", "generated"] = "all"
     """``generated``: in a pass over a prompt, steer only the last position, the one that generates."""
+    preset: PresetName | None = None
+    """A steering stored in the profile, by its name; what is given beside it takes the place of its fields."""
 
-    @field_validator("scale", "clamp", mode="before")
+    @field_validator("scale", "shift", "clamp", mode="before")
     @classmethod
     def _read_neuron_keys(cls, value: Any) -> Any:
         """JSON has only string keys, and no tuples."""
@@ -69,6 +72,8 @@ class Steering(BaseModel):
         if isinstance(request, Steering):
             return request
         if isinstance(request, str):
+            if len(request) > MAX_CHARACTERS:
+                raise SteeringError(f"a steering has at most {MAX_CHARACTERS:,} characters; this one has {len(request):,}")
             request = _read_json(request) if request.lstrip().startswith("{") else _read_text(request)
         if not isinstance(request, dict):
             raise SteeringError(f'a steering is an object such as {{"entropy": 0.3}}, not {type(request).__name__}')
@@ -79,77 +84,16 @@ class Steering(BaseModel):
 
     def __str__(self) -> str:
         """As on the command line: ``entropy=+0.3 scale.757=0``; ``neutral`` if it changes nothing."""
-        parts = [f"{dial}={getattr(self, dial):+g}" for dial in DIALS if getattr(self, dial) is not None]
+        parts = [] if self.preset is None else [f"preset={self.preset}"]
+        parts += [f"{dial}={getattr(self, dial):+g}" for dial in DIALS if getattr(self, dial) is not None]
         parts += [f"scale.{key}={value:g}" for key, value in self.scale.items()]
+        parts += [f"shift.{key}={value:g}" for key, value in self.shift.items()]
         for key, value in self.clamp.items():
             bounds = value if isinstance(value, tuple) else (value,)
             parts.append(f"clamp.{key}=" + ":".join("" if b is None else f"{b:g}" for b in bounds))
         if self.positions != "all":
             parts.append(f"positions={self.positions}")
         return " ".join(parts) or "neutral"
-
-
-class NeuronEdit(NamedTuple):
-    """``a' = clip(gain · a + bias, low, high)`` for each of a profile's neurons, float32 ``[neurons]``."""
-
-    gain: NDArray[np.float32]
-    bias: NDArray[np.float32]
-    low: NDArray[np.float32]
-    high: NDArray[np.float32]
-
-
-def steerable(profile: Profile) -> tuple[Neuron, ...]:
-    """The neurons that steering can reach, in the order of every `NeuronEdit`.
-
-    Raises:
-        NoNeuronsError: there are none.
-    """
-    neurons = (*profile.entropy_neurons, *profile.frequency_neurons)
-    if not neurons:
-        raise profile.no_neurons("entropy", "token-frequency")
-    return neurons
-
-
-def neuron_edit(steering: Steering, profile: Profile) -> NeuronEdit:
-    """What `steering` does to each of the profile's neurons.
-
-    A neuron is first scaled about its mean, then pushed by the dials, then clamped.
-
-    Raises:
-        SteeringError: a dial is out of reach, or a neuron is not in the profile.
-        NoNeuronsError: the model has no neurons of the kind asked for.
-    """
-    neurons = steerable(profile)
-    rows = {neuron.index: row for row, neuron in enumerate(neurons)}
-    groups = {
-        "entropy": [rows[neuron.index] for neuron in profile.entropy_neurons],
-        "frequency": [rows[neuron.index] for neuron in profile.frequency_neurons],
-    }
-
-    def rows_of(key: NeuronKey) -> list[int]:
-        found = groups[key] if isinstance(key, str) else [rows[key]] if key in rows else []
-        if not found:
-            what = f"{key} neurons" if isinstance(key, str) else f"neuron {key}"
-            raise SteeringError(f"{what}: not in the profile of {profile.model.id}, which has {', '.join(map(str, rows))}")
-        return found
-
-    mean = np.array([neuron.mean_activation for neuron in neurons])
-    gain, bias = np.ones(len(neurons)), np.zeros(len(neurons))
-    low, high = np.full(len(neurons), -np.inf), np.full(len(neurons), np.inf)
-    for key, factor in steering.scale.items():
-        gain[rows_of(key)] = factor
-    bias += (1 - gain) * mean
-    for dial in DIALS:
-        change = getattr(steering, dial)
-        if change:
-            position = profile.dial_position(dial, change)
-            for neuron in profile.neurons(dial):
-                bias[rows[neuron.index]] += position * neuron.sign * neuron.std_activation
-    for key, bounds in steering.clamp.items():
-        lower, upper = bounds if isinstance(bounds, tuple) else (bounds, bounds)
-        low[rows_of(key)] = -np.inf if lower is None else lower
-        high[rows_of(key)] = np.inf if upper is None else upper
-    return NeuronEdit(*(column.astype(np.float32) for column in (gain, bias, low, high)))
 
 
 def _read_json(text: str) -> Any:
@@ -160,7 +104,7 @@ def _read_json(text: str) -> Any:
 
 
 def _read_text(text: str) -> dict[str, Any]:
-    """``key=value`` words; ``scale.NEURON=FACTOR``, ``clamp.NEURON=VALUE`` and ``clamp.NEURON=LOW:HIGH`` for neurons."""
+    """``key=value`` words; a neuron's are ``scale.5=0``, ``shift.5=-1``, ``clamp.5=2`` and ``clamp.5=LOW:HIGH``."""
 
     def number(word: str, value: str) -> float:
         try:
@@ -173,7 +117,7 @@ def _read_text(text: str) -> dict[str, Any]:
         key, equals, value = word.partition("=")
         if not equals:
             raise SteeringError(f"{word!r} is not KEY=VALUE, such as entropy=0.3")
-        if word == "positions=generated" or word == "positions=all":
+        if key in ("positions", "preset"):
             request[key] = value
         elif "." in key:
             key, _, neuron = key.partition(".")

@@ -9,7 +9,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from confsteer.discovery.select import candidates, percentile
-from confsteer.profile import DIALS, Neuron, Profile
+from confsteer.profile import Neuron, Profile
+from confsteer.steering import DIALS
 
 if TYPE_CHECKING:
     from confsteer.evaluation.cumulative import CumulativeStudy
@@ -43,6 +44,8 @@ def print_profile(console: Console, profile: Profile) -> None:
             continue
         low, high = profile.reach(dial)
         console.print(_neuron_table(f"{kind} neurons ({dial} dial: {low:+.2f} to {high:+.2f} nats)", neurons, dial))
+    for name, steering in profile.presets.items():
+        console.print(f"Preset {escape(name)}: {escape(str(steering))}")
     console.print(
         f"Null fraction: {layer.null_dims} of {model.d_model} directions; the luckiest of {model.n_neurons:,} random writes "
         f"exceeds {layer.chance_null_fraction:.3f} 1 time in 20, and a cosine with unigram of "

@@ -26,8 +26,9 @@ from confsteer.evaluation.heads import INDUCTION_SCORE, HeadStudy, bos_ablation
 from confsteer.evaluation.induction import InductionStudy, RepeatedSequences, induction
 from confsteer.evaluation.metrics import Interval
 from confsteer.loading import DEMO_NAME, load_model
-from confsteer.profile import DIALS, Measurement
+from confsteer.profile import Measurement
 from confsteer.report import plot_cumulative, plot_frequency_neurons, plot_induction, plot_neurons, plot_response
+from confsteer.steering import DIALS
 from confsteer.texts import python_docs, read_texts
 
 PUBLISHED = Path(__file__).with_name("gpt2_small_published.json")

@@ -13,7 +13,7 @@ import confsteer
 from confsteer import CorpusError, NoNeuronsError, ProfileMismatchError, SettingError
 from confsteer.anatomy import dissect
 from confsteer.corpus import make_windows
-from confsteer.profile import DIALS, Dial
+from confsteer.steering import DIALS, Dial
 from tests.models import (
     ENTROPY_NEURONS,
     FREQUENCY_NEURON,

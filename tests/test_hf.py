@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, TextIteratorStreamer, pipeline
 import confsteer
 from confsteer import NoNeuronsError, ProfileMismatchError, Steering, SteeringError
 from confsteer.anatomy import LastLayerStates, dissect
-from confsteer.steering import neuron_edit, steerable
+from confsteer.edit import neuron_edit, steerable
 from tests.models import FAMILIES, TinyFamily, planted_model, tiny_model
 from tests.planted import Planted, planted
 

@@ -3,17 +3,19 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 import confsteer
 from confsteer import errors
 
 
-def test_the_public_names_are_exactly_these() -> None:
-    assert set(confsteer.__all__) == {name for name, value in vars(confsteer).items() if _is_public(name, value)}
-    assert confsteer.__all__ == sorted(confsteer.__all__)
-
-
-def _is_public(name: str, value: object) -> bool:
-    return not name.startswith("_") and getattr(value, "__module__", "").startswith("confsteer")
+def test_every_public_name_is_there_and_no_other() -> None:
+    assert confsteer.__all__ == sorted(confsteer.__all__) == dir(confsteer)
+    for name in confsteer.__all__:
+        assert getattr(confsteer, name).__module__.startswith("confsteer.")
+        assert getattr(confsteer, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'calibration_'"):
+        _ = confsteer.calibration_
 
 
 def test_every_error_is_a_confsteer_error_and_drawn_in_the_tree() -> None:
@@ -26,8 +28,8 @@ def test_every_error_is_a_confsteer_error_and_drawn_in_the_tree() -> None:
 
 
 def test_importing_confsteer_is_light() -> None:
-    heavy = ("vllm", "matplotlib", "torchmetrics", "datasets", "peft")
-    code = f"import sys, confsteer; loaded = [m for m in {heavy} if m in sys.modules]; assert not loaded, loaded"
+    heavy = ("torch", "transformers", "pydantic", "vllm", "matplotlib", "torchmetrics", "datasets", "peft")
+    code = f"import sys, confsteer, confsteer.vllm; loaded = [m for m in {heavy} if m in sys.modules]; assert not loaded, loaded"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -28,6 +28,7 @@ from confsteer import (
 )
 from confsteer.discovery.response import monotone_range
 from confsteer.profile import FILE_NAME, Measurement, find, schema, shipped_profiles
+from confsteer.steering import Steering
 from tests.planted import planted
 
 SCHEMA = Path(__file__).parents[1] / "calibrations" / "profile.schema.json"
@@ -41,6 +42,18 @@ def profile() -> Profile:
 @pytest.fixture
 def saved(profile: Profile, tmp_path: Path) -> Path:
     return profile.save(tmp_path / "p")
+
+
+def test_presets_survive_the_disk_and_are_checked_when_read(profile: Profile, tmp_path: Path) -> None:
+    named = profile.with_preset("calm", Steering(entropy=0.05, clamp={5: (None, 2.0)}))
+    named.save(tmp_path / "named")
+    assert Profile.load(tmp_path / "named") == named
+    assert named.checksum != profile.checksum == Profile.load(profile.save(tmp_path / "plain")).checksum
+    assert json.loads((tmp_path / "plain" / "profile.json").read_text())["checksum"] == profile.checksum
+    broken = named.model_copy(update={"presets": {"calm": Steering(scale={4: 0.0})}})
+    broken.save(tmp_path / "broken")
+    with pytest.raises(ProfileCorruptError, match="neuron 4: not in the profile"):
+        Profile.load(tmp_path / "broken")
 
 
 def test_a_profile_survives_the_disk(profile: Profile, saved: Path) -> None:

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from confsteer import NoNeuronsError, Profile, Steering, SteeringError
 from confsteer.discovery.response import monotone_range
-from confsteer.profile import DIALS, Dial
-from confsteer.steering import neuron_edit, steerable
+from confsteer.edit import neuron_edit, resolve, steerable
+from confsteer.steering import DIALS, Dial
 from tests.models import ENTROPY_NEURONS, FREQUENCY_NEURON
 from tests.planted import planted
 
@@ -27,8 +27,10 @@ STEERING = st.builds(
     entropy=NUMBER | st.none(),
     unigram=NUMBER | st.none(),
     scale=st.dictionaries(KEY, NUMBER, max_size=3),
+    shift=st.dictionaries(KEY, NUMBER, max_size=3),
     clamp=st.dictionaries(KEY, NUMBER | BOUNDS, max_size=3),
     positions=st.sampled_from(["all", "generated"]),
+    preset=st.none() | st.sampled_from(["calibrated", "v1.2_a-b"]),
 )
 
 
@@ -61,6 +63,7 @@ def test_json_gives_back_the_same_steering(steering: Steering) -> None:
         "clamp.757=1.5",
         "clamp.757=:2 clamp.frequency=-1:",
         "clamp.5=0:2 positions=generated",
+        "preset=calm_2 entropy=+0.1 shift.5=-0.25",
     ],
 )
 def test_text_and_str_are_inverses(text: str) -> None:
@@ -92,6 +95,33 @@ def test_a_group_is_all_its_neurons(profile: Profile) -> None:
 @pytest.mark.parametrize(("value", "bounds"), [(1.5, (1.5, 1.5)), ((0.0, 2.0), (0.0, 2.0)), ((None, 2.0), (-np.inf, 2.0))])
 def test_clamps_are_bounds(profile: Profile, value: Any, bounds: tuple[float, float]) -> None:
     assert edit_of(profile, clamp={5: value})[5] == (1.0, 0.0, *bounds)
+
+
+def test_a_shift_adds_to_what_the_scale_leaves(profile: Profile) -> None:
+    scaled, both = edit_of(profile, scale={5: 0.25})[5], edit_of(profile, scale={5: 0.25}, shift={5: -0.5})[5]
+    assert both == (scaled[0], pytest.approx(scaled[1] - 0.5, rel=1e-6), *scaled[2:])
+    assert [edit_of(profile, shift={"entropy": 0.5})[i] for i in ENTROPY_NEURONS] == [(1.0, 0.5, -np.inf, np.inf)] * 2
+
+
+def test_a_preset_is_its_steering_and_what_is_given_beside_it_takes_its_place(profile: Profile) -> None:
+    calm = Steering(entropy=0.05, scale={5: 0.5})
+    with_preset = profile.with_preset("calm", calm)
+    assert profile.presets == {}
+    assert edit_of(with_preset, preset="calm") == edit_of(profile, entropy=0.05, scale={5: 0.5})
+    assert edit_of(with_preset, preset="calm", entropy=-0.02) == edit_of(profile, entropy=-0.02, scale={5: 0.5})
+    assert edit_of(with_preset, preset="calm", scale={}) == edit_of(profile, entropy=0.05)
+    assert resolve(Steering(preset="calm", positions="generated"), with_preset).positions == "generated"
+
+
+def test_presets_that_do_not_work_are_refused(profile: Profile) -> None:
+    with pytest.raises(SteeringError, match=r"preset 'calm': not in the profile of .*, which has loud"):
+        edit_of(profile.with_preset("loud", Steering(entropy=0.05)), preset="calm")
+    with pytest.raises(SteeringError, match="is made of another preset"):
+        profile.with_preset("calm", Steering(preset="loud"))
+    with pytest.raises(SteeringError, match="out of reach"):
+        profile.with_preset("calm", Steering(entropy=100))
+    with pytest.raises(SteeringError, match="preset: String should match"):
+        profile.with_preset("<b>", Steering(entropy=0.05))
 
 
 @pytest.mark.parametrize("dial", DIALS)
@@ -142,7 +172,7 @@ def test_a_neuron_outside_the_profile_is_refused_with_those_inside(profile: Prof
 @pytest.mark.parametrize(
     ("request_", "sentence"),
     [
-        ({"entropie": 0.1}, "unknown key 'entropie'; a steering has entropy, unigram, scale, clamp, positions"),
+        ({"entropie": 0.1}, "unknown key 'entropie'; a steering has entropy, unigram, scale, shift, clamp, positions, preset"),
         ({"entropy": "0.1"}, "entropy: Input should be a valid number"),
         ({"entropy": True}, "entropy: Input should be a valid number"),
         ({"entropy": float("nan")}, "entropy: Input should be a finite number"),
@@ -156,8 +186,10 @@ def test_a_neuron_outside_the_profile_is_refused_with_those_inside(profile: Prof
         ({"clamp": {"5": [1.0]}}, "clamp.5"),
         ({"positions": "some"}, "positions: Input should be 'all' or 'generated'"),
         ("{broken", "this is not JSON"),
-        ("[" * 100_000, "not KEY=VALUE"),
-        ('{"scale":' * 100_000, "not JSON"),
+        ("[" * 10_000, "not KEY=VALUE"),
+        ('{"scale":' * 1_000, "not JSON"),
+        ("entropy=0.1 " * 1_000, "a steering has at most 10,000 characters; this one has 12,000"),
+        ({"preset": "no spaces"}, "preset: String should match pattern"),
         ("entropy", "'entropy' is not KEY=VALUE"),
         ("entropy=much", "'much' is not a number"),
         ("scale.5=1:2:3", "is not a number"),
