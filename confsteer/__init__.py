@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         SettingError,
         SteeringError,
         UnsupportedModelError,
+        UnsupportedServerError,
     )
     from confsteer.hf import steer
     from confsteer.profile import Neuron, Profile, Response
@@ -41,6 +42,7 @@ __all__ = [
     "Steering",
     "SteeringError",
     "UnsupportedModelError",
+    "UnsupportedServerError",
     "calibrate",
     "scan",
     "steer",

@@ -72,29 +72,25 @@ def scan(
     """
     source = str(DEMO) if name is None else name
     with tqdm(total=3, desc="reading", unit="step", disable=not progress) as bar, torch.no_grad():
+        last = read_last_layer(source, revision=revision, trust_remote_code=trust_remote_code)
         try:
-            # Whatever the branch moves to meanwhile, all files are of one commit.
-            commit = extract_commit_hash(str(_file(source, CONFIG_NAME, revision)), None)
-            revision = commit or revision
-            config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
-            tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+            tokenizer = AutoTokenizer.from_pretrained(
+                source, revision=last.commit or revision, trust_remote_code=trust_remote_code
+            )
         except (OSError, ValueError) as error:
             raise ConfsteerError(f"cannot load {source}: {_first_line(error)}") from error
-        model, anatomy = _skeleton(config, trust_remote_code)
-        shard_of, bytes_total = _shards(source, revision)
-        tensors = _fill(model, anatomy, source, revision, shard_of)
-        bytes_read = sum(tensor.nbytes for tensor in tensors.values())
-        names = tuple(tensors)
+        bytes_read = sum(tensor.nbytes for tensor in last.tensors.values())
+        bytes_total, names = last.bytes_total, tuple(last.tensors)
         bar.update()
         bar.set_description("hashing")
         if name is None:
-            config.name_or_path = DEMO_NAME
-        identity = ModelIdentity.of(config, tokenizer, anatomy, revision=commit)
+            last.config.name_or_path = DEMO_NAME
+        identity = ModelIdentity.of(last.config, tokenizer, last.anatomy, revision=last.commit)
         bar.update()
         bar.set_description("statistics")
-        readout = anatomy.readout(identity.tokenizer_size)
+        readout = last.anatomy.readout(identity.tokenizer_size)
         # The raw weights make room for the float64 copies of the folded ones.
-        del model, anatomy, tensors
+        del last
         weights = weight_statistics(readout, null_dims=null_dims, seed=seed)
         bar.update()
     profile = Profile.create(
@@ -115,6 +111,39 @@ def scan(
         columns={name: getattr(weights, name) for name in WEIGHT_COLUMNS},
     )
     return Scan(profile, names, bytes_read, bytes_total)
+
+
+class LastLayer(NamedTuple):
+    """The end of a model on disk."""
+
+    config: Any
+    commit: str | None
+    """On the hub, where there is one."""
+    anatomy: Anatomy
+    """Of a model without weights but for those read."""
+    tensors: dict[str, Tensor]
+    """What was read, by the names in the checkpoint."""
+    bytes_total: int | None
+    """Size of the whole checkpoint; None where its index does not say."""
+
+
+def read_last_layer(source: str, *, revision: str | None = None, trust_remote_code: bool = False) -> LastLayer:
+    """Read the unembedding, the final norm and the last MLP's output projection of a checkpoint, and nothing else of it.
+
+    Raises:
+        ConfsteerError: as `scan`.
+        UnsupportedModelError: see `confsteer.anatomy.locate`.
+    """
+    try:
+        # Whatever the branch moves to meanwhile, all files are of one commit.
+        commit = extract_commit_hash(str(_file(source, CONFIG_NAME, revision)), None)
+        revision = commit or revision
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ConfsteerError(f"cannot load {source}: {_first_line(error)}") from error
+    model, anatomy = _skeleton(config, trust_remote_code)
+    shard_of, bytes_total = _shards(source, revision)
+    return LastLayer(config, commit, anatomy, _fill(model, anatomy, source, revision, shard_of), bytes_total)
 
 
 def _skeleton(config: Any, trust_remote_code: bool) -> tuple[PreTrainedModel, Anatomy]:

@@ -1,6 +1,7 @@
 """Everything confsteer raises on purpose.
 
 ConfsteerError
+├── UnsupportedServerError     this release of vLLM, or the way it is set up, is not one confsteer can steer
 ├── UnsupportedModelError      the model's last layer is not one confsteer can steer; the message names what failed
 ├── NoNeuronsError             the model (or profile) has no neurons of the kind asked for
 ├── CorpusError                the text cannot be used
@@ -20,6 +21,10 @@ class ConfsteerError(Exception):
 
 class UnsupportedModelError(ConfsteerError):
     """The model's last layer is not one confsteer can measure and steer."""
+
+
+class UnsupportedServerError(ConfsteerError):
+    """This release of vLLM, or the way it is set up, is not one confsteer can steer."""
 
 
 class NoNeuronsError(ConfsteerError):

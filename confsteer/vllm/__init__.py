@@ -1,1 +1,41 @@
-"""Steering inside vLLM."""
+"""Steering inside vLLM, per request, in the compiled graph.
+
+vLLM calls `register` in each of its processes (entry-point group ``vllm.general_plugins``). Nothing more happens until an engine
+is configured with ``additional_config={"confsteer": {"profile": ...}}``. Then, in the order of things:
+
+startup.py      the front process: settings, profile and model are checked, the worker class is chosen
+release.py      which vLLM this is, and which of its features steering does not go together with
+admission.py    the front process: a request's steering is checked and written in one canonical way, or refused
+metrics.py      Prometheus counters
+endpoint.py     GET /confsteer
+worker.py       the worker process: the model is steered, and proved to be before it serves
+projection.py   where the last MLP's output projection is in vLLM's model, and the edit on its input
+batch.py        which token of a step belongs to which request, in both of vLLM's model runners
+slots.py        a table of steerings, one row each; it knows nothing of vLLM
+proof.py        what steering must do to the model's output, numerically
+command.py      ``confsteer serve``
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+
+@functools.cache
+def register() -> None:
+    """Entry point of ``vllm.general_plugins``: look at each engine's configuration when it is made."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    create = EngineArgs.create_engine_config
+
+    @functools.wraps(create)
+    def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> Any:
+        config = create(self, *args, **kwargs)
+        if "confsteer" in config.additional_config:
+            from confsteer.vllm.startup import prepare
+
+            prepare(config)
+        return config
+
+    EngineArgs.create_engine_config = create_engine_config

@@ -1,0 +1,114 @@
+"""Which token of a step belongs to which request, and so which steering it follows, in both of vLLM's model runners."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from confsteer.edit import neuron_edit
+from confsteer.profile import Profile
+from confsteer.steering import Steering
+from confsteer.vllm.projection import SteeredProjection
+from confsteer.vllm.settings import KEY
+from confsteer.vllm.slots import NEUTRAL, Slots, token_rows
+
+
+class _Request(NamedTuple):
+    steering: str
+    """Canonical, see `confsteer.vllm.admission`."""
+    first: int
+    """Position at which it begins."""
+
+
+class Batch:
+    """The steered requests that a worker holds, and what the device's tables say at the moment."""
+
+    def __init__(self, profile: Profile, projection: SteeredProjection, slots: Slots) -> None:
+        self._profile = profile
+        self._projection = projection
+        self._slots = slots
+        self._requests: dict[str, _Request] = {}
+        self._edit = functools.lru_cache(maxsize=4096)(self._read_edit)
+        self._filled: tuple[list[str], NDArray[Any]] | None = None
+        """Requests and token counts of a step whose rows are still right for the next one like it."""
+        self._neutral = True
+        """Whether all rows on the device are neutral."""
+
+    def note(self, scheduler_output: Any) -> None:
+        """Remember the steerings of new requests, forget finished ones. Before each step."""
+        for request_id in scheduler_output.finished_req_ids:
+            self._requests.pop(request_id, None)
+        for new in scheduler_output.scheduled_new_reqs:
+            params = new.sampling_params
+            steering = params.extra_args.get(KEY) if params is not None and params.extra_args else None
+            self._requests.pop(new.req_id, None)
+            if steering is not None:
+                self._requests[new.req_id] = _Request(steering, self._first(steering, new))
+            self._filled = None
+
+    def follow(self, request_ids: Sequence[str], counts: NDArray[np.integer], computed: NDArray[np.integer]) -> None:
+        """Have the tokens of the step that comes next follow their requests' steerings.
+
+        Args:
+            request_ids: in the order of their tokens.
+            counts: tokens of each in this step.
+            computed: tokens of each before it.
+        """
+        if not self._requests and self._neutral:
+            return
+        if self._filled is not None and self._filled[0] == request_ids and np.array_equal(self._filled[1], counts):
+            return
+        requests = [self._requests.get(request_id) for request_id in request_ids]
+        new = self._slots.assign(request.steering for request in requests if request is not None)
+        if new:
+            edits = torch.from_numpy(np.stack([self._edit(steering) for steering in new], axis=1))
+            self._projection.set_table(torch.tensor(list(new.values())), edits)
+        rows = [NEUTRAL if request is None else self._slots[request.steering] for request in requests]
+        first = [0 if request is None else request.first for request in requests]
+        tokens = token_rows(rows, counts, computed, first)
+        self._neutral = not self._requests
+        if self._neutral:
+            # The rows of a longer step before this one too: the next steps are not looked at.
+            self._projection.clear_rows()
+        else:
+            self._projection.set_rows(torch.from_numpy(tokens))
+        # Positions only rise: once all are past where steering begins, a step of the same shape needs the same rows.
+        whole = bool((np.asarray(first) <= computed).all())
+        self._filled = (list(request_ids), counts.copy()) if whole else None
+
+    def _first(self, steering: str, new: Any) -> int:
+        if Steering.parse(steering).positions == "all":
+            return 0
+        prompt = new.prompt_token_ids if new.prompt_token_ids is not None else new.prompt_embeds
+        return len(prompt) - 1
+
+    def _read_edit(self, steering: str) -> NDArray[np.float32]:
+        return np.stack(neuron_edit(Steering.parse(steering), self._profile))
+
+
+def follow_runner(runner: Any, batch: Batch, *, v2: bool) -> None:
+    """Have `batch` told of each step that a model runner prepares."""
+    if v2:
+        prepare = runner.prepare_inputs
+
+        def prepare_inputs(*args: Any, **kwargs: Any) -> Any:
+            step = prepare(*args, **kwargs)
+            batch.follow(step.req_ids, step.num_scheduled_tokens, step.num_computed_tokens_np)
+            return step
+
+        runner.prepare_inputs = prepare_inputs
+    else:
+        prepare = runner._prepare_inputs
+
+        def _prepare_inputs(scheduler_output: Any, num_scheduled_tokens: Any, *args: Any, **kwargs: Any) -> Any:
+            prepared = prepare(scheduler_output, num_scheduled_tokens, *args, **kwargs)
+            step = runner.input_batch
+            batch.follow(step.req_ids, num_scheduled_tokens, step.num_computed_tokens_cpu[: step.num_reqs])
+            return prepared
+
+        runner._prepare_inputs = _prepare_inputs

@@ -1,0 +1,50 @@
+"""``GET /confsteer``: what this server can steer. vLLM adds a plugin's routes only if ``VLLM_PLUGINS`` names the plugin."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI, HTTPException
+
+from confsteer.vllm.settings import Settings
+
+
+def describe(settings: Settings) -> dict[str, Any]:
+    """The profile, its neurons, the ranges of its dials, its presets and the default steering, for JSON."""
+    profile = settings.load_profile()
+    return {
+        "version": settings.version,
+        "profile": settings.profile,
+        "checksum": settings.checksum,
+        "model": profile.model.id,
+        "layer": profile.model.layer,
+        "dials": {
+            dial: {
+                "unit": "nats",
+                "range": profile.reach(dial),
+                "neurons": [neuron.index for neuron in profile.neurons(dial)],
+            }
+            for dial in profile.response
+        },
+        "presets": {name: str(steering) for name, steering in profile.presets.items()},
+        "default": settings.default or None,
+    }
+
+
+class Endpoint:
+    """An ``EndpointPlugin``."""
+
+    name = "confsteer"
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: FastAPI) -> None:
+        @app.get("/confsteer")
+        def confsteer() -> Any:
+            """What this server can steer."""
+            if app.state.confsteer is None:
+                raise HTTPException(404, "this server was started without a confsteer profile")
+            return app.state.confsteer
+
+    async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
+        settings = None if engine_client is None else Settings.of(engine_client.vllm_config.additional_config)
+        state.confsteer = None if settings is None else describe(settings)

@@ -1,0 +1,186 @@
+"""Where the last MLP's output projection is in vLLM's model, and the edit on its input.
+
+vLLM's models are not transformers'. They are found by sizes and confirmed by weights: the projection is the linear layer of
+the profile's layer whose neurons' writes have the norms that calibration found, each of thousands of them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+
+from confsteer.anatomy import FAMILIES, UNITS_AT_ONCE, NormParameters, read_norm
+from confsteer.edit import edited, steerable
+from confsteer.errors import ProfileMismatchError, UnsupportedModelError
+from confsteer.profile import Profile
+from confsteer.vllm.slots import NEUTRAL
+
+NEUTRAL_RULE = (1.0, 0.0, -torch.inf, torch.inf)
+NORM_TOLERANCE, QUANTISED_TOLERANCE = 2e-3, 5e-2
+"""Relative error of the norms: of every neuron, and, where weights are quantised, of the median neuron."""
+
+
+@dataclass(frozen=True)
+class SteeredProjection:
+    """The projection of this rank, with the tables that steer it."""
+
+    module: nn.Module
+    """What the model calls: the linear layer, or the LoRA wrapper around it."""
+    neurons: tuple[int, ...]
+    """Positions in `confsteer.edit.steerable` of the neurons that this rank holds."""
+    writes: Tensor
+    """What the profile's neurons write to the residual, zero for those of other ranks; float32 ``[neurons, d_model]``."""
+    final_norm: NormParameters
+    write_gain: Tensor | None
+    """Of a norm on the MLP's output, ``[d_model]``."""
+
+    def set_rows(self, rows: Tensor) -> None:
+        """Which row of the table each token of the next step follows, int64 ``[tokens]`` on the CPU."""
+        self._to_device(rows, self.module.confsteer_rows[: len(rows)])
+
+    def clear_rows(self) -> None:
+        """Let every token of any step follow the neutral row."""
+        self.module.confsteer_rows.fill_(NEUTRAL)
+
+    def set_table(self, slots: Tensor, edits: Tensor) -> None:
+        """Write edits, ``[4, slots, neurons]`` on the CPU (all of the profile's neurons), to rows of the table."""
+        table: Tensor = self.module.confsteer_table
+        table.index_copy_(1, slots.to(table.device), edits[..., list(self.neurons)].to(table.device))
+
+    def _to_device(self, values: Tensor, place: Tensor) -> None:
+        # A fresh pinned buffer each time: the copy may still be under way when the next step is prepared.
+        place.copy_(values.pin_memory() if place.is_cuda else values, non_blocking=place.is_cuda)
+
+
+def _steer(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Before the projection: ``a' = clip(gain · a + bias, low, high)`` on the profile's neurons, per token.
+
+    Part of the compiled graph. Shapes and addresses never change, only what the buffers hold. Activations are ``[tokens, n]``, or
+    ``[1, tokens, n]`` in vLLM's Transformers backend.
+    """
+    activations: Tensor = args[0]
+    rows = module.confsteer_rows.narrow(0, 0, activations.shape[-2])
+    gain, bias, low, high = module.confsteer_table[:, rows]
+    neurons = module.confsteer_neurons
+    selected = activations.index_select(-1, neurons)
+    return (activations.index_copy(-1, neurons, edited(selected, gain, bias, low, high)), *args[1:])
+
+
+def attach(model: nn.Module, profile: Profile, *, max_tokens: int, slots: int) -> SteeredProjection:
+    """Find the projection in `model` and have it steered from now on; before compilation.
+
+    Args:
+        model: as vLLM loaded it, LoRA wrappers included.
+        profile: of this model.
+        max_tokens: of a step, padding included.
+        slots: rows of the table besides the neutral one.
+
+    Raises:
+        UnsupportedModelError: there is no such layer, or no norm after it that is understood.
+        ProfileMismatchError: it has other weights.
+    """
+    final_norm, write_gain = _norms(model, profile)
+    name, layer, writes, first = _find(model, profile, final_norm, write_gain)
+    wrapper = name.removesuffix(".base_layer")
+    module = model.get_submodule(wrapper)
+    if hasattr(layer, "requires_unquantized_input"):
+        # Otherwise a fused activation may hand over what is already quantised.
+        layer.requires_unquantized_input = True
+    indices = [neuron.index for neuron in steerable(profile)]
+    local = tuple(i for i, index in enumerate(indices) if 0 <= index - first < len(writes))
+    device = writes.device
+    profile_writes = torch.zeros(len(indices), writes.shape[1], device=device)
+    own = torch.tensor([indices[i] - first for i in local], dtype=torch.int64, device=device)
+    profile_writes[list(local)] = writes[own]
+    rule = torch.tensor(NEUTRAL_RULE, dtype=torch.float32, device=device)
+    module.register_buffer("confsteer_neurons", own, persistent=False)
+    module.register_buffer("confsteer_table", rule[:, None, None].repeat(1, slots + 1, len(local)), persistent=False)
+    module.register_buffer(
+        "confsteer_rows", torch.full((max_tokens,), NEUTRAL, dtype=torch.int64, device=device), persistent=False
+    )
+    if local:
+        module.register_forward_pre_hook(_steer)
+    return SteeredProjection(module, local, profile_writes, final_norm, write_gain)
+
+
+def _find(
+    model: nn.Module, profile: Profile, final_norm: NormParameters, write_gain: Tensor | None
+) -> tuple[str, LinearBase, Tensor, int]:
+    """Name and layer of the projection, its writes ``[local neurons, d_model]``, and the index of the first of them."""
+    identity = profile.model
+    candidates = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, LinearBase)
+        and (module.input_size, module.output_size) == (identity.n_neurons, identity.d_model)
+        and str(identity.layer) in name.split(".")
+    ]
+    if not candidates:
+        raise UnsupportedModelError(
+            f"vLLM's {type(model).__name__} has no linear layer from {identity.n_neurons:,} to {identity.d_model:,} in layer "
+            f"{identity.layer}: its last MLP may be a mixture of experts, or the profile is of another model"
+        )
+    errors = []
+    for name, layer in candidates:
+        writes = writes_of(layer)
+        first = layer.tp_rank * len(writes) if len(writes) < identity.n_neurons else 0
+        expected = profile.columns["norm"][first : first + len(writes)].to(writes.device)
+        seen = writes if write_gain is None else writes * write_gain
+        seen = seen * getattr(getattr(model, "config", None), "residual_multiplier", 1.0)
+        seen = seen - seen.mean(dim=1, keepdim=True) if final_norm.centred else seen
+        error = (seen.norm(dim=1) - expected).abs() / expected.clamp_min(1e-12)
+        plain = isinstance(layer.quant_method, UnquantizedLinearMethod)
+        if plain and float(error.max()) <= NORM_TOLERANCE or not plain and float(error.median()) <= QUANTISED_TOLERANCE:
+            return name, layer, writes, first
+        errors.append(f"{name}: {float(error.median()):.1e}")
+    raise ProfileMismatchError(
+        f"the profile is of {identity.id}; the model that vLLM loaded has other weights (relative error of the norms of the "
+        f"median neuron's write in {', '.join(errors)}). Calibrate it: confsteer calibrate MODEL"
+    )
+
+
+def writes_of(layer: LinearBase) -> Tensor:
+    """What a unit of each of this rank's inputs adds to the output, float32 ``[inputs, outputs]``.
+
+    However the weights are quantised or packed, the layer can be asked.
+    """
+    device, inputs = next(layer.parameters()).device, getattr(layer, "input_size_per_partition", layer.input_size)
+    answers = []
+    with torch.no_grad():
+        for first in range(0, inputs, UNITS_AT_ONCE):
+            count = min(UNITS_AT_ONCE, inputs - first)
+            units = torch.zeros(count, inputs, device=device, dtype=layer.params_dtype)
+            units[torch.arange(count), torch.arange(first, first + count)] = 1
+            answers.append(layer.quant_method.apply(layer, units, None).float())
+    return torch.cat(answers)
+
+
+def _norms(model: nn.Module, profile: Profile) -> tuple[NormParameters, Tensor | None]:
+    """The final norm, and the gain of the norm on the last MLP's output where the family has one."""
+    family = FAMILIES.get(profile.model.model_type)
+    write_name = None if family is None else family.write_norm
+    final, write = None, None
+    for name, module in _norm_modules(model, profile.model.d_model):
+        numbered = [part for part in name.split(".") if re.fullmatch(r"\d+", part)]
+        if not numbered:
+            final = module
+        elif write_name is not None and str(profile.model.layer) in numbered and name.endswith("." + write_name):
+            write = module
+    if final is None or (write is None) != (write_name is None):
+        missing = "final norm" if final is None else write_name
+        raise UnsupportedModelError(f"vLLM's {type(model).__name__} has no {missing} that confsteer finds")
+    gain = None if write is None else read_norm(write, profile.model.d_model).gain
+    return read_norm(final, profile.model.d_model), gain
+
+
+def _norm_modules(model: nn.Module, d_model: int) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if "norm" in type(module).__name__.lower() and isinstance(weight, Tensor) and weight.shape == (d_model,):
+            yield name, module

@@ -1,0 +1,95 @@
+"""What steering must do to the output of a model's final norm, numerically. Pure functions of tensors.
+
+The output is ``y = γ ⊙ x/σ + β`` for a residual ``x``, centred first if the norm is a LayerNorm. Neither ``x`` nor ``σ`` can be seen from
+outside a compiled graph. But if the activations of some neurons are pushed so that they write ``w`` more, the new residual is
+``x + w``, so ``γ ⊙ w`` lies in the plane of the two outputs without their bias: a direction out of d. Where a norm with gain ``g``
+stands on the MLP's output ``m``, the residual moves in the span of ``g ⊙ m`` and ``g ⊙ w``, and ``γ ⊙ g ⊙ w`` lies in the span of three
+outputs: not pushed, and pushed by two different amounts.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from confsteer.anatomy import NormParameters
+from confsteer.errors import UnsupportedModelError
+
+TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 1e-1, torch.float16: 5e-2}
+"""Relative error that rounding in each precision explains."""
+
+
+class Outputs(NamedTuple):
+    """Of the final norm, ``[tokens, d_model]`` each, for the same inputs under different steerings."""
+
+    neutral: Tensor
+    again: Tensor
+    """Neutral once more."""
+    pushed: tuple[Tensor, ...]
+    """Every neuron pushed, by different amounts along the same write."""
+    mixed: Tensor
+    """Every other token, from the second on, as in the last of `pushed`; the others neutral."""
+    replaced: Tensor
+    """Activations set by gain 0 and a bias."""
+    clamped: Tensor
+    """Activations set to the same by their bounds."""
+
+
+def prove(outputs: Outputs, write: Tensor, norm: NormParameters, write_gain: Tensor | None, dtype: torch.dtype) -> float:
+    """How much of the pushed neurons' write the outputs leave unexplained, relative to the write, if all is well.
+
+    Args:
+        outputs: what was seen.
+        write: what the pushed neurons write more, up to a factor, ``[d_model]``.
+        norm: the final norm.
+        write_gain: gain of the norm on the MLP's output, if there is one, ``[d_model]``.
+        dtype: the model's precision.
+
+    Raises:
+        UnsupportedModelError: the outputs are not those of a model that is steered, with what is wrong with them.
+    """
+    tolerance = TOLERANCE[dtype]
+    pushed = outputs.pushed[-1]
+    every_other = slice(1, None, 2), slice(0, None, 2)
+    facts = {
+        "the same input gives different outputs": _error(outputs.again, outputs.neutral) <= tolerance,
+        "pushing the neurons changes nothing": _error(pushed, outputs.neutral) > tolerance,
+        "a token is not steered as its request": _error(outputs.mixed[every_other[0]], pushed[every_other[0]]) <= tolerance,
+        "a token is steered as another request": _error(outputs.mixed[every_other[1]], outputs.neutral[every_other[1]])
+        <= tolerance,
+        "gain and bounds do not agree": _error(outputs.clamped, outputs.replaced) <= tolerance,
+    }
+    for failure, holds in facts.items():
+        if not holds:
+            raise UnsupportedModelError(f"steering was tried before serving and does not work here: {failure}")
+    left = unexplained(write, torch.stack([outputs.neutral, *outputs.pushed]), norm, write_gain)
+    if not left <= tolerance:
+        raise UnsupportedModelError(
+            "steering was tried before serving and does not work here: pushing the neurons does not move the residual by their "
+            f"output weights (relative error {left:.1e}, at most {tolerance:.0e})"
+        )
+    return left
+
+
+def unexplained(write: Tensor, outputs: Tensor, norm: NormParameters, write_gain: Tensor | None) -> float:
+    """How much of `write` is not in the span of the outputs, relative to it; the median over tokens.
+
+    Args:
+        write: ``[d_model]``.
+        outputs: ``[pushes, tokens, d_model]``, one of them not pushed.
+        norm: the final norm.
+        write_gain: see `prove`.
+    """
+    write = write if write_gain is None else write * write_gain
+    write = write - write.mean() if norm.centred else write
+    target = (write * norm.gain).double()
+    seen = outputs.double() if norm.bias is None else outputs.double() - norm.bias.double()
+    span, _ = torch.linalg.qr((seen / seen.norm(dim=-1, keepdim=True)).permute(1, 2, 0))  # [tokens, d_model, pushes]
+    left = target - (span @ (span.transpose(1, 2) @ target)[..., None])[..., 0]
+    return float((left.norm(dim=-1) / target.norm()).median())
+
+
+def _error(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours - theirs).norm() / theirs.norm())

@@ -1,0 +1,55 @@
+"""Which vLLM this is, and which of its features steering does not go together with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from packaging.version import Version
+
+from confsteer.errors import UnsupportedServerError
+
+OLDEST, NEXT = "0.27.1", "0.33"
+"""The releases whose internals are known: from the first up to, and without, the second."""
+
+WORKERS = {
+    "vllm.v1.worker.gpu_worker.Worker": "confsteer.vllm.worker.SteeringGPUWorker",
+    "vllm.v1.worker.cpu_worker.CPUWorker": "confsteer.vllm.worker.SteeringCPUWorker",
+}
+"""vLLM's worker class -> ours."""
+
+
+def check_release(version: str) -> None:
+    """
+    Raises:
+        UnsupportedServerError: this vLLM's internals are not known.
+    """
+    if not Version(OLDEST) <= Version(Version(version).base_version) < Version(NEXT):
+        raise UnsupportedServerError(
+            f"this is vLLM {version}; this confsteer steers vLLM {OLDEST} up to, not including, {NEXT}. Install one of these, or a "
+            "newer confsteer; to serve without steering, leave confsteer out of additional_config"
+        )
+
+
+def check_features(config: Any) -> None:
+    """
+    Args:
+        config: the engine's ``VllmConfig``.
+
+    Raises:
+        UnsupportedServerError: the engine is set up in a way that steering would be wrong or absent in, with the option's name.
+    """
+    model, parallel, speculative = config.model_config, config.parallel_config, config.speculative_config
+    reasons = {
+        "a model that does not generate text (--runner)": model.runner_type != "generate",
+        "a diffusion language model": getattr(model, "is_diffusion", False),
+        "micro-batches (--enable-dbo, --ubatch-size): each would be steered as the first": parallel.use_ubatching,
+        "--prefill-context-parallel-size: tokens are not in the order of their requests": parallel.prefill_context_parallel_size > 1,
+        "--kv-sharing-fast-prefill: the last layers leave tokens out": config.cache_config.kv_sharing_fast_prefill,
+        "adaptive verification of drafts: which request a token belongs to is known on the device only": getattr(
+            speculative, "enable_adaptive_verification", False
+        ),
+        f"the worker class {parallel.worker_cls}": parallel.worker_cls not in (*WORKERS, *WORKERS.values()),
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise UnsupportedServerError(f"confsteer does not steer vLLM with {reason}. Serve without it, or without confsteer")

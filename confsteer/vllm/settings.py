@@ -1,0 +1,57 @@
+"""What ``additional_config["confsteer"]`` holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from confsteer.errors import ProfileError, SettingError
+from confsteer.profile import Profile
+
+KEY = "confsteer"
+"""Of vLLM's ``additional_config``, and of a request's ``vllm_xargs`` or ``extra_args``."""
+
+
+class Settings(BaseModel):
+    """Of one engine. vLLM hashes them into the name of its compile cache, so that no graph without the edit is reused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    profile: str
+    """Folder, shipped name or hub repository."""
+    default: dict[str, Any] | str = {}
+    """The steering of requests that ask for none."""
+    checksum: str | None = None
+    """Of the profile; filled in at start-up, for every process to compare with."""
+    version: str | None = None
+    """Of confsteer; filled in at start-up."""
+
+    @classmethod
+    def of(cls, additional_config: Any) -> Settings | None:
+        """The settings in an engine's ``additional_config``; None if it has none.
+
+        Raises:
+            SettingError: they are malformed.
+        """
+        if not isinstance(additional_config, dict) or KEY not in additional_config:
+            return None
+        try:
+            return cls.model_validate(additional_config[KEY])
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join((KEY, *map(str, first["loc"])))
+            raise SettingError(
+                f'additional_config: {where}: {first["msg"]}. It should be {{"{KEY}": {{"profile": PROFILE}}}}, and may have a '
+                '"default" steering'
+            ) from error
+
+    def load_profile(self) -> Profile:
+        """
+        Raises:
+            ProfileError: there is none, or it is not the one that the engine was configured with.
+        """
+        profile = Profile.load(self.profile)
+        if self.checksum not in (None, profile.checksum):
+            raise ProfileError(f"the profile {self.profile} has changed since the server was started: restart it")
+        return profile

@@ -1,0 +1,67 @@
+"""A table of steerings: which row holds which. Rows belong to steerings and not to requests, so requests that are preempted,
+aborted or forgotten leave nothing to clean up.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+NEUTRAL = 0
+"""The row that changes nothing."""
+
+
+class Slots:
+    """Rows 1 to `capacity`, least recently used first out.
+
+    A batch of at most `capacity` requests always fits, whatever else was in use before.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._row_of: OrderedDict[str, int] = OrderedDict()
+
+    def assign(self, steerings: Iterable[str]) -> dict[str, int]:
+        """Give each of a batch's steerings a row; those that were not in the table, with their new rows.
+
+        Raises:
+            ValueError: there are more different steerings than rows.
+        """
+        wanted = dict.fromkeys(steerings)
+        if len(wanted) > self.capacity:
+            raise ValueError(f"{len(wanted)} steerings in a batch, and {self.capacity} rows")
+        for steering in wanted:
+            if steering in self._row_of:
+                self._row_of.move_to_end(steering)
+        new = {}
+        for steering in wanted:
+            if steering not in self._row_of:
+                # The first is the longest unused: everything the batch wants has been moved behind it.
+                free = len(self._row_of) + 1 if len(self._row_of) < self.capacity else self._row_of.popitem(last=False)[1]
+                self._row_of[steering] = new[steering] = free
+        return new
+
+    def __getitem__(self, steering: str) -> int:
+        return self._row_of[steering]
+
+
+def token_rows(
+    rows: Sequence[int], counts: NDArray[np.integer], computed: NDArray[np.integer], first: Sequence[int]
+) -> NDArray[np.int64]:
+    """The row of each token of a batch in which the requests' tokens follow each other.
+
+    Args:
+        rows: of each request.
+        counts: tokens of each request in this step.
+        computed: tokens of each request before this step.
+        first: position of each request at which its steering begins.
+    """
+    tokens = np.repeat(np.asarray(rows, dtype=np.int64), counts)
+    if any(first):
+        starts = np.cumsum(counts) - counts
+        position = np.arange(len(tokens)) - np.repeat(starts - computed, counts)
+        tokens[position < np.repeat(np.asarray(first), counts)] = NEUTRAL
+    return tokens
