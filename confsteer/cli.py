@@ -60,6 +60,7 @@ def main() -> None:
     confsteer show PROFILE             what a profile holds, as tables or pictures
     confsteer generate -p PROFILE ...  the same prompt at several settings
     confsteer eval -p PROFILE ...      loss, entropy and calibration with and without steering
+    confsteer serve MODEL --profile PROFILE   a vLLM server whose requests choose their steering
     confsteer study ... -p PROFILE     measurements of the paper: induction, cumulative ablation
 
     MODEL is a hub id or a folder; without it the bundled demonstration model is used. PROFILE is a folder, the name of a
@@ -435,6 +436,32 @@ def evaluate(
     console = tables.console()
     tables.print_evaluation(console, result)
     _write(console, result, as_json, plot, "plot_reliability")
+
+
+@main.command(context_settings={"ignore_unknown_options": True})
+@click.argument("model", required=False, metavar="[MODEL]")
+@click.argument("options", nargs=-1, type=click.UNPROCESSED, metavar="[VLLM OPTION]...")
+@click.option("--profile", required=True, metavar="PROFILE", help="Folder, shipped name or hub repository.")
+@click.option("--default", metavar="STEERING", help='Of requests that ask for none, such as "entropy=0.2".')
+def serve(model: str | None, options: tuple[str, ...], profile: str, default: str | None) -> None:
+    """Serve MODEL with vLLM; each request may carry a steering. Options that are not listed below go to vLLM.
+
+    \b
+    confsteer serve --profile confsteer-demo --max-model-len 512
+    confsteer serve OWNER/MODEL --profile my-profile --port 8001 --tensor-parallel-size 2
+    confsteer serve OWNER/MODEL --profile my-profile --default "entropy=0.2"
+
+    \b
+    Ask:  curl localhost:8000/v1/completions -H 'Content-Type: application/json' -d '{"model": "confsteer-demo",
+            "prompt": "It was", "vllm_xargs": {"confsteer": "entropy=0.3"}}'
+    See:  curl localhost:8000/confsteer
+    """
+    from confsteer.vllm.command import serve as run
+    from confsteer.vllm.command import server_command
+
+    words = [*filter(None, [model]), *options]
+    named = bool(words) and not words[0].startswith("-")
+    run(server_command(words[0] if named else None, profile, default, words[1:] if named else words))
 
 
 @main.group()

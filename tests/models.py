@@ -65,6 +65,22 @@ FAMILIES = [
 ]
 
 
+WIDE = {
+    "n_embd": 64,
+    "hidden_size": 64,
+    "word_embed_proj_dim": 64,
+    "intermediate_size": 128,
+    "ffn_dim": 128,
+    "head_dim": 32,
+    "rotary_dim": 16,
+    "n_head": 2,
+    "num_heads": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
+"""The least that vLLM's attention has kernels for: heads of 32."""
+
+
 def tiny_model(model_type: str, config: dict[str, Any], *, seed: int = 0) -> Any:  # its modules have no static types
     """A randomly initialised model, with norms and biases that are not the identity."""
     torch.manual_seed(seed)
@@ -120,7 +136,7 @@ FREQUENCY_NEURON, FREQUENCY_SIGN = 20, -1
 """Planted neuron that lowers frequent tokens, so that the output comes closer to unigram when it is turned down."""
 
 
-def planted_model(model_type: str, counts: torch.Tensor) -> Any:
+def planted_model(model_type: str, counts: torch.Tensor, *, wide: bool = False) -> Any:
     """A tiny model with an exact null space, two entropy neurons in it and one token-frequency neuron.
 
     The last `NULL_DIMS` dimensions of the residual are not read by the unembedding and written by nothing but the entropy
@@ -128,6 +144,8 @@ def planted_model(model_type: str, counts: torch.Tensor) -> Any:
     takes from it. The frequency neuron's write is the one whose logits follow the unigram direction best.
     """
     config = {family.model_type: family.config for family in FAMILIES}[model_type]
+    if wide:
+        config = config | {name: size for name, size in WIDE.items() if name in config}
     model = tiny_model(model_type, config | {"tie_word_embeddings": False})
     anatomy = locate(model)
     d_model, projection = anatomy.d_model, anatomy.down_proj

@@ -90,7 +90,7 @@ def _admission_of(processor: Any) -> Admission | None:
 
 
 def _refuse_beams(protocol: Any) -> None:
-    """vLLM's beam search makes requests of its own, without what the client's asked of plugins."""
+    """Beam search in vLLM makes requests of its own, without what the client's asked of plugins."""
     convert = protocol.to_beam_search_params
 
     @functools.wraps(convert)
@@ -98,8 +98,8 @@ def _refuse_beams(protocol: Any) -> None:
         if self.vllm_xargs and KEY in self.vllm_xargs:
             metrics.refused_requests.inc()
             raise VLLMValidationError(
-                "use_beam_search does not go together with a steering of one's own: vLLM does not pass it on to the beams. Sample "
-                "with n instead, or start the server with a default steering"
+                "use_beam_search does not go together with a steering of one's own: vLLM does not pass it on to the beams. "
+                "Sample with n instead, or start the server with a default steering"
             )
         return convert(self, *args, **kwargs)
 

@@ -67,16 +67,16 @@ class Batch:
         new = self._slots.assign(request.steering for request in requests if request is not None)
         if new:
             edits = torch.from_numpy(np.stack([self._edit(steering) for steering in new], axis=1))
-            self._projection.set_table(torch.tensor(list(new.values())), edits)
+            self._projection.table.write(list(new.values()), edits[..., self._projection.neurons])
         rows = [NEUTRAL if request is None else self._slots[request.steering] for request in requests]
         first = [0 if request is None else request.first for request in requests]
         tokens = token_rows(rows, counts, computed, first)
         self._neutral = not self._requests
         if self._neutral:
             # The rows of a longer step before this one too: the next steps are not looked at.
-            self._projection.clear_rows()
+            self._projection.table.clear()
         else:
-            self._projection.set_rows(torch.from_numpy(tokens))
+            self._projection.table.point(torch.from_numpy(tokens))
         # Positions only rise: once all are past where steering begins, a step of the same shape needs the same rows.
         whole = bool((np.asarray(first) <= computed).all())
         self._filled = (list(request_ids), counts.copy()) if whole else None

@@ -38,12 +38,13 @@ class Endpoint:
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
-        @app.get("/confsteer")
         def confsteer() -> Any:
             """What this server can steer."""
             if app.state.confsteer is None:
                 raise HTTPException(404, "this server was started without a confsteer profile")
             return app.state.confsteer
+
+        app.add_api_route("/confsteer", confsteer)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         settings = None if engine_client is None else Settings.of(engine_client.vllm_config.additional_config)

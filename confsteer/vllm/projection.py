@@ -8,68 +8,42 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
 from confsteer.anatomy import FAMILIES, UNITS_AT_ONCE, NormParameters, read_norm
-from confsteer.edit import edited, steerable
+from confsteer.edit import steerable
 from confsteer.errors import ProfileMismatchError, UnsupportedModelError
 from confsteer.profile import Profile
-from confsteer.vllm.slots import NEUTRAL
+from confsteer.vllm.table import SteeringTable
 
-NEUTRAL_RULE = (1.0, 0.0, -torch.inf, torch.inf)
+TABLE = "confsteer"
+"""Name of the table among the modules of the projection."""
 NORM_TOLERANCE, QUANTISED_TOLERANCE = 2e-3, 5e-2
 """Relative error of the norms: of every neuron, and, where weights are quantised, of the median neuron."""
 
 
-@dataclass(frozen=True)
-class SteeredProjection:
-    """The projection of this rank, with the tables that steer it."""
+class SteeredProjection(NamedTuple):
+    """The projection of this rank, steered."""
 
-    module: nn.Module
-    """What the model calls: the linear layer, or the LoRA wrapper around it."""
-    neurons: tuple[int, ...]
-    """Positions in `confsteer.edit.steerable` of the neurons that this rank holds."""
+    table: SteeringTable
+    """What its tokens follow."""
+    neurons: list[int]
+    """Positions in `confsteer.edit.steerable` of the neurons that this rank holds, in the order of the table's."""
     writes: Tensor
     """What the profile's neurons write to the residual, zero for those of other ranks; float32 ``[neurons, d_model]``."""
     final_norm: NormParameters
     write_gain: Tensor | None
     """Of a norm on the MLP's output, ``[d_model]``."""
 
-    def set_rows(self, rows: Tensor) -> None:
-        """Which row of the table each token of the next step follows, int64 ``[tokens]`` on the CPU."""
-        self._to_device(rows, self.module.confsteer_rows[: len(rows)])
-
-    def clear_rows(self) -> None:
-        """Let every token of any step follow the neutral row."""
-        self.module.confsteer_rows.fill_(NEUTRAL)
-
-    def set_table(self, slots: Tensor, edits: Tensor) -> None:
-        """Write edits, ``[4, slots, neurons]`` on the CPU (all of the profile's neurons), to rows of the table."""
-        table: Tensor = self.module.confsteer_table
-        table.index_copy_(1, slots.to(table.device), edits[..., list(self.neurons)].to(table.device))
-
-    def _to_device(self, values: Tensor, place: Tensor) -> None:
-        # A fresh pinned buffer each time: the copy may still be under way when the next step is prepared.
-        place.copy_(values.pin_memory() if place.is_cuda else values, non_blocking=place.is_cuda)
-
 
 def _steer(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Before the projection: ``a' = clip(gain · a + bias, low, high)`` on the profile's neurons, per token.
-
-    Part of the compiled graph. Shapes and addresses never change, only what the buffers hold. Activations are ``[tokens, n]``, or
-    ``[1, tokens, n]`` in vLLM's Transformers backend.
-    """
-    activations: Tensor = args[0]
-    rows = module.confsteer_rows.narrow(0, 0, activations.shape[-2])
-    gain, bias, low, high = module.confsteer_table[:, rows]
-    neurons = module.confsteer_neurons
-    selected = activations.index_select(-1, neurons)
-    return (activations.index_copy(-1, neurons, edited(selected, gain, bias, low, high)), *args[1:])
+    """Before the projection. Activations are ``[tokens, n]``, or ``[1, tokens, n]`` in vLLM's Transformers backend."""
+    table = module.get_submodule(TABLE)
+    return (table(args[0]), *args[1:])
 
 
 def attach(model: nn.Module, profile: Profile, *, max_tokens: int, slots: int) -> SteeredProjection:
@@ -87,26 +61,21 @@ def attach(model: nn.Module, profile: Profile, *, max_tokens: int, slots: int) -
     """
     final_norm, write_gain = _norms(model, profile)
     name, layer, writes, first = _find(model, profile, final_norm, write_gain)
-    wrapper = name.removesuffix(".base_layer")
-    module = model.get_submodule(wrapper)
     if hasattr(layer, "requires_unquantized_input"):
         # Otherwise a fused activation may hand over what is already quantised.
         layer.requires_unquantized_input = True
-    indices = [neuron.index for neuron in steerable(profile)]
-    local = tuple(i for i, index in enumerate(indices) if 0 <= index - first < len(writes))
-    device = writes.device
-    profile_writes = torch.zeros(len(indices), writes.shape[1], device=device)
-    own = torch.tensor([indices[i] - first for i in local], dtype=torch.int64, device=device)
-    profile_writes[list(local)] = writes[own]
-    rule = torch.tensor(NEUTRAL_RULE, dtype=torch.float32, device=device)
-    module.register_buffer("confsteer_neurons", own, persistent=False)
-    module.register_buffer("confsteer_table", rule[:, None, None].repeat(1, slots + 1, len(local)), persistent=False)
-    module.register_buffer(
-        "confsteer_rows", torch.full((max_tokens,), NEUTRAL, dtype=torch.int64, device=device), persistent=False
-    )
+    columns = [neuron.index - first for neuron in steerable(profile)]
+    local = [i for i, column in enumerate(columns) if 0 <= column < len(writes)]
+    own = torch.tensor([columns[i] for i in local], dtype=torch.int64, device=writes.device)
+    profile_writes = torch.zeros(len(columns), writes.shape[1], device=writes.device)
+    profile_writes[local] = writes[own]
+    table = SteeringTable(own, slots=slots, max_tokens=max_tokens)
     if local:
+        # Of a layer with LoRA the model calls the wrapper, which asks what is inside for its weights only.
+        module = model.get_submodule(name.removesuffix(".base_layer"))
+        module.add_module(TABLE, table)
         module.register_forward_pre_hook(_steer)
-    return SteeredProjection(module, local, profile_writes, final_norm, write_gain)
+    return SteeredProjection(table, local, profile_writes, final_norm, write_gain)
 
 
 def _find(
@@ -136,7 +105,7 @@ def _find(
         seen = seen - seen.mean(dim=1, keepdim=True) if final_norm.centred else seen
         error = (seen.norm(dim=1) - expected).abs() / expected.clamp_min(1e-12)
         plain = isinstance(layer.quant_method, UnquantizedLinearMethod)
-        if plain and float(error.max()) <= NORM_TOLERANCE or not plain and float(error.median()) <= QUANTISED_TOLERANCE:
+        if float(error.max()) <= NORM_TOLERANCE if plain else float(error.median()) <= QUANTISED_TOLERANCE:
             return name, layer, writes, first
         errors.append(f"{name}: {float(error.median()):.1e}")
     raise ProfileMismatchError(

@@ -1,10 +1,10 @@
 """What steering must do to the output of a model's final norm, numerically. Pure functions of tensors.
 
-The output is ``y = γ ⊙ x/σ + β`` for a residual ``x``, centred first if the norm is a LayerNorm. Neither ``x`` nor ``σ`` can be seen from
-outside a compiled graph. But if the activations of some neurons are pushed so that they write ``w`` more, the new residual is
-``x + w``, so ``γ ⊙ w`` lies in the plane of the two outputs without their bias: a direction out of d. Where a norm with gain ``g``
-stands on the MLP's output ``m``, the residual moves in the span of ``g ⊙ m`` and ``g ⊙ w``, and ``γ ⊙ g ⊙ w`` lies in the span of three
-outputs: not pushed, and pushed by two different amounts.
+The output is ``y = γ ⊙ x/σ + β`` for a residual ``x``, centred first if the norm is a LayerNorm. Neither ``x`` nor ``σ`` can be
+seen from outside a compiled graph. But if the activations of some neurons are pushed so that they write ``w`` more, the new
+residual is ``x + w``, so ``γ ⊙ w`` lies in the plane of the two outputs without their bias. Where a norm with gain ``g`` stands
+on the MLP's output ``m``, the residual moves in the span of ``g ⊙ m`` and ``g ⊙ w``, and ``γ ⊙ g ⊙ w`` lies in the span of three
+outputs: not pushed, and pushed by two different amounts. A vector that has nothing to do with them does neither.
 """
 
 from __future__ import annotations

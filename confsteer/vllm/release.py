@@ -25,8 +25,8 @@ def check_release(version: str) -> None:
     """
     if not Version(OLDEST) <= Version(Version(version).base_version) < Version(NEXT):
         raise UnsupportedServerError(
-            f"this is vLLM {version}; this confsteer steers vLLM {OLDEST} up to, not including, {NEXT}. Install one of these, or a "
-            "newer confsteer; to serve without steering, leave confsteer out of additional_config"
+            f"this is vLLM {version}; this confsteer steers vLLM {OLDEST} up to, not including, {NEXT}. Install one of these, or "
+            "a newer confsteer; to serve without steering, leave confsteer out of additional_config"
         )
 
 
@@ -43,7 +43,8 @@ def check_features(config: Any) -> None:
         "a model that does not generate text (--runner)": model.runner_type != "generate",
         "a diffusion language model": getattr(model, "is_diffusion", False),
         "micro-batches (--enable-dbo, --ubatch-size): each would be steered as the first": parallel.use_ubatching,
-        "--prefill-context-parallel-size: tokens are not in the order of their requests": parallel.prefill_context_parallel_size > 1,
+        "--prefill-context-parallel-size: tokens are not in the order of their requests": parallel.prefill_context_parallel_size
+        > 1,
         "--kv-sharing-fast-prefill: the last layers leave tokens out": config.cache_config.kv_sharing_fast_prefill,
         "adaptive verification of drafts: which request a token belongs to is known on the device only": getattr(
             speculative, "enable_adaptive_verification", False

@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from vllm.distributed import get_pp_group, get_tp_group
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
-from confsteer.edit import NeuronEdit, steerable
+from confsteer.edit import steerable
 from confsteer.profile import Profile
 from confsteer.vllm.batch import Batch, follow_runner
 from confsteer.vllm.projection import SteeredProjection, attach
@@ -69,44 +68,49 @@ class _SteeringWorker:
         Raises:
             UnsupportedModelError: it is not what steering should do.
         """
-        neurons = steerable(self._profile)
-        deviation = np.array([neuron.std_activation for neuron in neurons])
-        push = np.maximum(deviation, np.median(deviation)) * np.where(np.arange(len(neurons)) % 2, -1, 1)
-        one, none, free = np.ones_like(push), np.zeros_like(push), np.full_like(push, np.inf)
-        all_rows, every_other = torch.ones(PROOF_TOKENS), torch.arange(PROOF_TOKENS) % 2
+        deviation = torch.tensor([neuron.std_activation for neuron in steerable(self._profile)])
+        push = deviation.maximum(deviation.median())
+        push[1::2] *= -1
+        one, zero, free = torch.ones_like(push), torch.zeros_like(push), torch.full_like(push, torch.inf)
+        every, other = torch.ones(PROOF_TOKENS, dtype=torch.int64), torch.arange(PROOF_TOKENS) % 2
 
-        neutral, again = (self._dummy_step(None, all_rows) for _ in range(2))
-        pushed = [self._dummy_step(NeuronEdit(one, size * push, -free, free), all_rows) for size in PUSHES]
-        mixed = self._dummy_step(NeuronEdit(one, PUSHES[-1] * push, -free, free), every_other)
-        replaced = self._dummy_step(NeuronEdit(none, push, -free, free), all_rows)
-        clamped = self._dummy_step(NeuronEdit(one, none, push, push), all_rows)
-        if self._projection is None or neutral is None:
+        neutral, again = (self._dummy_step(one, zero, -free, free, every) for _ in range(2))
+        pushed = [self._dummy_step(one, size * push, -free, free, every) for size in PUSHES]
+        mixed = self._dummy_step(one, PUSHES[-1] * push, -free, free, other)
+        replaced = self._dummy_step(zero, push, -free, free, every)
+        clamped = self._dummy_step(one, zero, push, push, every)
+        if self._projection is None:
             return
-        self._dummy_step(None, all_rows)
         # Each rank knows what its own neurons write.
-        write = torch.from_numpy(push).float().to(self._projection.writes.device) @ self._projection.writes
-        write = get_tp_group().all_reduce(write)
+        write = get_tp_group().all_reduce(push.to(self._projection.writes.device) @ self._projection.writes)
         outputs = Outputs(neutral, again, tuple(pushed), mixed, replaced, clamped)
         dtype = self.vllm_config.model_config.dtype
         error = prove(outputs, write, self._projection.final_norm, self._projection.write_gain, dtype)
         if get_tp_group().is_first_rank:
             logger.info("confsteer: %s; proved on every rank, relative error %.0e", describe(self._profile), error)
 
-    def _dummy_step(self, edit: NeuronEdit | None, rows: Tensor) -> Tensor | None:
-        """Output of the final norm ``[tokens, d_model]``, float32, where this rank has it; `rows` are 1 for tokens to edit."""
+    def _dummy_step(self, gain: Tensor, bias: Tensor, low: Tensor, high: Tensor, rows: Tensor) -> Tensor:
+        """Output of the final norm ``[tokens, d_model]``, float32, where this rank has it; empty elsewhere.
+
+        Args:
+            gain: as the next three, of each of the profile's neurons, for row 1 of the table.
+            bias: see gain.
+            low: see gain.
+            high: see gain.
+            rows: of each token, 0 or 1.
+        """
         if self._projection is not None:
-            neutral = np.array([1, 0, -np.inf, np.inf], dtype=np.float32)[:, None]
-            columns = np.broadcast_to(neutral, (4, len(steerable(self._profile)))) if edit is None else np.stack(edit)
-            self._projection.set_table(torch.tensor([1]), torch.from_numpy(columns.astype(np.float32))[:, None])
-            self._projection.clear_rows()
-            self._projection.set_rows(rows.long())
+            rule = torch.stack([gain, bias, low, high])[:, None, self._projection.neurons]
+            self._projection.table.write([1], rule)
+            self._projection.table.point(rows)
         # As a step of decoding requests where so many fit: the graph that generates.
         decode = self.vllm_config.scheduler_config.max_num_seqs >= PROOF_TOKENS
         hidden_states, _ = self.model_runner._dummy_run(PROOF_TOKENS, force_attention=True, uniform_decode=decode)
         if self._projection is None:
-            return None
-        self._projection.clear_rows()
-        return hidden_states[:PROOF_TOKENS].float().clone()
+            return torch.empty(0)
+        self._projection.table.clear()
+        output: Tensor = hidden_states[:PROOF_TOKENS].float().clone()
+        return output
 
 
 def describe(profile: Profile) -> str:

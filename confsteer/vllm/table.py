@@ -1,0 +1,62 @@
+"""The steerings of a step on the device, and the edit: what becomes part of the compiled graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from confsteer.edit import edited
+from confsteer.vllm.slots import NEUTRAL
+
+NEUTRAL_RULE = (1.0, 0.0, -torch.inf, torch.inf)
+"""Gain, bias, low and high that change nothing."""
+
+
+class SteeringTable(nn.Module):
+    """Part of the model, so that whatever moves, saves or captures a model does it to these buffers too.
+
+    Shapes and addresses never change, only what the buffers hold.
+    """
+
+    neurons: Tensor
+    """Columns of the activations that are edited, int64 ``[neurons]``."""
+    rules: Tensor
+    """Gain, bias, low and high of each, per row of the table; float32 ``[4, rows, neurons]``."""
+    rows: Tensor
+    """Row of the table that each token of a step follows, int64 ``[tokens]``."""
+
+    def __init__(self, neurons: Tensor, *, slots: int, max_tokens: int) -> None:
+        """
+        Args:
+            neurons: see above; they say which device.
+            slots: rows besides the neutral one.
+            max_tokens: of a step.
+        """
+        super().__init__()
+        rule = torch.tensor(NEUTRAL_RULE, device=neurons.device)
+        self.register_buffer("neurons", neurons, persistent=False)
+        self.register_buffer("rules", rule[:, None, None].repeat(1, slots + 1, len(neurons)), persistent=False)
+        self.register_buffer("rows", torch.full((max_tokens,), NEUTRAL, device=neurons.device), persistent=False)
+
+    def forward(self, activations: Tensor) -> Tensor:
+        """Activations ``[..., tokens, n]`` with those of the neurons steered, each token by its row."""
+        gain, bias, low, high = self.rules[:, self.rows.narrow(0, 0, activations.shape[-2])]
+        selected = activations.index_select(-1, self.neurons)
+        return activations.index_copy(-1, self.neurons, edited(selected, gain, bias, low, high))
+
+    def write(self, slots: Sequence[int], rules: Tensor) -> None:
+        """Put rules ``[4, slots, neurons]`` into rows of the table."""
+        place = torch.tensor(list(slots))
+        self.rules.index_copy_(1, place.to(self.rules.device), rules.to(self.rules.device))
+
+    def point(self, rows: Tensor) -> None:
+        """Have the next step's tokens follow `rows`, int64 ``[tokens]`` on the CPU."""
+        # A fresh pinned buffer each time: the copy may still be under way when the step after is prepared.
+        pinned = rows.pin_memory() if self.rows.is_cuda else rows
+        self.rows[: len(rows)].copy_(pinned, non_blocking=True)
+
+    def clear(self) -> None:
+        """Have every token of any step follow the neutral row."""
+        self.rows.fill_(NEUTRAL)

@@ -1,0 +1,179 @@
+"""The same requests through vLLM and through transformers, log-probability by log-probability."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import confsteer
+from confsteer import Profile, Steering
+from confsteer.edit import steerable
+from tests.models import VOCAB
+from tests.planted import planted
+
+TOLERANCE = 1e-4
+"""Of log-probabilities in float32, in nats."""
+TEETH = 1e-2
+"""What a steered request would be off by, at least, if it were not steered."""
+
+
+class Subject(NamedTuple):
+    """A model in transformers, and the folders that vLLM reads it and its profile from."""
+
+    model: Any
+    profile: Profile
+    model_folder: Path
+    profile_folder: Path
+
+
+class Ask(NamedTuple):
+    """One request."""
+
+    prompt: list[int]
+    steering: Any
+    """As it is sent."""
+    tokens: int = 6
+
+
+class Difference(NamedTuple):
+    """Largest over a request's log-probabilities."""
+
+    error: float
+    """Between vLLM and transformers."""
+    teeth: float
+    """Between transformers as asked and unsteered."""
+
+
+def subject(model_type: str, folder: Path) -> Subject:
+    """A tiny model with planted neurons, saved with its profile, which has a preset."""
+    found = planted(model_type, wide=True)
+    neuron = steerable(found.profile)[0]
+    profile = found.profile.with_preset(
+        "calm", Steering(scale={neuron.index: 0.0}, shift={neuron.index: 2 * neuron.std_activation})
+    )
+    found.model.save_pretrained(folder / "model")
+    found.tokenizer.save_pretrained(folder / "model")
+    return Subject(found.model, profile, folder / "model", profile.save(folder / "profile"))
+
+
+def steerings(profile: Profile) -> list[Any]:
+    """Some of everything that can be asked for, as JSON, as text and as an object; None first."""
+    asked: list[Any] = [None, {"preset": "calm"}, "preset=calm positions=generated"]
+    for dial in profile.response:
+        low, high = profile.reach(dial)
+        asked += [{dial: 0.8 * high}, f'{{"{dial}": {0.8 * low}}}', {dial: 0.5 * high, "positions": "generated"}]
+    for neuron in steerable(profile):
+        mean, deviation = neuron.mean_activation, neuron.std_activation
+        asked += [
+            f"scale.{neuron.index}=-2",
+            {"scale": {neuron.index: 0.5}, "shift": {str(neuron.index): -3 * deviation}},
+            {"clamp": {str(neuron.index): [mean + deviation, None]}},
+            f"clamp.{neuron.index}={mean - deviation}",
+        ]
+    return asked
+
+
+def prompts(count: int, *, vocabulary: int = VOCAB, longest: int = 24, seed: int = 0) -> list[list[int]]:
+    """Random tokens, of many lengths; every third begins like the one before."""
+    generator = torch.Generator().manual_seed(seed)
+    made: list[list[int]] = []
+    for i in range(count):
+        length = int(torch.randint(2, longest + 1, (), generator=generator))
+        ids = torch.randint(1, vocabulary, (length,), generator=generator).tolist()
+        made.append(made[-1][: len(made[-1]) // 2] + ids[: longest // 2] if i % 3 == 2 else ids)
+    return made
+
+
+def sampling(ask: Ask, **options: Any) -> Any:
+    """`SamplingParams` of a request, with every log-probability that vLLM gives."""
+    from vllm import SamplingParams
+
+    extra = None if ask.steering is None else {"confsteer": ask.steering}
+    return SamplingParams(
+        max_tokens=ask.tokens, temperature=1.0, seed=0, ignore_eos=True, logprobs=5, extra_args=extra, detokenize=False, **options
+    )
+
+
+def ask_all(llm: Any, asks: Sequence[Ask], **options: Any) -> list[Any]:
+    """All requests at once."""
+    return list(
+        llm.generate(
+            [{"prompt_token_ids": ask.prompt} for ask in asks], [sampling(ask, **options) for ask in asks], use_tqdm=False
+        )
+    )
+
+
+def compare(subject: Subject, asks: Sequence[Ask], outputs: Sequence[Any]) -> list[Difference]:
+    """How far vLLM's log-probabilities are from those of transformers, request by request."""
+    differences = []
+    for ask, output in zip(asks, outputs, strict=True):
+        assert list(output.prompt_token_ids) == ask.prompt
+        for completion in output.outputs:
+            assert len(completion.token_ids) == ask.tokens
+            text = ask.prompt + list(completion.token_ids)
+            seen = {len(ask.prompt) + i: row for i, row in enumerate(completion.logprobs)}
+            seen |= {i: row for i, row in enumerate(output.prompt_logprobs or []) if row is not None}
+            differences.append(difference(subject, text, len(ask.prompt), ask.steering, seen))
+    return differences
+
+
+def difference(subject: Subject, text: list[int], prompt: int, steering: Any, seen: dict[int, Any]) -> Difference:
+    """Of the log-probabilities `seen`: position in the text -> token -> (an object with) its log-probability."""
+    asked = expected(subject, text, prompt, steering)
+    plain = expected(subject, text, prompt, None)
+    error = teeth = 0.0
+    for position, row in seen.items():
+        for token, value in row.items():
+            logprob = getattr(value, "logprob", value)
+            error = max(error, abs(float(asked[position - 1, token]) - logprob))
+            teeth = max(teeth, abs(float(asked[position - 1, token] - plain[position - 1, token])))
+    return Difference(error, teeth)
+
+
+def expected(subject: Subject, text: list[int], prompt: int, steering: Any) -> Tensor:
+    """Log-probabilities after each token of a text ``[tokens, vocab]``, of which `prompt` tokens were given."""
+    steer: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    if steering is not None:
+        steer = confsteer.steer(subject.model, subject.profile, steering)
+    with torch.no_grad(), steer as steerer:
+        if steerer is None or steerer.positions == "all":
+            logits = subject.model(torch.tensor([text])).logits[0]
+        else:
+            # As generate() does: one pass over the prompt, then a token at a time.
+            passes = [text[:prompt], *([token] for token in text[prompt:])]
+            cache, rows = None, []
+            for ids in passes:
+                output = subject.model(torch.tensor([ids]), past_key_values=cache, use_cache=True)
+                cache = output.past_key_values
+                rows.append(output.logits[0])
+            logits = torch.cat(rows)
+    return torch.log_softmax(logits, -1)
+
+
+def check(differences: Sequence[Difference], asks: Sequence[Ask], completions: int = 1) -> float:
+    """All agree, and those steered would not have if they had not been; the largest error."""
+    for i, found in enumerate(differences):
+        ask = asks[i // completions]
+        assert found.error <= TOLERANCE, (ask, found)
+        if ask.steering is not None:
+            assert found.teeth >= TEETH, (ask, found)
+    return max(found.error for found in differences)
+
+
+@contextlib.contextmanager
+def engine(subject: Subject, *, default: Any = None, configured: bool = True, **options: Any) -> Iterator[Any]:
+    """A vLLM engine in processes of its own, as vLLM runs it, with `subject`'s profile."""
+    from vllm import LLM
+
+    settings = {"profile": str(subject.profile_folder)} | ({} if default is None else {"default": default})
+    options = {"max_model_len": 64, "max_num_seqs": 8, "enforce_eager": True, "dtype": "float32", "seed": 0} | options
+    llm = LLM(str(subject.model_folder), additional_config={"confsteer": settings} if configured else {}, **options)
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
