@@ -376,7 +376,9 @@ def read_norm(norm: nn.Module, d_model: int) -> NormParameters:
         # The small rows make epsilon count; float16 would underflow their squares in some implementations.
         probe[2:] *= 1e-2
         probe = probe.to(like.device, like.dtype)
-        expected = norm(probe).float()
+        answer = norm(probe)
+        # Norms of vLLM that also add the residual give it back beside.
+        expected = (answer[0] if isinstance(answer, tuple) else answer).float()
         epsilon = next((float(getattr(norm, n)) for n in ("eps", "variance_epsilon") if hasattr(norm, n)), 1e-5)
         gains = [torch.ones(d_model, device=like.device)] if weight is None else [weight.float(), 1 + weight.float()]
         tolerance = 1e-4 if like.dtype == torch.float32 else 2e-2

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
-from confsteer.anatomy import locate, read_norm
+from confsteer.anatomy import Anatomy, locate, read_norm
 
 VOCAB = 96
 
@@ -136,58 +136,63 @@ FREQUENCY_NEURON, FREQUENCY_SIGN = 20, -1
 """Planted neuron that lowers frequent tokens, so that the output comes closer to unigram when it is turned down."""
 
 
-def planted_model(model_type: str, counts: torch.Tensor, *, wide: bool = False) -> Any:
+def planted_model(model_type: str, counts: torch.Tensor, *, wide: bool = False, tied: bool = False) -> Any:
     """A tiny model with an exact null space, two entropy neurons in it and one token-frequency neuron.
 
     The last `NULL_DIMS` dimensions of the residual are not read by the unembedding and written by nothing but the entropy
     neurons and a constant: neuron 5 adds to the constant (a larger norm, smaller logits, higher entropy) and neuron 11
     takes from it. The frequency neuron's write is the one whose logits follow the unigram direction best.
+
+    With `tied` embeddings only the frequency neuron is planted: what the unembedding does not read, the embedding cannot hold.
     """
     config = {family.model_type: family.config for family in FAMILIES}[model_type]
     if wide:
         config = config | {name: size for name, size in WIDE.items() if name in config}
-    model = tiny_model(model_type, config | {"tie_word_embeddings": False})
+    model = tiny_model(model_type, config | {"tie_word_embeddings": tied})
     anatomy = locate(model)
-    d_model, projection = anatomy.d_model, anatomy.down_proj
-    unembedding = anatomy.unembedding.get_parameter("weight")
-    norm = read_norm(anatomy.final_norm, d_model)
+    norm = read_norm(anatomy.final_norm, anatomy.d_model)
     with torch.no_grad():
         for module in filter(None, (anatomy.final_norm, anatomy.write_norm)):
             for _, weight in filter(lambda named: named[0] == "weight", module.named_parameters()):
                 # A gain of one, which is a weight of zero where the module adds one to it.
-                weight.sub_(read_norm(module, d_model).gain - 1)
-        unembedding[:, -NULL_DIMS:] = 0
-        # Nothing else writes into the null space; its content is a constant that comes in with the embeddings.
-        for module in model.modules():
-            if isinstance(module, Conv1D | nn.Linear) and module is not anatomy.unembedding:
-                into = module.weight.T if isinstance(module, Conv1D) else module.weight
-                if into.shape[0] == d_model:
-                    into[-NULL_DIMS:] = 0
-                    if module.bias is not None:
-                        module.bias[-NULL_DIMS:] = 0
-            elif isinstance(module, nn.Embedding):
-                module.weight[..., -NULL_DIMS:] = 0
-        # Zero-sum, so that a LayerNorm's centring takes nothing away from it.
-        constant = torch.tensor([1.0, -1.0, 1.0, -1.0])
-        model.get_input_embeddings().weight[:, -NULL_DIMS:] = 2 * constant
-        stored = projection.get_parameter("weight")
-        w_out = stored if isinstance(projection, Conv1D) else stored.T  # [neurons, d_model]
-        normed = anatomy.write_norm is not None
-        if normed:
+                weight.sub_(read_norm(module, anatomy.d_model).gain - 1)
+        stored = anatomy.down_proj.get_parameter("weight")
+        w_out = stored if isinstance(anatomy.down_proj, Conv1D) else stored.T  # [neurons, d_model]
+        if anatomy.write_norm is not None:
             # The planted writes must not make up most of what the norm divides by.
             w_out.mul_(50)
-            # GLM-4's layers write more: their norms have gains above one.
-            model.get_input_embeddings().weight[:, -NULL_DIMS:] *= 3 if model_type == "glm4" else 2
-        for neuron, sign in ENTROPY_NEURONS.items():
-            w_out[neuron] = 0
-            w_out[neuron, -NULL_DIMS:] = 4 * sign * constant
+        if not tied:
+            _plant_entropy(model, anatomy, w_out)
         log_frequency = ((counts + 1) / (counts + 1).sum()).log()
-        direction = log_frequency - log_frequency.mean()
         # Make the unembedding able to express the direction exactly through one residual dimension.
-        unembedding[:, 0] = 0.3 * direction
+        anatomy.unembedding.get_parameter("weight")[:, 0] = 0.3 * (log_frequency - log_frequency.mean())
         w_out[FREQUENCY_NEURON] = 0
-        w_out[FREQUENCY_NEURON, 0] = -12.0 if normed else -2.0
+        w_out[FREQUENCY_NEURON, 0] = -12.0 if anatomy.write_norm is not None else -2.0
         if norm.centred:
             # A write that sums to zero and reads out as dimension 0 alone: the rest goes where nothing is read.
             w_out[FREQUENCY_NEURON, -NULL_DIMS:] = -w_out[FREQUENCY_NEURON, 0] / NULL_DIMS
     return model
+
+
+def _plant_entropy(model: Any, anatomy: Anatomy, w_out: torch.Tensor) -> None:
+    """Give `model` a null space, and entropy neurons that write into it."""
+    anatomy.unembedding.get_parameter("weight")[:, -NULL_DIMS:] = 0
+    # Nothing else writes into the null space; its content is a constant that comes in with the embeddings.
+    for module in model.modules():
+        if isinstance(module, Conv1D | nn.Linear) and module is not anatomy.unembedding:
+            into = module.weight.T if isinstance(module, Conv1D) else module.weight
+            if into.shape[0] == anatomy.d_model:
+                into[-NULL_DIMS:] = 0
+                if module.bias is not None:
+                    module.bias[-NULL_DIMS:] = 0
+        elif isinstance(module, nn.Embedding):
+            module.weight[..., -NULL_DIMS:] = 0
+    # Zero-sum, so that a LayerNorm's centring takes nothing away from it.
+    constant = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    model.get_input_embeddings().weight[:, -NULL_DIMS:] = 2 * constant
+    if anatomy.write_norm is not None:
+        # GLM-4's layers write more: their norms have gains above one.
+        model.get_input_embeddings().weight[:, -NULL_DIMS:] *= 3 if model.config.model_type == "glm4" else 2
+    for neuron, sign in ENTROPY_NEURONS.items():
+        w_out[neuron] = 0
+        w_out[neuron, -NULL_DIMS:] = 4 * sign * constant

@@ -21,9 +21,9 @@ class Planted(NamedTuple):
 
 
 @functools.cache
-def planted(model_type: str, *, wide: bool = False) -> Planted:
+def planted(model_type: str, *, wide: bool = False, tied: bool = False) -> Planted:
     """Tests must leave the model as they found it."""
     texts, tokenizer = zipf_texts(20, 200), tiny_tokenizer()
     counts = make_windows(texts, tokenizer, window=64).counts(VOCAB)
-    model = planted_model(model_type, counts, wide=wide)
+    model = planted_model(model_type, counts, wide=wide, tied=tied)
     return Planted(model, tokenizer, texts, confsteer.calibrate(model, tokenizer, texts, window=64, source="zipf"))

@@ -18,8 +18,10 @@ from tests.planted import planted
 
 TOLERANCE = 1e-4
 """Of log-probabilities in float32, in nats."""
-TEETH = 1e-2
+TEETH = 1e-3
 """What a steered request would be off by, at least, if it were not steered."""
+TIED = ("gemma2", "cohere")
+"""Families that vLLM only loads with tied embeddings."""
 
 
 class Subject(NamedTuple):
@@ -51,7 +53,7 @@ class Difference(NamedTuple):
 
 def subject(model_type: str, folder: Path) -> Subject:
     """A tiny model with planted neurons, saved with its profile, which has a preset."""
-    found = planted(model_type, wide=True)
+    found = planted(model_type, wide=True, tied=model_type in TIED)
     neuron = steerable(found.profile)[0]
     profile = found.profile.with_preset(
         "calm", Steering(scale={neuron.index: 0.0}, shift={neuron.index: 2 * neuron.std_activation})
@@ -66,7 +68,9 @@ def steerings(profile: Profile) -> list[Any]:
     asked: list[Any] = [None, {"preset": "calm"}, "preset=calm positions=generated"]
     for dial in profile.response:
         low, high = profile.reach(dial)
-        asked += [{dial: 0.8 * high}, f'{{"{dial}": {0.8 * low}}}', {dial: 0.5 * high, "positions": "generated"}]
+        asked += [{dial: 0.8 * high}, f'{{"{dial}": {0.5 * high}}}', {dial: 0.5 * high, "positions": "generated"}]
+        if low < -0.01:
+            asked.append(f"{dial}={0.8 * low}")
     for neuron in steerable(profile):
         mean, deviation = neuron.mean_activation, neuron.std_activation
         asked += [
