@@ -150,6 +150,6 @@ def _norms(model: nn.Module, profile: Profile) -> tuple[NormParameters, Tensor |
 
 def _norm_modules(model: nn.Module, d_model: int) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if "norm" in type(module).__name__.lower() and isinstance(weight, Tensor) and weight.shape == (d_model,):
+        weight = getattr(module, "weight", None)  # OLMo's norms have none
+        if "norm" in type(module).__name__.lower() and (weight is None or weight.shape == (d_model,)):
             yield name, module

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,9 +12,9 @@ import torch
 from torch import Tensor
 
 import confsteer
-from confsteer import Profile, Steering
+from confsteer import Profile, Steering, demo
 from confsteer.edit import steerable
-from tests.models import VOCAB
+from confsteer.loading import DEMO
 from tests.planted import planted
 
 TOLERANCE = 1e-4
@@ -82,7 +83,7 @@ def steerings(profile: Profile) -> list[Any]:
     return asked
 
 
-def prompts(count: int, *, vocabulary: int = VOCAB, longest: int = 24, seed: int = 0) -> list[list[int]]:
+def prompts(count: int, *, vocabulary: int, longest: int, seed: int) -> list[list[int]]:
     """Random tokens, of many lengths; every third begins like the one before."""
     generator = torch.Generator().manual_seed(seed)
     made: list[list[int]] = []
@@ -159,6 +160,23 @@ def expected(subject: Subject, text: list[int], prompt: int, steering: Any) -> T
     return torch.log_softmax(logits, -1)
 
 
+def bundled(folder: Path) -> Subject:
+    """The demonstration model, with its shipped profile and a preset."""
+    model, _, profile = demo.load()
+    profile = profile.with_preset("calm", Steering(entropy=0.3))
+    return Subject(model, profile, DEMO, profile.save(folder / "profile"))
+
+
+def mixed(subject: Subject, count: int, *, tokens: int = 6, longest: int = 24, seed: int = 0) -> list[Ask]:
+    """Requests with all the `steerings` in turn."""
+    asked = itertools.cycle(steerings(subject.profile))
+    vocabulary = subject.profile.model.tokenizer_size
+    return [
+        Ask(prompt, steering, tokens)
+        for prompt, steering in zip(prompts(count, vocabulary=vocabulary, longest=longest, seed=seed), asked, strict=False)
+    ]
+
+
 def check(differences: Sequence[Difference], asks: Sequence[Ask], completions: int = 1) -> float:
     """All agree, and those steered would not have if they had not been; the largest error."""
     for i, found in enumerate(differences):
@@ -170,13 +188,21 @@ def check(differences: Sequence[Difference], asks: Sequence[Ask], completions: i
 
 
 @contextlib.contextmanager
-def engine(subject: Subject, *, default: Any = None, configured: bool = True, **options: Any) -> Iterator[Any]:
-    """A vLLM engine in processes of its own, as vLLM runs it, with `subject`'s profile."""
+def engine(subject: Subject, *, default: Any = None, **options: Any) -> Iterator[Any]:
+    """A vLLM engine with `subject`'s profile, in this process unless the options or the environment say otherwise."""
     from vllm import LLM
 
     settings = {"profile": str(subject.profile_folder)} | ({} if default is None else {"default": default})
-    options = {"max_model_len": 64, "max_num_seqs": 8, "enforce_eager": True, "dtype": "float32", "seed": 0} | options
-    llm = LLM(str(subject.model_folder), additional_config={"confsteer": settings} if configured else {}, **options)
+    options = {
+        "model": str(subject.model_folder),
+        "additional_config": {"confsteer": settings},
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 64,
+        "max_num_seqs": 8,
+        "distributed_executor_backend": "uni",
+    } | options
+    llm = LLM(**options)
     try:
         yield llm
     finally:

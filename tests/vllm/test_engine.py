@@ -1,0 +1,274 @@
+"""Engines against transformers, log-probability by log-probability."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import prometheus_client
+import pytest
+import torch
+import vllm
+from vllm import LLM
+from vllm.engine.arg_utils import EngineArgs
+from vllm.exceptions import VLLMValidationError
+
+import confsteer
+from confsteer import Profile, ProfileMismatchError, SettingError, SteeringError, UnsupportedServerError
+from confsteer.loading import DEMO
+from tests.models import planted_model
+from tests.vllm import parity
+from tests.vllm.parity import Ask, Subject
+
+V2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
+FAMILIES = ["gpt2", "llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gpt_neox"]
+"""The last through vLLM's Transformers backend."""
+
+Make = Callable[[str], Subject]
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """A subject by its model type, or the bundled model; made once."""
+    made: dict[str, Subject] = {}
+
+    def subject(name: str) -> Subject:
+        if name not in made:
+            folder = tmp_path_factory.mktemp(name)
+            made[name] = parity.bundled(folder) if name == "bundled" else parity.subject(name, folder)
+        return made[name]
+
+    return subject
+
+
+def worker_of(llm: Any) -> Any:
+    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_many_requests_with_mixed_steerings_are_those_of_transformers(model_type: str, make: Make) -> None:
+    """More steerings than slots: 8 requests run at once, and a table of 8 rows is written over and over."""
+    subject = make(model_type)
+    asks = parity.mixed(subject, 36)
+    with parity.engine(subject) as llm:
+        assert type(worker_of(llm)).__name__ == "SteeringCPUWorker"
+        assert worker_of(llm).use_v2_model_runner == V2
+        assert len(parity.steerings(subject.profile)) > 8
+        outputs = parity.ask_all(llm, asks, prompt_logprobs=2)
+    parity.check(parity.compare(subject, asks, outputs), asks)
+
+
+def test_the_bundled_model_under_pressure(make: Make) -> None:
+    """Prefill in chunks of 16 tokens, too few blocks for all requests to stay, several completions each."""
+    subject = make("bundled")
+    asks = parity.mixed(subject, 24, tokens=40, longest=60)
+    options = {"max_num_batched_tokens": 16, "block_size": 32, "num_gpu_blocks_override": 9, "disable_log_stats": False}
+    with parity.engine(subject, max_model_len=128, **options) as llm:
+        outputs = parity.ask_all(llm, asks, n=2)
+        preempted = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
+    assert preempted["vllm:num_preemptions"] > 0
+    parity.check(parity.compare(subject, asks, outputs), asks, completions=2)
+
+
+def test_a_prefix_cached_under_one_steering_serves_another(make: Make) -> None:
+    subject = make("bundled")
+    prompt = parity.prompts(1, vocabulary=4096, longest=2, seed=1)[0] * 30
+    asks = [Ask(prompt, steering) for steering in parity.steerings(subject.profile)]
+    with parity.engine(subject, max_model_len=128, block_size=32) as llm:
+        first = parity.ask_all(llm, asks[:3])
+        outputs = first + parity.ask_all(llm, asks[3:])
+    assert all(output.num_cached_tokens >= 32 for output in outputs[3:])
+    parity.check(parity.compare(subject, asks, outputs), asks)
+
+
+def test_drafts_are_verified_under_their_request_s_steering(make: Make) -> None:
+    """On repeated tokens the bundled model copies, so that n-gram drafts are accepted."""
+    subject = make("bundled")
+    asks = [
+        Ask(prompt[:15] * 3, steering, 20)
+        for prompt, steering in zip(
+            parity.prompts(12, vocabulary=4096, longest=40, seed=2), parity.steerings(subject.profile), strict=False
+        )
+    ]
+    speculative = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 2}
+    with parity.engine(subject, max_model_len=128, speculative_config=speculative, disable_log_stats=False) as llm:
+        outputs = parity.ask_all(llm, asks)
+        counts = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
+    assert counts["vllm:spec_decode_num_accepted_tokens"] > 0
+    parity.check(parity.compare(subject, asks, outputs), asks)
+
+
+def test_requests_that_are_aborted_leave_the_others_right(make: Make) -> None:
+    subject = make("gpt2")
+    asks = parity.mixed(subject, 24, tokens=12)
+    finished: dict[str, Any] = {}
+    with parity.engine(subject) as llm:
+        engine = llm.llm_engine
+        names = [engine.add_request(str(i), {"prompt_token_ids": ask.prompt}, parity.sampling(ask)) for i, ask in enumerate(asks)]
+        assert names == [str(i) for i in range(len(asks))] or names == [None] * len(asks)
+        for step in range(200):
+            if step in (1, 3, 5):
+                engine.abort_request([str(i) for i in range(step, len(asks), 6)])
+            finished |= {output.request_id: output for output in engine.step() if output.finished}
+            if not engine.has_unfinished_requests():
+                break
+    left = [i for i in range(len(asks)) if i % 6 not in (1, 3, 5)]
+    assert sorted(map(int, finished)) == left
+    asks = [asks[i] for i in left]
+    parity.check(parity.compare(subject, asks, [finished[str(i)] for i in left]), asks)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt_neox"])
+def test_compiled_and_again_from_the_cache(model_type: str, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second engine finds the compiled graph; a third, with fewer neurons, must not take it."""
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    subject = make(model_type)
+    fewer = subject.profile.model_copy(update={"frequency_neurons": (), "presets": {}})
+    fewer = fewer.model_copy(update={"response": {"entropy": fewer.response["entropy"]}})
+    other = subject._replace(profile=fewer, profile_folder=fewer.save(tmp_path / "fewer"))
+    for steered in (subject, subject, other)[: 3 if model_type == "llama" else 1]:
+        asks = [ask for ask in parity.mixed(subject, 24) if steered is subject or "preset" not in str(ask.steering)]
+        if steered is other:
+            asks = [Ask(ask.prompt, {"entropy": 0.1 * i}) for i, ask in enumerate(asks[:8], start=1)]
+        with parity.engine(steered, enforce_eager=False) as llm:
+            outputs = parity.ask_all(llm, asks)
+        parity.check(parity.compare(steered, asks, outputs), asks)
+
+
+@pytest.mark.skipif(V2, reason="processes of their own do not have Triton's interpreter")
+def test_tensor_parallel_and_processes_of_their_own(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    subject = make("qwen3")
+    asks = parity.mixed(subject, 24)
+    with parity.engine(subject, tensor_parallel_size=2, distributed_executor_backend="mp") as llm:
+        outputs = parity.ask_all(llm, asks, prompt_logprobs=1)
+    parity.check(parity.compare(subject, asks, outputs), asks)
+
+
+def test_with_a_lora_adapter_on_the_projection_itself(make: Make, tmp_path: Path) -> None:
+    """As in transformers: the adapter sees the steered activations."""
+    from peft import LoraConfig, get_peft_model
+    from vllm.lora.request import LoRARequest
+
+    subject = make("llama")
+    base = planted_model("llama", torch.ones(96), wide=True)
+    base.load_state_dict(subject.model.state_dict())
+    torch.manual_seed(0)
+    adapted = get_peft_model(base, LoraConfig(r=8, target_modules=["down_proj", "q_proj"], init_lora_weights=False)).eval()
+    adapted.save_pretrained(tmp_path)
+    asks = parity.mixed(subject, 16)
+    with parity.engine(subject, enable_lora=True, max_lora_rank=8) as llm:
+        params = [parity.sampling(ask) for ask in asks]
+        prompts = [{"prompt_token_ids": ask.prompt} for ask in asks]
+        outputs = llm.generate(prompts, params, lora_request=LoRARequest("adapter", 1, str(tmp_path)), use_tqdm=False)
+    parity.check(parity.compare(subject._replace(model=adapted), asks, outputs), asks)
+
+
+def test_the_default_is_for_requests_that_ask_for_nothing(make: Make) -> None:
+    subject = make("gpt2")
+    default = {"entropy": 0.4}
+    asks = [
+        Ask(ask.prompt, steering) for ask, steering in zip(parity.mixed(subject, 4), (None, {}, "", "entropy=-0.1"), strict=True)
+    ]
+    with parity.engine(subject, default=default) as llm:
+        outputs = parity.ask_all(llm, asks)
+    done = [Ask(ask.prompt, steering) for ask, steering in zip(asks, (default, None, None, "entropy=-0.1"), strict=True)]
+    parity.check(parity.compare(subject, done, outputs), done)
+
+
+def test_what_is_asked_wrongly_is_refused_with_the_sentence_and_counted(make: Make) -> None:
+    subject = make("gpt2")
+    wrong = [({"entropy": 9}, "out of reach"), ("entropie=1", "unknown key"), ([1], "not list"), ({"preset": "x"}, "has calm")]
+
+    def counted(name: str) -> float:
+        return prometheus_client.REGISTRY.get_sample_value(f"confsteer:{name}_total") or 0.0
+
+    with parity.engine(subject) as llm:
+        before = {name: counted(name) for name in ("steered_requests", "refused_requests", "steered_tokens")}
+        for steering, sentence in wrong:
+            with pytest.raises(VLLMValidationError, match=sentence):
+                parity.ask_all(llm, [Ask([1, 2, 3], steering)])
+        asks = [Ask([1, 2, 3], steering, tokens=5) for steering in (None, "entropy=0.1", {"scale": {5: 1.0}})]
+        params = [parity.sampling(ask) for ask in asks]
+        asked = [dict(p.extra_args) if p.extra_args else None for p in params]
+        outputs = llm.generate([{"prompt_token_ids": ask.prompt} for ask in asks], params, use_tqdm=False)
+        assert [p.extra_args for p in params] == asked, "the caller's parameters are the caller's"
+    parity.compare(subject, asks, outputs)
+    after = {name: counted(name) for name in before}
+    # A scale of one changes nothing, and does not count.
+    assert {name: after[name] - before[name] for name in before} == {
+        "steered_requests": 1,
+        "refused_requests": len(wrong),
+        "steered_tokens": 5,
+    }
+
+
+def config(folder: Path | str, profile: Any, **options: Any) -> Any:
+    settings = profile if isinstance(profile, dict) else {"profile": str(profile)}
+    args = EngineArgs(model=str(folder), additional_config={"confsteer": settings}, max_model_len=64, **options)
+    return args.create_engine_config()
+
+
+def test_what_cannot_work_is_refused_before_weights_are_loaded(make: Make, tmp_path: Path) -> None:
+    subject, other = make("gpt2"), make("llama")
+    with pytest.raises(ProfileMismatchError, match="num_hidden_layers 4; .* has 2"):
+        config(subject.model_folder, "confsteer-demo")
+    changed = planted_model("gpt2", torch.ones(96), wide=True)
+    changed.save_pretrained(tmp_path / "changed")
+    with pytest.raises(ProfileMismatchError, match="the same shape but other weights"):
+        config(tmp_path / "changed", subject.profile_folder)
+    with pytest.raises(ProfileMismatchError, match="n_neurons 128; this model has n_neurons 256"):
+        config(subject.model_folder, other.profile_folder)
+    with pytest.raises(SteeringError, match="out of reach"):
+        config(subject.model_folder, {"profile": str(subject.profile_folder), "default": "entropy=9"})
+    with pytest.raises(SettingError, match=r"additional_config: confsteer.profil: .*\"profile\": PROFILE"):
+        config(subject.model_folder, {"profil": "x"})
+    with pytest.raises(SettingError, match=r"additional_config: confsteer: "):
+        config(subject.model_folder, {}.get("none") or {"profile": 3})
+    with pytest.raises(UnsupportedServerError, match="worker class"):
+        config(subject.model_folder, subject.profile_folder, worker_cls="mine.Worker")
+
+
+def test_an_unknown_release_is_refused(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm, "__version__", "0.99.0")
+    with pytest.raises(UnsupportedServerError, match=r"this is vLLM 0\.99\.0"):
+        config(make("gpt2").model_folder, make("gpt2").profile_folder)
+
+
+def test_without_the_configuration_nothing_happens(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even an unknown release or a steering in a request is looked at."""
+    monkeypatch.setattr(vllm, "__version__", "0.99.0")
+    args = EngineArgs(model=str(make("gpt2").model_folder), max_model_len=64)
+    made = args.create_engine_config()
+    assert made.parallel_config.worker_cls == "vllm.v1.worker.cpu_worker.CPUWorker"
+    assert made.additional_config == {}
+
+
+def test_loaded_weights_that_are_not_the_profile_s_are_refused(make: Make) -> None:
+    """What is on disk fits, what is loaded does not."""
+    with (
+        pytest.raises(ProfileMismatchError, match="the model that vLLM loaded has other weights"),
+        parity.engine(make("gpt2"), load_format="dummy"),
+    ):
+        pass
+
+
+def test_an_engine_that_would_not_steer_does_not_start(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if a compiled graph without the edit had been taken from a cache."""
+    from confsteer.vllm import projection
+
+    monkeypatch.setattr(projection, "_steer", lambda module, args: None)
+    with pytest.raises(confsteer.UnsupportedModelError, match="pushing the neurons changes nothing"), parity.engine(make("gpt2")):
+        pass
+
+
+def test_the_start_up_line_says_what_can_be_steered(make: Make) -> None:
+    from confsteer.vllm.worker import describe
+
+    line = describe(Profile.load("confsteer-demo"))
+    assert line.startswith("steering confsteer-demo, layer 3: entropy -0.22 to +1.79 nats (767, ")
+    assert DEMO.is_dir()
+    assert LLM is not None
