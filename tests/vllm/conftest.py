@@ -1,7 +1,7 @@
 """Tests of engines run where vLLM is installed; the others, of what knows nothing of vLLM, everywhere.
 
-With ``VLLM_USE_V2_MODEL_RUNNER=1`` the engines run vLLM's second model runner, whose kernels are Triton's: without a GPU, Triton's
-interpreter runs them on the CPU.
+With ``VLLM_USE_V2_MODEL_RUNNER=1`` the engines run vLLM's second model runner, whose kernels are Triton's: without a GPU,
+Triton's interpreter runs them on the CPU.
 """
 
 import importlib.util

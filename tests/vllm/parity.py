@@ -75,10 +75,10 @@ def steerings(profile: Profile) -> list[Any]:
     for neuron in steerable(profile):
         mean, deviation = neuron.mean_activation, neuron.std_activation
         asked += [
-            f"scale.{neuron.index}=-2",
+            f"scale.{neuron.index}=-4",
             {"scale": {neuron.index: 0.5}, "shift": {str(neuron.index): -3 * deviation}},
-            {"clamp": {str(neuron.index): [mean + deviation, None]}},
-            f"clamp.{neuron.index}={mean - deviation}",
+            {"clamp": {str(neuron.index): [mean + 20 * deviation, None]}},
+            f"clamp.{neuron.index}={mean - 5 * deviation}",
         ]
     return asked
 
@@ -99,9 +99,8 @@ def sampling(ask: Ask, **options: Any) -> Any:
     from vllm import SamplingParams
 
     extra = None if ask.steering is None else {"confsteer": ask.steering}
-    return SamplingParams(
-        max_tokens=ask.tokens, temperature=1.0, seed=0, ignore_eos=True, logprobs=5, extra_args=extra, detokenize=False, **options
-    )
+    # No seed: vLLM's generators on the CPU do not go together with chunked prefill.
+    return SamplingParams(max_tokens=ask.tokens, ignore_eos=True, logprobs=5, extra_args=extra, detokenize=False, **options)
 
 
 def ask_all(llm: Any, asks: Sequence[Ask], **options: Any) -> list[Any]:

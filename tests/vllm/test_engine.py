@@ -11,20 +11,17 @@ import prometheus_client
 import pytest
 import torch
 import vllm
-from vllm import LLM
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 
 import confsteer
 from confsteer import Profile, ProfileMismatchError, SettingError, SteeringError, UnsupportedServerError
-from confsteer.loading import DEMO
 from tests.models import planted_model
 from tests.vllm import parity
 from tests.vllm.parity import Ask, Subject
 
 V2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
-FAMILIES = ["gpt2", "llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gpt_neox"]
-"""The last through vLLM's Transformers backend."""
+FAMILIES = ["gpt2", "llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2"]
 
 Make = Callable[[str], Subject]
 
@@ -83,18 +80,23 @@ def test_a_prefix_cached_under_one_steering_serves_another(make: Make) -> None:
     parity.check(parity.compare(subject, asks, outputs), asks)
 
 
-def test_drafts_are_verified_under_their_request_s_steering(make: Make) -> None:
+@pytest.mark.skipif(V2, reason="processes of their own do not have Triton's interpreter")
+def test_drafts_are_verified_under_their_request_s_steering(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """On repeated tokens the bundled model copies, so that n-gram drafts are accepted."""
+    # After a proposer has been in this process, vLLM 0.32 cannot start another engine in it.
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     subject = make("bundled")
-    asks = [
-        Ask(prompt[:15] * 3, steering, 20)
-        for prompt, steering in zip(
-            parity.prompts(12, vocabulary=4096, longest=40, seed=2), parity.steerings(subject.profile), strict=False
-        )
-    ]
-    speculative = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 2}
-    with parity.engine(subject, max_model_len=128, speculative_config=speculative, disable_log_stats=False) as llm:
-        outputs = parity.ask_all(llm, asks)
+    asked = parity.steerings(subject.profile)
+    prompts = parity.prompts(12, vocabulary=4096, longest=40, seed=2)
+    asks = [Ask((prompt * 4)[:60], steering, 20) for prompt, steering in zip(prompts, asked, strict=False)]
+    options = {
+        "speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 2},
+        "distributed_executor_backend": "mp",
+        "disable_log_stats": False,
+        "max_model_len": 128,
+    }
+    with parity.engine(subject, **options) as llm:
+        outputs = parity.ask_all(llm, asks, temperature=0.0)
         counts = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
     assert counts["vllm:spec_decode_num_accepted_tokens"] > 0
     parity.check(parity.compare(subject, asks, outputs), asks)
@@ -120,21 +122,32 @@ def test_requests_that_are_aborted_leave_the_others_right(make: Make) -> None:
     parity.check(parity.compare(subject, asks, [finished[str(i)] for i in left]), asks)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gpt_neox"])
-def test_compiled_and_again_from_the_cache(model_type: str, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_and_again_from_the_cache(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second engine finds the compiled graph; a third, with fewer neurons, must not take it."""
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
-    subject = make(model_type)
+    subject = make("llama")
     fewer = subject.profile.model_copy(update={"frequency_neurons": (), "presets": {}})
     fewer = fewer.model_copy(update={"response": {"entropy": fewer.response["entropy"]}})
     other = subject._replace(profile=fewer, profile_folder=fewer.save(tmp_path / "fewer"))
-    for steered in (subject, subject, other)[: 3 if model_type == "llama" else 1]:
+    for steered in (subject, subject, other):
         asks = [ask for ask in parity.mixed(subject, 24) if steered is subject or "preset" not in str(ask.steering)]
         if steered is other:
             asks = [Ask(ask.prompt, {"entropy": 0.1 * i}) for i, ask in enumerate(asks[:8], start=1)]
         with parity.engine(steered, enforce_eager=False) as llm:
             outputs = parity.ask_all(llm, asks)
         parity.check(parity.compare(steered, asks, outputs), asks)
+
+
+@pytest.mark.skipif(V2, reason="processes of their own do not have Triton's interpreter")
+@pytest.mark.parametrize("eager", [True, False])
+def test_models_of_transformers_itself(eager: bool, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPT-NeoX has no model in vLLM, which runs transformers' then, and changes its class for the process: so not in this one."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    subject = make("gpt_neox")
+    asks = parity.mixed(subject, 24)
+    with parity.engine(subject, enforce_eager=eager, distributed_executor_backend="mp") as llm:
+        outputs = parity.ask_all(llm, asks)
+    parity.check(parity.compare(subject, asks, outputs), asks)
 
 
 @pytest.mark.skipif(V2, reason="processes of their own do not have Triton's interpreter")
@@ -158,7 +171,7 @@ def test_with_a_lora_adapter_on_the_projection_itself(make: Make, tmp_path: Path
     base.load_state_dict(subject.model.state_dict())
     torch.manual_seed(0)
     adapted = get_peft_model(base, LoraConfig(r=8, target_modules=["down_proj", "q_proj"], init_lora_weights=False)).eval()
-    adapted.save_pretrained(tmp_path)
+    adapted.save_pretrained(str(tmp_path))
     asks = parity.mixed(subject, 16)
     with parity.engine(subject, enable_lora=True, max_lora_rank=8) as llm:
         params = [parity.sampling(ask) for ask in asks]
@@ -175,7 +188,7 @@ def test_the_default_is_for_requests_that_ask_for_nothing(make: Make) -> None:
     ]
     with parity.engine(subject, default=default) as llm:
         outputs = parity.ask_all(llm, asks)
-    done = [Ask(ask.prompt, steering) for ask, steering in zip(asks, (default, None, None, "entropy=-0.1"), strict=True)]
+    done = [ask._replace(steering=steering) for ask, steering in zip(asks, (default, None, None, asked[-1]), strict=True)]
     parity.check(parity.compare(subject, done, outputs), done)
 
 
@@ -214,7 +227,7 @@ def config(folder: Path | str, profile: Any, **options: Any) -> Any:
 
 def test_what_cannot_work_is_refused_before_weights_are_loaded(make: Make, tmp_path: Path) -> None:
     subject, other = make("gpt2"), make("llama")
-    with pytest.raises(ProfileMismatchError, match="num_hidden_layers 4; .* has 2"):
+    with pytest.raises(ProfileMismatchError, match=r"num_hidden_layers 4; .* has 2"):
         config(subject.model_folder, "confsteer-demo")
     changed = planted_model("gpt2", torch.ones(96), wide=True)
     changed.save_pretrained(tmp_path / "changed")
@@ -224,10 +237,10 @@ def test_what_cannot_work_is_refused_before_weights_are_loaded(make: Make, tmp_p
         config(subject.model_folder, other.profile_folder)
     with pytest.raises(SteeringError, match="out of reach"):
         config(subject.model_folder, {"profile": str(subject.profile_folder), "default": "entropy=9"})
-    with pytest.raises(SettingError, match=r"additional_config: confsteer.profil: .*\"profile\": PROFILE"):
+    with pytest.raises(SettingError, match=r"additional_config: confsteer\.profile: Field required\. It should be"):
         config(subject.model_folder, {"profil": "x"})
-    with pytest.raises(SettingError, match=r"additional_config: confsteer: "):
-        config(subject.model_folder, {}.get("none") or {"profile": 3})
+    with pytest.raises(SettingError, match=r"additional_config: confsteer\.profile: Input should be a valid string"):
+        config(subject.model_folder, {"profile": 3})
     with pytest.raises(UnsupportedServerError, match="worker class"):
         config(subject.model_folder, subject.profile_folder, worker_cls="mine.Worker")
 
@@ -265,10 +278,8 @@ def test_an_engine_that_would_not_steer_does_not_start(make: Make, monkeypatch: 
         pass
 
 
-def test_the_start_up_line_says_what_can_be_steered(make: Make) -> None:
+def test_the_start_up_line_says_what_can_be_steered() -> None:
     from confsteer.vllm.worker import describe
 
     line = describe(Profile.load("confsteer-demo"))
     assert line.startswith("steering confsteer-demo, layer 3: entropy -0.22 to +1.79 nats (767, ")
-    assert DEMO.is_dir()
-    assert LLM is not None
