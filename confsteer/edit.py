@@ -28,6 +28,10 @@ class NeuronEdit(NamedTuple):
     high: NDArray[np.float32]
 
 
+NEUTRAL_RULE = (1.0, 0.0, -np.inf, np.inf)
+"""The gain, bias, low and high that change nothing."""
+
+
 def steerable(profile: Profile) -> tuple[Neuron, ...]:
     """The neurons that steering can reach, in the order of every `NeuronEdit`.
 

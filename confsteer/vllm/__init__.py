@@ -19,23 +19,21 @@ command.py      ``confsteer serve``
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 
 @functools.cache
 def register() -> None:
     """Entry point of ``vllm.general_plugins``: look at each engine's configuration when it is made."""
-    from vllm.engine.arg_utils import EngineArgs
+    from vllm.config import VllmConfig
 
-    create = EngineArgs.create_engine_config
+    complete = VllmConfig.__post_init__
 
-    @functools.wraps(create)
-    def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> Any:
-        config = create(self, *args, **kwargs)
-        if "confsteer" in config.additional_config:
+    @functools.wraps(complete)
+    def complete_and_prepare(self: VllmConfig) -> None:
+        complete(self)
+        if isinstance(self.additional_config, dict) and "confsteer" in self.additional_config:
             from confsteer.vllm.startup import prepare
 
-            prepare(config)
-        return config
+            prepare(self)
 
-    EngineArgs.create_engine_config = create_engine_config
+    VllmConfig.__post_init__ = complete_and_prepare

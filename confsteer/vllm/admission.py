@@ -8,27 +8,35 @@ from typing import Any
 import numpy as np
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.input_processor import InputProcessor
 
-from confsteer.edit import neuron_edit, resolve
+from confsteer.edit import NEUTRAL_RULE, neuron_edit, resolve
 from confsteer.errors import NoNeuronsError, SteeringError
 from confsteer.profile import Profile
 from confsteer.steering import Steering
 from confsteer.vllm import metrics
 from confsteer.vllm.settings import KEY, Settings
 
-NEUTRAL_EDIT = np.array([1, 0, -np.inf, np.inf], dtype=np.float32)[:, None]
-
 
 class Admission:
-    """Steerings of one profile."""
+    """What one engine admits."""
 
-    def __init__(self, profile: Profile, default: Any = None) -> None:
-        self.profile = profile
-        self.default = default
+    def __init__(self, profile: Profile, default: Any) -> None:
+        """
+        Args:
+            profile: to steer with.
+            default: the steering of requests that ask for none.
+
+        Raises:
+            SteeringError: the default is wrong, as `canonical`.
+            NoNeuronsError: as `canonical`.
+        """
+        self._profile = profile
         # Clients send the same few over and over.
         self._canonical_text = functools.lru_cache(maxsize=4096)(self._canonical)
+        self.default = self.canonical(default)
 
     def canonical(self, asked: Any) -> str | None:
         """The one way to write what is asked for, in JSON and with presets written out; None if it changes nothing.
@@ -40,67 +48,95 @@ class Admission:
         return self._canonical_text(asked) if isinstance(asked, str) else self._canonical(asked)
 
     def _canonical(self, asked: Any) -> str | None:
-        steering = resolve(Steering.parse(asked), self.profile)
-        if (np.stack(neuron_edit(steering, self.profile)) == NEUTRAL_EDIT).all():
+        steering = resolve(Steering.parse(asked), self._profile)
+        if (np.stack(neuron_edit(steering, self._profile), axis=1) == NEUTRAL_RULE).all():
             return None
-        return steering.model_dump_json(exclude_defaults=True)
+        canonical = steering.model_dump_json(exclude_defaults=True)
+        Steering.parse(canonical)  # as the worker will: what is written out is longer
+        return canonical
 
-    def admit(self, params: Any) -> None:
-        """Write into a request's ``SamplingParams`` what the workers are to do, the default if it asks for nothing.
+    def steering_of(self, params: Any) -> str | None:
+        """What a request's ``SamplingParams`` ask for, or the default.
 
         Raises:
             VLLMValidationError: the steering is wrong; the server answers 400 with the sentence.
         """
-        others = dict(params.extra_args or {})
+        asked = (params.extra_args or {}).get(KEY)
         try:
-            asked = self.canonical(others.pop(KEY)) if others.get(KEY) is not None else self.default
+            return self.default if asked is None else self.canonical(asked)
         except (SteeringError, NoNeuronsError) as error:
             metrics.refused_requests.inc()
             raise VLLMValidationError(str(error)) from error
-        if asked is not None:
-            others[KEY] = asked
+
+    def admit(self, params: Any) -> None:
+        """Write into a request's ``SamplingParams`` what the workers are to do.
+
+        Raises:
+            VLLMValidationError: see `steering_of`.
+        """
+        steering = self.steering_of(params)
+        others = {name: value for name, value in (params.extra_args or {}).items() if name != KEY}
+        params.extra_args = others if steering is None else {**others, KEY: steering}
+        if steering is not None:
             metrics.steered_requests.inc()
-        params.extra_args = others or None
 
 
 @functools.cache
-def install() -> None:
-    """Check the requests of every configured engine of this process."""
+def admission_of(settings: Settings) -> Admission:
+    """That of an engine, by its settings as they are after start-up."""
+    return Admission(settings.load_profile(), settings.default)
+
+
+@functools.cache
+def install(settings: Settings) -> None:
+    """Check the requests of this process's engines, of which one is configured with `settings`."""
+    _check_inputs()
+    admission = admission_of(settings)
+    for protocol in (ChatCompletionRequest, CompletionRequest, ResponsesRequest):
+        _check_protocol(protocol, admission)
+
+
+@functools.cache
+def _check_inputs() -> None:
+    """Every request goes through here, however it came."""
     process = InputProcessor.process_inputs
 
     @functools.wraps(process)
     def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
         request = process(self, *args, **kwargs)
-        if request.sampling_params is not None and (admission := _admission_of(self)) is not None:
-            admission.admit(request.sampling_params)
+        settings = Settings.of(self.vllm_config.additional_config)
+        if request.sampling_params is not None and settings is not None:
+            admission_of(settings).admit(request.sampling_params)
         return request
 
     InputProcessor.process_inputs = process_inputs
-    for protocol in (ChatCompletionRequest, CompletionRequest):
-        _refuse_beams(protocol)
     metrics.install()
 
 
-def _admission_of(processor: Any) -> Admission | None:
-    if not hasattr(processor, "confsteer"):
-        settings = Settings.of(processor.vllm_config.additional_config)
-        processor.confsteer = None if settings is None else Admission(settings.load_profile(), settings.default or None)
-    admission: Admission | None = processor.confsteer
-    return admission
-
-
-def _refuse_beams(protocol: Any) -> None:
-    """Beam search in vLLM makes requests of its own, without what the client's asked of plugins."""
-    convert = protocol.to_beam_search_params
+def _check_protocol(protocol: Any, admission: Admission) -> None:
+    """Refuse a client's request before a stream has begun, which would already have said 200."""
+    convert = protocol.to_sampling_params
 
     @functools.wraps(convert)
+    def to_sampling_params(self: Any, *args: Any, **kwargs: Any) -> Any:
+        params = convert(self, *args, **kwargs)
+        admission.steering_of(params)
+        return params
+
+    protocol.to_sampling_params = to_sampling_params
+    if not hasattr(protocol, "to_beam_search_params"):
+        return
+    convert_beams = protocol.to_beam_search_params
+
+    @functools.wraps(convert_beams)
     def to_beam_search_params(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # Beam search in vLLM makes requests of its own, without what the client's asked of plugins.
         if self.vllm_xargs and KEY in self.vllm_xargs:
             metrics.refused_requests.inc()
             raise VLLMValidationError(
                 "use_beam_search does not go together with a steering of one's own: vLLM does not pass it on to the beams. "
                 "Sample with n instead, or start the server with a default steering"
             )
-        return convert(self, *args, **kwargs)
+        return convert_beams(self, *args, **kwargs)
 
     protocol.to_beam_search_params = to_beam_search_params

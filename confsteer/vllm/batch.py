@@ -40,7 +40,7 @@ class Batch:
         """Whether all rows on the device are neutral."""
 
     def note(self, scheduler_output: Any) -> None:
-        """Remember the steerings of new requests, forget finished ones. Before each step."""
+        """Before each step: remember the steerings of new requests, forget finished ones."""
         for request_id in scheduler_output.finished_req_ids:
             self._requests.pop(request_id, None)
         for new in scheduler_output.scheduled_new_reqs:
@@ -92,23 +92,26 @@ class Batch:
 
 
 def follow_runner(runner: Any, batch: Batch, *, v2: bool) -> None:
-    """Have `batch` told of each step that a model runner prepares."""
+    """Have `batch` told of each step of a model runner: of its requests before it, and of their order once it is known."""
+    execute, prepare = runner.execute_model, runner.prepare_inputs if v2 else runner._prepare_inputs
+
+    def execute_model(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        batch.note(scheduler_output)
+        return execute(scheduler_output, *args, **kwargs)
+
+    def prepare_inputs(*args: Any, **kwargs: Any) -> Any:
+        step = prepare(*args, **kwargs)
+        batch.follow(step.req_ids, step.num_scheduled_tokens, step.num_computed_tokens_np)
+        return step
+
+    def prepare_inputs_v1(scheduler_output: Any, num_scheduled_tokens: Any, *args: Any, **kwargs: Any) -> Any:
+        prepared = prepare(scheduler_output, num_scheduled_tokens, *args, **kwargs)
+        step = runner.input_batch
+        batch.follow(step.req_ids, num_scheduled_tokens, step.num_computed_tokens_cpu[: step.num_reqs])
+        return prepared
+
+    runner.execute_model = execute_model
     if v2:
-        prepare = runner.prepare_inputs
-
-        def prepare_inputs(*args: Any, **kwargs: Any) -> Any:
-            step = prepare(*args, **kwargs)
-            batch.follow(step.req_ids, step.num_scheduled_tokens, step.num_computed_tokens_np)
-            return step
-
         runner.prepare_inputs = prepare_inputs
     else:
-        prepare = runner._prepare_inputs
-
-        def _prepare_inputs(scheduler_output: Any, num_scheduled_tokens: Any, *args: Any, **kwargs: Any) -> Any:
-            prepared = prepare(scheduler_output, num_scheduled_tokens, *args, **kwargs)
-            step = runner.input_batch
-            batch.follow(step.req_ids, num_scheduled_tokens, step.num_computed_tokens_cpu[: step.num_reqs])
-            return prepared
-
-        runner._prepare_inputs = _prepare_inputs
+        runner._prepare_inputs = prepare_inputs_v1

@@ -99,7 +99,6 @@ def _plugins(environment: Mapping[str, str]) -> list[str]:
         named = [name for name in environment["VLLM_PLUGINS"].split(",") if name]
     else:
         found = importlib.metadata.entry_points()
-        endpoints = {point.name for point in found.select(group="vllm.endpoint_plugins")}
-        groups = {group for group in found.groups if group.startswith("vllm.")}
-        named = sorted({point.name for group in groups for point in found.select(group=group)} - endpoints)
+        groups = {group for group in found.groups if group.startswith("vllm.")} - {"vllm.endpoint_plugins"}
+        named = sorted({point.name for group in groups for point in found.select(group=group)})
     return [*dict.fromkeys([*named, KEY])]

@@ -23,8 +23,10 @@ def install() -> None:
     def add_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> None:
         add(self, request, *args, **kwargs)
         params = request.sampling_params
-        if params is not None and params.extra_args and KEY in params.extra_args:
-            self.request_states[request.request_id].confsteer_steered = True
+        # A streamed input that ends after the engine has finished leaves no state behind.
+        state = self.request_states.get(request.request_id)
+        if state is not None and params is not None and params.extra_args and KEY in params.extra_args:
+            state.confsteer_steered = True
 
     @functools.wraps(finish)
     def finish_request(self: Any, state: Any) -> None:

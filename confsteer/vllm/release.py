@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from packaging.version import Version
@@ -49,6 +50,7 @@ def check_features(config: Any) -> None:
         "adaptive verification of drafts: which request a token belongs to is known on the device only": getattr(
             speculative, "enable_adaptive_verification", False
         ),
+        "VLLM_USE_RUST_FRONTEND: requests would reach the engine unchecked": os.environ.get("VLLM_USE_RUST_FRONTEND", "0") != "0",
         f"the worker class {parallel.worker_cls}": parallel.worker_cls not in (*WORKERS, *WORKERS.values()),
     }
     for reason, applies in reasons.items():

@@ -21,11 +21,13 @@ class Settings(BaseModel):
     profile: str
     """Folder, shipped name or hub repository."""
     default: dict[str, Any] | str = {}
-    """The steering of requests that ask for none."""
+    """The steering of requests that ask for none; text after start-up."""
     checksum: str | None = None
     """Of the profile; filled in at start-up, for every process to compare with."""
     version: str | None = None
     """Of confsteer; filled in at start-up."""
+    slots: int | None = None
+    """Rows of the table besides the neutral one, a shape in the compiled graph; filled in at start-up."""
 
     @classmethod
     def of(cls, additional_config: Any) -> Settings | None:

@@ -11,7 +11,7 @@ import vllm
 from confsteer.checkpoint import read_last_layer
 from confsteer.errors import ConfsteerError, ProfileMismatchError
 from confsteer.profile import Profile
-from confsteer.vllm import admission
+from confsteer.vllm.admission import Admission, install
 from confsteer.vllm.release import WORKERS, check_features, check_release
 from confsteer.vllm.settings import KEY, Settings
 
@@ -25,25 +25,26 @@ def prepare(config: Any) -> None:
     Raises:
         ConfsteerError: it cannot be, with the reason.
     """
-    check_release(vllm.__version__)
     settings = Settings.of(config.additional_config)
-    if settings is None:
-        return
+    if settings is None or settings.checksum is not None:
+        return  # not ours, or a copy of a configuration that is prepared
+    check_release(vllm.__version__)
     check_features(config)
     profile = settings.load_profile()
     check_model(profile, config.model_config)
-    default = admission.Admission(profile).canonical(settings.default)
     settings = Settings(
         profile=settings.profile,
-        default=default or {},
+        default=Admission(profile, settings.default).default or "",
         checksum=profile.checksum,
         version=importlib.metadata.version("confsteer"),
+        # No step has more requests, so no step needs more rows.
+        slots=config.scheduler_config.max_num_seqs,
     )
     # vLLM hashes this dictionary into the name of its compile cache.
     config.additional_config = {**config.additional_config, KEY: settings.model_dump()}
     parallel = config.parallel_config
     parallel.worker_cls = WORKERS.get(parallel.worker_cls, parallel.worker_cls)
-    admission.install()
+    install(settings)
 
 
 def check_model(profile: Profile, model: Any) -> None:

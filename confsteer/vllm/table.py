@@ -7,11 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from confsteer.edit import edited
+from confsteer.edit import NEUTRAL_RULE, edited
 from confsteer.vllm.slots import NEUTRAL
-
-NEUTRAL_RULE = (1.0, 0.0, -torch.inf, torch.inf)
-"""Gain, bias, low and high that change nothing."""
 
 
 class SteeringTable(nn.Module):
@@ -48,15 +45,19 @@ class SteeringTable(nn.Module):
 
     def write(self, slots: Sequence[int], rules: Tensor) -> None:
         """Put rules ``[4, slots, neurons]`` into rows of the table."""
-        place = torch.tensor(list(slots))
-        self.rules.index_copy_(1, place.to(self.rules.device), rules.to(self.rules.device))
+        self.rules.index_copy_(1, self._sent(torch.tensor(list(slots))), self._sent(rules))
 
     def point(self, rows: Tensor) -> None:
         """Have the next step's tokens follow `rows`, int64 ``[tokens]`` on the CPU."""
-        # A fresh pinned buffer each time: the copy may still be under way when the step after is prepared.
-        pinned = rows.pin_memory() if self.rows.is_cuda else rows
-        self.rows[: len(rows)].copy_(pinned, non_blocking=True)
+        self.rows[: len(rows)] = self._sent(rows)
 
     def clear(self) -> None:
         """Have every token of any step follow the neutral row."""
         self.rows.fill_(NEUTRAL)
+
+    def _sent(self, values: Tensor) -> Tensor:
+        """On the device, without waiting for it.
+
+        A fresh pinned buffer each time: the copy may still be under way when the step after is prepared.
+        """
+        return values.pin_memory().to(self.rows.device, non_blocking=True) if self.rows.is_cuda else values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any
 
@@ -21,8 +22,11 @@ from confsteer.vllm.slots import Slots
 
 logger = logging.getLogger("vllm.confsteer")
 
-PUSHES = (4.0, 16.0, 64.0)
-"""Of the neurons for the proof, in their standard deviations: one of them is about as large as what it is added to."""
+PUSHES = (4.0, 64.0, 1024.0)
+"""Of the neurons for the proof, in their standard deviations. The largest is to be seen beside any residual, the first two to be
+about as large as an ordinary one."""
+HALF_PUSHES = (4.0, 16.0, 64.0)
+"""In float16, which overflows."""
 PROOF_TOKENS = 4
 
 
@@ -33,32 +37,25 @@ class _SteeringWorker:
     model_runner: Any
     use_v2_model_runner: bool
     _projection: SteeredProjection | None = None
-    _batch: Batch | None = None
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)  # type: ignore[misc]
         settings = Settings.of(self.vllm_config.additional_config)
-        assert settings is not None
+        assert settings is not None and settings.slots is not None  # noqa: PT018
         self._profile = settings.load_profile()
         if not get_pp_group().is_last_rank:
             return  # the last layer is elsewhere
-        slots = Slots(self.vllm_config.scheduler_config.max_num_seqs)
         # Padding may go beyond the largest step by less than the ranks that share it.
         max_tokens = self.model_runner.max_num_tokens + self.vllm_config.parallel_config.tensor_parallel_size
         model = self.model_runner.get_model()
-        self._projection = attach(model, self._profile, max_tokens=max_tokens, slots=slots.capacity)
-        self._batch = Batch(self._profile, self._projection, slots)
-        follow_runner(self.model_runner, self._batch, v2=self.use_v2_model_runner)
+        self._projection = attach(model, self._profile, max_tokens=max_tokens, slots=settings.slots)
+        batch = Batch(self._profile, self._projection, Slots(settings.slots))
+        follow_runner(self.model_runner, batch, v2=self.use_v2_model_runner)
 
     def compile_or_warm_up_model(self) -> Any:
         result = super().compile_or_warm_up_model()  # type: ignore[misc]
         self._prove()
         return result
-
-    def execute_model(self, scheduler_output: Any) -> Any:
-        if self._batch is not None:
-            self._batch.note(scheduler_output)
-        return super().execute_model(scheduler_output)  # type: ignore[misc]
 
     def _prove(self) -> None:
         """Steer dummy steps through the model as it will serve, compiled and captured, and look at what comes out.
@@ -71,45 +68,57 @@ class _SteeringWorker:
         deviation = torch.tensor([neuron.std_activation for neuron in steerable(self._profile)])
         push = deviation.maximum(deviation.median())
         push[1::2] *= -1
-        one, zero, free = torch.ones_like(push), torch.zeros_like(push), torch.full_like(push, torch.inf)
-        every, other = torch.ones(PROOF_TOKENS, dtype=torch.int64), torch.arange(PROOF_TOKENS) % 2
-
-        neutral, again = (self._dummy_step(one, zero, -free, free, every) for _ in range(2))
-        pushed = [self._dummy_step(one, size * push, -free, free, every) for size in PUSHES]
-        mixed = self._dummy_step(one, PUSHES[-1] * push, -free, free, other)
-        replaced = self._dummy_step(zero, push, -free, free, every)
-        clamped = self._dummy_step(one, zero, push, push, every)
-        if self._projection is None:
-            return
-        # Each rank knows what its own neurons write.
-        write = get_tp_group().all_reduce(push.to(self._projection.writes.device) @ self._projection.writes)
-        outputs = Outputs(neutral, again, tuple(pushed), mixed, replaced, clamped)
         dtype = self.vllm_config.model_config.dtype
-        error = prove(outputs, write, self._projection.final_norm, self._projection.write_gain, dtype)
-        if get_tp_group().is_first_rank:
-            logger.info("confsteer: %s; proved on every rank, relative error %.0e", describe(self._profile), error)
+        sizes = HALF_PUSHES if dtype == torch.float16 else PUSHES
+        one, zero, free = torch.ones_like(push), torch.zeros_like(push), torch.full_like(push, torch.inf)
+        errors = []
+        for decode in self._kinds_of_step():
+            step = functools.partial(self._dummy_step, decode)
+            outputs = Outputs(
+                neutral=step(one, zero, -free, free),
+                again=step(one, zero, -free, free),
+                pushed=tuple(step(one, size * push, -free, free) for size in sizes),
+                mixed=step(one, sizes[-1] * push, -free, free, every_other=True),
+                replaced=step(zero, push, -free, free),
+                clamped=step(one, zero, push, push),
+            )
+            if self._projection is not None:
+                # Each rank knows what its own neurons write.
+                write = get_tp_group().all_reduce(push.to(self._projection.writes.device) @ self._projection.writes)
+                errors.append(prove(outputs, write, self._projection.final_norm, self._projection.write_gain, dtype))
+        if errors and get_tp_group().is_first_rank:
+            logger.info("confsteer: %s; proved on every rank, relative error %.0e", describe(self._profile), max(errors))
 
-    def _dummy_step(self, gain: Tensor, bias: Tensor, low: Tensor, high: Tensor, rows: Tensor) -> Tensor:
+    def _kinds_of_step(self) -> list[bool]:
+        """Whether to try steps that decode requests, where so many fit, and steps that read prompts: their graphs differ."""
+        fit = min(self.vllm_config.scheduler_config.max_num_seqs, self.model_runner.max_num_tokens) >= PROOF_TOKENS
+        return [False, True] if fit else [False]
+
+    def _dummy_step(
+        self, decode: bool, gain: Tensor, bias: Tensor, low: Tensor, high: Tensor, *, every_other: bool = False
+    ) -> Tensor:
         """Output of the final norm ``[tokens, d_model]``, float32, where this rank has it; empty elsewhere.
 
         Args:
-            gain: as the next three, of each of the profile's neurons, for row 1 of the table.
+            decode: as a step that decodes requests, else as one that reads prompts.
+            gain: as the next three, of each of the profile's neurons.
             bias: see gain.
             low: see gain.
             high: see gain.
-            rows: of each token, 0 or 1.
+            every_other: steer every other token, from the second on, and leave the others neutral.
         """
+        # With drafts, the tokens of each request are verified together.
+        together = getattr(self.model_runner, "uniform_decode_query_len", 0) or getattr(self.model_runner, "decode_query_len", 1)
+        tokens = PROOF_TOKENS * together if decode else min(PROOF_TOKENS, self.model_runner.max_num_tokens)
         if self._projection is not None:
             rule = torch.stack([gain, bias, low, high])[:, None, self._projection.neurons]
             self._projection.table.write([1], rule)
-            self._projection.table.point(rows)
-        # As a step of decoding requests where so many fit: the graph that generates.
-        decode = self.vllm_config.scheduler_config.max_num_seqs >= PROOF_TOKENS
-        hidden_states, _ = self.model_runner._dummy_run(PROOF_TOKENS, force_attention=True, uniform_decode=decode)
+            self._projection.table.point(torch.arange(tokens) % 2 if every_other else torch.ones(tokens, dtype=torch.int64))
+        hidden_states, _ = self.model_runner._dummy_run(tokens, force_attention=True, uniform_decode=decode)
         if self._projection is None:
             return torch.empty(0)
         self._projection.table.clear()
-        output: Tensor = hidden_states[:PROOF_TOKENS].float().clone()
+        output: Tensor = hidden_states[:tokens].float().clone()
         return output
 
 

@@ -109,8 +109,7 @@ def test_requests_that_are_aborted_leave_the_others_right(make: Make) -> None:
     with parity.engine(subject) as llm:
         engine = llm.llm_engine
         names = [engine.add_request(str(i), {"prompt_token_ids": ask.prompt}, parity.sampling(ask)) for i, ask in enumerate(asks)]
-        assert names == [str(i) for i in range(len(asks))] or names == [None] * len(asks)
-        for step in range(200):
+            for step in range(200):
             if step in (1, 3, 5):
                 engine.abort_request([str(i) for i in range(step, len(asks), 6)])
             finished |= {output.request_id: output for output in engine.step() if output.finished}
@@ -183,13 +182,13 @@ def test_with_a_lora_adapter_on_the_projection_itself(make: Make, tmp_path: Path
 def test_the_default_is_for_requests_that_ask_for_nothing(make: Make) -> None:
     subject = make("gpt2")
     default = {"entropy": 0.4}
-    asks = [
-        Ask(ask.prompt, steering) for ask, steering in zip(parity.mixed(subject, 4), (None, {}, "", "entropy=-0.1"), strict=True)
-    ]
+    asked: list[Any] = [None, {}, "", "entropy=-0.05"]
+    done: list[Any] = [default, None, None, "entropy=-0.05"]
+    asks = [Ask(prompt, wanted) for prompt, wanted in zip(parity.prompts(4, vocabulary=96, longest=9, seed=0), asked, strict=True)]
     with parity.engine(subject, default=default) as llm:
         outputs = parity.ask_all(llm, asks)
-    done = [ask._replace(steering=steering) for ask, steering in zip(asks, (default, None, None, asked[-1]), strict=True)]
-    parity.check(parity.compare(subject, done, outputs), done)
+    asks = [ask._replace(steering=steering) for ask, steering in zip(asks, done, strict=True)]
+    parity.check(parity.compare(subject, asks, outputs), asks)
 
 
 def test_what_is_asked_wrongly_is_refused_with_the_sentence_and_counted(make: Make) -> None:
