@@ -108,8 +108,9 @@ def test_requests_that_are_aborted_leave_the_others_right(make: Make) -> None:
     finished: dict[str, Any] = {}
     with parity.engine(subject) as llm:
         engine = llm.llm_engine
-        names = [engine.add_request(str(i), {"prompt_token_ids": ask.prompt}, parity.sampling(ask)) for i, ask in enumerate(asks)]
-            for step in range(200):
+        for i, ask in enumerate(asks):
+            engine.add_request(str(i), {"prompt_token_ids": ask.prompt}, parity.sampling(ask))
+        for step in range(200):
             if step in (1, 3, 5):
                 engine.abort_request([str(i) for i in range(step, len(asks), 6)])
             finished |= {output.request_id: output for output in engine.step() if output.finished}
@@ -184,7 +185,8 @@ def test_the_default_is_for_requests_that_ask_for_nothing(make: Make) -> None:
     default = {"entropy": 0.4}
     asked: list[Any] = [None, {}, "", "entropy=-0.05"]
     done: list[Any] = [default, None, None, "entropy=-0.05"]
-    asks = [Ask(prompt, wanted) for prompt, wanted in zip(parity.prompts(4, vocabulary=96, longest=9, seed=0), asked, strict=True)]
+    prompts = parity.prompts(4, vocabulary=96, longest=9, seed=0)
+    asks = [Ask(prompt, wanted) for prompt, wanted in zip(prompts, asked, strict=True)]
     with parity.engine(subject, default=default) as llm:
         outputs = parity.ask_all(llm, asks)
     asks = [ask._replace(steering=steering) for ask, steering in zip(asks, done, strict=True)]
