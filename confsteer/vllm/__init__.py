@@ -32,8 +32,12 @@ def register() -> None:
     def complete_and_prepare(self: VllmConfig) -> None:
         complete(self)
         if isinstance(self.additional_config, dict) and "confsteer" in self.additional_config:
+            from confsteer.errors import ConfsteerError
             from confsteer.vllm.startup import prepare
 
-            prepare(self)
+            try:
+                prepare(self)
+            except ValueError as error:  # pydantic would wrap the sentence in one of its own
+                raise ConfsteerError(str(error)) from error
 
     VllmConfig.__post_init__ = complete_and_prepare

@@ -15,7 +15,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 
 import confsteer
-from confsteer import Profile, ProfileMismatchError, SettingError, SteeringError, UnsupportedServerError
+from confsteer import ConfsteerError, Profile, ProfileMismatchError, UnsupportedServerError
 from tests.models import planted_model
 from tests.vllm import parity
 from tests.vllm.parity import Ask, Subject
@@ -236,11 +236,11 @@ def test_what_cannot_work_is_refused_before_weights_are_loaded(make: Make, tmp_p
         config(tmp_path / "changed", subject.profile_folder)
     with pytest.raises(ProfileMismatchError, match="n_neurons 128; this model has n_neurons 256"):
         config(subject.model_folder, other.profile_folder)
-    with pytest.raises(SteeringError, match="out of reach"):
+    with pytest.raises(ConfsteerError, match="out of reach"):
         config(subject.model_folder, {"profile": str(subject.profile_folder), "default": "entropy=9"})
-    with pytest.raises(SettingError, match=r"additional_config: confsteer\.profile: Field required\. It should be"):
+    with pytest.raises(ConfsteerError, match=r"additional_config: confsteer\.profile: Field required\. It should be"):
         config(subject.model_folder, {"profil": "x"})
-    with pytest.raises(SettingError, match=r"additional_config: confsteer\.profile: Input should be a valid string"):
+    with pytest.raises(ConfsteerError, match=r"additional_config: confsteer\.profile: Input should be a valid string"):
         config(subject.model_folder, {"profile": 3})
     with pytest.raises(UnsupportedServerError, match="worker class"):
         config(subject.model_folder, subject.profile_folder, worker_cls="mine.Worker")
