@@ -1,0 +1,268 @@
+"""A real server process, asked by the OpenAI client."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+import openai
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from confsteer import Steering
+from confsteer.vllm.command import server_command
+from tests.vllm import parity
+from tests.vllm.parity import Subject
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1", reason="processes of their own do not have Triton's interpreter"
+)
+START_LIMIT = 300
+"""Seconds."""
+
+
+class Server(NamedTuple):
+    subject: Subject
+    url: str
+    log: Path
+
+    def get(self, path: str) -> httpx.Response:
+        return httpx.get(self.url + path, timeout=30)
+
+    def complete(self, steering: Any, **options: Any) -> httpx.Response:
+        body = {"model": "subject", "prompt": [1, 2, 3, 4], "max_tokens": 4, "logprobs": 2, "temperature": 0} | options
+        body |= {"vllm_xargs": {"confsteer": steering}}
+        return httpx.post(
+            self.url + "/v1/completions",
+            content=json.dumps(body).encode(),
+            headers={"Content-Type": "application/json"},
+            timeout=60,
+        )
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """`confsteer serve`, compiled, few tokens a step, with a chat template and a default steering."""
+    folder = tmp_path_factory.mktemp("server")
+    subject = parity.subject("gpt2", folder)
+    template = subject.model_folder / "template.jinja"
+    template.write_text("{% for message in messages %}{{ message.content }} {% endfor %}")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    options = ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "subject", "--dtype", "float32"]
+    options += [
+        "--max-model-len",
+        "64",
+        "--max-num-seqs",
+        "8",
+        "--max-num-batched-tokens",
+        "16",
+        "--chat-template",
+        str(template),
+    ]
+    options += ["--return-tokens-as-token-ids"]
+    environment = {**os.environ, "VLLM_CACHE_ROOT": str(folder / "cache"), "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    environment["VLLM_LOGGING_LEVEL"] = "INFO"
+    command = server_command(str(subject.model_folder), str(subject.profile_folder), "entropy=0.1", options, environment)
+    log = folder / "log"
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            [sys.executable, *command.arguments],
+            env=command.environment,
+            stdout=stream,
+            stderr=stream,
+            start_new_session=True,
+        )
+    running = Server(subject, f"http://127.0.0.1:{port}", log)
+    try:
+        deadline = time.monotonic() + START_LIMIT
+        while True:
+            assert process.poll() is None, log.read_text()[-4000:]
+            assert time.monotonic() < deadline, log.read_text()[-4000:]
+            try:
+                if running.get("/health").status_code == 200:
+                    break
+            except httpx.TransportError:
+                time.sleep(1)
+        yield running
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def token_id(token: str) -> int:
+    """With ``--return-tokens-as-token-ids``."""
+    return int(token.removeprefix("token_id:"))
+
+
+def check(server: Server, prompt: list[int], steering: Any, tokens: list[int], rows: list[dict[int, float]]) -> None:
+    seen = {len(prompt) + i: row for i, row in enumerate(rows)}
+    found = parity.difference(server.subject, prompt + tokens, len(prompt), steering, seen)
+    assert found.error <= parity.TOLERANCE, (steering, found)
+    if steering is not None:
+        assert found.teeth >= parity.TEETH, (steering, found)
+
+
+def check_completion(server: Server, prompt: list[int], steering: Any, choice: Any) -> None:
+    logprobs = choice["logprobs"] if isinstance(choice, dict) else choice.logprobs.model_dump()
+    rows = [{token_id(token): value for token, value in row.items()} for row in logprobs["top_logprobs"]]
+    check(server, prompt, steering, [token_id(token) for token in logprobs["tokens"]], rows)
+
+
+def test_the_start_up_line_says_what_can_be_steered(server: Server) -> None:
+    lines = [line for line in server.log.read_text().splitlines() if "confsteer: steering" in line]
+    assert len(lines) == 1
+    assert "layer 1: entropy" in lines[0]
+    assert "proved on every rank" in lines[0]
+
+
+def test_concurrent_clients_with_different_steerings_get_what_transformers_gives(server: Server) -> None:
+    """Completions and chat, whole and streamed, several of a prompt, all at once."""
+    asked = [steering for steering in parity.steerings(server.subject.profile) if steering is not None]
+    sent = [steering if isinstance(steering, str) else json.dumps(steering) for steering in asked]
+    client = openai.AsyncOpenAI(base_url=server.url + "/v1", api_key="none", timeout=120)
+    prompts = parity.prompts(len(asked), vocabulary=96, longest=24, seed=3)
+
+    async def complete(prompt: list[int], steering: str) -> Any:
+        extra = {"vllm_xargs": {"confsteer": steering}}
+        return await client.completions.create(
+            model="subject", prompt=prompt, max_tokens=8, n=2, logprobs=3, temperature=1.0, extra_body=extra
+        )
+
+    async def stream(prompt: list[int], steering: str) -> list[Any]:
+        extra = {"vllm_xargs": {"confsteer": steering}}
+        chunks = await client.completions.create(
+            model="subject", prompt=prompt, max_tokens=8, logprobs=3, temperature=1.0, stream=True, extra_body=extra
+        )
+        return [chunk async for chunk in chunks]
+
+    async def chat(prompt: list[int], steering: str) -> Any:
+        extra = {"vllm_xargs": {"confsteer": steering}}
+        text = " ".join(f"t{i}" for i in prompt)
+        return await client.chat.completions.create(
+            model="subject",
+            messages=[{"role": "user", "content": text}],
+            max_completion_tokens=8,
+            logprobs=True,
+            top_logprobs=3,
+            temperature=1.0,
+            extra_body=extra,
+        )
+
+    async def everything() -> list[Any]:
+        pairs = list(zip(prompts, sent, strict=True))
+        return await asyncio.gather(*(ask(*pair) for pair in pairs for ask in (complete, stream, chat)))
+
+    answers = iter(asyncio.run(everything()))
+    for prompt, steering in zip(prompts, asked, strict=True):
+        for choice in next(answers).choices:
+            check_completion(server, prompt, steering, choice)
+        logprobs = [chunk.choices[0].logprobs for chunk in next(answers) if chunk.choices and chunk.choices[0].logprobs]
+        rows = [{token_id(t): v for t, v in row.items()} for part in logprobs for row in part.top_logprobs]
+        check(server, prompt, steering, [token_id(token) for part in logprobs for token in part.tokens], rows)
+        content = next(answers).choices[0].logprobs.content
+        rows = [{token_id(top.token): top.logprob for top in entry.top_logprobs} for entry in content]
+        check(server, prompt, steering, [token_id(entry.token) for entry in content], rows)
+
+
+def test_the_default_and_its_opposite(server: Server) -> None:
+    body = {"model": "subject", "prompt": [1, 2, 3, 4], "max_tokens": 4, "logprobs": 2}
+    answer = httpx.post(server.url + "/v1/completions", json=body, timeout=60)
+    check_completion(server, [1, 2, 3, 4], "entropy=0.1", answer.json()["choices"][0])
+    check_completion(server, [1, 2, 3, 4], None, server.complete("{}").json()["choices"][0])
+
+
+def test_what_can_be_steered_is_said(server: Server) -> None:
+    profile = server.subject.profile
+    said = server.get("/confsteer").json()
+    assert said["dials"]["entropy"]["range"] == list(profile.reach("entropy"))
+    assert said["dials"]["unigram"]["neurons"] == [20]
+    assert said["presets"] == {"calm": str(profile.presets["calm"])}
+    assert Steering.parse(said["default"]) == Steering(entropy=0.1)
+    assert said["checksum"] == profile.checksum
+
+
+def counters(server: Server) -> dict[str, float]:
+    lines = [line.split() for line in server.get("/metrics").text.splitlines() if line.startswith("confsteer:")]
+    return {name.removeprefix("confsteer:").removesuffix("_total"): float(value) for name, value in lines if "_total" in name}
+
+
+def test_requests_and_tokens_are_counted(server: Server) -> None:
+    before = counters(server)
+    assert server.complete("entropy=-0.1", max_tokens=7, ignore_eos=True).status_code == 200
+    assert server.complete("entropy=99").status_code == 400
+    assert server.complete("{}").status_code == 200
+    after = counters(server)
+    assert {name: after[name] - before[name] for name in after} == {
+        "steered_requests": 1,
+        "refused_requests": 1,
+        "steered_tokens": 7,
+    }
+
+
+@pytest.mark.parametrize("options", [{}, {"stream": True}, {"n": 3}])
+@pytest.mark.parametrize(
+    ("steering", "sentence"),
+    [
+        ("entropy=99", "out of reach: on this model it can go from"),
+        ('{"entropie": 1}', "unknown key 'entropie'"),
+        ('{"entropy": NaN}', "finite"),
+        ('{"entropy": 1e999}', "entropy: Input should be"),
+        ('{"scale": {"7": 0}}', "neuron 7: not in the profile"),
+        ('{"preset": "loud"}', "has calm"),
+        ("x" * 10_001, "at most 10,000 characters"),
+        ([1, 2], "not list"),
+        (3, "not int"),
+    ],
+)
+def test_a_wrong_steering_is_a_400_with_the_sentence(
+    server: Server, steering: Any, sentence: str, options: dict[str, Any]
+) -> None:
+    answer = server.complete(steering, **options)
+    assert answer.status_code == 400, answer.text
+    assert sentence in answer.json()["error"]["message"]
+
+
+def test_beams_and_a_steering_of_one_s_own_are_refused(server: Server) -> None:
+    answer = server.complete("entropy=0.1", use_beam_search=True, n=2)
+    assert answer.status_code == 400
+    assert "use_beam_search" in answer.json()["error"]["message"]
+
+
+KEYS = st.sampled_from([*Steering.model_fields, "5", "x"])
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
+    max_leaves=8,
+)
+WORDS = st.lists(KEYS | st.sampled_from(["=", ".", "1e9", "-", ":", " "]), max_size=8).map("".join)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.one_of(JSON.map(json.dumps), JSON, WORDS, st.text(max_size=30)))
+def test_whatever_is_sent_is_a_400_or_a_good_answer(server: Server, steering: Any) -> None:
+    answer = server.complete(steering, max_tokens=1, logprobs=None)
+    assert answer.status_code in (200, 400), answer.text
+    if answer.status_code == 200:
+        # It is one that transformers takes too, or null, which asks for nothing.
+        Steering.parse(steering)
+
+
+def test_after_all_that_the_server_is_well_and_exact(server: Server) -> None:
+    assert server.get("/health").status_code == 200
+    check_completion(server, [1, 2, 3, 4], "entropy=-0.2", server.complete("entropy=-0.2").json()["choices"][0])
