@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from confsteer.edit import steerable
 from confsteer.loading import DEMO
 from tests.planted import planted
 
+V2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
 TOLERANCE = 1e-4
 """Of log-probabilities in float32, in nats."""
 TEETH = 1e-3
@@ -100,7 +102,9 @@ def sampling(ask: Ask, **options: Any) -> Any:
 
     extra = None if ask.steering is None else {"confsteer": ask.steering}
     # No seed: vLLM's generators on the CPU do not go together with chunked prefill.
-    return SamplingParams(max_tokens=ask.tokens, ignore_eos=True, logprobs=5, extra_args=extra, detokenize=False, **options)
+    settings = {"max_tokens": ask.tokens, "ignore_eos": True, "logprobs": 5, "extra_args": extra, "detokenize": False}
+    # Greedy where Triton's interpreter would take minutes to draw samples.
+    return SamplingParams(**settings, **({"temperature": 0.0} if V2 else {}) | options)
 
 
 def ask_all(llm: Any, asks: Sequence[Ask], **options: Any) -> list[Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,8 @@ import confsteer
 from confsteer import ConfsteerError, Profile, ProfileMismatchError, UnsupportedServerError
 from tests.models import planted_model
 from tests.vllm import parity
-from tests.vllm.parity import Ask, Subject
+from tests.vllm.parity import V2, Ask, Subject
 
-V2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
 FAMILIES = ["gpt2", "llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2"]
 
 Make = Callable[[str], Subject]
@@ -59,14 +57,14 @@ def test_many_requests_with_mixed_steerings_are_those_of_transformers(model_type
 
 def test_the_bundled_model_under_pressure(make: Make) -> None:
     """Prefill in chunks of 16 tokens, too few blocks for all requests to stay, several completions each."""
-    subject = make("bundled")
+    subject, completions = make("bundled"), 1 if V2 else 2
     asks = parity.mixed(subject, 24, tokens=40, longest=60)
     options = {"max_num_batched_tokens": 16, "block_size": 32, "num_gpu_blocks_override": 9, "disable_log_stats": False}
     with parity.engine(subject, max_model_len=128, **options) as llm:
-        outputs = parity.ask_all(llm, asks, n=2)
+        outputs = parity.ask_all(llm, asks, n=completions)
         preempted = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
     assert preempted["vllm:num_preemptions"] > 0
-    parity.check(parity.compare(subject, asks, outputs), asks, completions=2)
+    parity.check(parity.compare(subject, asks, outputs), asks, completions)
 
 
 def test_a_prefix_cached_under_one_steering_serves_another(make: Make) -> None:
@@ -122,6 +120,7 @@ def test_requests_that_are_aborted_leave_the_others_right(make: Make) -> None:
     parity.check(parity.compare(subject, asks, [finished[str(i)] for i in left]), asks)
 
 
+@pytest.mark.skipif(V2, reason="Inductor looks for a Triton that compiles")
 def test_compiled_and_again_from_the_cache(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second engine finds the compiled graph; a third, with fewer neurons, must not take it."""
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
