@@ -32,10 +32,15 @@ def register() -> None:
     def complete_and_prepare(self: VllmConfig) -> None:
         complete(self)
         if isinstance(self.additional_config, dict) and "confsteer" in self.additional_config:
+            import vllm
             from confsteer.errors import ConfsteerError
-            from confsteer.vllm.startup import prepare
+            from confsteer.vllm.release import check_release
 
             try:
+                # Before anything that relies on vLLM's internals is imported.
+                check_release(vllm.__version__)
+                from confsteer.vllm.startup import prepare
+
                 prepare(self)
             except ValueError as error:  # pydantic would wrap the sentence in one of its own
                 raise ConfsteerError(str(error)) from error

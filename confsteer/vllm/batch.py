@@ -18,6 +18,13 @@ from confsteer.vllm.settings import KEY
 from confsteer.vllm.slots import NEUTRAL, Slots, token_rows
 
 
+class _Rule(NamedTuple):
+    edit: NDArray[np.float32]
+    """``[4, neurons]``: gain, bias, low and high."""
+    generated: bool
+    """Whether only positions that generate are steered."""
+
+
 class _Request(NamedTuple):
     steering: str
     """Canonical, see `confsteer.vllm.admission`."""
@@ -33,7 +40,7 @@ class Batch:
         self._projection = projection
         self._slots = slots
         self._requests: dict[str, _Request] = {}
-        self._edit = functools.lru_cache(maxsize=4096)(self._read_edit)
+        self._rule = functools.lru_cache(maxsize=4096)(self._read)
         self._filled: tuple[list[str], NDArray[Any]] | None = None
         """Requests and token counts of a step whose rows are still right for the next one like it."""
         self._neutral = True
@@ -48,7 +55,9 @@ class Batch:
             steering = params.extra_args.get(KEY) if params is not None and params.extra_args else None
             self._requests.pop(new.req_id, None)
             if steering is not None:
-                self._requests[new.req_id] = _Request(steering, self._first(steering, new))
+                prompt = new.prompt_token_ids if new.prompt_token_ids is not None else new.prompt_embeds
+                first = len(prompt) - 1 if self._rule(steering).generated else 0
+                self._requests[new.req_id] = _Request(steering, first)
             self._filled = None
 
     def follow(self, request_ids: Sequence[str], counts: NDArray[np.integer], computed: NDArray[np.integer]) -> None:
@@ -66,29 +75,23 @@ class Batch:
         requests = [self._requests.get(request_id) for request_id in request_ids]
         new = self._slots.assign(request.steering for request in requests if request is not None)
         if new:
-            edits = torch.from_numpy(np.stack([self._edit(steering) for steering in new], axis=1))
+            edits = torch.from_numpy(np.stack([self._rule(steering).edit for steering in new], axis=1))
             self._projection.table.write(list(new.values()), edits[..., self._projection.neurons])
         rows = [NEUTRAL if request is None else self._slots[request.steering] for request in requests]
         first = [0 if request is None else request.first for request in requests]
-        tokens = token_rows(rows, counts, computed, first)
         self._neutral = not self._requests
         if self._neutral:
             # The rows of a longer step before this one too: the next steps are not looked at.
             self._projection.table.clear()
         else:
-            self._projection.table.point(torch.from_numpy(tokens))
+            self._projection.table.point(torch.from_numpy(token_rows(rows, counts, computed, first)))
         # Positions only rise: once all are past where steering begins, a step of the same shape needs the same rows.
         whole = bool((np.asarray(first) <= computed).all())
         self._filled = (list(request_ids), counts.copy()) if whole else None
 
-    def _first(self, steering: str, new: Any) -> int:
-        if Steering.parse(steering).positions == "all":
-            return 0
-        prompt = new.prompt_token_ids if new.prompt_token_ids is not None else new.prompt_embeds
-        return len(prompt) - 1
-
-    def _read_edit(self, steering: str) -> NDArray[np.float32]:
-        return np.stack(neuron_edit(Steering.parse(steering), self._profile))
+    def _read(self, canonical: str) -> _Rule:
+        steering = Steering.parse(canonical)
+        return _Rule(np.stack(neuron_edit(steering, self._profile)), steering.positions == "generated")
 
 
 def follow_runner(runner: Any, batch: Batch, *, v2: bool) -> None:

@@ -6,13 +6,11 @@ import importlib.metadata
 import logging
 from typing import Any
 
-import vllm
-
 from confsteer.checkpoint import read_last_layer
 from confsteer.errors import ConfsteerError, ProfileMismatchError
 from confsteer.profile import Profile
 from confsteer.vllm.admission import Admission, install
-from confsteer.vllm.release import WORKERS, check_features, check_release
+from confsteer.vllm.release import WORKERS, check_features
 from confsteer.vllm.settings import KEY, Settings
 
 logger = logging.getLogger("vllm.confsteer")
@@ -28,7 +26,6 @@ def prepare(config: Any) -> None:
     settings = Settings.of(config.additional_config)
     if settings is None or settings.checksum is not None:
         return  # not ours, or a copy of a configuration that is prepared
-    check_release(vllm.__version__)
     check_features(config)
     profile = settings.load_profile()
     check_model(profile, config.model_config)
