@@ -33,6 +33,7 @@ def register() -> None:
         complete(self)
         if isinstance(self.additional_config, dict) and "confsteer" in self.additional_config:
             import vllm
+
             from confsteer.errors import ConfsteerError
             from confsteer.vllm.release import check_release
 
