@@ -21,6 +21,11 @@ TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 1e-1, torch.float16: 5e-2}
 """Relative error that rounding in each precision explains."""
 
 
+PUSHES = {torch.float32: (4.0, 64.0, 1024.0), torch.bfloat16: (4.0, 64.0, 1024.0), torch.float16: (4.0, 16.0, 64.0)}
+"""Of the neurons, in their standard deviations: the first about as large as an ordinary residual, the last to be seen beside any;
+float16 overflows."""
+
+
 class Outputs(NamedTuple):
     """Of the final norm, ``[tokens, d_model]`` each, for the same inputs under different steerings."""
 

@@ -15,18 +15,13 @@ from confsteer.edit import steerable
 from confsteer.profile import Profile
 from confsteer.vllm.batch import Batch, follow_runner
 from confsteer.vllm.projection import SteeredProjection, attach
-from confsteer.vllm.proof import Outputs, prove
+from confsteer.vllm.proof import PUSHES, Outputs, prove
 from confsteer.vllm.release import WORKERS
 from confsteer.vllm.settings import Settings
 from confsteer.vllm.slots import Slots
 
 logger = logging.getLogger("vllm.confsteer")
 
-PUSHES = (4.0, 64.0, 1024.0)
-"""Of the neurons for the proof, in their standard deviations. The largest is to be seen beside any residual, the first two to be
-about as large as an ordinary one."""
-HALF_PUSHES = (4.0, 16.0, 64.0)
-"""In float16, which overflows."""
 PROOF_TOKENS = 4
 
 
@@ -69,7 +64,7 @@ class _SteeringWorker:
         push = deviation.maximum(deviation.median())
         push[1::2] *= -1
         dtype = self.vllm_config.model_config.dtype
-        sizes = HALF_PUSHES if dtype == torch.float16 else PUSHES
+        sizes = PUSHES[dtype]
         one, zero, free = torch.ones_like(push), torch.zeros_like(push), torch.full_like(push, torch.inf)
         errors = []
         for decode in self._kinds_of_step():

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from confsteer.anatomy import NormParameters
 from confsteer.errors import UnsupportedModelError
-from confsteer.vllm.proof import Outputs, prove, unexplained
+from confsteer.vllm.proof import PUSHES, Outputs, prove, unexplained
 
 TOKENS, D = 4, 48
-PUSHES = (4.0, 16.0, 64.0)
 
 
 class Model:
@@ -44,8 +43,8 @@ class Model:
         seen = Outputs(
             neutral=self.output(0.0),
             again=self.output(0.0),
-            pushed=tuple(self.output(push) for push in PUSHES),
-            mixed=self.output(PUSHES[-1] * every_other),
+            pushed=tuple(self.output(push) for push in PUSHES[dtype]),
+            mixed=self.output(PUSHES[dtype][-1] * every_other),
             replaced=self.output(2.0),
             clamped=self.output(2.0),
         )._replace(**changed)
@@ -62,9 +61,26 @@ def test_a_steered_model_passes(model: Model, dtype: torch.dtype) -> None:
     prove(model.outputs(dtype), model.write, model.norm, model.write_gain, dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_residual_far_larger_than_ordinary_passes(dtype: torch.dtype) -> None:
+    """As a first token has, where one coordinate may be a hundred times the others."""
+    model = Model(centred=False, normed=False)
+    model.before *= 10
+    model.before[:, 3] *= 100
+    prove(model.outputs(dtype), model.write, model.norm, None, dtype)
+
+
+def test_a_rank_that_is_fed_zeros_passes() -> None:
+    """The last of a pipeline, in a model without biases."""
+    model = Model(centred=False, normed=False)
+    model.before, model.mlp = torch.zeros(TOKENS, D), torch.zeros(TOKENS, D)
+    assert not model.output(0.0).any()
+    prove(model.outputs(), model.write, model.norm, None, torch.float32)
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_what_is_left_unexplained_is_rounding_for_the_right_write_and_most_of_a_wrong_one(model: Model) -> None:
-    seen = torch.stack([model.output(push) for push in (0.0, *PUSHES)])
+    seen = torch.stack([model.output(push) for push in (0.0, *PUSHES[torch.float32])])
     assert unexplained(3 * model.write, seen, model.norm, model.write_gain) < 1e-4
     wrong = torch.randn(D, generator=torch.Generator().manual_seed(1))
     assert unexplained(wrong, seen, model.norm, model.write_gain) > 0.5
@@ -75,13 +91,14 @@ def test_what_is_left_unexplained_is_rounding_for_the_right_write_and_most_of_a_
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_whatever_is_wrong_is_said(model: Model, dtype: torch.dtype) -> None:
+    largest = PUSHES[dtype][-1]
     neutral, other = model.output(0.0), Model(centred=False, normed=False, seed=1)
-    swapped = model.output(PUSHES[-1] * ((torch.arange(TOKENS) + 1) % 2)[:, None])
+    swapped = model.output(largest * ((torch.arange(TOKENS) + 1) % 2)[:, None])
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"again": 1.5 * neutral}, "the same input gives different outputs"),
         ({"pushed": (neutral,) * 3}, "pushing the neurons changes nothing"),
         ({"mixed": neutral}, "a token is not steered as its request"),
-        ({"mixed": model.output(PUSHES[-1])}, "a token is steered as another request"),
+        ({"mixed": model.output(largest)}, "a token is steered as another request"),
         ({"mixed": swapped}, "a token is not steered as its request"),
         ({"clamped": neutral, "replaced": model.output(8.0)}, "gain and bounds do not agree"),
         ({"neutral": torch.full_like(neutral, torch.nan)}, "the same input gives different outputs"),
