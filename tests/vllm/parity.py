@@ -23,7 +23,7 @@ TOLERANCE = 1e-4
 """Of log-probabilities in float32, in nats."""
 TEETH = 1e-3
 """What a steered request would be off by, at least, if it were not steered."""
-TIED = ("gemma2", "cohere")
+TIED = ("gemma", "gemma2", "cohere")
 """Families that vLLM only loads with tied embeddings."""
 
 
@@ -71,6 +71,8 @@ def steerings(profile: Profile) -> list[Any]:
     asked: list[Any] = [None, {"preset": "calm"}, "preset=calm positions=generated"]
     for dial in profile.response:
         low, high = profile.reach(dial)
+        if high < 0.01:
+            continue
         asked += [{dial: 0.8 * high}, f'{{"{dial}": {0.5 * high}}}', {dial: 0.5 * high, "positions": "generated"}]
         if low < -0.01:
             asked.append(f"{dial}={0.8 * low}")
