@@ -59,7 +59,7 @@ def subject(model_type: str, folder: Path) -> Subject:
     found = planted(model_type, wide=True, tied=model_type in TIED)
     neuron = steerable(found.profile)[0]
     profile = found.profile.with_preset(
-        "calm", Steering(scale={neuron.index: 0.0}, shift={neuron.index: 2 * neuron.std_activation})
+        "calm", Steering(scale={neuron.index: 0.0}, shift={neuron.index: 8 * neuron.std_activation})
     )
     found.model.save_pretrained(folder / "model")
     found.tokenizer.save_pretrained(folder / "model")
