@@ -1,14 +1,12 @@
 """Tests of engines run where vLLM is installed; the others, of what knows nothing of vLLM, everywhere.
 
 With ``VLLM_USE_V2_MODEL_RUNNER=1`` the engines run vLLM's second model runner, whose kernels are Triton's: without a GPU,
-Triton's interpreter runs them on the CPU.
+Triton's interpreter runs them on the CPU, in this process and no other: ``-m "not processes"``.
 """
 
 import importlib.util
 import os
 from types import SimpleNamespace
-
-import pytest
 
 # Before vLLM is imported.
 os.environ.update(
@@ -27,10 +25,3 @@ elif os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
 
     # vLLM looks for a driver before it looks at the interpreter.
     backends.setdefault("cpu", SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True)))
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
-        for item in items:
-            if item.get_closest_marker("processes"):
-                item.add_marker(pytest.mark.skip(reason="processes of their own do not have Triton's interpreter"))
