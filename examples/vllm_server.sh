@@ -18,14 +18,14 @@ ask() {
         "vllm_xargs": {"confsteer": "entropy='"$1"'"}}' \
         | python3 -c 'import json, sys
 choice = json.load(sys.stdin)["choices"][0]
-nats = choice["logprobs"]["token_logprobs"]
-print(f"entropy='"$1"': {sum(nats) / len(nats):+.2f} nats per token:{choice["text"]!r}")'
+nats, text = choice["logprobs"]["token_logprobs"], choice["text"]
+print(f"entropy='"$1"': {sum(nats) / len(nats):+.2f} nats per token:{text!r}")'
 }
 ask -0.2 &
 ask +0.6 &
 wait
 
-echo "== The same with the OpenAI client, streamed"
+echo "== The same with the OpenAI client, streamed, sampled at temperature 1"
 python3 - "$url" <<'PYTHON' || echo "(pip install openai for this part)"
 import asyncio
 import sys
@@ -40,7 +40,6 @@ async def ask(steering: str) -> str:
         model="confsteer-demo",
         prompt="It was the best of times, it was",
         max_tokens=20,
-        temperature=0,
         stream=True,
         extra_body={"vllm_xargs": {"confsteer": steering}},
     )
