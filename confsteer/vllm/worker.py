@@ -82,7 +82,7 @@ class _SteeringWorker:
                 write = get_tp_group().all_reduce(push.to(self._projection.writes.device) @ self._projection.writes)
                 errors.append(prove(outputs, write, self._projection.final_norm, self._projection.write_gain, dtype))
         if errors and get_tp_group().is_first_rank:
-            logger.info("confsteer: %s; proved on every rank, relative error %.0e", describe(self._profile), max(errors))
+            logger.info("confsteer: %s; proved on every rank, relative error %.0e", start_up_line(self._profile), max(errors))
 
     def _kinds_of_step(self) -> list[bool]:
         """Whether to try steps that decode requests, where so many fit, and steps that read prompts: their graphs differ."""
@@ -117,7 +117,7 @@ class _SteeringWorker:
         return output
 
 
-def describe(profile: Profile) -> str:
+def start_up_line(profile: Profile) -> str:
     """Layer, neurons and dials of a profile, in a line."""
     dials = [
         f"{dial} {low:+.2f} to {high:+.2f} nats ({', '.join(str(n.index) for n in profile.neurons(dial))})"

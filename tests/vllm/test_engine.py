@@ -279,7 +279,7 @@ def test_an_engine_that_would_not_steer_does_not_start(make: Make, monkeypatch: 
 
 
 def test_the_start_up_line_says_what_can_be_steered() -> None:
-    from confsteer.vllm.worker import describe
+    from confsteer.vllm.worker import start_up_line
 
-    line = describe(Profile.load("confsteer-demo"))
+    line = start_up_line(Profile.load("confsteer-demo"))
     assert line.startswith("steering confsteer-demo, layer 3: entropy -0.22 to +1.79 nats (767, ")
