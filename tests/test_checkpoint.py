@@ -14,7 +14,7 @@ import confsteer
 from confsteer import ConfsteerError, NoNeuronsError, Profile, ProfileMismatchError, UnsupportedModelError
 from confsteer.anatomy import dissect
 from confsteer.checkpoint import scan
-from confsteer.cli import EXIT_NO_NEURONS
+from confsteer.cli.options import EXIT_NO_NEURONS
 from confsteer.discovery.select import candidates
 from confsteer.discovery.weights import WeightStatistics, weight_statistics
 from confsteer.hub import card

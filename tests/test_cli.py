@@ -9,7 +9,8 @@ from click.testing import CliRunner, Result
 
 import confsteer
 from confsteer import Profile
-from confsteer.cli import EXIT_NO_NEURONS, main
+from confsteer.cli import main
+from confsteer.cli.options import EXIT_NO_NEURONS
 from confsteer.corpus import make_windows
 from confsteer.evaluation.cumulative import CumulativeStudy
 from confsteer.evaluation.induction import InductionStudy

@@ -1,0 +1,187 @@
+"""Commands that find neurons, and what is done with what they found: calibrate, scan, show, push."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.markup import escape
+
+from confsteer import tables
+from confsteer.cli.options import (
+    EXIT_NO_NEURONS,
+    OUTPUT_FILE,
+    TEXT_FILE,
+    TextOptions,
+    load,
+    model_options,
+    text_options,
+    window_option,
+)
+from confsteer.profile import Profile
+
+
+@click.command()
+@model_options
+@text_options
+@window_option
+@click.option("--tokens", default=25_600, show_default=True, type=click.IntRange(min=1), help="Read at most this many.")
+@click.option(
+    "--unigram",
+    type=TEXT_FILE,
+    metavar="FILE.npy",
+    help="Token counts by id of text like the model's training text.  [default: counted in the text]",
+)
+@click.option(
+    "--null-dims", type=click.IntRange(min=1), help="Size of the unembedding's null space.  [default: from its spectrum]"
+)
+@click.option(
+    "--scan",
+    "scanned",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="FOLDER",
+    help="Take the statistics of the weights from a scan of MODEL.",
+)
+@click.option("--seed", default=0, show_default=True, help="Of the random directions behind the chance levels, and of sampling.")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder of the profile.  [default: NAME.confsteer]")
+def calibrate(
+    model: str | None,
+    text: TextOptions,
+    window: int,
+    tokens: int,
+    unigram: Path | None,
+    null_dims: int | None,
+    scanned: Path | None,
+    seed: int,
+    out: Path | None,
+    **loading: Any,
+) -> None:
+    """Find MODEL's entropy and token-frequency neurons and save a profile.
+
+    \b
+    confsteer calibrate             the bundled model on the Python documentation
+    confsteer calibrate MODEL       a model on text that it is made to write
+    confsteer calibrate MODEL --text a.txt --text folder
+    confsteer calibrate MODEL --text corpus.jsonl.gz --field content
+    confsteer calibrate MODEL --dataset HUB_ID --split validation
+    confsteer calibrate MODEL --text chats.jsonl --chat --unigram counts.npy
+
+    \b
+    A line of chats.jsonl: {"messages": [{"role": "user", "content": "Hi"}, ...]}
+
+    Tokens are ranked by how often they occur in the text unless --unigram has their counts in text like the model's training
+    text; 25,600 tokens are too few to rank a vocabulary, and a warning says so.
+    """
+    from confsteer.calibration import calibrate as run
+    from confsteer.corpus import read_counts
+    from confsteer.loading import DEMO_UNIGRAM
+    from confsteer.parallel import join
+
+    first = join().rank == 0
+    given = text.documents(model, "calibration")
+    counts = read_counts(unigram) if unigram else read_counts(DEMO_UNIGRAM) if model is None else None
+    loaded = load(model, loading)
+    if given is None and first:
+        click.echo(f"No text given: the model writes its own, {tokens:,} tokens sampled at temperature 1 (seed {seed}).")
+    profile = run(
+        loaded.model,
+        loaded.tokenizer,
+        text.windows(*given, loaded.tokenizer, window, tokens) if given else None,
+        tokens=tokens,
+        window=window,
+        unigram_counts=counts,
+        null_dims=null_dims,
+        scanned=Profile.load(scanned) if scanned else None,
+        seed=seed,
+        progress=first,
+    )
+    if not first:
+        return
+    folder = profile.save(out or Path(f"{Path(profile.model.id).name}.confsteer"))
+    tables.print_profile(tables.console(), profile)
+    tables.console().print(f"Profile written to {escape(str(folder))}")
+    if not profile.response:
+        sys.exit(EXIT_NO_NEURONS)
+
+
+@click.command()
+@click.argument("model", required=False)
+@click.option("--revision", help="Branch, tag or commit on the hub.")
+@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
+@click.option(
+    "--null-dims", type=click.IntRange(min=1), help="Size of the unembedding's null space.  [default: from its spectrum]"
+)
+@click.option("--seed", default=0, show_default=True, help="Of the random directions behind the chance level.")
+@click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), help="Folder of the profile.  [default: NAME.scan.confsteer]"
+)
+@click.option(
+    "--plot",
+    type=OUTPUT_FILE,
+    metavar="FILE.png",
+    help="Draw norm, logit variance, null fraction and the spectrum.",
+)
+def scan(model: str | None, out: Path | None, plot: Path | None, **settings: Any) -> None:
+    """Look for entropy neurons in MODEL's weights alone and save what they say.
+
+    Reads three weights of a safetensors checkpoint, without loading the model: a few percent of its bytes, no text. What is
+    found are candidates; what they do is for calibrate to measure.
+
+    \b
+    confsteer scan                                        the bundled model
+    confsteer scan openai-community/gpt2 --plot gpt2.png
+    confsteer scan ./my-model --null-dims 12 --out my-model.scan
+    """
+    from confsteer.checkpoint import scan as run
+    from confsteer.discovery.select import candidates
+
+    result = run(model, **settings, progress=True)
+    profile = result.profile
+    folder = profile.save(out or Path(f"{Path(profile.model.id).name}.scan.confsteer"))
+    tables.print_profile(tables.console(), profile)
+    share = f", {result.bytes_read / result.bytes_total:.1%} of the checkpoint" if result.bytes_total else ""
+    console = tables.console()
+    console.print(f"Read: {escape(', '.join(result.tensors))}: {result.bytes_read / 1e6:,.1f} MB{share}.")
+    if plot:
+        from confsteer.report import plot_neurons
+
+        plot_neurons(profile, plot)
+        console.print(f"Drawn: {escape(str(plot))}")
+    console.print(f"Profile of the weights written to {escape(str(folder))}")
+    if not candidates(profile.weights):
+        sys.exit(EXIT_NO_NEURONS)
+
+
+@click.command()
+@click.argument("profile")
+@click.option(
+    "--plot",
+    type=OUTPUT_FILE,
+    metavar="FILE.png",
+    help="Draw norm against logit variance and null fraction against mediation (of a scan: against norm, and the spectrum).",
+)
+@click.option("--response", type=OUTPUT_FILE, metavar="FILE.png", help="Draw what the dials do.")
+def show(profile: str, plot: Path | None, response: Path | None) -> None:
+    """Print what PROFILE holds, or draw it."""
+    loaded = Profile.load(profile)
+    tables.print_profile(tables.console(), loaded)
+    if plot or response:
+        from confsteer.report import plot_neurons, plot_response
+
+        for file, draw in ((plot, plot_neurons), (response, plot_response)):
+            if file is not None:
+                draw(loaded, file)
+                tables.console().print(f"Drawn: {escape(str(file))}")
+
+
+@click.command()
+@click.argument("profile")
+@click.argument("repo", metavar="OWNER/NAME")
+@click.option("--private", is_flag=True, help="Make a new repository private.")
+def push(profile: str, repo: str, private: bool) -> None:
+    """Upload PROFILE to a hub repository, with a card."""
+    from confsteer.hub import push as run
+
+    click.echo(run(Profile.load(profile), repo, private=private))

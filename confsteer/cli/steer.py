@@ -1,0 +1,91 @@
+"""Commands that steer: generate, serve."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+from rich.markup import escape
+from rich.table import Table
+
+from confsteer import tables
+from confsteer.cli.options import load, model_options, profile_option, steer_option
+from confsteer.profile import Profile
+
+
+@click.command()
+@click.argument("prompt")
+@model_options
+@profile_option
+@steer_option
+@click.option("--max-new-tokens", default=40, show_default=True, type=click.IntRange(min=1))
+@click.option("--temperature", default=1.0, show_default=True, type=click.FloatRange(min=0), help="0 is greedy.")
+@click.option("--seed", default=0, show_default=True, help="The same for every steering.")
+def generate(
+    prompt: str,
+    model: str | None,
+    profile: str,
+    steers: tuple[str, ...],
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    **loading: Any,
+) -> None:
+    """Continue PROMPT without steering and with each --steer.
+
+    \b
+    confsteer generate "It was a dark and" -p confsteer-demo -s entropy=-0.15 -s entropy=0.3
+    """
+    import torch
+
+    from confsteer.hf import steer
+    from confsteer.steering import Steering
+
+    steerings = [Steering(), *map(Steering.parse, steers)]
+    loaded = load(model, loading)
+    inputs = loaded.tokenizer(prompt, return_tensors="pt").to(loaded.model.device)
+    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    table = Table("steering", "continuation", "entropy", show_lines=True)
+    with steer(loaded.model, Profile.load(profile)) as steerer:
+        for steering in steerings:
+            steerer.update(steering)
+            torch.manual_seed(seed)
+            output = loaded.model.generate(
+                **inputs,
+                **sampling,
+                max_new_tokens=max_new_tokens,
+                return_dict_in_generate=True,
+                output_logits=True,
+                pad_token_id=loaded.tokenizer.pad_token_id or loaded.tokenizer.eos_token_id,
+            )
+            log_p = torch.stack(output.logits).float().log_softmax(-1)
+            entropy = float(-(log_p.exp() * log_p).sum(-1).mean())
+            text = loaded.tokenizer.decode(output.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            table.add_row(str(steering), escape(text.strip()), f"{entropy:.2f}")
+    tables.console().print(table, "Entropy: mean over the generated tokens, in nats.", sep="\n")
+
+
+@click.command(context_settings={"ignore_unknown_options": True})
+@click.argument("model", required=False, metavar="[MODEL]")
+@click.argument("options", nargs=-1, type=click.UNPROCESSED, metavar="[VLLM OPTION]...")
+@click.option("--profile", required=True, metavar="PROFILE", help="Folder, shipped name or hub repository.")
+@click.option("--default", metavar="STEERING", help='Of requests that ask for none, such as "entropy=0.2".')
+def serve(model: str | None, options: tuple[str, ...], profile: str, default: str | None) -> None:
+    """Serve MODEL with vLLM; each request may carry a steering. Options that are not listed below go to vLLM.
+
+    \b
+    confsteer serve --profile confsteer-demo --max-model-len 512
+    confsteer serve OWNER/MODEL --profile my-profile --port 8001 --tensor-parallel-size 2
+    confsteer serve OWNER/MODEL --profile my-profile --default "entropy=0.2"
+
+    \b
+    Ask:  curl localhost:8000/v1/completions -H 'Content-Type: application/json' -d '{"model": "confsteer-demo",
+            "prompt": "It was", "vllm_xargs": {"confsteer": "entropy=0.3"}}'
+    See:  curl localhost:8000/confsteer
+    """
+    from confsteer.vllm.command import serve as run
+    from confsteer.vllm.command import server_command
+
+    words = [*filter(None, [model]), *options]
+    named = bool(words) and not words[0].startswith("-")
+    run(server_command(words[0] if named else None, profile, default, words[1:] if named else words))
