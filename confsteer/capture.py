@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from confsteer.anatomy import Anatomy, LastLayerStates, input_device
@@ -16,7 +17,7 @@ from confsteer.parallel import ALONE, Share
 BATCH_SIZE = 4
 """Windows per forward pass: about a thousand tokens, enough to keep matrix products busy."""
 KEPT_BYTES = 2**30
-"""States up to this size are kept for the next pass over the text; the model runs again for the rest."""
+"""States up to this size are kept for the next pass over the text unless told otherwise; the model runs again for the rest."""
 
 
 class Recording:
@@ -26,7 +27,13 @@ class Recording:
     """
 
     def __init__(
-        self, model: PreTrainedModel, anatomy: Anatomy, windows: Windows, device: torch.device, share: Share = ALONE
+        self,
+        model: PreTrainedModel,
+        anatomy: Anatomy,
+        windows: Windows,
+        device: torch.device,
+        share: Share = ALONE,
+        room: int = KEPT_BYTES,
     ) -> None:
         """
         Args:
@@ -35,10 +42,11 @@ class Recording:
             windows: the text.
             device: where the states go.
             share: of several processes, the one that reads here: every ``share.of``-th batch is its own.
+            room: bytes of states to keep.
         """
         self.model, self.anatomy, self.windows, self.device, self.share = model, anatomy, windows, device, share
         self._kept: list[tuple[TokenStates, int]] = []
-        self._room = KEPT_BYTES
+        self._room = room
 
     def read(self, on_read: Callable[[int], object] = lambda tokens: None) -> Iterator[TokenStates]:
         """One pass over the text, a batch at a time.
@@ -99,5 +107,36 @@ def _join(batches: list[TokenStates]) -> TokenStates:
     """Tokens of several batches, their windows numbered through."""
     first = torch.tensor([0, *(int(b.window.max()) + 1 if len(b.window) else 0 for b in batches[:-1])]).cumsum(0).tolist()
     numbered = [b._replace(window=b.window + start) for b, start in zip(batches, first, strict=True)]
-    joined = (None if column[0] is None else torch.cat(column) for column in zip(*numbered, strict=True))
+    return _concatenate(numbered)
+
+
+def _concatenate(batches: list[TokenStates]) -> TokenStates:
+    joined = (None if column[0] is None else torch.cat(column) for column in zip(*batches, strict=True))
     return TokenStates(*joined)  # type: ignore[arg-type]
+
+
+def record(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    windows: Windows,
+    neurons: Tensor,
+    device: torch.device,
+    on_read: Callable[[int], object] = lambda tokens: None,
+) -> TokenStates:
+    """The states of a whole text in memory: of the activations those of some neurons, ``d_model`` numbers a token besides.
+
+    The caller must have put the model in evaluation mode.
+
+    Args:
+        model: the model.
+        anatomy: where to look.
+        windows: the text; ``window`` of the states counts through it.
+        neurons: indices ``[n]`` of the neurons whose activations to keep.
+        device: where the states go.
+        on_read: see `Recording.read`.
+    """
+    kept = []
+    for first, batch in enumerate(Recording(model, anatomy, windows, device, room=0).read(on_read)):
+        activations = batch.activations[:, neurons.to(device)]
+        kept.append(batch._replace(activations=activations, window=batch.window + first * BATCH_SIZE))
+    return _concatenate(kept)

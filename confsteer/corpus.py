@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +21,8 @@ from confsteer.errors import CorpusError, SettingError
 FIRST_POSITIONS = 3
 """Positions at the start of a window that are left out: with so little context they are unlike the rest."""
 SHORTEST_WINDOW = 8
+FEWEST_DOCUMENTS = 20
+"""That can be resampled, or shared out over splits; of a text that has fewer it is windows."""
 PART_CHARACTERS = 1_000_000
 """A longer text is tokenized in parts: a tokenizer needs about a hundred bytes per token of what it is given at once."""
 
@@ -64,6 +67,8 @@ class Windows:
     """Tokens in the longest window there may be."""
     source: str
     """What the text was, for the profile."""
+    document: NDArray[np.int64]
+    """Which document each window is of, ``[windows]``; a window that crosses documents counts as one of its own."""
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -78,6 +83,16 @@ class Windows:
         digest = hashlib.sha256(self.token_ids.astype("<i4").tobytes())
         digest.update(self.starts.astype("<i8").tobytes())
         return digest.hexdigest()
+
+    @property
+    def blocks(self) -> tuple[NDArray[np.int64], Literal["documents", "windows"]]:
+        """What of the text is unlike the rest, by window ``[windows]``, and what that is.
+
+        Documents, if there are `FEWEST_DOCUMENTS`; windows of a text that has fewer.
+        """
+        if len(np.unique(self.document)) >= FEWEST_DOCUMENTS:
+            return self.document, "documents"
+        return np.arange(len(self)), "windows"
 
     def counts(self, vocab_size: int) -> Tensor:
         """How often each token occurs, control tokens not counted, ``[vocab_size]`` int64."""
@@ -176,13 +191,14 @@ def make_windows(
 
     if cross_documents and eos is None:
         raise SettingError("the tokenizer has no EOS token to put between documents: windows cannot cross them")
-    return cut_windows(
+    windows = cut_windows(
         [TokenizedDocument(start, joined())] if cross_documents else tokenized(),
         tokenizer,
         window=window,
         max_tokens=max_tokens,
         source=source,
     )
+    return dataclasses.replace(windows, document=np.arange(len(windows))) if cross_documents else windows
 
 
 def cut_windows(
@@ -211,8 +227,9 @@ def cut_windows(
     if max_tokens is not None and max_tokens < SHORTEST_WINDOW:
         raise SettingError(f"{max_tokens} tokens make no window; read at least {SHORTEST_WINDOW}")
     pieces: list[NDArray[np.int32]] = []
+    document: list[int] = []
     total = 0
-    for start, token_ids in documents:
+    for number, (start, token_ids) in enumerate(documents):
         ids = iter(token_ids)
         while (max_tokens is None or total + SHORTEST_WINDOW <= max_tokens) and (body := [*islice(ids, window - len(start))]):
             piece = [*start, *body]
@@ -220,13 +237,14 @@ def cut_windows(
                 piece = piece[: max_tokens - total]
             if len(piece) >= SHORTEST_WINDOW:
                 pieces.append(np.asarray(piece, dtype=np.int32))
+                document.append(number)
                 total += len(piece)
         if max_tokens is not None and total + SHORTEST_WINDOW > max_tokens:
             break
     if not pieces:
         raise CorpusError(f"the text is too short: it has no document of {SHORTEST_WINDOW} tokens")
     starts = np.concatenate([[0], np.cumsum([len(p) for p in pieces])]).astype(np.int64)
-    return Windows(np.concatenate(pieces), starts, control_ids(tokenizer), window, source)
+    return Windows(np.concatenate(pieces), starts, control_ids(tokenizer), window, source, np.array(document))
 
 
 def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -126,19 +126,21 @@ def plot_response(profile: Profile, file: Path) -> None:
 
 
 def plot_reliability(evaluation: Evaluation, file: Path) -> None:
-    """Confidence against accuracy for every steering of an evaluation."""
-    figure = Figure(figsize=(5.6, 5.2), layout="constrained")
-    axes = figure.subplots()
-    axes.plot([0, 1], [0, 1], color="black", linewidth=0.8, linestyle=":", label="perfect calibration")
-    for result in evaluation.results:
-        confidence = [b.confidence for b in result.reliability]
-        accuracy = [b.accuracy for b in result.reliability]
-        sizes = np.array([b.count for b in result.reliability]) / evaluation.tokens
-        (line,) = axes.plot(confidence, accuracy, linewidth=1, label=f"{result.steering}   ECE {result.metrics['ece'].value:.3f}")
-        axes.scatter(confidence, accuracy, s=8 + 300 * sizes, color=line.get_color(), alpha=0.6, linewidths=0)
-    axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence: top probability", ylabel="accuracy", aspect="equal")
-    axes.set_title(f"{evaluation.model} on {evaluation.source}\n{evaluation.tokens:,} tokens; dots: share of tokens", fontsize=9)
-    axes.legend(fontsize=8, loc="upper left")
+    """Confidence against accuracy on each text of an evaluation: the steerings, the unsteered model, the fitted temperature."""
+    figure = Figure(figsize=(5.6 * len(evaluation.texts), 5.2), layout="constrained")
+    for text, axes in zip(evaluation.texts, figure.subplots(1, len(evaluation.texts), squeeze=False)[0], strict=True):
+        axes.plot([0, 1], [0, 1], color="black", linewidth=0.8, linestyle=":", label="perfect calibration")
+        for row in text.rows:
+            if row.kind not in ("neutral", "steering", "temperature"):
+                continue
+            confidence = [b.confidence for b in row.reliability]
+            accuracy = [b.accuracy.value for b in row.reliability]
+            sizes = np.array([b.count for b in row.reliability]) / text.tokens
+            (line,) = axes.plot(confidence, accuracy, linewidth=1, label=f"{row.name}   ECE {row.metrics['ece'].value:.3f}")
+            axes.scatter(confidence, accuracy, s=8 + 300 * sizes, color=line.get_color(), alpha=0.6, linewidths=0)
+        axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence: top probability", ylabel="accuracy", aspect="equal")
+        axes.set_title(f"{evaluation.model} on {text.source}\n{text.tokens:,} tokens; dots: share of tokens", fontsize=9)
+        axes.legend(fontsize=8, loc="upper left")
     figure.savefig(file, dpi=130)
 
 

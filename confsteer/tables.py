@@ -13,10 +13,10 @@ from confsteer.profile import Neuron, Profile
 from confsteer.steering import DIALS
 
 if TYPE_CHECKING:
+    from confsteer.evaluation.bootstrap import Interval
+    from confsteer.evaluation.comparison import TextComparison
     from confsteer.evaluation.cumulative import CumulativeStudy
-    from confsteer.evaluation.harness import Evaluation
     from confsteer.evaluation.induction import InductionStudy
-    from confsteer.evaluation.metrics import Interval
 
 
 def console() -> Console:
@@ -128,25 +128,33 @@ def _neuron_table(title: str, neurons: tuple[Neuron, ...], dial: str) -> Table:
     return table
 
 
-def print_evaluation(console: Console, result: Evaluation) -> None:
-    """Steerings compared on one text."""
-    table = Table("steering", "loss", "perplexity", "entropy", "Δentropy", "ECE", "Brier", "accuracy", "argmax changed")
-    unsteered = result.results[0].metrics["entropy"].value
-    for row in result.results:
-        m = row.metrics
+def print_comparison(console: Console, model: str, text: TextComparison) -> None:
+    """Ways to predict one text; matched temperatures are a column beside their steering."""
+    table = Table("", "loss", "entropy", "Δentropy", "ECE", "Brier", "accuracy", "argmax changed")
+    table.add_column("Δloss to temperature of same entropy", justify="right")
+    table.add_column("ΔECE to it", justify="right")
+    unsteered = text.rows[0].metrics["entropy"].value
+    for row in text.rows:
+        if row.kind == "matched temperature":
+            continue
+        m, matched = row.metrics, row.minus.get("matched temperature", {})
+        values = ", ".join(f"{value:.3f}" for value in row.values)
         table.add_row(
-            str(row.steering),
+            escape(row.name) + (f" ({values})" if values else ""),
             _with_half_width(m["loss"], 3),
-            f"{m['perplexity'].value:.1f}",
-            _with_half_width(m["entropy"], 3),
+            f"{m['entropy'].value:.3f}",
             f"{m['entropy'].value - unsteered:+.3f}",
             *(_with_half_width(m[name], 4) for name in ("ece", "brier", "accuracy")),
             f"{m['argmax_changed'].value:.1%}",
+            *(_with_range(matched[name]) if matched else "" for name in ("loss", "ece")),
+            end_section=row.kind == "null write",
         )
     console.print(table)
     console.print(
-        f"{escape(result.model)} on {escape(result.source)}: {result.tokens:,} tokens in {result.windows} windows. Nats; ECE of "
-        "the top prediction, 15 bins; ± half of the 95 % bootstrap interval over windows."
+        f"{escape(model)} on {escape(text.source)}: {text.tokens:,} tokens in {text.windows} windows. Nats; ECE of the top "
+        f"prediction, 15 bins; ± half of the 95 % bootstrap interval over {text.blocks} {text.unit}, in brackets the interval of "
+        "the paired difference. Baselines are fitted on one half of the text and used on the other. Min-p and top-p are no "
+        "baselines: they cut the distribution they sample from, and give what they cut no probability at all."
     )
 
 

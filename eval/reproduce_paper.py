@@ -21,10 +21,10 @@ from confsteer import ConfsteerError, Profile
 from confsteer.anatomy import dissect
 from confsteer.corpus import Document
 from confsteer.discovery.weights import weight_statistics
+from confsteer.evaluation.bootstrap import Interval
 from confsteer.evaluation.cumulative import CumulativeStudy, cumulative
 from confsteer.evaluation.heads import INDUCTION_SCORE, HeadStudy, bos_ablation
 from confsteer.evaluation.induction import InductionStudy, RepeatedSequences, induction
-from confsteer.evaluation.metrics import Interval
 from confsteer.loading import DEMO_NAME, load_model
 from confsteer.profile import Measurement
 from confsteer.report import plot_cumulative, plot_frequency_neurons, plot_induction, plot_neurons, plot_response

@@ -6,14 +6,14 @@ from confsteer.anatomy import dissect
 from confsteer.capture import BATCH_SIZE, Recording, regroup
 from confsteer.corpus import make_windows
 from confsteer.discovery.readout import TokenStates
-from confsteer.parallel import Share
+from confsteer.parallel import ALONE, Share
 from tests.planted import planted
 
 
 def recording(model_type: str = "gemma2", share: Share | None = None) -> Recording:
     model, tokenizer, texts, _ = planted(model_type)
     windows = make_windows(texts, tokenizer, window=64)
-    return Recording(model, dissect(model), windows, torch.device("cpu"), *([share] if share else []))
+    return Recording(model, dissect(model), windows, torch.device("cpu"), share or ALONE)
 
 
 def same(one: list[TokenStates], other: list[TokenStates]) -> bool:

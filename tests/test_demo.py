@@ -10,7 +10,7 @@ from confsteer import Steering, demo
 from confsteer.corpus import make_windows, read_counts
 from confsteer.demo import Demo
 from confsteer.evaluation.harness import Evaluation, evaluate
-from confsteer.evaluation.metrics import TokenScores
+from confsteer.evaluation.scores import TokenScores
 from confsteer.loading import DEMO_UNIGRAM
 from confsteer.texts import python_docs
 

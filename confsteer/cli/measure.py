@@ -69,7 +69,8 @@ def evaluate(
         progress=True,
     )
     console = tables.console()
-    tables.print_evaluation(console, result)
+    for compared in result.texts:
+        tables.print_comparison(console, result.model, compared)
     write(console, result, as_json, plot, "plot_reliability")
 
 

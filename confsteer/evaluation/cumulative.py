@@ -19,7 +19,8 @@ from confsteer.anatomy import dissect
 from confsteer.capture import Recording
 from confsteer.corpus import Document, Windows, check_context, make_windows
 from confsteer.errors import SettingError
-from confsteer.evaluation.metrics import Change, Interval, TokenScores, ratio_interval, window_sums
+from confsteer.evaluation.bootstrap import Change, Interval, ratio_interval
+from confsteer.evaluation.scores import TokenScores
 from confsteer.profile import Profile
 
 CANDIDATES = 10
@@ -140,7 +141,7 @@ def cumulative(
             present, index = batch.window.unique(return_inverse=True)
 
             def per_window(values: Tensor, index: Tensor = index, n_windows: int = len(present)) -> Tensor:
-                return window_sums(values, index, n_windows).cpu()
+                return torch.bincount(index, weights=values.double(), minlength=n_windows).cpu()
 
             before = TokenScores.of_residual(readout, batch.residual, batch.targets)
             unsteered.append(torch.stack([per_window(v) for v in (torch.ones_like(before.nll), before.entropy, before.nll)]))

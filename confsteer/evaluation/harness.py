@@ -1,140 +1,155 @@
-"""Run a model over text with several steerings and compare them."""
+"""Run a model over texts and compare steerings with each other and with temperatures."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from confsteer.anatomy import input_device
-from confsteer.capture import BATCH_SIZE
-from confsteer.corpus import Document, Windows, check_context, make_windows
-from confsteer.evaluation.metrics import BINS, Interval, ReliabilityBins, TokenScores, metrics
-from confsteer.hf import steer
-from confsteer.profile import Profile
+from confsteer.corpus import Document, Windows, make_windows
+from confsteer.discovery.frequency import Unigram
+from confsteer.edit import neuron_edit, resolve
+from confsteer.errors import CorpusError, SteeringError
+from confsteer.evaluation.comparison import Method, Sample, TextComparison, compare
+from confsteer.evaluation.fit import fit_null_write, fit_temperature, match_entropy
+from confsteer.evaluation.induction import InductionStudy
+from confsteer.evaluation.last_layer import Intervention, read_last_layer
+from confsteer.profile import Profile, library_versions
 from confsteer.steering import Steering
 
+FIT_TOKENS = 10_000
+"""A baseline is one number: that many tokens fit it."""
+MOST_SWEPT = 100
 
-class ReliabilityBin(BaseModel):
-    """Tokens whose top probability falls into ``[low, high)``."""
-
-    model_config = ConfigDict(frozen=True)
-
-    low: float
-    high: float
-    count: int
-    confidence: float
-    """Mean top probability."""
-    accuracy: float
-    """Share of right top predictions."""
-
-
-class SteeringResult(BaseModel):
-    """What one steering did."""
-
-    model_config = ConfigDict(frozen=True)
-
-    steering: Steering
-    metrics: dict[str, Interval]
-    """By the names of `confsteer.evaluation.metrics.Metrics`."""
-    reliability: tuple[ReliabilityBin, ...]
-    """Bins that hold tokens."""
+Texts = Iterable[Document] | Windows | Mapping[str, Iterable[Document] | Windows]
 
 
 class Evaluation(BaseModel):
-    """Steerings compared on one text; the first is neutral."""
+    """Steerings compared on texts."""
 
     model_config = ConfigDict(frozen=True)
 
     model: str
-    source: str
-    tokens: int
-    """Tokens scored."""
-    windows: int
-    """Windows they are in, the unit of the bootstrap."""
-    results: tuple[SteeringResult, ...]
+    profile: str
+    """Checksum of the profile."""
+    versions: dict[str, str]
+    """Of the libraries that made it."""
+    texts: tuple[TextComparison, ...]
+    induction: InductionStudy | None = None
 
 
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Iterable[Document] | Windows,
+    texts: Texts,
     profile: Profile,
     steerings: Sequence[Steering],
     *,
+    unigram_counts: torch.Tensor | None = None,
     tokens: int | None = None,
     window: int = 256,
     source: str = "texts",
     progress: bool = False,
 ) -> Evaluation:
-    """Loss, entropy and calibration without steering and with each of `steerings`.
+    """Loss, entropy and calibration without steering, with each of `steerings`, and with what each has to beat.
 
-    The model runs with each steering, on the same windows and positions as calibration uses.
+    That is, on each text: the temperature fitted to one half of it and used on the other, and the other way round; a constant
+    written along the unembedding's null direction, fitted in the same way; and beside each steering the temperature at which
+    the unsteered model has the same mean entropy. What remains of a difference to that one is what neurons know beyond a
+    temperature.
+
+    The model runs once over each text (see `confsteer.evaluation.last_layer`), on the same positions as calibration uses.
 
     Args:
         model: the profile's model.
         tokenizer: its tokenizer.
         texts: one string per document, or conversations (see `confsteer.corpus.make_windows`), or windows already made, for
-            which `tokens`, `window` and `source` are not used.
+            which `tokens`, `window` and `source` are not used; or several of these by name.
         profile: see `confsteer.steer`.
         steerings: to compare with the unsteered model; all for every position.
-        tokens: read at most this many.
+        unigram_counts: how often each token occurs, ``[tokenizer_size]``; counted in each text if None.
+        tokens: read at most this many of each text.
         window: tokens per window.
-        source: what the text is, for the report.
-        progress: whether to show a progress bar.
+        source: what the text is, for the report, if it has no name.
+        progress: whether to show progress bars.
 
     Raises:
-        CorpusError: the text is too short.
+        CorpusError: a text is too short.
         SettingError: the window is too short or longer than the model's context.
         SteeringError, ProfileMismatchError, NoNeuronsError: see `confsteer.steer`.
     """
-    windows = make_windows(texts, tokenizer, window=window, max_tokens=tokens, source=source)
-    check_context(windows.window, model.config)
-    compared = [Steering(), *steerings]
-    scores: list[list[TokenScores]] = [[] for _ in compared]
-    window_of: list[torch.Tensor] = []
-    vocab, inputs_on = profile.model.tokenizer_size, input_device(model)
-    with (
-        torch.no_grad(),
-        steer(model, profile) as steerer,
-        tqdm(total=windows.n_tokens * len(compared), desc="evaluate", unit="tok", unit_scale=True, disable=not progress) as bar,
-    ):
-        for first, batch in enumerate(windows.batches(BATCH_SIZE)):
-            window_of.append(batch.window + first * BATCH_SIZE)
-            ids, mask = batch.input_ids.to(inputs_on), batch.attention_mask.to(inputs_on)
-            for collected, steering in zip(scores, compared, strict=True):
-                steerer.update(steering)
-                logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-                kept = logits[batch.kept.to(logits.device)][:, :vocab]
-                collected.append(TokenScores(*(s.cpu() for s in TokenScores.of(kept, batch.targets.to(logits.device)))))
-                bar.update(int(batch.attention_mask.sum()))
-    # Windows without a kept token are not part of the sample.
-    _, window_index = torch.cat(window_of).unique(return_inverse=True)
-    joined = [TokenScores(*map(torch.cat, zip(*collected, strict=True))) for collected in scores]
-    return Evaluation(
-        model=profile.model.id,
-        source=windows.source,
-        tokens=len(window_index),
-        windows=int(window_index.max()) + 1,
-        results=tuple(
-            SteeringResult(
-                steering=steering,
-                metrics=metrics(one, window_index, unsteered=joined[0])._asdict(),
-                reliability=_reliability(one),
-            )
-            for steering, one in zip(compared, joined, strict=True)
-        ),
-    )
+    # What is asked wrongly is said before anything runs.
+    steerings = [resolve(steering, profile) for steering in steerings]
+    interventions = [Intervention.of(neuron_edit(steering, profile)) for steering in steerings]
+    compared = []
+    for name, documents in named_texts(texts, source).items():
+        windows = make_windows(documents, tokenizer, window=window, max_tokens=tokens, source=name)
+        sample = read_sample(model, profile, windows, progress=progress)
+        if len(sample.block.unique()) < 2:
+            raise CorpusError(f"{name}: a single window; baselines are fitted on one part of a text and judged on another")
+        counts = windows.counts(profile.model.tokenizer_size) if unigram_counts is None else unigram_counts
+        total = 3 + 2 * len(steerings)
+        with tqdm(total=total, desc=f"compare on {name}"[:40], unit="row", disable=not progress) as bar:
+            methods = [
+                neutral_method(sample),
+                Method("fitted temperature", "temperature", sample.cross_fitted(fit_temperature, FIT_TOKENS)),
+                Method("constant in the null space", "null write", sample.cross_fitted(fit_null_write, FIT_TOKENS)),
+                *with_matched_temperatures(sample, steerings, interventions),
+            ]
+            compared.append(compare(sample, methods, Unigram.from_counts(counts), on_method=bar.update))
+    return Evaluation(model=profile.model.id, profile=profile.checksum, versions=library_versions(), texts=tuple(compared))
 
 
-def _reliability(scores: TokenScores) -> tuple[ReliabilityBin, ...]:
-    bins = ReliabilityBins.per_window(scores, torch.zeros_like(scores.prediction), 1)
-    rows = zip(*(column[0].tolist() for column in bins), strict=True)
-    return tuple(
-        ReliabilityBin(low=i / BINS, high=(i + 1) / BINS, count=int(n), confidence=confidence / n, accuracy=correct / n)
-        for i, (n, confidence, correct) in enumerate(rows)
-        if n
-    )
+def named_texts(texts: Texts, source: str) -> Mapping[str, Iterable[Document] | Windows]:
+    """Texts by name, whichever way they were given; windows bring a name of their own."""
+    if isinstance(texts, Mapping):
+        return texts
+    return {texts.source if isinstance(texts, Windows) else source: texts}
+
+
+def read_sample(model: PreTrainedModel, profile: Profile, windows: Windows, *, progress: bool) -> Sample:
+    """Run the model over a text; see `read_last_layer`."""
+    layer = read_last_layer(model, profile, windows, progress=progress)
+    if layer.tokens == 0:
+        raise CorpusError(f"{windows.source}: no token counts: its windows are too short")
+    block, unit = windows.blocks
+    return Sample(windows.source, layer, torch.from_numpy(block)[layer.states.window.cpu()], unit)
+
+
+def neutral_method(sample: Sample) -> Method:
+    """The unsteered model."""
+    neutral = Intervention.neutral(sample.layer.readout.n_neurons)
+    return Method("neutral", "neutral", sample.everywhere(neutral), Steering())
+
+
+def with_matched_temperatures(
+    sample: Sample, steerings: Sequence[Steering], interventions: Sequence[Intervention]
+) -> list[Method]:
+    """Each steering, and after it the temperature that gives the unsteered model the same mean entropy on this text."""
+    entropies = [float(sample.layer.scores(intervention).entropy.double().mean()) for intervention in interventions]
+    methods = []
+    matched = match_entropy(sample.layer, entropies)
+    for steering, intervention, temperature in zip(steerings, interventions, matched, strict=True):
+        methods.append(Method(str(steering), "steering", sample.everywhere(intervention), steering))
+        name = f"temperature, entropy as {steering}"
+        methods.append(Method(name, "matched temperature", sample.everywhere(temperature), steering))
+    return methods
+
+
+def sweep(text: str) -> list[Steering]:
+    """The steerings of a sweep: ``entropy=-0.4:1.2:9`` is nine values from −0.4 to 1.2, ``scale.entropy=0:2:5`` five factors.
+
+    Raises:
+        SteeringError: it is not ``KEY=FIRST:LAST:NUMBER``.
+    """
+    key, _, span = text.partition("=")
+    try:
+        first, last, number = (kind(part) for kind, part in zip((float, float, int), span.split(":"), strict=True))
+    except ValueError as error:
+        raise SteeringError(f"{text!r} is not a sweep such as entropy=-0.4:1.2:9: KEY=FIRST:LAST:NUMBER") from error
+    if not 2 <= number <= MOST_SWEPT:
+        raise SteeringError(f"{text!r} is a sweep of {number} values: use 2 to {MOST_SWEPT}")
+    return [Steering.parse(f"{key}={value:.12g}") for value in torch.linspace(first, last, number, dtype=torch.float64).tolist()]

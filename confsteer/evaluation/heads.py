@@ -25,8 +25,9 @@ from confsteer.anatomy import Anatomy, dissect, input_device, unwrap
 from confsteer.capture import BATCH_SIZE, Recording
 from confsteer.corpus import FIRST_POSITIONS, Windows
 from confsteer.errors import UnsupportedModelError
+from confsteer.evaluation.bootstrap import Change, Interval, ratio_interval
 from confsteer.evaluation.induction import check_repetition, random_stretches, read_twice
-from confsteer.evaluation.metrics import Change, Interval, TokenScores, ratio_interval
+from confsteer.evaluation.scores import TokenScores
 from confsteer.profile import Profile
 
 INDUCTION_SCORE = 0.7

@@ -25,7 +25,8 @@ from confsteer.capture import Recording
 from confsteer.corpus import FIRST_POSITIONS, SHORTEST_WINDOW, Document, Windows, control_ids, leading_ids, make_windows
 from confsteer.discovery.readout import Readout, TokenStates
 from confsteer.errors import CorpusError, SettingError
-from confsteer.evaluation.metrics import Change, Interval, TokenScores, ratio_interval
+from confsteer.evaluation.bootstrap import Change, Interval, ratio_interval
+from confsteer.evaluation.scores import TokenScores
 from confsteer.profile import Profile
 
 Kind = Literal["random", "natural"]
@@ -186,9 +187,8 @@ def read_twice(tokenizer: PreTrainedTokenizerBase, stretches: np.ndarray, source
     """A window for each of `stretches` ``[sequences, half]``: BOS if the tokenizer starts texts with it, the stretch, twice."""
     first_ids = np.tile(leading_ids(tokenizer), (len(stretches), 1))
     ids = np.concatenate([first_ids, stretches, stretches], axis=1).astype(np.int32)
-    return Windows(
-        ids.ravel(), np.arange(len(ids) + 1, dtype=np.int64) * ids.shape[1], control_ids(tokenizer), ids.shape[1], source
-    )
+    starts = np.arange(len(ids) + 1, dtype=np.int64) * ids.shape[1]
+    return Windows(ids.ravel(), starts, control_ids(tokenizer), ids.shape[1], source, np.arange(len(ids)))
 
 
 def random_stretches(

@@ -1,83 +1,110 @@
-"""Calibration, loss and entropy of next-token predictions, with bootstrap intervals over windows."""
+"""Calibration, loss and entropy, of next tokens and of answers, with bootstrap intervals over blocks.
+
+Calibration metrics judge a confidence against being right. Of a next token the confidence is the top probability and being
+right is that this token came; of an answer it is the top choice's share. None of them depends on which of the two it is.
+
+| name | what it is |
+|---|---|
+| ``loss``, ``perplexity`` | mean negative log-likelihood in nats, and its exponential |
+| ``entropy`` | mean entropy of the prediction, nats |
+| ``ece`` | expected calibration error, `BINS` bins of equal width |
+| ``ece_equal_mass`` | the same over `MASS_BINS` bins of equal numbers (HELM's convention), cut between distinct values |
+| ``mce`` | largest gap of an equal-width bin; bins of few tokens make it noisy |
+| ``smooth_ece`` | smooth ECE (Błasiok and Nakkiran 2023), by relplot where that is installed |
+| ``brier`` | mean squared difference of the confidence and being right |
+| ``brier_multiclass`` | of answers: mean ``Σ_c (p_c − [c is right])²`` |
+| ``accuracy`` | share of right top predictions |
+| ``auroc`` | of confidence as a score for being right; ½ is chance |
+| ``selective_accuracy`` | accuracy on the `SELECTED` most confident (HELM) |
+| ``coverage_area`` | area under accuracy on the c most confident against c (HELM) |
+| ``kl_model_unigram``, ``kl_unigram_model`` | mean KL(P_model ‖ P_freq) and KL(P_freq ‖ P_model), nats |
+| ``argmax_changed`` | share of tokens whose top prediction is not the unsteered model's |
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+import importlib.util
 
 import torch
 from torch import Tensor
 
-from confsteer.discovery.readout import WORKING_SET, Readout
+from confsteer.evaluation.bootstrap import Blocks, Estimate
+from confsteer.evaluation.scores import TokenScores
 
 BINS = 15
-RESAMPLES = 1000
+MASS_BINS = 10
+SELECTED = 0.1
+RANK_BINS = 500
+"""Of the resamples of what depends on the order of confidences: AUROC and the selective metrics."""
+SMOOTH_RESAMPLES = 100
+"""Smooth ECE is slow: that many of the resamples give its interval."""
+
+Estimates = dict[str, Estimate]
 
 
-class TokenScores(NamedTuple):
-    """What a model said of each next token, ``[tokens]``."""
+def token_metrics(scores: TokenScores, blocks: Blocks, *, unsteered: TokenScores) -> Estimates:
+    """All metrics of next-token predictions but the divergences.
 
-    nll: Tensor
-    """Negative log-likelihood of the token that came, in nats."""
-    entropy: Tensor
-    """Of the predicted distribution, in nats."""
-    confidence: Tensor
-    """Probability of the most likely token."""
-    prediction: Tensor
-    """Id of the most likely token."""
-    correct: Tensor
-    """Whether the most likely token came."""
-
-    @classmethod
-    def of(cls, logits: Tensor, targets: Tensor) -> TokenScores:
-        """From logits ``[tokens, vocab]`` and the ids that came ``[tokens]``."""
-        log_p = logits.float().log_softmax(dim=-1)
-        top, prediction = log_p.max(dim=-1)
-        return cls(
-            nll=-log_p.gather(1, targets[:, None])[:, 0],
-            entropy=-(log_p.exp() * log_p).sum(dim=-1),
-            confidence=top.exp().clamp_max(1.0),
-            prediction=prediction,
-            correct=prediction == targets,
-        )
-
-    @classmethod
-    def of_residual(cls, readout: Readout, residual: Tensor, targets: Tensor) -> TokenScores:
-        """From inputs of the final norm ``[tokens, d_model]``, edited ones too: no model runs, logits are held in chunks."""
-        step = max(1, WORKING_SET // readout.vocab_size)
-        chunks = [cls.of(readout.logits(rows), ids) for rows, ids in zip(residual.split(step), targets.split(step), strict=True)]
-        return cls(*map(torch.cat, zip(*chunks, strict=True)))
+    Args:
+        scores: of the predictions to judge.
+        blocks: that the tokens are in.
+        unsteered: scores of the same tokens without steering.
+    """
+    loss = blocks.mean(scores.nll)
+    return {
+        "loss": loss,
+        "perplexity": loss.map(torch.exp),
+        "entropy": blocks.mean(scores.entropy),
+        **calibration_metrics(scores.confidence, scores.correct, blocks),
+        "argmax_changed": blocks.mean(scores.prediction != unsteered.prediction),
+    }
 
 
-class Interval(NamedTuple):
-    """An estimate with its 95 % bootstrap interval."""
+def answer_metrics(log_likelihood: Tensor, gold: Tensor, blocks: Blocks) -> Estimates:
+    """All metrics of multiple choice.
 
-    value: float
-    low: float
-    high: float
+    Args:
+        log_likelihood: of each choice, ``[questions, choices]``; −∞ where a question has fewer.
+        gold: index of the right choice, ``[questions]``.
+        blocks: that the questions are in.
+    """
+    share = log_likelihood.double().softmax(dim=-1)
+    log_share = log_likelihood.double().log_softmax(dim=-1)
+    confidence, prediction = share.max(dim=-1)
+    right = torch.nn.functional.one_hot(gold, share.shape[1])
+    return {
+        "loss": blocks.mean(-log_share.gather(1, gold[:, None])[:, 0]),
+        "entropy": blocks.mean(torch.special.entr(share).sum(dim=-1)),
+        **calibration_metrics(confidence.float(), prediction == gold, blocks),
+        "brier_multiclass": blocks.mean((share - right).square().sum(dim=-1)),
+    }
 
 
-class Change(NamedTuple):
-    """What an intervention changes of a mean; both sides are of the same tokens, so the interval is of pairs."""
+def calibration_metrics(confidence: Tensor, correct: Tensor, blocks: Blocks) -> Estimates:
+    """How well a confidence says what is right. Metrics that need right and wrong predictions are left out if there are not both.
 
-    nats: Interval
-    relative: Interval
-    """As a share of the mean without the intervention."""
-
-    @classmethod
-    def of(cls, difference: Tensor, before: Tensor, n: Tensor) -> Change:
-        """From sums per window of the differences, of the values before, and numbers of tokens, float64 ``[windows]`` each."""
-        return cls(ratio_interval(difference, n), ratio_interval(difference, before))
-
-
-def ratio_interval(numerator: Tensor, denominator: Tensor) -> Interval:
-    """``Σ numerator / Σ denominator`` over windows (float64 ``[windows]`` each); with numbers of tokens below it is a mean."""
-    weights = bootstrap_weights(len(numerator))
-    return _interval(float(numerator.sum() / denominator.sum()), (weights @ numerator) / (weights @ denominator))
+    Args:
+        confidence: ``[n]``, probabilities.
+        correct: ``[n]`` bool.
+        blocks: that the n are in.
+    """
+    gap = confidence.double() - correct.double()
+    mass_bin, mass_bins = equal_mass_bins(confidence, MASS_BINS)
+    found = {
+        "ece": _calibration_error(gap, width_bins(confidence), BINS, blocks)[0],
+        "ece_equal_mass": _calibration_error(gap, mass_bin, mass_bins, blocks)[0],
+        "mce": _calibration_error(gap, width_bins(confidence), BINS, blocks)[1],
+        "brier": blocks.mean(gap.square()),
+        "accuracy": blocks.mean(correct),
+        **_ranking(confidence, correct, blocks),
+    }
+    if importlib.util.find_spec("relplot"):
+        found["smooth_ece"] = _smooth_ece(confidence, correct, blocks)
+    return found
 
 
 def expected_calibration_error(confidence: Tensor, correct: Tensor) -> float:
-    """ECE of the top prediction over `BINS` equal-width bins, by torchmetrics.
+    """ECE over `BINS` equal-width bins, by torchmetrics.
 
     Args:
         confidence: ``[n]``, probabilities.
@@ -88,87 +115,92 @@ def expected_calibration_error(confidence: Tensor, correct: Tensor) -> float:
     return float(binary_calibration_error(confidence, correct.long(), n_bins=BINS, norm="l1"))
 
 
-class ReliabilityBins(NamedTuple):
-    """Sums per bin of confidence, ``[..., BINS]``."""
-
-    tokens: Tensor
-    confidence: Tensor
-    correct: Tensor
-
-    @classmethod
-    def per_window(cls, scores: TokenScores, window: Tensor, n_windows: int) -> ReliabilityBins:
-        """Sums per window and bin, ``[n_windows, BINS]`` float64; bins are ``[a, b)``, the last includes 1."""
-        bins = (scores.confidence.double() * BINS).long().clamp_max(BINS - 1)
-        index = window * BINS + bins
-
-        def sums(values: Tensor) -> Tensor:
-            return torch.bincount(index, weights=values.double(), minlength=n_windows * BINS).view(n_windows, BINS)
-
-        return cls(sums(torch.ones_like(scores.confidence)), sums(scores.confidence), sums(scores.correct))
+def width_bins(confidence: Tensor) -> Tensor:
+    """Equal-width bin of each confidence ``[n]``; bins are ``[a, b)``, the last includes 1."""
+    return (confidence.double() * BINS).long().clamp_max(BINS - 1)
 
 
-def window_sums(values: Tensor, window: Tensor, n_windows: int) -> Tensor:
-    """Sum of `values` ``[tokens]`` in each window, float64 ``[n_windows]``."""
-    return torch.bincount(window, weights=values.double(), minlength=n_windows)
+def equal_mass_bins(values: Tensor, bins: int) -> tuple[Tensor, int]:
+    """Bin of each of the values ``[n]``, and how many bins there are.
+
+    Bins hold equal numbers as far as equal values stay together: a bin cut within equal values would depend on their order.
+    """
+    ordered = values.sort().values
+    edges = ordered[torch.arange(1, bins) * len(values) // bins].unique()
+    # A bin begins with the value it is cut at; nothing comes before the smallest.
+    edges = edges[edges > ordered[0]]
+    return torch.searchsorted(edges, values, right=True), len(edges) + 1
 
 
-def bootstrap_weights(n_windows: int, *, seed: int = 0) -> Tensor:
-    """How often each window is drawn in each of `RESAMPLES` resamples, float64 ``[RESAMPLES, n_windows]``."""
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(0, n_windows, (RESAMPLES, n_windows), generator=generator)
-    return torch.zeros(RESAMPLES, n_windows, dtype=torch.float64).scatter_add_(
-        1, drawn, torch.ones_like(drawn, dtype=torch.float64)
-    )
+def _calibration_error(gap: Tensor, bin_of: Tensor, bins: int, blocks: Blocks) -> tuple[Estimate, Estimate]:
+    """Mean gap of a bin, weighted by what is in it, and the largest: ECE and MCE."""
+    gaps, numbers = blocks.sums(gap, bin_of, bins), blocks.sums(torch.ones_like(gap), bin_of, bins)
+
+    def errors(gaps: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        return gaps.abs().sum(dim=-1) / numbers.sum(dim=-1), (gaps.abs() / numbers.clamp_min(1)).amax(dim=-1)
+
+    values = errors(gaps.sum(dim=0), numbers.sum(dim=0))
+    resampled = errors(blocks.weights @ gaps, blocks.weights @ numbers)
+    mean, largest = (Estimate(float(value), draws) for value, draws in zip(values, resampled, strict=True))
+    return mean, largest
 
 
-class Metrics(NamedTuple):
-    """Metrics over all tokens."""
+def _ranking(confidence: Tensor, correct: Tensor, blocks: Blocks) -> Estimates:
+    """AUROC, selective accuracy and coverage area.
 
-    loss: Interval
-    """Mean negative log-likelihood, in nats."""
-    perplexity: Interval
-    entropy: Interval
-    """Mean entropy of the prediction, in nats."""
-    ece: Interval
-    """Expected calibration error of the top prediction, 15 equal-width bins."""
-    brier: Interval
-    """Mean squared difference of the top probability and its being right."""
-    accuracy: Interval
-    argmax_changed: Interval
-    """Share of tokens whose most likely next token is not that of the unsteered model."""
+    The values are exact. Resamples are of `RANK_BINS` bins of equal mass, within which confidences count as equal, moved by
+    what that changes of the value.
+    """
+    _, group = (-confidence).unique(return_inverse=True)
+    ones, is_right = torch.ones(len(correct)), correct.float()
+    numbers, right = (torch.bincount(group, weights=w.double())[None] for w in (ones, is_right))
+    exact = ranking_metrics(numbers, right)
+    coarse_bin, bins = equal_mass_bins(-confidence, RANK_BINS)
+    numbers, right = (blocks.sums(w, coarse_bin, bins) for w in (ones, is_right))
+    coarse = ranking_metrics(numbers.sum(dim=0)[None], right.sum(dim=0)[None])
+    draws = ranking_metrics(blocks.weights @ numbers, blocks.weights @ right)
+    return {
+        name: Estimate(float(value), draws[name] + (value - coarse[name]))
+        for name, value in exact.items()
+        if value.isfinite().all() and draws[name].isfinite().all()
+    }
 
 
-def metrics(scores: TokenScores, window: Tensor, *, unsteered: TokenScores, seed: int = 0) -> Metrics:
-    """All metrics with intervals; tokens of a window are resampled together.
+def ranking_metrics(numbers: Tensor, right: Tensor) -> dict[str, Tensor]:
+    """What the order of confidences gives, ``[sets]`` each; AUROC is NaN where all are right or all are wrong.
 
     Args:
-        scores: of the model to judge.
-        window: which window each token is in, ``[tokens]``, 0 to n − 1.
-        unsteered: scores of the same tokens without steering.
-        seed: of the resampling; the same for two calls gives the same resamples.
+        numbers: how many predictions have each confidence, float64 ``[sets, confidences]``, the highest confidence first.
+        right: how many of them are right.
     """
-    n_windows = int(window.max()) + 1
-    weights = bootstrap_weights(n_windows, seed=seed)
-    n = window_sums(torch.ones_like(scores.nll), window, n_windows)
-    resampled_n = weights @ n
-
-    def mean(values: Tensor, transform: Callable[[Tensor], Tensor] = lambda x: x) -> Interval:
-        sums = window_sums(values, window, n_windows)
-        return _interval(float(transform(sums.sum() / n.sum())), transform((weights @ sums) / resampled_n))
-
-    bins = ReliabilityBins.per_window(scores, window, n_windows)
-    gaps = (weights @ bins.confidence - weights @ bins.correct).abs().sum(dim=1) / resampled_n
-    return Metrics(
-        loss=mean(scores.nll),
-        perplexity=mean(scores.nll, torch.exp),
-        entropy=mean(scores.entropy),
-        ece=_interval(expected_calibration_error(scores.confidence, scores.correct), gaps),
-        brier=mean((scores.confidence - scores.correct.float()).square()),
-        accuracy=mean(scores.correct),
-        argmax_changed=mean(scores.prediction != unsteered.prediction),
-    )
+    wrong = numbers - right
+    total, total_right, total_wrong = (x.sum(dim=-1) for x in (numbers, right, wrong))
+    # Equal confidences are in no order: on average half of them come before.
+    above_right = right.cumsum(dim=-1) - right / 2
+    auroc = (wrong * above_right).sum(dim=-1) / (total_right * total_wrong)
+    accuracy = right / numbers.clamp_min(torch.finfo(numbers.dtype).tiny)
+    before, right_before = numbers.cumsum(dim=-1) - numbers, right.cumsum(dim=-1) - right
+    # ∫ (R + a (x − N)) / x dx over a group that begins after N predictions, R of them right, and has accuracy a.
+    end = before + numbers
+    ratio = torch.where(before > 0, end / before.clamp_min(1), 1.0)
+    area = accuracy * numbers + (right_before - accuracy * before) * ratio.clamp_min(1).log()
+    inside = (SELECTED * total[:, None] - before).clamp_min(0).minimum(numbers)
+    return {
+        "auroc": auroc,
+        "selective_accuracy": (inside * accuracy).sum(dim=-1) / (SELECTED * total),
+        "coverage_area": area.sum(dim=-1) / total,
+    }
 
 
-def _interval(value: float, resampled: Tensor) -> Interval:
-    low, high = resampled.quantile(torch.tensor([0.025, 0.975], dtype=resampled.dtype)).tolist()
-    return Interval(value, low, high)
+def _smooth_ece(confidence: Tensor, correct: Tensor, blocks: Blocks) -> Estimate:
+    import relplot
+
+    confidence, correct = confidence.double(), correct.double()
+
+    def error(rows: Tensor) -> float:
+        return float(relplot.smECE(confidence[rows].numpy(), correct[rows].numpy()))
+
+    everything = torch.arange(len(confidence))
+    drawn = blocks.weights[:SMOOTH_RESAMPLES].long()
+    resampled = [error(everything.repeat_interleave(weights[blocks.index])) for weights in drawn]
+    return Estimate(error(everything), torch.tensor(resampled, dtype=torch.float64))

@@ -7,7 +7,7 @@ import confsteer
 from confsteer import Steering, SteeringError
 from confsteer.corpus import make_windows
 from confsteer.evaluation.harness import evaluate
-from confsteer.evaluation.metrics import TokenScores
+from confsteer.evaluation.scores import TokenScores
 from tests.models import zipf_texts
 from tests.planted import planted
 

@@ -11,7 +11,7 @@ import confsteer
 from confsteer import CorpusError, NoNeuronsError, Profile, SettingError, demo
 from confsteer.corpus import make_windows
 from confsteer.evaluation.induction import InductionStudy, RepeatedSequences, induction, natural_stretches, random_stretches
-from confsteer.evaluation.metrics import TokenScores
+from confsteer.evaluation.scores import TokenScores
 from tests.models import ENTROPY_NEURONS, FAMILIES, VOCAB, tiny_model, tiny_tokenizer, zipf_texts
 from tests.planted import planted
 

@@ -1,0 +1,255 @@
+"""Ways to predict the same text, held against each other: what `evaluate` and `tune` report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from confsteer.discovery.frequency import Unigram
+from confsteer.evaluation.bootstrap import Blocks, Interval
+from confsteer.evaluation.last_layer import Intervention, LastLayer, UnigramDivergences
+from confsteer.evaluation.metrics import BINS, Estimates, equal_mass_bins, token_metrics, width_bins
+from confsteer.evaluation.scores import TokenScores
+from confsteer.steering import Steering
+
+Kind = Literal["neutral", "steering", "temperature", "null write", "matched temperature"]
+FREQUENCY_GROUPS = 10
+ENTROPY_BINS = 40
+COVERAGES = tuple(i / 20 for i in range(1, 21))
+COMPARED = ("loss", "entropy", "ece", "ece_equal_mass", "brier", "accuracy", "auroc")
+"""Metrics whose paired differences are reported."""
+
+
+class _Result(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class ReliabilityBin(_Result):
+    """Tokens whose confidence falls into ``[low, high)``."""
+
+    low: float
+    high: float
+    count: int
+    confidence: float
+    """Mean top probability."""
+    accuracy: Interval
+    """Share of right top predictions; the interval over resampled blocks."""
+
+
+class FrequencyGroup(_Result):
+    """Tokens that came and are about equally frequent in the unigram distribution: a tenth of the text."""
+
+    low: float
+    """Smallest and largest probability in the unigram distribution."""
+    high: float
+    count: int
+    loss: float
+    entropy: float
+    confidence: float
+    accuracy: float
+
+
+class Row(_Result):
+    """One way to predict the text."""
+
+    name: str
+    kind: Kind
+    steering: Steering | None = None
+    """Of a steering; of a matched temperature the steering whose mean entropy it has."""
+    values: tuple[float, ...] = ()
+    """The temperature, or the constant written along the null direction (in units of the residual); one per fold."""
+    metrics: dict[str, Interval]
+    """By the names in `confsteer.evaluation.metrics`."""
+    minus: dict[Kind, dict[str, Interval]] = {}
+    """Paired differences: this row's metric less that of the row of a kind (of its own matched temperature)."""
+    reliability: tuple[ReliabilityBin, ...]
+    """Equal-width bins that hold tokens."""
+    coverage: tuple[float, ...]
+    """Accuracy on the most confident 5 %, 10 %, … 100 %."""
+    entropies: tuple[float, ...]
+    """Share of tokens in each of `ENTROPY_BINS` equal bins from 0 to the logarithm of the vocabulary."""
+    frequency: tuple[FrequencyGroup, ...]
+    """The rarest tokens first."""
+
+
+class TextComparison(_Result):
+    """Ways to predict one text. The first row is neutral."""
+
+    source: str
+    tokens: int
+    """Tokens scored."""
+    windows: int
+    blocks: int
+    """What is resampled for the intervals, and how many of these there are."""
+    unit: Literal["documents", "windows"]
+    vocab_size: int
+    rows: tuple[Row, ...]
+
+    def of_kind(self, kind: Kind) -> tuple[Row, ...]:
+        """The rows of a kind, in order."""
+        return tuple(row for row in self.rows if row.kind == kind)
+
+
+class Method(NamedTuple):
+    """A way to predict."""
+
+    name: str
+    kind: Kind
+    folds: Sequence[tuple[Tensor, Intervention]]
+    """What is done to which tokens, by index; together they are all tokens."""
+    steering: Steering | None = None
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """The one number of a baseline, per fold."""
+        if self.kind == "null write":
+            return tuple(float(intervention.null_write) for _, intervention in self.folds)
+        return tuple(float(i.temperature) for _, i in self.folds) if "temperature" in self.kind else ()
+
+
+class Sample(NamedTuple):
+    """A text to be compared on."""
+
+    source: str
+    layer: LastLayer
+    block: Tensor
+    """Of each token, ``[tokens]``."""
+    unit: Literal["documents", "windows"]
+
+    def everywhere(self, intervention: Intervention) -> Sequence[tuple[Tensor, Intervention]]:
+        """One intervention for all tokens, as `Method.folds` has it."""
+        return [(torch.arange(self.layer.tokens), intervention)]
+
+    def cross_fitted(self, fitter: Callable[[Sequence[LastLayer]], Intervention], most: int) -> list[tuple[Tensor, Intervention]]:
+        """Fitted on every other block and used on the rest, and the other way round: no token is judged by a fit that saw it.
+
+        Args:
+            fitter: from texts to an intervention.
+            most: fit on about as many tokens at most.
+        """
+        _, order = self.block.unique(return_inverse=True)
+        halves = [(order % 2 == side).nonzero()[:, 0] for side in (0, 1)]
+        folds = []
+        for use, seen in (halves, halves[::-1]):
+            blocks = order[seen]
+            # Whole blocks, spread over the text.
+            stride = max(1, len(seen) // most)
+            few = seen[(blocks // 2) % stride == 0]
+            folds.append((use, fitter([self.layer.at(few)])))
+        return folds
+
+
+def compare(sample: Sample, methods: Sequence[Method], unigram: Unigram, *, on_method: Callable[[], object]) -> TextComparison:
+    """Every metric of every method, and the differences that matter.
+
+    Args:
+        sample: the text.
+        methods: the first is neutral; a matched temperature follows its steering.
+        unigram: the unigram distribution that divergences and frequencies are of.
+        on_method: called after each.
+    """
+    blocks = Blocks(sample.block)
+    target_log_frequency = unigram.log_frequency.cpu()[sample.layer.states.targets.cpu()]
+    group, groups = equal_mass_bins(target_log_frequency, FREQUENCY_GROUPS)
+    scored: list[TokenScores] = []
+    estimates: list[Estimates] = []
+    for method in methods:
+        scores, divergences = _score(sample.layer, method, unigram)
+        scored.append(scores)
+        found = token_metrics(scores, blocks, unsteered=scored[0])
+        found |= {name: blocks.mean(values) for name, values in divergences._asdict().items()}
+        estimates.append(found)
+        on_method()
+
+    def row(i: int) -> Row:
+        method, scores, ours = methods[i], scored[i], estimates[i]
+        against: dict[Kind, Estimates] = {}
+        for j, other in enumerate(methods):
+            matches = other.kind == "matched temperature" and other.steering == method.steering
+            if i != j and (other.kind in ("neutral", "temperature", "null write") or matches):
+                against[other.kind] = estimates[j]
+        return Row(
+            name=method.name,
+            kind=method.kind,
+            steering=method.steering,
+            values=method.values,
+            metrics={name: estimate.interval for name, estimate in ours.items()},
+            minus={
+                kind: {
+                    name: (estimates[i][name] - other[name]).interval for name in COMPARED if name in estimates[i].keys() & other
+                }
+                for kind, other in against.items()
+            },
+            reliability=_reliability(scores, blocks),
+            coverage=_coverage(scores),
+            entropies=_histogram(scores.entropy, sample.layer.readout.vocab_size),
+            frequency=tuple(_frequency_group(scores, target_log_frequency.exp(), group == g) for g in range(groups)),
+        )
+
+    return TextComparison(
+        source=sample.source,
+        tokens=sample.layer.tokens,
+        windows=len(sample.layer.states.window.unique()),
+        blocks=blocks.number,
+        unit=sample.unit,
+        vocab_size=sample.layer.readout.vocab_size,
+        rows=tuple(row(i) for i in range(len(methods))),
+    )
+
+
+def _score(layer: LastLayer, method: Method, unigram: Unigram) -> tuple[TokenScores, UnigramDivergences]:
+    parts = [layer.at(rows).scores_and_divergences(intervention, unigram) for rows, intervention in method.folds]
+    order = torch.cat([rows for rows, _ in method.folds]).argsort()
+    scores = TokenScores.join([part for part, _ in parts]).at(order)
+    return scores, UnigramDivergences(*(torch.cat(column)[order] for column in zip(*(d for _, d in parts), strict=True)))
+
+
+def _reliability(scores: TokenScores, blocks: Blocks) -> tuple[ReliabilityBin, ...]:
+    bins = width_bins(scores.confidence)
+    found = []
+    for i in bins.unique().tolist():
+        inside = bins == i
+        # A resample without a token in the bin says nothing about it.
+        share = blocks.total(inside & scores.correct) / blocks.total(inside)
+        present = share.resampled[share.resampled.isfinite()]
+        low, high = present.quantile(torch.tensor([0.025, 0.975], dtype=present.dtype)).tolist()
+        found.append(
+            ReliabilityBin(
+                low=i / BINS,
+                high=(i + 1) / BINS,
+                count=int(inside.sum()),
+                confidence=float(scores.confidence[inside].double().mean()),
+                accuracy=Interval(share.value, low, high),
+            )
+        )
+    return tuple(found)
+
+
+def _coverage(scores: TokenScores) -> tuple[float, ...]:
+    right = scores.correct[scores.confidence.argsort(descending=True)].double().cumsum(dim=0)
+    numbers = [max(1, round(c * len(right))) for c in COVERAGES]
+    return tuple(float(right[n - 1]) / n for n in numbers)
+
+
+def _histogram(entropy: Tensor, vocab_size: int) -> tuple[float, ...]:
+    counts = entropy.double().histc(ENTROPY_BINS, 0, float(torch.tensor(vocab_size).double().log()))
+    return tuple((counts / len(entropy)).tolist())
+
+
+def _frequency_group(scores: TokenScores, frequency: Tensor, inside: Tensor) -> FrequencyGroup:
+    def mean(values: Tensor) -> float:
+        return float(values[inside].double().mean())
+
+    return FrequencyGroup(
+        low=float(frequency[inside].min()),
+        high=float(frequency[inside].max()),
+        count=int(inside.sum()),
+        loss=mean(scores.nll),
+        entropy=mean(scores.entropy),
+        confidence=mean(scores.confidence),
+        accuracy=mean(scores.correct),
+    )
