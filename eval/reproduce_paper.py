@@ -26,8 +26,8 @@ from confsteer.evaluation.cumulative import CumulativeStudy, cumulative
 from confsteer.evaluation.heads import INDUCTION_SCORE, HeadStudy, bos_ablation
 from confsteer.evaluation.induction import InductionStudy, RepeatedSequences, induction
 from confsteer.loading import DEMO_NAME, load_model
+from confsteer.plots import plot_cumulative, plot_frequency_neurons, plot_induction, plot_neurons, plot_response
 from confsteer.profile import Measurement
-from confsteer.report import plot_cumulative, plot_frequency_neurons, plot_induction, plot_neurons, plot_response
 from confsteer.steering import DIALS
 from confsteer.texts import python_docs, read_texts
 
@@ -70,17 +70,17 @@ def main(
         out = out or Path(__file__).with_suffix("") / Path(found.model.id).name
         out.mkdir(parents=True, exist_ok=True)
 
-        plot_neurons(found, out / "neurons.png")
-        plot_frequency_neurons(found, out / "frequency_neurons.png")
+        plot_neurons(found).savefig(out / "neurons.png")
+        plot_frequency_neurons(found).savefig(out / "frequency_neurons.png")
         if found.response:
-            plot_response(found, out / "response.png")
+            plot_response(found).savefig(out / "response.png")
         ablated = repeated = heads = None
         if found.entropy_neurons:
             k = min(MOST_ABLATED, len(found.entropy_neurons))
             ablated = cumulative(*loaded, texts, found, k=k, tokens=tokens, window=window, source=source, progress=True)
-            plot_cumulative(ablated, out / "cumulative.png")
+            plot_cumulative(ablated).savefig(out / "cumulative.png")
             repeated = induction(*loaded, found, texts=texts, source=source, sequences=sequences, half=half, progress=True)
-            plot_induction(repeated, out / "induction.png")
+            plot_induction(repeated).savefig(out / "induction.png")
             heads = bos_ablation(*loaded, found, sequences=sequences, half=half, progress=True)
         published = "Skipped: the published numbers are of GPT-2 small, which this model is not."
         if found.model.id in GPT2_SMALL:

@@ -145,9 +145,9 @@ def scan(model: str | None, out: Path | None, plot: Path | None, **settings: Any
     console = tables.console()
     console.print(f"Read: {escape(', '.join(result.tensors))}: {result.bytes_read / 1e6:,.1f} MB{share}.")
     if plot:
-        from confsteer.report import plot_neurons
+        from confsteer.plots import plot_neurons
 
-        plot_neurons(profile, plot)
+        plot_neurons(profile).savefig(plot)
         console.print(f"Drawn: {escape(str(plot))}")
     console.print(f"Profile of the weights written to {escape(str(folder))}")
     if not candidates(profile.weights):
@@ -168,11 +168,11 @@ def show(profile: str, plot: Path | None, response: Path | None) -> None:
     loaded = Profile.load(profile)
     tables.print_profile(tables.console(), loaded)
     if plot or response:
-        from confsteer.report import plot_neurons, plot_response
+        from confsteer.plots import plot_neurons, plot_response
 
         for file, draw in ((plot, plot_neurons), (response, plot_response)):
             if file is not None:
-                draw(loaded, file)
+                draw(loaded).savefig(file)
                 tables.console().print(f"Drawn: {escape(str(file))}")
 
 

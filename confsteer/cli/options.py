@@ -130,9 +130,9 @@ def write(console: Console, result: BaseModel, as_json: Path | None, plot: Path 
         as_json.write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")
         console.print(f"Written: {escape(str(as_json))}")
     if plot:
-        from confsteer import report
+        from confsteer import plots
 
-        getattr(report, draw)(result, plot)
+        getattr(plots, draw)(result).savefig(plot)
         console.print(f"Drawn: {escape(str(plot))}")
 
 
