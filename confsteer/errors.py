@@ -6,6 +6,7 @@ ConfsteerError
 ├── NoNeuronsError             the model (or profile) has no neurons of the kind asked for
 ├── CorpusError                the text cannot be used
 ├── SettingError               a setting of a measurement is out of its range
+├── ResultError                a file of results cannot be read, or a report of them not written
 ├── SteeringError              a steering request is wrong or out of reach
 └── ProfileError               a profile cannot be used
     ├── ProfileNotFoundError   no such folder, shipped profile or hub repository
@@ -37,6 +38,10 @@ class CorpusError(ConfsteerError):
 
 class SettingError(ConfsteerError, ValueError):
     """A setting of a measurement is out of its range."""
+
+
+class ResultError(ConfsteerError):
+    """A file of results cannot be read, or a report of them not written."""
 
 
 class SteeringError(ConfsteerError, ValueError):

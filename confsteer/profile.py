@@ -406,8 +406,8 @@ class Profile(_Strict):
         document = {"format_version": FORMAT_VERSION, **document, "checksum": _checksum(FORMAT_VERSION, document)}
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _write_atomically(folder / self.columns_file.file, safetensors.torch.save(dict(self._columns)))
-            _write_atomically(folder / FILE_NAME, (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())
+            write_atomically(folder / self.columns_file.file, safetensors.torch.save(dict(self._columns)))
+            write_atomically(folder / FILE_NAME, (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())
             for old in folder.glob(COLUMNS_PATTERN):
                 if old.name != self.columns_file.file:
                     old.unlink()
@@ -542,7 +542,8 @@ def _read_columns(file: Path, sha256: str) -> dict[str, Tensor]:
         raise ProfileCorruptError(f"{file} is not a safetensors file: {error}") from error
 
 
-def _write_atomically(file: Path, payload: bytes) -> None:
+def write_atomically(file: Path, payload: bytes) -> None:
+    """Replace a file in a single step: whoever reads it finds the old contents or the new, whole."""
     handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
     try:
         with os.fdopen(handle, "wb") as stream:

@@ -1,4 +1,4 @@
-"""Commands that measure what steering does: eval, study."""
+"""Commands that measure what steering does: eval, report, study."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import click
+from rich.markup import escape
 
 from confsteer import tables
 from confsteer.cli.options import (
     NO_TEXT,
+    OUTPUT_FILE,
+    TEXT_FILE,
     TextOptions,
     json_option,
     load,
@@ -72,6 +75,26 @@ def evaluate(
     for compared in result.texts:
         tables.print_comparison(console, result.model, compared)
     write(console, result, as_json, plot, "plot_reliability")
+
+
+@click.command()
+@click.argument("results", metavar="RESULTS.json", type=TEXT_FILE)
+@click.option(
+    "-p", "--profile", metavar="PROFILE", help="Draw its neurons and dials too: folder, shipped name or hub repository."
+)
+@click.option("--out", type=OUTPUT_FILE, metavar="FILE.html", help="Where to write it.  [default: beside RESULTS.json]")
+def report(results: Path, profile: str | None, out: Path | None) -> None:
+    """Make a report of RESULTS.json, of eval or tune: one HTML file that needs nothing beside it.
+
+    \b
+    confsteer eval -p confsteer-demo -s entropy=0.3 --json results.json
+    confsteer report results.json -p confsteer-demo
+    """
+    from confsteer.report import read_result, write_report
+
+    file = out or results.with_suffix(".html")
+    write_report(read_result(results), file, Profile.load(profile) if profile else None)
+    tables.console().print(f"Written: {escape(str(file))}")
 
 
 @click.group()
