@@ -42,6 +42,7 @@ def main() -> None:
     confsteer show PROFILE             what a profile holds, as tables or pictures
     confsteer generate -p PROFILE ...  the same prompt at several settings
     confsteer eval -p PROFILE ...      loss, entropy and calibration with and without steering
+    confsteer bake MODEL -p PROFILE -s STEERING --out FOLDER   a checkpoint with a steering in its weights, for any engine
     confsteer serve MODEL --profile PROFILE   a vLLM server whose requests choose their steering
     confsteer study ... -p PROFILE     measurements of the paper: induction, cumulative ablation
 
@@ -58,6 +59,7 @@ for command in (
     find.show,
     find.push,
     steer.generate,
+    steer.bake,
     steer.serve,
     measure.evaluate,
     measure.study,
