@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from confsteer.evaluation.harness import Evaluation
     from confsteer.evaluation.induction import InductionStudy
     from confsteer.evaluation.metrics import Interval
+    from confsteer.evaluation.multiple_choice import TaskCalibration
 
 
 def console() -> Console:
@@ -147,6 +149,19 @@ def print_evaluation(console: Console, result: Evaluation) -> None:
     console.print(
         f"{escape(result.model)} on {escape(result.source)}: {result.tokens:,} tokens in {result.windows} windows. Nats; ECE of "
         "the top prediction, 15 bins; ± half of the 95 % bootstrap interval over windows."
+    )
+
+
+def print_answer_calibration(console: Console, rows: Sequence[TaskCalibration]) -> None:
+    """Multiple-choice tasks of lm-eval."""
+    table = Table("task", "n", "left out", "accuracy", "confidence", "ECE")
+    for row in rows:
+        numbers = ("" if number is None else f"{number:.4f}" for number in (row.accuracy, row.confidence, row.ece))
+        table.add_row(escape(row.task), f"{row.n:,}", f"{row.left_out:,}", *numbers)
+    console.print(table)
+    console.print(
+        "Confidence: mean probability of the likeliest choice, those of a question's choices summing to one. ECE: 15 bins. Left "
+        "out: questions whose samples do not name one right choice."
     )
 
 
