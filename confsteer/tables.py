@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from confsteer.evaluation.comparison import TextComparison
     from confsteer.evaluation.cumulative import CumulativeStudy
     from confsteer.evaluation.induction import InductionStudy
+    from confsteer.evaluation.multiple_choice import TaskCalibration
 
 
 def console() -> Console:
@@ -155,6 +157,19 @@ def print_comparison(console: Console, model: str, text: TextComparison) -> None
         f"prediction, 15 bins; ± half of the 95 % bootstrap interval over {text.blocks} {text.unit}, in brackets the interval of "
         "the paired difference. Baselines are fitted on one half of the text and used on the other. Min-p and top-p are no "
         "baselines: they cut the distribution they sample from, and give what they cut no probability at all."
+    )
+
+
+def print_answer_calibration(console: Console, rows: Sequence[TaskCalibration]) -> None:
+    """Multiple-choice tasks of lm-eval."""
+    table = Table("task", "n", "left out", "accuracy", "confidence", "ECE")
+    for row in rows:
+        numbers = ("" if number is None else f"{number:.4f}" for number in (row.accuracy, row.confidence, row.ece))
+        table.add_row(escape(row.task), f"{row.n:,}", f"{row.left_out:,}", *numbers)
+    console.print(table)
+    console.print(
+        "Confidence: mean probability of the likeliest choice, those of a question's choices summing to one. ECE: 15 bins. Left "
+        "out: questions whose samples do not name one right choice."
     )
 
 

@@ -10,7 +10,7 @@ import click
 from confsteer.cli import find, measure, steer
 from confsteer.errors import ConfsteerError
 
-EXTRAS = {"datasets": "eval", "matplotlib": "eval", "torchmetrics": "eval"}
+EXTRAS = {"datasets": "eval", "lm_eval": "lm-eval", "matplotlib": "eval", "torchmetrics": "eval"}
 """Packages that not everyone installs, and the extra they come with."""
 
 
@@ -42,6 +42,7 @@ def main() -> None:
     confsteer show PROFILE             what a profile holds, as tables or pictures
     confsteer generate -p PROFILE ...  the same prompt at several settings
     confsteer eval -p PROFILE ...      loss, entropy and calibration with and without steering
+    confsteer lm-eval --tasks ...      lm-eval's tasks on a steered model, and the calibration of its answers
     confsteer bake MODEL -p PROFILE -s STEERING --out FOLDER   a checkpoint with a steering in its weights, for any engine
     confsteer serve MODEL --profile PROFILE   a vLLM server whose requests choose their steering
     confsteer study ... -p PROFILE     measurements of the paper: induction, cumulative ablation
@@ -62,6 +63,7 @@ for command in (
     steer.bake,
     steer.serve,
     measure.evaluate,
+    measure.lm_eval_tasks,
     measure.study,
 ):
     main.add_command(command)

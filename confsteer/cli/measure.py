@@ -1,4 +1,4 @@
-"""Commands that measure what steering does: eval, study."""
+"""Commands that measure what steering does: eval, lm-eval, study."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from rich.markup import escape
 
 from confsteer import tables
 from confsteer.cli.options import (
@@ -72,6 +73,39 @@ def evaluate(
     for compared in result.texts:
         tables.print_comparison(console, result.model, compared)
     write(console, result, as_json, plot, "plot_reliability")
+
+
+@click.command(name="lm-eval", context_settings={"ignore_unknown_options": True})
+@click.argument("options", nargs=-1, type=click.UNPROCESSED, metavar="[LM-EVAL OPTION]...")
+def lm_eval_tasks(options: tuple[str, ...]) -> None:
+    """Run lm-eval's tasks on a steered model. All options are lm-eval's: lm-eval run --help.
+
+    \b
+    confsteer lm-eval --tasks arc_easy --limit 100 --model_args profile=confsteer-demo "steering=entropy=0.3 scale.757=0"
+    confsteer lm-eval --tasks gsm8k --model_args pretrained=OWNER/MODEL,profile=my-profile,steering=preset=calm
+    confsteer lm-eval --tasks mmlu --model_args '{"pretrained": "OWNER/MODEL", "profile": "p", "steering": {"entropy": 0.2}}'
+    confsteer lm-eval --tasks my_task --include_path folder --batch_size 16 --output_path results --model_args ...
+
+    --model_args takes profile (folder, shipped name or hub repository) and steering besides what lm-eval's hf model takes.
+    Without these two the model is not steered; without pretrained it is the bundled one.
+
+    After lm-eval's results comes the calibration of the answers to multiple-choice tasks: the confidence in an answer is its
+    share of the probability of all choices. --output_path writes it beside lm-eval's results. --use_cache FILE does not know
+    what gave an answer: use one file per steering.
+
+    --model NAME takes another of lm-eval's models. In vllm it is confsteer's plugin that steers:
+
+    \b
+    confsteer lm-eval --tasks mmlu --model vllm --model_args '{"pretrained": "OWNER/MODEL",
+        "additional_config": {"confsteer": {"profile": "my-profile", "default": "entropy=0.2"}}}'
+    """
+    from confsteer.evaluation.lm_eval_model import run
+
+    calibrations, file = run(options)
+    if calibrations:
+        tables.print_answer_calibration(tables.console(), calibrations)
+    if file:
+        tables.console().print(f"Written: {escape(str(file))}")
 
 
 @click.group()
