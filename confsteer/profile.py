@@ -7,7 +7,6 @@ import importlib.metadata
 import json
 import os
 import re
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -33,6 +32,7 @@ from confsteer.errors import (
     ProfileVersionError,
     SteeringError,
 )
+from confsteer.files import write_atomically
 from confsteer.steering import DIALS, Dial, PresetName, Steering
 
 FORMAT_VERSION = 1
@@ -406,8 +406,8 @@ class Profile(_Strict):
         document = {"format_version": FORMAT_VERSION, **document, "checksum": _checksum(FORMAT_VERSION, document)}
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _write_atomically(folder / self.columns_file.file, safetensors.torch.save(dict(self._columns)))
-            _write_atomically(folder / FILE_NAME, (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())
+            write_atomically(folder / self.columns_file.file, safetensors.torch.save(dict(self._columns)))
+            write_atomically(folder / FILE_NAME, (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())
             for old in folder.glob(COLUMNS_PATTERN):
                 if old.name != self.columns_file.file:
                     old.unlink()
@@ -540,17 +540,3 @@ def _read_columns(file: Path, sha256: str) -> dict[str, Tensor]:
         return safetensors.torch.load(payload)
     except safetensors.SafetensorError as error:
         raise ProfileCorruptError(f"{file} is not a safetensors file: {error}") from error
-
-
-def _write_atomically(file: Path, payload: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(payload)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, file)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

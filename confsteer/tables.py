@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from confsteer.evaluation.bootstrap import Interval
     from confsteer.evaluation.comparison import TextComparison
     from confsteer.evaluation.cumulative import CumulativeStudy
+    from confsteer.evaluation.harness import Evaluation
     from confsteer.evaluation.induction import InductionStudy
-    from confsteer.evaluation.multiple_choice import TaskCalibration
+    from confsteer.evaluation.lm_eval_samples import TaskCalibration
+    from confsteer.tuning import Tuning
 
 
 def console() -> Console:
@@ -130,9 +132,38 @@ def _neuron_table(title: str, neurons: tuple[Neuron, ...], dial: str) -> Table:
     return table
 
 
-def print_comparison(console: Console, model: str, text: TextComparison) -> None:
+def print_evaluation(console: Console, result: Evaluation) -> None:
+    """Steerings compared on each text."""
+    for text in result.texts:
+        _print_comparison(console, text)
+    console.print(
+        f"{escape(result.model)}. Nats; ECE of the top prediction, 15 bins; ± half of the 95 % bootstrap interval, in brackets "
+        "the interval of the paired difference. Baselines are fitted on one half of a text and used on the other. Min-p and "
+        "top-p are no baselines: they cut the distribution they sample from, and give what they cut no probability at all."
+    )
+
+
+def print_tuning(console: Console, result: Tuning) -> None:
+    """What tuning found, on the part of each text that it did not see."""
+    for text in result.texts:
+        _print_comparison(console, text, "test split")
+    for text in result.left_out:
+        _print_comparison(console, text, "test split; everything fitted on the other texts")
+    temperature = "" if result.temperature is None else f", sampled at temperature {result.temperature:.3f}"
+    low, high = result.validation.low, result.validation.high
+    console.print(
+        f"Tuned: {escape(str(result.steering))}{temperature}\n"
+        f"{escape(result.model)}: {result.parameters} tuned for {result.objective} on {result.tokens['train']:,} tokens, {result.steps} steps, {result.seconds:.0f} s. On the validation split "
+        f"({result.tokens['validation']:,} tokens) it changes {result.objective} by {result.validation.value:+.4f} ({low:+.4f} … "
+        f"{high:+.4f}). Nats; ± half of the 95 % bootstrap interval, in brackets the interval of the paired difference."
+    )
+
+
+def _print_comparison(console: Console, text: TextComparison, part: str = "") -> None:
     """Ways to predict one text; matched temperatures are a column beside their steering."""
-    table = Table("", "loss", "entropy", "Δentropy", "ECE", "Brier", "accuracy", "argmax changed")
+    title = f"{text.source}{f' ({part})' if part else ''}: {text.tokens:,} tokens in {text.windows} windows"
+    table = Table("", "loss", "entropy", "Δentropy", "ECE", "Brier", "accuracy", "argmax changed", title=escape(title))
+    table.title_justify = "left"
     table.add_column("Δloss to temperature of same entropy", justify="right")
     table.add_column("ΔECE to it", justify="right")
     unsteered = text.rows[0].metrics["entropy"].value
@@ -151,25 +182,21 @@ def print_comparison(console: Console, model: str, text: TextComparison) -> None
             *(_with_range(matched[name]) if matched else "" for name in ("loss", "ece")),
             end_section=row.kind == "null write",
         )
-    console.print(table)
-    console.print(
-        f"{escape(model)} on {escape(text.source)}: {text.tokens:,} tokens in {text.windows} windows. Nats; ECE of the top "
-        f"prediction, 15 bins; ± half of the 95 % bootstrap interval over {text.blocks} {text.unit}, in brackets the interval of "
-        "the paired difference. Baselines are fitted on one half of the text and used on the other. Min-p and top-p are no "
-        "baselines: they cut the distribution they sample from, and give what they cut no probability at all."
-    )
+    console.print(table, f"Intervals over {text.blocks} {text.unit}.", sep="\n")
 
 
 def print_answer_calibration(console: Console, rows: Sequence[TaskCalibration]) -> None:
     """Multiple-choice tasks of lm-eval."""
-    table = Table("task", "n", "left out", "accuracy", "confidence", "ECE")
+    table = Table("task", "n", "left out", "accuracy", "ECE", "ECE, equal mass", "Brier", "AUROC")
     for row in rows:
-        numbers = ("" if number is None else f"{number:.4f}" for number in (row.accuracy, row.confidence, row.ece))
+        names = ("accuracy", "ece", "ece_equal_mass", "brier", "auroc")
+        numbers = (_with_half_width(row.metrics[name], 4) if name in row.metrics else "" for name in names)
         table.add_row(escape(row.task), f"{row.n:,}", f"{row.left_out:,}", *numbers)
     console.print(table)
     console.print(
-        "Confidence: mean probability of the likeliest choice, those of a question's choices summing to one. ECE: 15 bins. Left "
-        "out: questions whose samples do not name one right choice."
+        "Of the likeliest choice, whose confidence is its share of the probability of all choices; ECE over 15 bins of equal width "
+        "and 10 of equal numbers; ± half of the 95 % bootstrap interval over questions. Left out: questions whose samples do not "
+        "name one right choice."
     )
 
 

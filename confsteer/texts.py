@@ -5,19 +5,86 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, Literal
 
-from confsteer.corpus import Document
+from pydantic import BaseModel, ConfigDict, model_validator
+from transformers import PreTrainedTokenizerBase
+
+from confsteer.corpus import Document, Windows, make_windows
 from confsteer.errors import CorpusError
 
 TEXT_SUFFIXES = (".txt", ".md")
 JSON_LINES_SUFFIXES = (".jsonl", ".ndjson")
 JSON_SUFFIXES = (".json", *JSON_LINES_SUFFIXES)
+DEFAULT_SPLIT = "train"
 SHORT_PARAGRAPH = 60
 """Characters below which a repeated paragraph is a phrase such as "Example:"."""
+
+
+class TextSource(BaseModel):
+    """Where a text comes from, in the words of the command line's options."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str | None = None
+    """What reports call it; made of the rest if None."""
+    text: tuple[Path, ...] = ()
+    """Files and folders, see `read_texts`."""
+    bundled: Literal["calibration", "held-out"] | None = None
+    """Instead of files: half of the Python documentation, see `python_docs`."""
+    dataset: str | None = None
+    """Instead of files: see `read_dataset`."""
+    config: str | None = None
+    split: str | None = None
+    field: str | None = None
+    """What a JSON object calls its text."""
+    chat: bool = False
+    """Whether documents are conversations."""
+    join: bool = False
+    """Whether windows cross documents."""
+
+    @model_validator(mode="after")
+    def _is_one_thing(self) -> TextSource:
+        if sum(map(bool, (self.text, self.dataset, self.bundled))) != 1:
+            raise ValueError("a text is files (text), a dataset, or bundled: give one of them")
+        if not self.dataset and (self.config or self.split):
+            raise ValueError("config and split go with a dataset")
+        return self
+
+    @property
+    def title(self) -> str:
+        """Its name, or one made of where it comes from."""
+        if self.name:
+            return self.name
+        if self.dataset:
+            where = " ".join(filter(None, ["dataset", self.dataset, self.config, self.split or DEFAULT_SPLIT]))
+        elif self.bundled:
+            where = f"Python documentation ({self.bundled} half)"
+        else:
+            where = ", ".join(path.name or str(path) for path in self.text)
+        return where + (" (conversations)" if self.chat else "")
+
+    def documents(self) -> Iterable[Document]:
+        """Its documents.
+
+        Raises:
+            CorpusError: see `read_texts` and `read_dataset`.
+        """
+        if self.bundled:
+            return python_docs(self.bundled)
+        if self.dataset:
+            split = self.split or DEFAULT_SPLIT
+            return read_dataset(self.dataset, config=self.config, split=split, field=self.field, chat=self.chat)
+        return read_texts(self.text, field=self.field, chat=self.chat)
+
+    def windows(self, tokenizer: PreTrainedTokenizerBase, window: int, tokens: int | None) -> Windows:
+        """Its windows; see `confsteer.corpus.make_windows`."""
+        return make_windows(
+            self.documents(), tokenizer, window=window, max_tokens=tokens, cross_documents=self.join, source=self.title
+        )
 
 
 def read_texts(paths: Sequence[Path], *, field: str | None = None, chat: bool = False) -> Iterator[Document]:
@@ -46,7 +113,7 @@ def read_texts(paths: Sequence[Path], *, field: str | None = None, chat: bool = 
 
 
 def read_dataset(
-    name: str, *, config: str | None = None, split: str = "train", field: str | None = None, chat: bool = False
+    name: str, *, config: str | None = None, split: str = DEFAULT_SPLIT, field: str | None = None, chat: bool = False
 ) -> Iterator[Document]:
     """Documents of a dataset on the hub or in a local folder, streamed.
 

@@ -27,7 +27,8 @@ from transformers import PreTrainedModel
 
 from confsteer.edit import neuron_edit, resolve
 from confsteer.errors import ConfsteerError, SteeringError
-from confsteer.evaluation.multiple_choice import TaskCalibration, calibrations
+from confsteer.evaluation.lm_eval_samples import TaskCalibration, calibrations
+from confsteer.files import write_atomically
 from confsteer.hf import Request, steer
 from confsteer.loading import DEMO, DEMO_NAME
 from confsteer.profile import Profile
@@ -135,9 +136,7 @@ def run(options: Sequence[str]) -> tuple[list[TaskCalibration], Path | None]:
         lm_eval.__main__.cli_evaluate()
     file = _beside_results(trackers[0]) if rows and trackers[0].output_path else None
     if file is not None:
-        part = file.with_name(f"{file.name}.part")
-        part.write_text(json.dumps({row.task: row._asdict() for row in rows}, indent=1) + "\n", encoding="utf-8")
-        part.replace(file)
+        write_atomically(file, (json.dumps({row.task: row._asdict() for row in rows}, indent=1) + "\n").encode())
     return rows, file
 
 

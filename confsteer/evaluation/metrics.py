@@ -89,11 +89,11 @@ def calibration_metrics(confidence: Tensor, correct: Tensor, blocks: Blocks) -> 
         blocks: that the n are in.
     """
     gap = confidence.double() - correct.double()
-    mass_bin, mass_bins = equal_mass_bins(confidence, MASS_BINS)
+    ece, mce = width_calibration_error(confidence, correct, blocks)
     found = {
-        "ece": _calibration_error(gap, width_bins(confidence), BINS, blocks)[0],
-        "ece_equal_mass": _calibration_error(gap, mass_bin, mass_bins, blocks)[0],
-        "mce": _calibration_error(gap, width_bins(confidence), BINS, blocks)[1],
+        "ece": ece,
+        "ece_equal_mass": _calibration_error(gap, *equal_mass_bins(confidence, MASS_BINS), blocks)[0],
+        "mce": mce,
         "brier": blocks.mean(gap.square()),
         "accuracy": blocks.mean(correct),
         **_ranking(confidence, correct, blocks),
@@ -130,6 +130,11 @@ def equal_mass_bins(values: Tensor, bins: int) -> tuple[Tensor, int]:
     # A bin begins with the value it is cut at; nothing comes before the smallest.
     edges = edges[edges > ordered[0]]
     return torch.searchsorted(edges, values, right=True), len(edges) + 1
+
+
+def width_calibration_error(confidence: Tensor, correct: Tensor, blocks: Blocks) -> tuple[Estimate, Estimate]:
+    """ECE and MCE over `BINS` equal-width bins; see `calibration_metrics`."""
+    return _calibration_error(confidence.double() - correct.double(), width_bins(confidence), BINS, blocks)
 
 
 def _calibration_error(gap: Tensor, bin_of: Tensor, bins: int, blocks: Blocks) -> tuple[Estimate, Estimate]:

@@ -22,7 +22,7 @@ from confsteer import Profile, ProfileMismatchError, ProfileNotFoundError, Steer
 from confsteer.cli import main
 from confsteer.errors import ConfsteerError
 from confsteer.evaluation.lm_eval_model import SteeredLM
-from confsteer.evaluation.multiple_choice import calibrations
+from confsteer.evaluation.lm_eval_samples import calibrations
 from tests.planted import planted
 
 STEERING = "entropy=0.5 scale.20=0"
@@ -187,11 +187,11 @@ def test_calibration_is_that_of_a_loop_over_the_questions(root: Path) -> None:
             bins.setdefault(int(15 * max(p) / sum(p)), []).append((max(p) / sum(p), top == question["right"]))
         ece = sum(abs(sum(confidence - right for confidence, right in members)) for members in bins.values()) / len(questions)
         assert len(bins) > 3
-        assert rows[task].ece == pytest.approx(ece, abs=1e-6)
-        assert rows[task].accuracy == pytest.approx(results["results"][task]["acc,none"])
+        assert rows[task].metrics["ece"].value == pytest.approx(ece, abs=1e-6)
+        assert rows[task].metrics["accuracy"].value == pytest.approx(results["results"][task]["acc,none"])
         assert (rows[task].n, rows[task].left_out) == (40, 0)
     for task in ("several", "inputs", "judged"):
-        assert rows[task] == (task, 0, 40, None, None, None)
+        assert rows[task] == (task, 0, 40, {})
 
 
 @pytest.fixture

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from confsteer.evaluation.metrics import expected_calibration_error
+from confsteer.evaluation.bootstrap import Blocks, Interval
+from confsteer.evaluation.metrics import answer_metrics
 
 
 class Answers(NamedTuple):
@@ -23,17 +26,14 @@ class Answers(NamedTuple):
 
 
 class TaskCalibration(NamedTuple):
-    """How well a model's confidence in its answers fits how often they are right; None where no question counts."""
+    """How well a model's confidence in its answers fits how often they are right."""
 
     task: str
     n: int
     left_out: int
     """See `Answers`."""
-    accuracy: float | None
-    """Share of questions whose likeliest choice is right: lm-eval's ``acc``."""
-    confidence: float | None
-    """Mean probability of the likeliest choice, where those of a question's choices sum to one."""
-    ece: float | None
+    metrics: dict[str, Interval]
+    """See `confsteer.evaluation.metrics.answer_metrics`; empty where no question counts. Intervals are over questions."""
 
 
 def read_answers(samples: Iterable[Mapping[str, Any]], config: Mapping[str, Any]) -> Answers:
@@ -74,21 +74,13 @@ def _gold(target: Any, requests: list[tuple[Any, ...]], delimiter: str) -> int |
 
 
 def calibration(task: str, answers: Answers) -> TaskCalibration:
-    """Expected calibration error of the likeliest choice, over 15 bins."""
+    """How well a choice's share of the probability of all choices says whether it is right."""
     n = len(answers.gold)
     if n == 0:
-        return TaskCalibration(task, 0, answers.left_out, None, None, None)
-    top = [values.softmax(dim=0).max(dim=0) for values in answers.log_likelihoods]
-    confidence = torch.stack([one.values for one in top])
-    correct = torch.stack([one.indices for one in top]) == answers.gold
-    return TaskCalibration(
-        task,
-        n,
-        answers.left_out,
-        accuracy=float(correct.double().mean()),
-        confidence=float(confidence.mean()),
-        ece=expected_calibration_error(confidence, correct),
-    )
+        return TaskCalibration(task, 0, answers.left_out, {})
+    padded = pad_sequence(answers.log_likelihoods, batch_first=True, padding_value=-math.inf)
+    found = answer_metrics(padded, answers.gold, Blocks(torch.arange(n)))
+    return TaskCalibration(task, n, answers.left_out, {name: estimate.interval for name, estimate in found.items()})
 
 
 def calibrations(results: Mapping[str, Any]) -> list[TaskCalibration]:
