@@ -152,10 +152,12 @@ def print_tuning(console: Console, result: Tuning) -> None:
     temperature = "" if result.temperature is None else f", sampled at temperature {result.temperature:.3f}"
     low, high = result.validation.low, result.validation.high
     console.print(
-        f"Tuned: {escape(str(result.steering))}{temperature}\n"
-        f"{escape(result.model)}: {result.parameters} tuned for {result.objective} on {result.tokens['train']:,} tokens, {result.steps} steps, {result.seconds:.0f} s. On the validation split "
-        f"({result.tokens['validation']:,} tokens) it changes {result.objective} by {result.validation.value:+.4f} ({low:+.4f} … "
-        f"{high:+.4f}). Nats; ± half of the 95 % bootstrap interval, in brackets the interval of the paired difference."
+        f"Tuned: {escape(str(result.steering))}{temperature}",
+        f"{escape(result.model)}: {result.parameters} tuned for {result.objective} on {result.tokens['train']:,} tokens, "
+        f"{result.steps} steps, {result.seconds:.0f} s. On the validation split, {result.tokens['validation']:,} tokens, it "
+        f"changes {result.objective} by {result.validation.value:+.4f} ({low:+.4f} … {high:+.4f}). Nats; ± half of the 95 % "
+        "bootstrap interval, in brackets the interval of the paired difference.",
+        sep="\n",
     )
 
 
@@ -194,9 +196,9 @@ def print_answer_calibration(console: Console, rows: Sequence[TaskCalibration]) 
         table.add_row(escape(row.task), f"{row.n:,}", f"{row.left_out:,}", *numbers)
     console.print(table)
     console.print(
-        "Of the likeliest choice, whose confidence is its share of the probability of all choices; ECE over 15 bins of equal width "
-        "and 10 of equal numbers; ± half of the 95 % bootstrap interval over questions. Left out: questions whose samples do not "
-        "name one right choice."
+        "Of the likeliest choice, whose confidence is its share of the probability of all choices; ECE over 15 bins of equal "
+        "width and 10 of equal numbers; ± half of the 95 % bootstrap interval over questions. Left out: questions whose samples "
+        "do not name one right choice."
     )
 
 

@@ -17,7 +17,7 @@ Objective = Literal["nll", "brier", "ece"]
 Build = Callable[[Tensor], Intervention]
 """From parameters, ``[n]``, zero being neutral, to what they stand for."""
 MOST_STEPS = 60
-CONVERGED = 1e-6
+CONVERGED = 1e-5
 """Part of the objective below which a step's gain ends fitting."""
 PATIENCE = 4
 """Steps without a better validation score after which fitting stops."""
