@@ -35,7 +35,7 @@ from confsteer.steering import DIALS, Dial, Steering
 
 DEFAULT_TOKENS = 40_000
 RIDGE = 1e-4
-"""Nats of penalty for a gain that is one off, or a shift of one standard deviation."""
+"""Nats of penalty for a gain that is one off, or a shift by half of what its dial can do."""
 SPLITS = (0.6, 0.2, 0.2)
 """Of a text: what is tuned on, what says when to stop, what is reported on."""
 FEWEST_BLOCKS = 10
@@ -130,7 +130,7 @@ def tune(
         parameters: ``neurons``: a gain and a shift of each of the profile's neurons; ``dials``: the positions of both dials.
         with_temperature: whether to fit a temperature beside them.
         objective: what to minimise: ``nll``, ``brier`` (of the top prediction) or ``ece``.
-        ridge: pull towards neutral: nats of penalty for a gain that is one off, or a shift of one standard deviation.
+        ridge: pull towards neutral: nats of penalty for a gain that is one off, or a shift by half of what its dial can do.
         leave_one_out: of several texts: whether to estimate what happens on a text of another kind, by tuning on all but one.
         tokens: read at most this many of each text.
         window: tokens per window.
@@ -252,30 +252,46 @@ def search(
 
 
 class NeuronParameters:
-    """A gain about the mean and a shift, in standard deviations, of each neuron: ``2 · neurons`` parameters."""
+    """A gain about the mean and a shift, in units of half its dial's reach, of each neuron: ``2 · neurons`` parameters."""
 
     def __init__(self, profile: Profile) -> None:
         self.neurons = steerable(profile)
         self.number = 2 * len(self.neurons)
         self._mean = torch.tensor([neuron.mean_activation for neuron in self.neurons])
-        self._std = torch.tensor([neuron.std_activation for neuron in self.neurons])
+        self._unit = torch.tensor(
+            [neuron.std_activation * _half_reach(profile, dial) for dial in DIALS for neuron in profile.neurons(dial)]
+        )
 
     def intervention(self, at: Tensor) -> Intervention:
         """What parameters ``[number, …]`` do; zero is neutral, what comes after them is not read."""
-        gain, shift = 1 + at[: len(self.neurons)], at[len(self.neurons) : self.number] * self._std
+        gain, shift = self._gain_and_shift(at)
         return Intervention.neutral(len(self.neurons))._replace(gain=gain, bias=(1 - gain) * self._mean + shift)
 
     def steering(self, at: Tensor) -> Steering:
         """The same as a request."""
-        gain, shift = 1 + at[: len(self.neurons)], at[len(self.neurons) : self.number] * self._std
+        gain, shift = self._gain_and_shift(at)
         return Steering(
             scale={neuron.index: _short(value) for neuron, value in zip(self.neurons, gain, strict=True)},
             shift={neuron.index: _short(value) for neuron, value in zip(self.neurons, shift, strict=True)},
         )
 
+    def _gain_and_shift(self, at: Tensor) -> tuple[Tensor, Tensor]:
+        return 1 + at[: len(self.neurons)], at[len(self.neurons) : self.number] * self._unit
+
+
+def _reach(profile: Profile, dial: Dial) -> tuple[float, float]:
+    """Lowest and highest position."""
+    low, high = (profile.dial_position(dial, change) for change in profile.reach(dial))
+    return low, high
+
+
+def _half_reach(profile: Profile, dial: Dial) -> float:
+    low, high = _reach(profile, dial)
+    return (high - low) / 2
+
 
 class DialParameters:
-    """The positions of the profile's dials, within their reach."""
+    """The positions of the profile's dials, in units of half their reach and within it."""
 
     def __init__(self, profile: Profile) -> None:
         self.profile = profile
@@ -289,11 +305,11 @@ class DialParameters:
                 for dial in self.dials
             ]
         )
-        reach = [[profile.dial_position(dial, change) for change in profile.reach(dial)] for dial in self.dials]
-        self._low, self._high = torch.tensor(reach).T
+        self._low, self._high = torch.tensor([_reach(profile, dial) for dial in self.dials]).T
 
     def _positions(self, at: Tensor) -> Tensor:
-        return at[: self.number].maximum(self._low).minimum(self._high)
+        unit = (self._high - self._low) / 2
+        return (at[: self.number] * unit).maximum(self._low).minimum(self._high)
 
     def intervention(self, at: Tensor) -> Intervention:
         """See `NeuronParameters`."""

@@ -201,7 +201,7 @@ def match_entropy(text: LastLayer, entropies: Sequence[float]) -> list[Intervent
                 # Var_p(log p) = β² Var_p(z)
                 variance[i] += ((p * log_p.square()).sum(dim=-1) - mean.square()).double().sum().cpu()
         error = entropy / text.tokens - wanted
-        if float(error.abs().max()) < 1e-5:
+        if (error.abs() < 1e-5).all():
             break
         # dH/dlog β = −Var_p(log p); steps are kept short where the entropy hardly moves.
         log_beta += (error * text.tokens / variance.clamp_min(1e-9)).clamp(-0.5, 0.5)
