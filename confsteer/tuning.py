@@ -309,7 +309,8 @@ class DialParameters:
 
     def _positions(self, at: Tensor) -> Tensor:
         unit = (self._high - self._low) / 2
-        return (at[: self.number] * unit).maximum(self._low).minimum(self._high)
+        positions: Tensor = (at[: self.number] * unit).maximum(self._low).minimum(self._high)
+        return positions
 
     def intervention(self, at: Tensor) -> Intervention:
         """See `NeuronParameters`."""
