@@ -15,7 +15,8 @@ from confsteer.steering import DIALS
 
 if TYPE_CHECKING:
     from confsteer.evaluation.bootstrap import Interval
-    from confsteer.evaluation.comparison import TextComparison
+    from confsteer.evaluation.choices import ChoiceComparison
+    from confsteer.evaluation.comparison import ComparedRow, TextComparison
     from confsteer.evaluation.cumulative import CumulativeStudy
     from confsteer.evaluation.harness import Evaluation
     from confsteer.evaluation.induction import InductionStudy
@@ -173,9 +174,8 @@ def _print_comparison(console: Console, text: TextComparison, part: str = "") ->
         if row.kind == "matched temperature":
             continue
         m, matched = row.metrics, row.minus.get("matched temperature", {})
-        values = ", ".join(f"{value:.3f}" for value in row.values)
         table.add_row(
-            escape(row.name) + (f" ({values})" if values else ""),
+            _with_values(row),
             _with_half_width(m["loss"], 3),
             f"{m['entropy'].value:.3f}",
             f"{m['entropy'].value - unsteered:+.3f}",
@@ -185,6 +185,34 @@ def _print_comparison(console: Console, text: TextComparison, part: str = "") ->
             end_section=row.kind == "null write",
         )
     console.print(table, f"Intervals over {text.blocks} {text.unit}.", sep="\n")
+
+
+def print_choices(console: Console, model: str, compared: ChoiceComparison) -> None:
+    """Ways to answer the same questions; matched temperatures are a column beside their steering."""
+    table = Table("", "accuracy", "by length", "loss", "entropy", "ECE", "Brier")
+    table.add_column("Δloss to temperature of same entropy", justify="right")
+    table.add_column("ΔECE to it", justify="right")
+    for row in compared.rows:
+        if row.kind == "matched temperature":
+            continue
+        m, matched = row.metrics, row.minus.get("matched temperature", {})
+        table.add_row(
+            _with_values(row),
+            *(_with_half_width(m[name], 3) for name in ("accuracy", "accuracy_normalised", "loss")),
+            f"{m['entropy'].value:.3f}",
+            *(_with_half_width(m[name], 3) for name in ("ece", "brier")),
+            *(_with_range(matched[name]) if matched else "" for name in ("loss", "ece")),
+            end_section=row.kind == "temperature",
+        )
+    console.print(table)
+    truncated = f", {compared.truncated} of them without their beginning, to fit the context" if compared.truncated else ""
+    console.print(
+        f"{escape(model)} on {escape(compared.source)}: {compared.questions:,} questions{truncated}. The confidence in an answer "
+        "is its share of the probability of all choices; by length: answers by log-likelihood per character. Temperatures are "
+        "on the log-likelihoods of whole choices; the fitted one is used on the half it was not fitted on. Nats; ECE of 15 bins; "
+        f"± half of the 95 % bootstrap interval over {compared.blocks} {compared.unit}, in brackets the interval of the paired "
+        "difference."
+    )
 
 
 def print_answer_calibration(console: Console, rows: Sequence[TaskCalibration]) -> None:
@@ -266,6 +294,12 @@ def print_cumulative(console: Console, result: CumulativeStudy) -> None:
         f"entropy {_with_half_width(result.entropy, 3)}, loss {_with_half_width(result.loss, 3)}. Nats; 95 % bootstrap intervals "
         f"over windows; random: mean, lowest and highest of {len(result.draws)} draws. Norm: mean of the writes."
     )
+
+
+def _with_values(row: ComparedRow) -> str:
+    """The name of a row, and its temperatures or constants."""
+    values = ", ".join(f"{value:.3f}" for value in row.values)
+    return escape(row.name) + (f" ({values})" if values else "")
 
 
 def _with_half_width(interval: Interval, digits: int) -> str:

@@ -104,12 +104,11 @@ def read_texts(paths: Sequence[Path], *, field: str | None = None, chat: bool = 
         CorpusError: at once if a path is missing or a folder has no such file; while reading if a file is not what its name
             says, has no document, or a record has no such field.
     """
-    suffixes = JSON_SUFFIXES if chat else (*TEXT_SUFFIXES, *JSON_SUFFIXES)
-    files = [file for path in paths for file in _files(path, suffixes)]
-    for file in files:
-        if chat and _suffix(file) not in JSON_SUFFIXES:
-            raise CorpusError(f"{file}: conversations are read from {', '.join(suffixes)} (or .gz of these)")
-    return (document for file in files for document in _read_file(file, field, chat))
+    if chat:
+        files = _json_files(paths, "conversations")
+    else:
+        files = [file for path in paths for file in _files(path, (*TEXT_SUFFIXES, *JSON_SUFFIXES))]
+    return (_document(record, where, field, chat) for file in files for where, record in _read_file(file, "text"))
 
 
 def read_dataset(
@@ -146,6 +145,19 @@ def read_dataset(
     )
 
 
+def read_records(paths: Sequence[Path], what: str) -> Iterator[tuple[str, Any]]:
+    """What JSON files and folders hold, one record at a time, each with the file and the line it is from.
+
+    Args:
+        paths: files and folders as of `read_texts`.
+        what: the records are, for the messages.
+
+    Raises:
+        CorpusError: see `read_texts`.
+    """
+    return (record for file in _json_files(paths, what) for record in _read_file(file, what))
+
+
 def python_docs(part: Literal["calibration", "held-out"]) -> list[str]:
     """Half of the language reference that ships with CPython (`pydoc_data.topics`), one document per topic.
 
@@ -178,25 +190,33 @@ def _files(path: Path, suffixes: Sequence[str]) -> list[Path]:
     return files
 
 
+def _json_files(paths: Sequence[Path], what: str) -> list[Path]:
+    files = [file for path in paths for file in _files(path, JSON_SUFFIXES)]
+    for file in files:
+        if _suffix(file) not in JSON_SUFFIXES:
+            raise CorpusError(f"{file}: {what} are read from {', '.join(JSON_SUFFIXES)} (or .gz of these)")
+    return files
+
+
 def _suffix(file: Path) -> str:
     """What the file is, under the compression."""
     name = file.name.lower()
     return Path(name.removesuffix(".gz")).suffix
 
 
-def _read_file(file: Path, field: str | None, chat: bool) -> Iterator[Document]:
-    has_documents = False
+def _read_file(file: Path, what: str) -> Iterator[tuple[str, Any]]:
+    has_records = False
     try:
         with gzip.open(file) if file.suffix.lower() == ".gz" else file.open("rb") as stream:
-            for where, record in _records(stream, file):
-                has_documents = True
-                yield _document(record, where, field, chat)
+            for record in _records(stream, file):
+                has_records = True
+                yield record
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise CorpusError(f"{file} is not a sound gzip file: {error}") from error
     except OSError as error:
         raise CorpusError(f"cannot read {file}: {error.strerror}") from error
-    if not has_documents:
-        raise CorpusError(f"{file} has no text")
+    if not has_records:
+        raise CorpusError(f"{file} has no {what}")
 
 
 def _records(stream: BufferedIOBase, file: Path) -> Iterator[tuple[str, Any]]:
@@ -210,7 +230,7 @@ def _records(stream: BufferedIOBase, file: Path) -> Iterator[tuple[str, Any]]:
     elif suffix in JSON_SUFFIXES:
         records = _parse(stream.read(), str(file))
         if not isinstance(records, list):
-            raise CorpusError(f"{file} is {_kind(records)}, not a list of documents")
+            raise CorpusError(f"{file} is {json_kind(records)}, not a list of documents")
         for number, record in enumerate(records, start=1):
             yield f"{file}, item {number}", record
     else:
@@ -249,11 +269,11 @@ def _document(record: Any, where: str, field: str | None, chat: bool) -> Documen
             raise CorpusError(f"{where} is not a list of messages with 'role' and 'content'")
         return document
     if not isinstance(document, str):
-        raise CorpusError(f"{where} is {_kind(document)}, not a string")
+        raise CorpusError(f"{where} is {json_kind(document)}, not a string")
     return document
 
 
-def _kind(value: Any) -> str:
+def json_kind(value: Any) -> str:
     """What JSON calls a value."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "a truth value", type(None): "null"}
     return names.get(type(value), "a number")

@@ -13,6 +13,7 @@ from confsteer.corpus import Document, Windows, make_windows
 from confsteer.discovery.frequency import Unigram
 from confsteer.edit import neuron_edit, resolve
 from confsteer.errors import CorpusError, SteeringError
+from confsteer.evaluation.choices import ChoiceComparison
 from confsteer.evaluation.comparison import Method, Sample, TextComparison, compare
 from confsteer.evaluation.fit import fit_null_write, fit_temperature, match_entropy
 from confsteer.evaluation.induction import InductionStudy
@@ -38,6 +39,7 @@ class Evaluation(BaseModel):
     versions: dict[str, str]
     """Of the libraries that made it."""
     texts: tuple[TextComparison, ...]
+    choices: tuple[ChoiceComparison, ...] = ()
     induction: InductionStudy | None = None
 
 

@@ -14,6 +14,7 @@ right is that this token came; of an answer it is the top choice's share. None o
 | ``brier`` | mean squared difference of the confidence and being right |
 | ``brier_multiclass`` | of answers: mean ``Σ_c (p_c − [c is right])²`` |
 | ``accuracy`` | share of right top predictions |
+| ``accuracy_normalised`` | of answers: the same of the top log-likelihood per character of the choice (lm-eval's ``acc_norm``) |
 | ``auroc`` | of confidence as a score for being right; ½ is chance |
 | ``selective_accuracy`` | accuracy on the `SELECTED` most confident (HELM) |
 | ``coverage_area`` | area under accuracy on the c most confident against c (HELM) |
