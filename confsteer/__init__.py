@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from confsteer.baking import Baked, bake
     from confsteer.calibration import calibrate
     from confsteer.checkpoint import Scan, scan
     from confsteer.errors import (
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from confsteer.steering import Steering
 
 __all__ = [
+    "Baked",
     "ConfsteerError",
     "CorpusError",
     "Neuron",
@@ -45,17 +47,20 @@ __all__ = [
     "SteeringError",
     "UnsupportedModelError",
     "UnsupportedServerError",
+    "bake",
     "calibrate",
     "scan",
     "steer",
 ]
 
 _MODULES = {
+    "Baked": "baking",
     "Neuron": "profile",
     "Profile": "profile",
     "Response": "profile",
     "Scan": "checkpoint",
     "Steering": "steering",
+    "bake": "baking",
     "calibrate": "calibration",
     "scan": "checkpoint",
     "steer": "hf",

@@ -1,12 +1,14 @@
-"""Forward passes over a corpus, one batch at a time: the states of the last layer at the positions that count."""
+"""Forward passes over texts, one batch at a time: the states of the last layer at the positions that count."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from confsteer.anatomy import Anatomy, LastLayerStates, input_device
@@ -69,14 +71,7 @@ class Recording:
             on_read(n_tokens)
 
     def _run(self, batch: Batch) -> TokenStates:
-        inputs_on = input_device(self.model)
-        received: list[LastLayerStates] = []
-        with torch.no_grad(), self.anatomy.recording(received.append):
-            # The body alone: the unembedding of every position is not needed here.
-            self.model.base_model(
-                input_ids=batch.input_ids.to(inputs_on), attention_mask=batch.attention_mask.to(inputs_on), use_cache=False
-            )
-        (states,) = received
+        states, _ = _forward(self.model, self.anatomy, batch.input_ids, batch.attention_mask, use_cache=False)
         kept = batch.kept.flatten().to(states.residual.device)
         return TokenStates(
             activations=states.activations[kept].to(self.device),
@@ -85,6 +80,19 @@ class Recording:
             targets=batch.targets.to(self.device),
             window=batch.window.to(self.device),
         )
+
+
+def _forward(
+    model: PreTrainedModel, anatomy: Anatomy, input_ids: Tensor, attention_mask: Tensor, **cache: Any
+) -> tuple[LastLayerStates, Any]:
+    """What one pass leaves in the last layer, and what the model's body returns."""
+    inputs_on = input_device(model)
+    received: list[LastLayerStates] = []
+    with torch.no_grad(), anatomy.recording(received.append):
+        # The body alone: the unembedding of every position is not needed here.
+        output = model.base_model(input_ids=input_ids.to(inputs_on), attention_mask=attention_mask.to(inputs_on), **cache)
+    (states,) = received
+    return states, output
 
 
 def _size(states: TokenStates) -> int:
@@ -140,3 +148,70 @@ def record(
         activations = batch.activations[:, neurons.to(device)]
         kept.append(batch._replace(activations=activations, window=batch.window + first * BATCH_SIZE))
     return _concatenate(kept)
+
+
+def record_continuations(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    sequences: Sequence[tuple[Sequence[int], Sequence[int]]],
+    neurons: Tensor,
+    device: torch.device,
+    on_read: Callable[[int], object] = lambda sequences: None,
+) -> TokenStates:
+    """The states at the positions that predict the tokens of continuations.
+
+    A context runs once, however many continuations it has: they run as one batch on its keys and values.
+    The caller must have put the model in evaluation mode.
+
+    Args:
+        model: the model.
+        anatomy: where to look.
+        sequences: ids of a context and of its continuation, a token or more each; ``window`` of the states counts through
+            them, and is not in order where sequences of one context are apart.
+        neurons: indices ``[n]`` of the neurons whose activations to keep.
+        device: where the states go.
+        on_read: called with a number of sequences after these were read.
+    """
+    by_context: dict[tuple[int, ...], list[int]] = {}
+    for i, (context, _) in enumerate(sequences):
+        by_context.setdefault(tuple(context), []).append(i)
+    kept: list[TokenStates] = []
+    for context, members in by_context.items():
+        continuations = [torch.tensor(sequences[i][1]) for i in members]
+        kept.extend(
+            TokenStates(
+                activations=states.activations[:, neurons.to(states.activations.device)].to(device),
+                residual=states.residual.to(device),
+                mlp_output=None if states.mlp_output is None else states.mlp_output.to(device),
+                targets=targets.to(device),
+                window=torch.tensor(members, device=device)[window.to(device)],
+            )
+            for states, targets, window in _continue(model, anatomy, torch.tensor([context]), continuations)
+        )
+        on_read(len(members))
+    return _concatenate(kept)
+
+
+def _continue(
+    model: PreTrainedModel, anatomy: Anatomy, context: Tensor, continuations: list[Tensor]
+) -> Iterator[tuple[LastLayerStates, Tensor, Tensor]]:
+    """States, the token that each predicts, and the continuation it is of: first tokens, then the rest, padded on the right."""
+    number, lengths = len(continuations), torch.tensor([len(one) - 1 for one in continuations])
+    states, output = _forward(model, anatomy, context, torch.ones_like(context), use_cache=True)
+    last = torch.full((number,), context.shape[1] - 1)
+    yield _at(states, last), torch.stack([one[0] for one in continuations]), torch.arange(number)
+    if int(lengths.max()) == 0:
+        return
+    cache = output.past_key_values
+    # As beam search does it, which every kind of cache knows.
+    cache.reorder_cache(torch.zeros(number, dtype=torch.long))
+    input_ids = pad_sequence([one[:-1] for one in continuations], batch_first=True)
+    inside = torch.arange(input_ids.shape[1]) < lengths[:, None]
+    mask = torch.cat([torch.ones(number, context.shape[1], dtype=torch.long), inside.long()], dim=1)
+    states, _ = _forward(model, anatomy, input_ids, mask, past_key_values=cache, use_cache=True)
+    yield _at(states, inside.flatten().nonzero()[:, 0]), torch.cat([one[1:] for one in continuations]), inside.nonzero()[:, 0]
+
+
+def _at(states: LastLayerStates, positions: Tensor) -> LastLayerStates:
+    positions = positions.to(states.residual.device)
+    return LastLayerStates(*(None if field is None else field[positions] for field in states))  # type: ignore[arg-type]

@@ -270,9 +270,14 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def check_context(window: int, config: PretrainedConfig) -> None:
     """Raise SettingError if a model cannot read `window` tokens at once."""
-    context = getattr(config, "max_position_embeddings", None)
+    context = context_length(config)
     if context is not None and window > context:
         raise SettingError(f"a window of {window} tokens does not fit the model's context of {context}")
+
+
+def context_length(config: PretrainedConfig) -> int | None:
+    """Tokens that a model can read at once; None if it does not say."""
+    return getattr(config, "max_position_embeddings", None)
 
 
 def _token_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from confsteer.discovery.response import monotone_range
 from confsteer.discovery.select import candidates
-from confsteer.evaluation.comparison import COVERAGES, ENTROPY_BINS, Row, TextComparison
+from confsteer.evaluation.comparison import COVERAGES, ENTROPY_BINS, ComparedRow, Row, TextComparison
 from confsteer.evaluation.cumulative import CumulativeStudy
 from confsteer.evaluation.harness import Evaluation
 from confsteer.evaluation.induction import Curve, InductionStudy, RepeatedSequences
@@ -23,6 +23,7 @@ GREY, ENTROPY, FREQUENCY = "#9aa0a6", "#c5221f", "#1967d2"
 STEERINGS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Colours of steerings; no more are drawn (Okabe and Ito's, which colour-blind readers tell apart)."""
 LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)))
+AnyRow = TypeVar("AnyRow", bound=ComparedRow)
 Measure = Literal["entropy", "loss", "activation"]
 
 
@@ -149,7 +150,7 @@ def draw_response(axes: Axes, profile: Profile, dial: Dial) -> None:
 
 def plot_reliability(evaluation: Evaluation) -> Figure:
     """Reliability diagrams of each text, four in a row."""
-    shown = [drawn(text) for text in evaluation.texts]
+    shown = [drawn(text.rows) for text in evaluation.texts]
     across = min(4, max(map(len, shown)))
     down = [-(-len(rows) // across) for rows in shown]
     figure = Figure(figsize=(3.2 * across, 3.6 * sum(down) + 0.6), dpi=130, layout="constrained")
@@ -166,21 +167,21 @@ def plot_reliability(evaluation: Evaluation) -> Figure:
     return figure
 
 
-def drawn(text: TextComparison) -> tuple[Row, ...]:
+def drawn(rows: Sequence[AnyRow]) -> list[AnyRow]:
     """The rows worth a picture: neutral, fitted temperature, and the steerings.
 
     Of more than six steerings four spread over their order are drawn, and those of the lowest loss and of the lowest ECE.
     """
-    steerings = text.of_kind("steering")
+    steerings = [row for row in rows if row.kind == "steering"]
     if len(steerings) > len(STEERINGS):
         chosen = set(np.linspace(0, len(steerings) - 1, len(STEERINGS) - 2).round().astype(int).tolist())
         for metric in ("loss", "ece"):
             chosen.add(min(range(len(steerings)), key=lambda i: steerings[i].metrics[metric].value))
-        steerings = tuple(steerings[i] for i in sorted(chosen))
-    return (*text.of_kind("neutral"), *text.of_kind("temperature"), *steerings)
+        steerings = [steerings[i] for i in sorted(chosen)]
+    return [row for row in rows if row.kind in ("neutral", "temperature")] + steerings
 
 
-def draw_reliability(axes: Axes, row: Row) -> None:
+def draw_reliability(axes: Axes, row: ComparedRow) -> None:
     """Accuracy against confidence by bin, dots as large as their share of tokens, with a band of 95 % intervals."""
     bins = row.reliability
     confidence, accuracy = np.array([b.confidence for b in bins]), np.array([b.accuracy for b in bins])
@@ -224,7 +225,7 @@ def _cross(axes: Axes) -> None:
     axes.axvline(0, color="black", linewidth=0.6)
 
 
-def draw_risk(axes: Axes, rows: Sequence[Row]) -> None:
+def draw_risk(axes: Axes, rows: Sequence[ComparedRow]) -> None:
     """Share of wrong predictions among the most confident."""
     for row, style in _styles(rows):
         axes.plot(COVERAGES, [1 - accuracy for accuracy in row.coverage], **style)
@@ -261,10 +262,10 @@ def draw_by_frequency(
     axes.set_ylabel(f"{measure}{' less neutral' if minus else ''}{', nats' if measure == 'loss' else ''}")
 
 
-def _styles(rows: Sequence[Row]) -> list[tuple[Row, dict[str, Any]]]:
+def _styles(rows: Sequence[AnyRow]) -> list[tuple[AnyRow, dict[str, Any]]]:
     """A line for each row: neutral black, the temperature grey, steerings in colours."""
     steerings = [row for row in rows if row.kind == "steering"]
-    styles: list[tuple[Row, dict[str, Any]]] = []
+    styles = []
     for row in rows:
         if row.kind == "steering":
             i = steerings.index(row) % len(STEERINGS)

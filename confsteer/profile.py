@@ -7,7 +7,6 @@ import importlib.metadata
 import json
 import os
 import re
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -33,6 +32,7 @@ from confsteer.errors import (
     ProfileVersionError,
     SteeringError,
 )
+from confsteer.files import write_atomically
 from confsteer.steering import DIALS, Dial, PresetName, Steering
 
 FORMAT_VERSION = 1
@@ -540,18 +540,3 @@ def _read_columns(file: Path, sha256: str) -> dict[str, Tensor]:
         return safetensors.torch.load(payload)
     except safetensors.SafetensorError as error:
         raise ProfileCorruptError(f"{file} is not a safetensors file: {error}") from error
-
-
-def write_atomically(file: Path, payload: bytes) -> None:
-    """Replace a file in a single step: whoever reads it finds the old contents or the new, whole."""
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(payload)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, file)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

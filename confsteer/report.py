@@ -20,11 +20,13 @@ from pydantic import ValidationError
 from confsteer import plots
 from confsteer.errors import ProfileMismatchError, ResultError
 from confsteer.evaluation.bootstrap import RESAMPLES, Interval
-from confsteer.evaluation.comparison import COMPARED, Kind, Row, TextComparison
+from confsteer.evaluation.choices import ChoiceComparison
+from confsteer.evaluation.comparison import COMPARED, ComparedRow, Kind, TextComparison
 from confsteer.evaluation.harness import Evaluation
 from confsteer.evaluation.induction import InductionStudy
 from confsteer.evaluation.metrics import BINS, MASS_BINS, SELECTED
-from confsteer.profile import Profile, write_atomically
+from confsteer.files import write_atomically
+from confsteer.profile import Profile
 from confsteer.steering import DIALS
 from confsteer.tuning import Tuning
 
@@ -68,6 +70,7 @@ METRICS = {
     "brier": Metric("Brier score", better="lower"),
     "brier_multiclass": Metric("multi-class Brier score", better="lower"),
     "accuracy": Metric("accuracy", better="higher"),
+    "accuracy_normalised": Metric("accuracy by length", better="higher"),
     "auroc": Metric("AUROC", better="higher"),
     "selective_accuracy": Metric("selective accuracy", better="higher"),
     "coverage_area": Metric("coverage area", better="higher"),
@@ -146,12 +149,15 @@ class Finding(NamedTuple):
     differences: list[Differences]
 
 
-class TextSection(NamedTuple):
-    """What the report says of one text."""
+class Section(NamedTuple):
+    """What the report says of one text, or of one set of questions."""
 
     anchor: str
     title: str
-    text: TextComparison
+    size: str
+    """What was scored."""
+    resampled: str
+    """What is resampled for the intervals."""
     findings: list[Finding]
     metrics: Table
     differences: list[Table]
@@ -182,15 +188,18 @@ def read_result(file: Path) -> Evaluation | Tuning:
         where = ".".join(map(str, first["loc"])) or "the document"
         name = kind.__name__.lower()
         raise ResultError(f"{file} is not of this version's {name}: {where}: {first['msg']}. {way_out}") from error
-    for text in result.texts + (result.left_out if isinstance(result, Tuning) else ()):
-        if not text.rows or text.rows[0].kind != "neutral":
-            raise ResultError(f"{file}: the first row of {text.source!r} is not neutral, which all others are compared with")
-        for row in text.rows:
-            missing = {"argmax_changed", "kl_model_unigram", *JUDGED} - row.metrics.keys()
+    compared: list[TextComparison | ChoiceComparison] = [*result.texts]
+    compared += result.left_out if isinstance(result, Tuning) else result.choices
+    for one in compared:
+        if not one.rows or one.rows[0].kind != "neutral":
+            raise ResultError(f"{file}: the first row of {one.source!r} is not neutral, which all others are compared with")
+        for row in one.rows:
+            needed = {*JUDGED, "argmax_changed", "kl_model_unigram"} if isinstance(one, TextComparison) else {*JUDGED}
+            missing = needed - row.metrics.keys()
             if row.kind == "steering":
                 missing |= {f"{name} less neutral's" for name in {"entropy", *JUDGED} - row.minus.get("neutral", {}).keys()}
             if missing:
-                raise ResultError(f"{file}: {row.name!r} on {text.source!r} has no {', '.join(sorted(missing))}. {way_out}")
+                raise ResultError(f"{file}: {row.name!r} on {one.source!r} has no {', '.join(sorted(missing))}. {way_out}")
     return result
 
 
@@ -220,7 +229,8 @@ def render(result: Evaluation | Tuning, profile: Profile | None) -> str:
             f"the result is of {result.model}, the profile of {profile.model.id}: give the result's profile"
         )
     tuning = result if isinstance(result, Tuning) else None
-    induction = result.induction if isinstance(result, Evaluation) else None
+    left_out = () if tuning is None else tuning.left_out
+    choices, induction = (result.choices, result.induction) if isinstance(result, Evaluation) else ((), None)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(resources.files("confsteer").joinpath("report.html.j2").read_text("utf-8"))
     return template.render(
@@ -228,10 +238,9 @@ def render(result: Evaluation | Tuning, profile: Profile | None) -> str:
         tuning=tuning,
         objectives=OBJECTIVES,
         gain=None if tuning is None else _tuning_finding(tuning),
-        sections=[_text_section(text, f"text-{i}") for i, text in enumerate(result.texts, 1)],
-        left_out=[]
-        if tuning is None
-        else [_text_section(text, f"left-out-{i}", ", fitted without it") for i, text in enumerate(tuning.left_out, 1)],
+        sections=[_text_section(text, f"text-{i}") for i, text in enumerate(result.texts, 1)]
+        + [_choice_section(asked, f"choices-{i}") for i, asked in enumerate(choices, 1)],
+        left_out=[_text_section(text, f"left-out-{i}", ", fitted without it") for i, text in enumerate(left_out, 1)],
         profile=profile,
         profile_figures=None if profile is None else _profile_figures(profile),
         induction_figures=None if induction is None else _induction_figures(induction),
@@ -242,15 +251,28 @@ def render(result: Evaluation | Tuning, profile: Profile | None) -> str:
     )
 
 
-def _text_section(text: TextComparison, anchor: str, note: str = "") -> TextSection:
-    return TextSection(
+def _text_section(text: TextComparison, anchor: str, note: str = "") -> Section:
+    size = f"{text.tokens:,} tokens in {text.windows:,} windows"
+    return _section(text, anchor, text.source + note, size, _text_figures(text))
+
+
+def _choice_section(choices: ChoiceComparison, anchor: str) -> Section:
+    size = f"{choices.questions:,} multiple-choice questions"
+    if choices.truncated:
+        size += f", {choices.truncated:,} of them cut to fit the model's context"
+    return _section(choices, anchor, choices.source, size, _compared_figures(choices.rows, "questions"))
+
+
+def _section(compared: TextComparison | ChoiceComparison, anchor: str, title: str, size: str, figures: list[Figures]) -> Section:
+    return Section(
         anchor=anchor,
-        title=text.source + note,
-        text=text,
-        findings=_findings(text),
-        metrics=_metrics_table(text.rows),
-        differences=[table for kind in AGAINST if (table := _difference_table(text.rows, kind)).rows],
-        figures=_text_figures(text),
+        title=title,
+        size=size,
+        resampled=f"{compared.blocks:,} {compared.unit}",
+        findings=_findings(compared.rows),
+        metrics=_metrics_table(compared.rows),
+        differences=[table for kind in AGAINST if (table := _difference_table(compared.rows, kind)).rows],
+        figures=figures,
     )
 
 
@@ -270,21 +292,21 @@ def _says(name: str, difference: Interval) -> str:
     return f"{metric.label} is {way} by {size} ({low} to {high})"
 
 
-def _against(row: Row, kind: Kind, names: Sequence[str]) -> Differences:
+def _against(row: ComparedRow, kind: Kind, names: Sequence[str]) -> Differences:
     found = row.minus.get(kind, {})
     return Differences(f"Against {AGAINST[kind]}", [_says(name, found[name]) for name in names if name in found])
 
 
-def _findings(text: TextComparison) -> list[Finding]:
+def _findings(rows: Sequence[ComparedRow]) -> list[Finding]:
     """Answers in words, none of which goes beyond the intervals. They are of the steering of the lowest ECE."""
-    steerings = text.of_kind("steering")
+    steerings = [row for row in rows if row.kind == "steering"]
     if not steerings:
         return []
     best = min(steerings, key=lambda row: row.metrics["ece"].value)
-    return [_better_calibrated(best, text.rows[0], len(steerings)), _cost(best), _more_than_a_temperature(best, steerings)]
+    return [_better_calibrated(best, rows[0], len(steerings)), _cost(best), _more_than_a_temperature(best, steerings)]
 
 
-def _better_calibrated(best: Row, neutral: Row, steerings: int) -> Finding:
+def _better_calibrated(best: ComparedRow, neutral: ComparedRow, steerings: int) -> Finding:
     steered, unsteered = (METRICS["ece"].number(row.metrics["ece"].value) for row in (best, neutral))
     lead = f"With {_short(best.name, 120)} the ECE is {steered}, without steering {unsteered}."
     if steerings > 1:
@@ -301,17 +323,17 @@ def _better_calibrated(best: Row, neutral: Row, steerings: int) -> Finding:
     )
 
 
-def _cost(best: Row) -> Finding:
+def _cost(best: ComparedRow) -> Finding:
     worse, better = _sides(best.minus["neutral"], ("loss", "accuracy"))
     answer = f"Worse {worse}." if worse else "No loss or accuracy that shows."
-    changed = METRICS["argmax_changed"].number(best.metrics["argmax_changed"].value)
-    lead = f"The top prediction is another one on {changed} of the tokens."
-    if better:
-        lead = f"{better.capitalize()} {'are' if ' and ' in better else 'is'} better. {lead}"
+    lead = f"{better.capitalize()} {'are' if ' and ' in better else 'is'} better." if better else ""
+    if "argmax_changed" in best.metrics:
+        changed = METRICS["argmax_changed"].number(best.metrics["argmax_changed"].value)
+        lead += f" The top prediction is another one on {changed} of the tokens."
     return Finding("What does it cost?", answer, lead, [_against(best, "neutral", ("loss", "accuracy", "auroc", "entropy"))])
 
 
-def _more_than_a_temperature(best: Row, steerings: Sequence[Row]) -> Finding:
+def _more_than_a_temperature(best: ComparedRow, steerings: Sequence[ComparedRow]) -> Finding:
     worse, better = _sides(best.minus.get("matched temperature", {}), JUDGED)
     same = AGAINST["matched temperature"]
     if "matched temperature" not in best.minus:
@@ -357,7 +379,7 @@ def _tuning_finding(tuning: Tuning) -> Finding:
     return Finding("Is it fit to be saved?", "No, it is refused.", lead, [])
 
 
-def _metrics_table(rows: Sequence[Row]) -> Table:
+def _metrics_table(rows: Sequence[ComparedRow]) -> Table:
     names = [name for name in METRICS if any(name in row.metrics for row in rows)]
     return Table(
         "All metrics",
@@ -366,7 +388,7 @@ def _metrics_table(rows: Sequence[Row]) -> Table:
     )
 
 
-def _difference_table(rows: Sequence[Row], kind: Kind) -> Table:
+def _difference_table(rows: Sequence[ComparedRow], kind: Kind) -> Table:
     """Of every row that is compared with the row of a kind."""
     compared = [row for row in rows if kind in row.minus]
     names = [name for name in COMPARED if any(name in row.minus[kind] for row in compared)]
@@ -377,7 +399,7 @@ def _difference_table(rows: Sequence[Row], kind: Kind) -> Table:
     )
 
 
-def _note(row: Row) -> str:
+def _note(row: ComparedRow) -> str:
     """The one number of a baseline, per fold."""
     if not row.values:
         return ""
@@ -394,19 +416,38 @@ def _cell(name: str, interval: Interval | None, *, difference: bool = False) -> 
     return Cell(value, f"{low} … {high}", verdict)
 
 
-def _text_figures(text: TextComparison) -> list[Figures]:
-    rows = plots.drawn(text)
-    steerings, shown = len(text.of_kind("steering")), sum(row.kind == "steering" for row in rows)
+def _compared_figures(all_rows: Sequence[ComparedRow], what: str) -> list[Figures]:
+    """What can be drawn of any comparison: of predictions of tokens, or of answers to questions."""
+    rows = plots.drawn(all_rows)
+    steerings, shown = (sum(row.kind == "steering" for row in some) for some in (all_rows, rows))
     some = f" Of the {steerings} steerings {shown} are drawn: spread over their order, with the lowest loss and ECE among them."
-    found = [
+    return [
         Figures(
             "Reliability",
-            "Each dot is a bin of tokens by confidence, as large as its share of them. On the dotted line the model is right as "
+            f"Each dot is a bin of {what} by confidence, as large as its share of them. On the dotted line the model is right as "
             "often as it says; below the line it is overconfident, above it underconfident. The band is the 95 % interval."
             + (some if shown < steerings else ""),
             [_reliability_panel(row) for row in rows],
-        )
+        ),
+        Figures(
+            "Risk and coverage",
+            "If the model answered only where it is surest, how often would it be wrong? Lower is better. A temperature changes "
+            "the order of confidences little: curves that lie on each other differ in how sure the model is, not in where it is "
+            "sure.",
+            [_panel(partial(plots.draw_risk, rows=rows), f"Error rate against coverage of {_names(rows)}.")],
+        ),
     ]
+
+
+def _names(rows: Sequence[ComparedRow]) -> str:
+    return ", ".join(_short(row.name, 60) for row in rows)
+
+
+def _text_figures(text: TextComparison) -> list[Figures]:
+    rows, neutral = plots.drawn(text.rows), text.rows[0]
+    names = _names(rows)
+    reliability, risk = _compared_figures(text.rows, "tokens")
+    found = [reliability]
     dials = [dial for dial in DIALS if plots.dialled(text, dial)]
     if dials:
         found.append(
@@ -425,21 +466,8 @@ def _text_figures(text: TextComparison) -> list[Figures]:
                 ],
             )
         )
-    neutral = text.rows[0]
-    names = ", ".join(_short(row.name, 60) for row in rows)
     found += [
-        Figures(
-            "Risk and coverage",
-            "If the model answered only where it is surest, how often would it be wrong? Lower is better. A temperature changes "
-            "the order of confidences little: "
-            "curves that lie on each other differ in how sure the model is, not in where it is sure.",
-            [
-                _panel(
-                    partial(plots.draw_risk, rows=rows),
-                    f"Error rate against coverage of {names}.",
-                )
-            ],
-        ),
+        risk,
         Figures(
             "Entropy of the predictions",
             "Left are tokens that the model is sure of, right those of which it has no idea. A steering that raises the entropy "
@@ -477,7 +505,7 @@ def _text_figures(text: TextComparison) -> list[Figures]:
     return found
 
 
-def _reliability_panel(row: Row) -> Panel:
+def _reliability_panel(row: ComparedRow) -> Panel:
     ece, name = METRICS["ece"], _short(row.name, 60)
     value, low, high = (ece.number(number) for number in row.metrics["ece"])
     caption = f"{name}: ECE {value} ({low} to {high})"

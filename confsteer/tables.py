@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -14,9 +15,13 @@ from confsteer.steering import DIALS
 
 if TYPE_CHECKING:
     from confsteer.evaluation.bootstrap import Interval
-    from confsteer.evaluation.comparison import TextComparison
+    from confsteer.evaluation.choices import ChoiceComparison
+    from confsteer.evaluation.comparison import ComparedRow, TextComparison
     from confsteer.evaluation.cumulative import CumulativeStudy
+    from confsteer.evaluation.harness import Evaluation
     from confsteer.evaluation.induction import InductionStudy
+    from confsteer.evaluation.lm_eval_samples import TaskCalibration
+    from confsteer.tuning import Tuning
 
 
 def console() -> Console:
@@ -128,9 +133,40 @@ def _neuron_table(title: str, neurons: tuple[Neuron, ...], dial: str) -> Table:
     return table
 
 
-def print_comparison(console: Console, model: str, text: TextComparison) -> None:
+def print_evaluation(console: Console, result: Evaluation) -> None:
+    """Steerings compared on each text."""
+    for text in result.texts:
+        _print_comparison(console, text)
+    console.print(
+        f"{escape(result.model)}. Nats; ECE of the top prediction, 15 bins; ± half of the 95 % bootstrap interval, in brackets "
+        "the interval of the paired difference. Baselines are fitted on one half of a text and used on the other. Min-p and "
+        "top-p are no baselines: they cut the distribution they sample from, and give what they cut no probability at all."
+    )
+
+
+def print_tuning(console: Console, result: Tuning) -> None:
+    """What tuning found, on the part of each text that it did not see."""
+    for text in result.texts:
+        _print_comparison(console, text, "test split")
+    for text in result.left_out:
+        _print_comparison(console, text, "test split; everything fitted on the other texts")
+    temperature = "" if result.temperature is None else f", sampled at temperature {result.temperature:.3f}"
+    low, high = result.validation.low, result.validation.high
+    console.print(
+        f"Tuned: {escape(str(result.steering))}{temperature}",
+        f"{escape(result.model)}: {result.parameters} tuned for {result.objective} on {result.tokens['train']:,} tokens, "
+        f"{result.steps} steps, {result.seconds:.0f} s. On the validation split, {result.tokens['validation']:,} tokens, it "
+        f"changes {result.objective} by {result.validation.value:+.4f} ({low:+.4f} … {high:+.4f}). Nats; ± half of the 95 % "
+        "bootstrap interval, in brackets the interval of the paired difference.",
+        sep="\n",
+    )
+
+
+def _print_comparison(console: Console, text: TextComparison, part: str = "") -> None:
     """Ways to predict one text; matched temperatures are a column beside their steering."""
-    table = Table("", "loss", "entropy", "Δentropy", "ECE", "Brier", "accuracy", "argmax changed")
+    title = f"{text.source}{f' ({part})' if part else ''}: {text.tokens:,} tokens in {text.windows} windows"
+    table = Table("", "loss", "entropy", "Δentropy", "ECE", "Brier", "accuracy", "argmax changed", title=escape(title))
+    table.title_justify = "left"
     table.add_column("Δloss to temperature of same entropy", justify="right")
     table.add_column("ΔECE to it", justify="right")
     unsteered = text.rows[0].metrics["entropy"].value
@@ -138,9 +174,8 @@ def print_comparison(console: Console, model: str, text: TextComparison) -> None
         if row.kind == "matched temperature":
             continue
         m, matched = row.metrics, row.minus.get("matched temperature", {})
-        values = ", ".join(f"{value:.3f}" for value in row.values)
         table.add_row(
-            escape(row.name) + (f" ({values})" if values else ""),
+            _with_values(row),
             _with_half_width(m["loss"], 3),
             f"{m['entropy'].value:.3f}",
             f"{m['entropy'].value - unsteered:+.3f}",
@@ -149,12 +184,49 @@ def print_comparison(console: Console, model: str, text: TextComparison) -> None
             *(_with_range(matched[name]) if matched else "" for name in ("loss", "ece")),
             end_section=row.kind == "null write",
         )
+    console.print(table, f"Intervals over {text.blocks} {text.unit}.", sep="\n")
+
+
+def print_choices(console: Console, model: str, compared: ChoiceComparison) -> None:
+    """Ways to answer the same questions; matched temperatures are a column beside their steering."""
+    table = Table("", "accuracy", "by length", "loss", "entropy", "ECE", "Brier")
+    table.add_column("Δloss to temperature of same entropy", justify="right")
+    table.add_column("ΔECE to it", justify="right")
+    for row in compared.rows:
+        if row.kind == "matched temperature":
+            continue
+        m, matched = row.metrics, row.minus.get("matched temperature", {})
+        table.add_row(
+            _with_values(row),
+            *(_with_half_width(m[name], 3) for name in ("accuracy", "accuracy_normalised", "loss")),
+            f"{m['entropy'].value:.3f}",
+            *(_with_half_width(m[name], 3) for name in ("ece", "brier")),
+            *(_with_range(matched[name]) if matched else "" for name in ("loss", "ece")),
+            end_section=row.kind == "temperature",
+        )
+    console.print(table)
+    truncated = f", {compared.truncated} of them without their beginning, to fit the context" if compared.truncated else ""
+    console.print(
+        f"{escape(model)} on {escape(compared.source)}: {compared.questions:,} questions{truncated}. The confidence in an answer "
+        "is its share of the probability of all choices; by length: answers by log-likelihood per character. Temperatures are "
+        "on the log-likelihoods of whole choices; the fitted one is used on the half it was not fitted on. Nats; ECE of 15 bins; "
+        f"± half of the 95 % bootstrap interval over {compared.blocks} {compared.unit}, in brackets the interval of the paired "
+        "difference."
+    )
+
+
+def print_answer_calibration(console: Console, rows: Sequence[TaskCalibration]) -> None:
+    """Multiple-choice tasks of lm-eval."""
+    table = Table("task", "n", "left out", "accuracy", "ECE", "ECE, equal mass", "Brier", "AUROC")
+    for row in rows:
+        names = ("accuracy", "ece", "ece_equal_mass", "brier", "auroc")
+        numbers = (_with_half_width(row.metrics[name], 4) if name in row.metrics else "" for name in names)
+        table.add_row(escape(row.task), f"{row.n:,}", f"{row.left_out:,}", *numbers)
     console.print(table)
     console.print(
-        f"{escape(model)} on {escape(text.source)}: {text.tokens:,} tokens in {text.windows} windows. Nats; ECE of the top "
-        f"prediction, 15 bins; ± half of the 95 % bootstrap interval over {text.blocks} {text.unit}, in brackets the interval of "
-        "the paired difference. Baselines are fitted on one half of the text and used on the other. Min-p and top-p are no "
-        "baselines: they cut the distribution they sample from, and give what they cut no probability at all."
+        "Of the likeliest choice, whose confidence is its share of the probability of all choices; ECE over 15 bins of equal "
+        "width and 10 of equal numbers; ± half of the 95 % bootstrap interval over questions. Left out: questions whose samples "
+        "do not name one right choice."
     )
 
 
@@ -222,6 +294,12 @@ def print_cumulative(console: Console, result: CumulativeStudy) -> None:
         f"entropy {_with_half_width(result.entropy, 3)}, loss {_with_half_width(result.loss, 3)}. Nats; 95 % bootstrap intervals "
         f"over windows; random: mean, lowest and highest of {len(result.draws)} draws. Norm: mean of the writes."
     )
+
+
+def _with_values(row: ComparedRow) -> str:
+    """The name of a row, and its temperatures or constants."""
+    values = ", ".join(f"{value:.3f}" for value in row.values)
+    return escape(row.name) + (f" ({values})" if values else "")
 
 
 def _with_half_width(interval: Interval, digits: int) -> str:

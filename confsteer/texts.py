@@ -5,19 +5,86 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, Literal
 
-from confsteer.corpus import Document
+from pydantic import BaseModel, ConfigDict, model_validator
+from transformers import PreTrainedTokenizerBase
+
+from confsteer.corpus import Document, Windows, make_windows
 from confsteer.errors import CorpusError
 
 TEXT_SUFFIXES = (".txt", ".md")
 JSON_LINES_SUFFIXES = (".jsonl", ".ndjson")
 JSON_SUFFIXES = (".json", *JSON_LINES_SUFFIXES)
+DEFAULT_SPLIT = "train"
 SHORT_PARAGRAPH = 60
 """Characters below which a repeated paragraph is a phrase such as "Example:"."""
+
+
+class TextSource(BaseModel):
+    """Where a text comes from, in the words of the command line's options."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str | None = None
+    """What reports call it; made of the rest if None."""
+    text: tuple[Path, ...] = ()
+    """Files and folders, see `read_texts`."""
+    bundled: Literal["calibration", "held-out"] | None = None
+    """Instead of files: half of the Python documentation, see `python_docs`."""
+    dataset: str | None = None
+    """Instead of files: see `read_dataset`."""
+    config: str | None = None
+    split: str | None = None
+    field: str | None = None
+    """What a JSON object calls its text."""
+    chat: bool = False
+    """Whether documents are conversations."""
+    join: bool = False
+    """Whether windows cross documents."""
+
+    @model_validator(mode="after")
+    def _is_one_thing(self) -> TextSource:
+        if sum(map(bool, (self.text, self.dataset, self.bundled))) != 1:
+            raise ValueError("a text is files (text), a dataset, or bundled: give one of them")
+        if not self.dataset and (self.config or self.split):
+            raise ValueError("config and split go with a dataset")
+        return self
+
+    @property
+    def title(self) -> str:
+        """Its name, or one made of where it comes from."""
+        if self.name:
+            return self.name
+        if self.dataset:
+            where = " ".join(filter(None, ["dataset", self.dataset, self.config, self.split or DEFAULT_SPLIT]))
+        elif self.bundled:
+            where = f"Python documentation ({self.bundled} half)"
+        else:
+            where = ", ".join(path.name or str(path) for path in self.text)
+        return where + (" (conversations)" if self.chat else "")
+
+    def documents(self) -> Iterable[Document]:
+        """Its documents.
+
+        Raises:
+            CorpusError: see `read_texts` and `read_dataset`.
+        """
+        if self.bundled:
+            return python_docs(self.bundled)
+        if self.dataset:
+            split = self.split or DEFAULT_SPLIT
+            return read_dataset(self.dataset, config=self.config, split=split, field=self.field, chat=self.chat)
+        return read_texts(self.text, field=self.field, chat=self.chat)
+
+    def windows(self, tokenizer: PreTrainedTokenizerBase, window: int, tokens: int | None) -> Windows:
+        """Its windows; see `confsteer.corpus.make_windows`."""
+        return make_windows(
+            self.documents(), tokenizer, window=window, max_tokens=tokens, cross_documents=self.join, source=self.title
+        )
 
 
 def read_texts(paths: Sequence[Path], *, field: str | None = None, chat: bool = False) -> Iterator[Document]:
@@ -37,16 +104,15 @@ def read_texts(paths: Sequence[Path], *, field: str | None = None, chat: bool = 
         CorpusError: at once if a path is missing or a folder has no such file; while reading if a file is not what its name
             says, has no document, or a record has no such field.
     """
-    suffixes = JSON_SUFFIXES if chat else (*TEXT_SUFFIXES, *JSON_SUFFIXES)
-    files = [file for path in paths for file in _files(path, suffixes)]
-    for file in files:
-        if chat and _suffix(file) not in JSON_SUFFIXES:
-            raise CorpusError(f"{file}: conversations are read from {', '.join(suffixes)} (or .gz of these)")
-    return (document for file in files for document in _read_file(file, field, chat))
+    if chat:
+        files = _json_files(paths, "conversations")
+    else:
+        files = [file for path in paths for file in _files(path, (*TEXT_SUFFIXES, *JSON_SUFFIXES))]
+    return (_document(record, where, field, chat) for file in files for where, record in _read_file(file, "text"))
 
 
 def read_dataset(
-    name: str, *, config: str | None = None, split: str = "train", field: str | None = None, chat: bool = False
+    name: str, *, config: str | None = None, split: str = DEFAULT_SPLIT, field: str | None = None, chat: bool = False
 ) -> Iterator[Document]:
     """Documents of a dataset on the hub or in a local folder, streamed.
 
@@ -77,6 +143,19 @@ def read_dataset(
     return (
         _document(record, f"dataset {name!r}, record {number}", field, chat) for number, record in enumerate(records(), start=1)
     )
+
+
+def read_records(paths: Sequence[Path], what: str) -> Iterator[tuple[str, Any]]:
+    """What JSON files and folders hold, one record at a time, each with the file and the line it is from.
+
+    Args:
+        paths: files and folders as of `read_texts`.
+        what: the records are, for the messages.
+
+    Raises:
+        CorpusError: see `read_texts`.
+    """
+    return (record for file in _json_files(paths, what) for record in _read_file(file, what))
 
 
 def python_docs(part: Literal["calibration", "held-out"]) -> list[str]:
@@ -111,25 +190,33 @@ def _files(path: Path, suffixes: Sequence[str]) -> list[Path]:
     return files
 
 
+def _json_files(paths: Sequence[Path], what: str) -> list[Path]:
+    files = [file for path in paths for file in _files(path, JSON_SUFFIXES)]
+    for file in files:
+        if _suffix(file) not in JSON_SUFFIXES:
+            raise CorpusError(f"{file}: {what} are read from {', '.join(JSON_SUFFIXES)} (or .gz of these)")
+    return files
+
+
 def _suffix(file: Path) -> str:
     """What the file is, under the compression."""
     name = file.name.lower()
     return Path(name.removesuffix(".gz")).suffix
 
 
-def _read_file(file: Path, field: str | None, chat: bool) -> Iterator[Document]:
-    has_documents = False
+def _read_file(file: Path, what: str) -> Iterator[tuple[str, Any]]:
+    has_records = False
     try:
         with gzip.open(file) if file.suffix.lower() == ".gz" else file.open("rb") as stream:
-            for where, record in _records(stream, file):
-                has_documents = True
-                yield _document(record, where, field, chat)
+            for record in _records(stream, file):
+                has_records = True
+                yield record
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise CorpusError(f"{file} is not a sound gzip file: {error}") from error
     except OSError as error:
         raise CorpusError(f"cannot read {file}: {error.strerror}") from error
-    if not has_documents:
-        raise CorpusError(f"{file} has no text")
+    if not has_records:
+        raise CorpusError(f"{file} has no {what}")
 
 
 def _records(stream: BufferedIOBase, file: Path) -> Iterator[tuple[str, Any]]:
@@ -143,7 +230,7 @@ def _records(stream: BufferedIOBase, file: Path) -> Iterator[tuple[str, Any]]:
     elif suffix in JSON_SUFFIXES:
         records = _parse(stream.read(), str(file))
         if not isinstance(records, list):
-            raise CorpusError(f"{file} is {_kind(records)}, not a list of documents")
+            raise CorpusError(f"{file} is {json_kind(records)}, not a list of documents")
         for number, record in enumerate(records, start=1):
             yield f"{file}, item {number}", record
     else:
@@ -182,11 +269,11 @@ def _document(record: Any, where: str, field: str | None, chat: bool) -> Documen
             raise CorpusError(f"{where} is not a list of messages with 'role' and 'content'")
         return document
     if not isinstance(document, str):
-        raise CorpusError(f"{where} is {_kind(document)}, not a string")
+        raise CorpusError(f"{where} is {json_kind(document)}, not a string")
     return document
 
 
-def _kind(value: Any) -> str:
+def json_kind(value: Any) -> str:
     """What JSON calls a value."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "a truth value", type(None): "null"}
     return names.get(type(value), "a number")

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
 from confsteer.anatomy import dissect
-from confsteer.capture import BATCH_SIZE, Recording, regroup
+from confsteer.capture import BATCH_SIZE, Recording, _forward, record_continuations, regroup
 from confsteer.corpus import make_windows
 from confsteer.discovery.readout import TokenStates
 from confsteer.parallel import ALONE, Share
+from tests.models import FAMILIES, VOCAB, TinyFamily, tiny_model
 from tests.planted import planted
 
 
@@ -72,3 +74,33 @@ def test_larger_batches_have_the_same_tokens_and_whole_windows() -> None:
     assert int(groups[0].window.max()) + 1 == 2 * BATCH_SIZE
     sizes = torch.cat([group.window.unique(return_counts=True)[1] for group in groups])
     assert torch.equal(sizes, torch.cat([batch.window.unique(return_counts=True)[1] for batch in batches]))
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type)
+def test_continuations_of_a_shared_context_leave_what_whole_passes_leave(family: TinyFamily) -> None:
+    model = tiny_model(family.model_type, family.config)
+    anatomy = dissect(model)
+    contexts = torch.randint(1, VOCAB, (2, 40), generator=torch.Generator().manual_seed(1)).tolist()
+    continuations = torch.randint(1, VOCAB, (5, 6), generator=torch.Generator().manual_seed(2)).tolist()
+    # Those of a context need not follow each other; the longest is beyond the sliding windows.
+    sequences = [
+        (contexts[0], continuations[0]),
+        (contexts[1][:3], continuations[1][:1]),
+        (contexts[0], continuations[2][:1]),
+        (contexts[0], continuations[3][:4]),
+        (contexts[1], continuations[4][:1]),
+    ]
+    neurons = torch.tensor([3, 7])
+    seen: list[int] = []
+    ours = record_continuations(model, anatomy, sequences, neurons, torch.device("cpu"), seen.append)
+    assert seen == [3, 1, 1]
+    for i, (context, continuation) in enumerate(sequences):
+        ids, mine = torch.tensor([[*context, *continuation]]), ours.window == i
+        states, _ = _forward(model, anatomy, ids, torch.ones_like(ids), use_cache=False)
+        theirs = slice(len(context) - 1, -1)
+        assert ours.targets[mine].tolist() == continuation
+        torch.testing.assert_close(ours.residual[mine], states.residual[theirs], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(ours.activations[mine], states.activations[theirs][:, neurons], atol=1e-4, rtol=1e-4)
+        assert (ours.mlp_output is None) == (states.mlp_output is None)
+        if ours.mlp_output is not None and states.mlp_output is not None:
+            torch.testing.assert_close(ours.mlp_output[mine], states.mlp_output[theirs], atol=1e-4, rtol=1e-4)

@@ -17,9 +17,11 @@ from click.testing import CliRunner
 from confsteer import ConfsteerError, ProfileMismatchError, Steering
 from confsteer.cli import main
 from confsteer.evaluation.bootstrap import Interval
-from confsteer.evaluation.comparison import COMPARED, Kind
+from confsteer.evaluation.choices import ChoiceComparison, evaluate_choices
+from confsteer.evaluation.comparison import COMPARED, Kind, TextComparison
 from confsteer.evaluation.harness import Evaluation, evaluate
 from confsteer.evaluation.induction import induction
+from confsteer.questions import Question
 from confsteer.report import METRICS, beyond, read_result, render, write_report
 from confsteer.tuning import Tuning
 from tests.models import zipf_texts
@@ -28,13 +30,15 @@ from tests.planted import planted
 
 @functools.cache
 def evaluation() -> Evaluation:
-    """Of two texts, which are one text for speed."""
+    """Of two texts, which are one text for speed, and of questions."""
     model, tokenizer, _, profile = planted("llama")
     texts, steerings = {"zipf": zipf_texts(8, 60, seed=5)}, [Steering(entropy=0.3), Steering(unigram=0.05)]
     result = evaluate(model, tokenizer, texts, profile, steerings, window=64)
     other = result.texts[0].model_copy(update={"source": "other"})
     study = induction(model, tokenizer, profile, half=16, sequences=3)
-    return result.model_copy(update={"texts": (*result.texts, other), "induction": study})
+    questions = [Question(text, ("t1", "t2 t3"), i % 2) for i, text in enumerate(zipf_texts(20, 9))]
+    answered = evaluate_choices(model, tokenizer, {"quiz": questions}, profile, steerings)
+    return result.model_copy(update={"texts": (*result.texts, other), "induction": study, "choices": answered})
 
 
 def tuning(validation: Interval) -> Tuning:
@@ -117,7 +121,8 @@ def numbers(cell: str) -> list[float]:
 
 def test_the_numbers_of_the_tables_are_the_results() -> None:
     result, tables = evaluation(), iter(page().tables)
-    for text in result.texts:
+    compared: list[TextComparison | ChoiceComparison] = [*result.texts, *result.choices]
+    for text in compared:
         header, *rows = next(tables)
         names = [name for name in METRICS if name in text.rows[0].metrics]
         assert {name for row in text.rows for name in row.metrics} == set(names), "no metric is left out"
@@ -130,9 +135,9 @@ def test_the_numbers_of_the_tables_are_the_results() -> None:
         kinds: tuple[Kind, ...] = ("neutral", "temperature", "matched temperature")
         for kind in kinds:
             _, *rows = next(tables)
-            compared = [row for row in text.rows if kind in row.minus]
-            for cells, row in zip(rows, compared, strict=True):
-                for cell, name in zip(cells[1:], COMPARED, strict=True):
+            subtracted = [row for row in text.rows if kind in row.minus]
+            for cells, row in zip(rows, subtracted, strict=True):
+                for cell, name in zip(cells[1:], [name for name in COMPARED if name in row.minus[kind]], strict=True):
                     difference = row.minus[kind][name]
                     assert numbers(cell) == pytest.approx(difference, abs=0.51 * 10 ** -METRICS[name].digits)
                     good = METRICS[name].better
@@ -187,7 +192,9 @@ def test_the_summary_says_what_the_intervals_say(ece: Interval, matched: Interva
     nothing = dict.fromkeys(("loss", "brier"), Interval(0.0, -1.0, 1.0))
     differences = {"neutral": steering.minus["neutral"] | {"ece": ece}, "matched temperature": nothing | {"ece": matched}}
     rows = (neutral, steering.model_copy(update={"minus": differences}))
-    changed = result.model_copy(update={"texts": (result.texts[0].model_copy(update={"rows": rows}),), "induction": None})
+    changed = result.model_copy(
+        update={"texts": (result.texts[0].model_copy(update={"rows": rows}),), "induction": None, "choices": ()}
+    )
     words = Page(render(changed, None)).words
     for sentence in sentences:
         assert sentence in words
@@ -214,8 +221,9 @@ def test_a_tuning_says_what_was_tuned_and_whether_it_gained(validation: Interval
 def test_every_picture_is_drawn_and_described() -> None:
     pictures = [attributes for tag, attributes in page().tags if tag == "img"]
     assert all(attributes["alt"] for attributes in pictures)
-    # Per text: 4 reliability diagrams, 2 dials, risk, entropies, 3 by frequency; 4 of the profile, 3 of the study.
-    assert len(pictures) == 2 * 11 + 4 + 3
+    # Per text: 4 reliability diagrams, 2 dials, risk, entropies, 3 by frequency; of the questions 4 and risk;
+    # 4 of the profile, 3 of the study.
+    assert len(pictures) == 2 * 11 + 5 + 4 + 3
     for picture in page().pictures:
         assert ElementTree.fromstring(picture).tag == "{http://www.w3.org/2000/svg}svg"
 
@@ -227,7 +235,7 @@ def test_of_many_steerings_six_are_drawn_and_the_page_says_so() -> None:
     best = steering.metrics["ece"]._replace(value=0.0)
     sweep[7] = sweep[7].model_copy(update={"metrics": steering.metrics | {"ece": best}})
     rows = (*text.rows[:2], *sweep)
-    few = Page(render(evaluation().model_copy(update={"texts": (text.model_copy(update={"rows": rows}),)}), None))
+    few = Page(render(evaluation().model_copy(update={"texts": (text.model_copy(update={"rows": rows}),), "choices": ()}), None))
     described = [a["alt"] or "" for tag, a in few.tags if tag == "img" if (a["alt"] or "").startswith("Reliability")]
     drawn = [alt for alt in described if "number" in alt]
     assert len(drawn) <= 6
@@ -247,7 +255,7 @@ def hostile() -> Evaluation:
     rows = tuple(row.model_copy(update={"name": HOSTILE + row.name}) for row in text.rows)
     kinds = tuple(kind.model_copy(update={"source": HOSTILE}) for kind in study.kinds)
     update: dict[str, Any] = {"model": HOSTILE, "profile": HOSTILE, "versions": {HOSTILE: HOSTILE}}
-    update |= {"texts": (text.model_copy(update={"rows": rows, "source": HOSTILE}),)}
+    update |= {"texts": (text.model_copy(update={"rows": rows, "source": HOSTILE}),), "choices": ()}
     return result.model_copy(update=update | {"induction": study.model_copy(update={"kinds": kinds})})
 
 
@@ -290,7 +298,7 @@ def test_a_profile_of_another_model_is_refused() -> None:
 def test_a_profile_that_has_changed_is_said() -> None:
     profile = planted("llama").profile
     changed = profile.with_preset("calm", Steering(entropy=0.1))
-    alone = evaluation().model_copy(update={"texts": (), "induction": None})
+    alone = evaluation().model_copy(update={"texts": (), "choices": (), "induction": None})
     assert changed.checksum in Page(render(alone, changed)).words
     assert "Drawn below is the profile as it is now" not in page().words
 
@@ -330,7 +338,7 @@ def test_what_is_no_result_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(ConfsteerError, match=r"cannot read .*nothing"):
         read_result(tmp_path / "nothing")
     with pytest.raises(ConfsteerError, match="cannot write"):
-        write_report(evaluation().model_copy(update={"texts": ()}), tmp_path / "no" / "folder.html", None)
+        write_report(evaluation().model_copy(update={"texts": (), "choices": ()}), tmp_path / "no" / "folder.html", None)
 
 
 @pytest.fixture(scope="module")
@@ -367,11 +375,18 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("name", ["evaluation", "hostile", "tuning"])
-@pytest.mark.parametrize("scripts", [True, False], ids=["javascript", "no javascript"])
-@pytest.mark.parametrize(("width", "height"), [(360, 740), (1280, 900)])
+@pytest.mark.parametrize(
+    ("name", "width", "height", "scripts"),
+    [
+        ("evaluation", 360, 740, True),
+        ("evaluation", 360, 740, False),
+        ("evaluation", 1280, 900, True),
+        ("hostile", 360, 740, True),
+        ("tuning", 360, 740, True),
+    ],
+)
 def test_a_browser_shows_all_of_it(
-    browser: Any, pages: dict[str, Path], width: int, height: int, scripts: bool, name: str
+    browser: Any, pages: dict[str, Path], name: str, width: int, height: int, scripts: bool
 ) -> None:
     metrics = {"width": width, "height": height, "deviceScaleFactor": 2, "mobile": width < 500}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)

@@ -7,10 +7,10 @@ from typing import Any
 
 import click
 
-from confsteer.cli import find, measure, steer
+from confsteer.cli import find, measure, steer, tune
 from confsteer.errors import ConfsteerError
 
-EXTRAS = {"datasets": "eval", "jinja2": "eval", "matplotlib": "eval", "torchmetrics": "eval"}
+EXTRAS = {"datasets": "eval", "jinja2": "eval", "lm_eval": "lm-eval", "matplotlib": "eval", "torchmetrics": "eval"}
 """Packages that not everyone installs, and the extra they come with."""
 
 
@@ -43,13 +43,17 @@ def main() -> None:
     confsteer generate -p PROFILE ...  the same prompt at several settings
     confsteer eval -p PROFILE ...      loss, entropy and calibration with and without steering
     confsteer report RESULTS.json      an evaluation or a tuning as one HTML file
+    confsteer tune MODEL -p PROFILE --text ...   the steering that suits your text, kept as a preset of the profile
+    confsteer lm-eval --tasks ...      lm-eval's tasks on a steered model, and the calibration of its answers
+    confsteer bake MODEL -p PROFILE -s STEERING --out FOLDER   a checkpoint with a steering in its weights, for any engine
     confsteer serve MODEL --profile PROFILE   a vLLM server whose requests choose their steering
     confsteer study ... -p PROFILE     measurements of the paper: induction, cumulative ablation
 
     MODEL is a hub id or a folder; without it the bundled demonstration model is used. PROFILE is a folder, the name of a
     shipped profile (confsteer-demo) or a hub repository.
 
-    Exit codes: 0 done, 1 a clear error, 2 wrong usage, 3 the model has no such neurons.
+    Exit codes: 0 done, 1 a clear error, 2 wrong usage, 3 the model has no such neurons, 4 tuning gained
+    nothing.
     """
 
 
@@ -59,9 +63,12 @@ for command in (
     find.show,
     find.push,
     steer.generate,
+    steer.bake,
     steer.serve,
     measure.evaluate,
     measure.report,
+    tune.tune,
+    measure.lm_eval_tasks,
     measure.study,
 ):
     main.add_command(command)

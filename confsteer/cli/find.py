@@ -80,15 +80,15 @@ def calibrate(
     from confsteer.parallel import join
 
     first = join().rank == 0
-    given = text.documents(model, "calibration")
+    source = text.source(model, "calibration")
     counts = read_counts(unigram) if unigram else read_counts(DEMO_UNIGRAM) if model is None else None
     loaded = load(model, loading)
-    if given is None and first:
+    if source is None and first:
         click.echo(f"No text given: the model writes its own, {tokens:,} tokens sampled at temperature 1 (seed {seed}).")
     profile = run(
         loaded.model,
         loaded.tokenizer,
-        text.windows(*given, loaded.tokenizer, window, tokens) if given else None,
+        source.windows(loaded.tokenizer, window, tokens) if source else None,
         tokens=tokens,
         window=window,
         unigram_counts=counts,

@@ -1,4 +1,4 @@
-"""Commands that measure what steering does: eval, report, study."""
+"""Commands that measure what steering does: eval, report, lm-eval, study."""
 
 from __future__ import annotations
 
@@ -29,51 +29,75 @@ from confsteer.profile import Profile
 
 @click.command(name="eval")
 @model_options
-@profile_option
+@click.option("-p", "--profile", metavar="PROFILE", help="Folder, shipped name or hub repository.")
 @steer_option
+@click.option(
+    "--sweep", "sweeps", multiple=True, metavar="KEY=FIRST:LAST:N", help="N steerings, such as entropy=-0.2:1.2:8; repeatable."
+)
 @text_options
 @window_option
-@click.option("--tokens", type=click.IntRange(min=1), help="Read at most this many.  [default: all]")
+@click.option("--tokens", type=click.IntRange(min=1), help="Read at most this many of each text.  [default: all]")
+@click.option("--unigram", type=TEXT_FILE, metavar="FILE.npy", help="Token counts by id.  [default: counted in each text]")
+@click.option("--induction", is_flag=True, help="Measure repeated text too: see confsteer study induction.")
+@click.option("--run", "run_file", type=TEXT_FILE, metavar="FILE.yaml", help="Take all of this from a file.")
 @json_option
 @plot_option
 def evaluate(
     model: str | None,
-    profile: str,
+    profile: str | None,
     steers: tuple[str, ...],
+    sweeps: tuple[str, ...],
     text: TextOptions,
     window: int,
     tokens: int | None,
+    unigram: Path | None,
+    induction: bool,
+    run_file: Path | None,
     as_json: Path | None,
     plot: Path | None,
     **loading: Any,
 ) -> None:
-    """Compare loss, entropy and calibration without steering and with each --steer.
+    """Compare loss, entropy and calibration without steering, with each --steer, and with the temperatures it has to beat.
 
     \b
     confsteer eval -p confsteer-demo -s entropy=-0.15 -s entropy=0.3 --plot reliability.png
-    confsteer eval ./my-model -p my-profile --text held-out.jsonl -s entropy=0.2 --json results.json
-    confsteer eval ./my-chat-model -p my-profile --text chats.jsonl --chat -s entropy=0.2
-    """
-    from confsteer.evaluation.harness import evaluate as run
-    from confsteer.steering import Steering
+    confsteer eval ./my-model -p my-profile --text wiki.jsonl --text code.jsonl --sweep entropy=-0.2:1:7 --json results.json
+    confsteer eval ./my-chat-model -p my-profile --text chats.jsonl --chat -s preset=calibrated
+    confsteer eval --run eval/demo.yaml
 
-    steerings = [Steering.parse(steer) for steer in steers]
-    loaded_profile = Profile.load(profile)
-    given = text.documents(model, "held-out")
-    if given is None:
-        raise click.UsageError(f"{NO_TEXT} (on samples of its own every model is perfectly calibrated)")
-    loaded = load(model, loading)
-    result = run(
-        loaded.model,
-        loaded.tokenizer,
-        text.windows(*given, loaded.tokenizer, window, tokens),
-        loaded_profile,
-        steerings,
-        progress=True,
-    )
+    Each --text is a text of its own. Beside a steering stands the temperature at which the unsteered model has the same mean
+    entropy: what is left of a difference to that is what neurons know beyond a temperature.
+    """
+    from confsteer.evaluation.run import Run, run
+
+    if run_file:
+        if model or profile or steers or sweeps or text.texts or text.dataset:
+            raise click.UsageError("--run FILE says what to run: give it alone, with --json, --plot and how to load the model")
+        settings = Run.read(run_file)
+    elif profile is None:
+        raise click.UsageError("give a profile, -p PROFILE, or a run file, --run FILE.yaml")
+    else:
+        sources = text.sources(model, "held-out")
+        if not sources:
+            raise click.UsageError(f"{NO_TEXT} (on samples of its own every model is perfectly calibrated)")
+        settings = Run(
+            model=model,
+            profile=profile,
+            texts=tuple(sources),
+            steerings=steers,
+            sweeps=sweeps,
+            tokens=tokens,
+            window=window,
+            unigram=unigram,
+            induction=induction,
+        )
+    settings.all_steerings()
+    loaded_profile = Profile.load(settings.profile)
+    result = run(settings, loaded_profile, load(settings.model, loading), progress=True)
     console = tables.console()
-    for compared in result.texts:
-        tables.print_comparison(console, result.model, compared)
+    tables.print_evaluation(console, result)
+    if result.induction:
+        tables.print_induction(console, result.induction)
     write(console, result, as_json, plot, "plot_reliability")
 
 
@@ -95,6 +119,39 @@ def report(results: Path, profile: str | None, out: Path | None) -> None:
     file = out or results.with_suffix(".html")
     write_report(read_result(results), file, Profile.load(profile) if profile else None)
     tables.console().print(f"Written: {escape(str(file))}")
+
+
+@click.command(name="lm-eval", context_settings={"ignore_unknown_options": True})
+@click.argument("options", nargs=-1, type=click.UNPROCESSED, metavar="[LM-EVAL OPTION]...")
+def lm_eval_tasks(options: tuple[str, ...]) -> None:
+    """Run lm-eval's tasks on a steered model. All options are lm-eval's: lm-eval run --help.
+
+    \b
+    confsteer lm-eval --tasks arc_easy --limit 100 --model_args profile=confsteer-demo "steering=entropy=0.3 scale.757=0"
+    confsteer lm-eval --tasks gsm8k --model_args pretrained=OWNER/MODEL,profile=my-profile,steering=preset=calm
+    confsteer lm-eval --tasks mmlu --model_args '{"pretrained": "OWNER/MODEL", "profile": "p", "steering": {"entropy": 0.2}}'
+    confsteer lm-eval --tasks my_task --include_path folder --batch_size 16 --output_path results --model_args ...
+
+    --model_args takes profile (folder, shipped name or hub repository) and steering besides what lm-eval's hf model takes.
+    Without these two the model is not steered; without pretrained it is the bundled one.
+
+    After lm-eval's results comes the calibration of the answers to multiple-choice tasks: the confidence in an answer is its
+    share of the probability of all choices. --output_path writes it beside lm-eval's results. --use_cache FILE does not know
+    what gave an answer: use one file per steering.
+
+    --model NAME takes another of lm-eval's models. In vllm it is confsteer's plugin that steers:
+
+    \b
+    confsteer lm-eval --tasks mmlu --model vllm --model_args '{"pretrained": "OWNER/MODEL",
+        "additional_config": {"confsteer": {"profile": "my-profile", "default": "entropy=0.2"}}}'
+    """
+    from confsteer.evaluation.lm_eval_model import run
+
+    calibrations, file = run(options)
+    if calibrations:
+        tables.print_answer_calibration(tables.console(), calibrations)
+    if file:
+        tables.console().print(f"Written: {escape(str(file))}")
 
 
 @click.group()
@@ -140,14 +197,14 @@ def induction(
     from confsteer.evaluation.induction import induction as run
 
     loaded_profile = Profile.load(profile)
-    given = text.documents(model, "held-out")
+    source = text.source(model, "held-out")
     loaded = load(model, loading)
     beginning = len(leading_ids(loaded.tokenizer))
     result = run(
         loaded.model,
         loaded.tokenizer,
         loaded_profile,
-        texts=text.windows(*given, loaded.tokenizer, beginning + half, 2 * sequences * (beginning + half)) if given else None,
+        texts=source.windows(loaded.tokenizer, beginning + half, 2 * sequences * (beginning + half)) if source else None,
         sequences=sequences,
         half=half,
         seed=seed,
@@ -191,14 +248,14 @@ def cumulative(
     from confsteer.evaluation.cumulative import cumulative as run
 
     loaded_profile = Profile.load(profile)
-    given = text.documents(model, "held-out")
-    if given is None:
+    source = text.source(model, "held-out")
+    if source is None:
         raise click.UsageError(NO_TEXT)
     loaded = load(model, loading)
     result = run(
         loaded.model,
         loaded.tokenizer,
-        text.windows(*given, loaded.tokenizer, window, tokens),
+        source.windows(loaded.tokenizer, window, tokens),
         loaded_profile,
         k=k,
         repeats=repeats,

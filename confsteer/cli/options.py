@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,12 +11,15 @@ import click
 from rich.console import Console
 from rich.markup import escape
 
+from confsteer.files import write_atomically
+
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-    from confsteer.corpus import Document, Windows
+    from confsteer.texts import TextSource
 
 EXIT_NO_NEURONS = 3
+EXIT_NOTHING_GAINED = 4
 NO_TEXT = "give some text: --text PATH or --dataset HUB_ID"
 TEXT_FILE = click.Path(path_type=Path, dir_okay=False)
 OUTPUT_FILE = click.Path(path_type=Path, dir_okay=False, writable=True)
@@ -51,30 +53,27 @@ class TextOptions:
     chat: bool
     join: bool
 
-    def documents(self, model: str | None, part: Literal["calibration", "held-out"]) -> tuple[Iterable[Document], str] | None:
-        """Documents and what they are; the bundled model has a text of its own, others have none if none is given."""
-        from confsteer.texts import python_docs, read_dataset, read_texts
+    def sources(self, model: str | None, part: Literal["calibration", "held-out"]) -> list[TextSource]:
+        """Each --text for itself, or the dataset; the bundled model has a text of its own, others have none if none is given."""
+        from confsteer.texts import TextSource
 
         if self.texts and self.dataset:
             raise click.UsageError("give --text or --dataset, not both")
         if not self.dataset and (self.config or self.split):
             raise click.UsageError("--config and --split go with --dataset")
-        chat = " (conversations)" if self.chat else ""
+        how: dict[str, Any] = {"field": self.field, "chat": self.chat, "join": self.join}
         if self.dataset:
-            split = self.split or "train"
-            documents = read_dataset(self.dataset, config=self.config, split=split, field=self.field, chat=self.chat)
-            return documents, " ".join(filter(None, ["dataset", self.dataset, self.config, split])) + chat
+            return [TextSource(dataset=self.dataset, config=self.config, split=self.split, **how)]
         if self.texts:
-            documents = read_texts(self.texts, field=self.field, chat=self.chat)
-            return documents, ", ".join(path.name or str(path) for path in self.texts) + chat
-        if self.field or self.chat or self.join:
+            return [TextSource(text=(path,), **how) for path in self.texts]
+        if any(how.values()):
             raise click.UsageError("--field, --chat and --join go with --text or --dataset")
-        return (python_docs(part), f"Python documentation ({part} half)") if model is None else None
+        return [TextSource(bundled=part)] if model is None else []
 
-    def windows(self, documents: Iterable[Document], source: str, tokenizer: Any, window: int, tokens: int | None) -> Windows:
-        from confsteer.corpus import make_windows
-
-        return make_windows(documents, tokenizer, window=window, max_tokens=tokens, cross_documents=self.join, source=source)
+    def source(self, model: str | None, part: Literal["calibration", "held-out"]) -> TextSource | None:
+        """Every --text as one."""
+        sources = self.sources(model, part)
+        return sources[0].model_copy(update={"text": self.texts}) if sources else None
 
 
 def text_options(command: Any) -> Any:
@@ -126,14 +125,19 @@ steer_option = click.option(
 
 def write(console: Console, result: BaseModel, as_json: Path | None, plot: Path | None, draw: str) -> None:
     """What the options `json_option` and `plot_option` ask for."""
-    if as_json:
-        as_json.write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        console.print(f"Written: {escape(str(as_json))}")
+    write_json(console, result, as_json)
     if plot:
         from confsteer import plots
 
         getattr(plots, draw)(result).savefig(plot)
         console.print(f"Drawn: {escape(str(plot))}")
+
+
+def write_json(console: Console, result: BaseModel, file: Path | None) -> None:
+    """What the option `json_option` asks for."""
+    if file:
+        write_atomically(file, (result.model_dump_json(indent=1) + "\n").encode())
+        console.print(f"Written: {escape(str(file))}")
 
 
 def load(model: str | None, loading: dict[str, Any]) -> Any:

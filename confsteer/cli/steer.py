@@ -1,7 +1,8 @@
-"""Commands that steer: generate, serve."""
+"""Commands that steer: generate, bake, serve."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -63,6 +64,44 @@ def generate(
             text = loaded.tokenizer.decode(output.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             table.add_row(str(steering), escape(text.strip()), f"{entropy:.2f}")
     tables.console().print(table, "Entropy: mean over the generated tokens, in nats.", sep="\n")
+
+
+@click.command()
+@model_options
+@profile_option
+@steer_option
+@click.option("--out", required=True, type=click.Path(path_type=Path), metavar="FOLDER", help="Of the checkpoint; new, or empty.")
+def bake(model: str | None, profile: str, steers: tuple[str, ...], out: Path, **loading: Any) -> None:
+    """Fold a steering into MODEL's weights and save a checkpoint that any engine runs without confsteer.
+
+    \b
+    confsteer bake OWNER/MODEL -p my-profile -s entropy=0.2 --out my-model
+
+    Ranges (clamp.N=LOW:HIGH) and positions=generated are not linear and cannot be baked. Most steerings add a constant, which
+    needs a bias in the last MLP: GPT-2, OPT, Pythia, Phi and others have one, Llama, Granite and SmolLM3 are given one.
+    """
+    from confsteer import baking
+    from confsteer.steering import Steering
+
+    if len(steers) != 1:
+        raise click.UsageError('a checkpoint has one steering: give --steer once, such as "entropy=0.1 scale.757=0"')
+    steering, found = Steering.parse(steers[0]), Profile.load(profile)
+    with baking.new_folder(out) as folder:
+        loaded = load(model, loading)
+        baked = baking.bake(loaded.model, found, steering)
+        baking.save(loaded, baked, found, folder)
+    neurons = f"{len(baked.neurons)} neuron{'s' if len(baked.neurons) > 1 else ''} of layer {found.model.layer}"
+    where = " and ".join(filter(None, [baked.weight, baked.bias]))
+    click.echo(f"Baked {baked.steering} into {neurons} of {found.model.id}: {where}.")
+    if baked.mlp_bias_added:
+        click.echo("The model's MLPs had no biases; now they have (mlp_bias in its config), zero but for this one.")
+    if baked.weight:
+        click.echo("The profile does not fit these weights: calibrate them to steer further.")
+    else:
+        click.echo("Nothing but a bias changed, so the profile still fits: what it steers is added to what is baked.")
+    click.echo(f"Saved: {out}. To run it:")
+    click.echo(f"  vllm serve {out}")
+    click.echo(f'  AutoModelForCausalLM.from_pretrained("{out}")')
 
 
 @click.command(context_settings={"ignore_unknown_options": True})

@@ -6,7 +6,7 @@ which makes the difference of two estimates a paired one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -48,6 +48,12 @@ class Estimate:
     def map(self, function: Callable[[Tensor], Tensor]) -> Estimate:
         """An elementwise function of it."""
         return Estimate(float(function(torch.tensor(self.value, dtype=torch.float64))), function(self.resampled))
+
+
+def mean(estimates: Sequence[Estimate]) -> Estimate:
+    """The mean of estimates over different texts, each with resamples of its own."""
+    values = [estimate.value for estimate in estimates]
+    return Estimate(sum(values) / len(values), torch.stack([estimate.resampled for estimate in estimates]).mean(dim=0))
 
 
 class Blocks:

@@ -20,7 +20,7 @@ Kind = Literal["neutral", "steering", "temperature", "null write", "matched temp
 FREQUENCY_GROUPS = 10
 ENTROPY_BINS = 40
 COVERAGES = tuple(i / 20 for i in range(1, 21))
-COMPARED = ("loss", "entropy", "ece", "ece_equal_mass", "brier", "accuracy", "auroc")
+COMPARED = ("loss", "entropy", "ece", "ece_equal_mass", "brier", "brier_multiclass", "accuracy", "accuracy_normalised", "auroc")
 """Metrics whose paired differences are reported."""
 
 
@@ -29,7 +29,7 @@ class _Result(BaseModel):
 
 
 class ReliabilityBin(_Result):
-    """Tokens whose confidence falls into ``[low, high)``."""
+    """Predictions whose confidence falls into ``[low, high)``."""
 
     low: float
     high: float
@@ -53,8 +53,8 @@ class FrequencyGroup(_Result):
     accuracy: float
 
 
-class Row(_Result):
-    """One way to predict the text."""
+class ComparedRow(_Result):
+    """One way to predict, held against others."""
 
     name: str
     kind: Kind
@@ -67,9 +67,14 @@ class Row(_Result):
     minus: dict[Kind, dict[str, Interval]] = {}
     """Paired differences: this row's metric less that of the row of a kind (of its own matched temperature)."""
     reliability: tuple[ReliabilityBin, ...]
-    """Equal-width bins that hold tokens."""
+    """Equal-width bins that hold predictions."""
     coverage: tuple[float, ...]
     """Accuracy on the most confident 5 %, 10 %, … 100 %."""
+
+
+class Row(ComparedRow):
+    """One way to predict the text."""
+
     entropies: tuple[float, ...]
     """Share of tokens in each of `ENTROPY_BINS` equal bins from 0 to the logarithm of the vocabulary."""
     frequency: tuple[FrequencyGroup, ...]
@@ -166,26 +171,16 @@ def compare(sample: Sample, methods: Sequence[Method], unigram: Unigram, *, on_m
         on_method()
 
     def row(i: int) -> Row:
-        method, scores, ours = methods[i], scored[i], estimates[i]
-        against: dict[Kind, Estimates] = {}
-        for j, other in enumerate(methods):
-            matches = other.kind == "matched temperature" and other.steering == method.steering
-            if i != j and (other.kind in ("neutral", "temperature", "null write") or matches):
-                against[other.kind] = estimates[j]
+        method, scores = methods[i], scored[i]
         return Row(
             name=method.name,
             kind=method.kind,
             steering=method.steering,
             values=method.values,
-            metrics={name: estimate.interval for name, estimate in ours.items()},
-            minus={
-                kind: {
-                    name: (estimates[i][name] - other[name]).interval for name in COMPARED if name in estimates[i].keys() & other
-                }
-                for kind, other in against.items()
-            },
-            reliability=_reliability(scores, blocks),
-            coverage=_coverage(scores),
+            metrics={name: estimate.interval for name, estimate in estimates[i].items()},
+            minus=paired_differences(i, [(method.kind, method.steering) for method in methods], estimates),
+            reliability=reliability_bins(scores.confidence, scores.correct, blocks),
+            coverage=accuracy_at_coverages(scores.confidence, scores.correct),
             entropies=_histogram(scores.entropy, sample.layer.readout.vocab_size),
             frequency=tuple(_frequency_group(scores, target_log_frequency.exp(), group == g) for g in range(groups)),
         )
@@ -201,6 +196,29 @@ def compare(sample: Sample, methods: Sequence[Method], unigram: Unigram, *, on_m
     )
 
 
+def paired_differences(
+    i: int, methods: Sequence[tuple[Kind, Steering | None]], estimates: Sequence[Estimates]
+) -> dict[Kind, dict[str, Interval]]:
+    """What `Row.minus` holds.
+
+    Args:
+        i: which method.
+        methods: kind and steering of each.
+        estimates: of each.
+    """
+    _, steering = methods[i]
+    against: dict[Kind, Estimates] = {}
+    for j, (kind, of) in enumerate(methods):
+        matches = kind == "matched temperature" and of == steering
+        if i != j and (kind in ("neutral", "temperature", "null write") or matches):
+            against[kind] = estimates[j]
+    ours = estimates[i]
+    return {
+        kind: {name: (ours[name] - other[name]).interval for name in COMPARED if name in ours.keys() & other}
+        for kind, other in against.items()
+    }
+
+
 def _score(layer: LastLayer, method: Method, unigram: Unigram) -> tuple[TokenScores, UnigramDivergences]:
     parts = [layer.at(rows).scores_and_divergences(intervention, unigram) for rows, intervention in method.folds]
     order = torch.cat([rows for rows, _ in method.folds]).argsort()
@@ -208,13 +226,14 @@ def _score(layer: LastLayer, method: Method, unigram: Unigram) -> tuple[TokenSco
     return scores, UnigramDivergences(*(torch.cat(column)[order] for column in zip(*(d for _, d in parts), strict=True)))
 
 
-def _reliability(scores: TokenScores, blocks: Blocks) -> tuple[ReliabilityBin, ...]:
-    bins = width_bins(scores.confidence)
+def reliability_bins(confidence: Tensor, correct: Tensor, blocks: Blocks) -> tuple[ReliabilityBin, ...]:
+    """The equal-width bins that hold predictions, from their confidences ``[n]`` and whether they are right ``[n]``."""
+    bins = width_bins(confidence)
     found = []
     for i in bins.unique().tolist():
         inside = bins == i
-        # A resample without a token in the bin says nothing about it.
-        share = blocks.total(inside & scores.correct) / blocks.total(inside)
+        # A resample without a prediction in the bin says nothing about it.
+        share = blocks.total(inside & correct) / blocks.total(inside)
         present = share.resampled[share.resampled.isfinite()]
         low, high = present.quantile(torch.tensor([0.025, 0.975], dtype=present.dtype)).tolist()
         found.append(
@@ -222,15 +241,16 @@ def _reliability(scores: TokenScores, blocks: Blocks) -> tuple[ReliabilityBin, .
                 low=i / BINS,
                 high=(i + 1) / BINS,
                 count=int(inside.sum()),
-                confidence=float(scores.confidence[inside].double().mean()),
+                confidence=float(confidence[inside].double().mean()),
                 accuracy=Interval(share.value, low, high),
             )
         )
     return tuple(found)
 
 
-def _coverage(scores: TokenScores) -> tuple[float, ...]:
-    right = scores.correct[scores.confidence.argsort(descending=True)].double().cumsum(dim=0)
+def accuracy_at_coverages(confidence: Tensor, correct: Tensor) -> tuple[float, ...]:
+    """Accuracy on the most confident shares `COVERAGES`."""
+    right = correct[confidence.argsort(descending=True)].double().cumsum(dim=0)
     numbers = [max(1, round(c * len(right))) for c in COVERAGES]
     return tuple(float(right[n - 1]) / n for n in numbers)
 

@@ -8,15 +8,16 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from confsteer.evaluation.bootstrap import Blocks, Estimate
 from confsteer.evaluation.last_layer import Intervention, LastLayer
-from confsteer.evaluation.metrics import BINS, expected_calibration_error, width_bins
+from confsteer.evaluation.metrics import BINS, width_bins, width_calibration_error
 from confsteer.evaluation.scores import TokenScores
 
 Objective = Literal["nll", "brier", "ece"]
 Build = Callable[[Tensor], Intervention]
 """From parameters, ``[n]``, zero being neutral, to what they stand for."""
 MOST_STEPS = 60
-CONVERGED = 1e-6
+CONVERGED = 1e-5
 """Part of the objective below which a step's gain ends fitting."""
 PATIENCE = 4
 """Steps without a better validation score after which fitting stops."""
@@ -73,7 +74,8 @@ def fit(
         return known[1]
 
     def score(at: Tensor) -> float:
-        return sum(objective_value(objective, text.scores(build(at))) for text in validation) / max(1, len(validation))
+        scored = [text.scores(build(at)) for text in validation]
+        return sum(_objective_value(objective, scores) for scores in scored) / max(1, len(scored))
 
     best, best_score, best_step = start.clone(), score(start), 0
     before = float(closure())
@@ -91,13 +93,18 @@ def fit(
     return Fit(best, build(best), best_step)
 
 
-def objective_value(objective: Objective, scores: TokenScores) -> float:
+def _objective_value(objective: Objective, scores: TokenScores) -> float:
+    everything = Blocks(torch.zeros(len(scores.nll), dtype=torch.long))
+    return objective_estimate(objective, scores, everything).value
+
+
+def objective_estimate(objective: Objective, scores: TokenScores, blocks: Blocks) -> Estimate:
     """An objective as the reports have it."""
     if objective == "nll":
-        return float(scores.nll.mean())
+        return blocks.mean(scores.nll)
     if objective == "brier":
-        return float((scores.confidence - scores.correct.float()).square().mean())
-    return expected_calibration_error(scores.confidence, scores.correct)
+        return blocks.mean((scores.confidence - scores.correct.float()).square())
+    return width_calibration_error(scores.confidence, scores.correct, blocks)[0]
 
 
 def _value_and_gradient(build: Build, at: Tensor, texts: Sequence[LastLayer], objective: Objective) -> tuple[Tensor, Tensor]:
@@ -194,7 +201,7 @@ def match_entropy(text: LastLayer, entropies: Sequence[float]) -> list[Intervent
                 # Var_p(log p) = β² Var_p(z)
                 variance[i] += ((p * log_p.square()).sum(dim=-1) - mean.square()).double().sum().cpu()
         error = entropy / text.tokens - wanted
-        if float(error.abs().max()) < 1e-5:
+        if (error.abs() < 1e-5).all():
             break
         # dH/dlog β = −Var_p(log p); steps are kept short where the entropy hardly moves.
         log_beta += (error * text.tokens / variance.clamp_min(1e-9)).clamp(-0.5, 0.5)

@@ -13,6 +13,7 @@ from confsteer.corpus import Document, Windows, make_windows
 from confsteer.discovery.frequency import Unigram
 from confsteer.edit import neuron_edit, resolve
 from confsteer.errors import CorpusError, SteeringError
+from confsteer.evaluation.choices import ChoiceComparison
 from confsteer.evaluation.comparison import Method, Sample, TextComparison, compare
 from confsteer.evaluation.fit import fit_null_write, fit_temperature, match_entropy
 from confsteer.evaluation.induction import InductionStudy
@@ -38,6 +39,7 @@ class Evaluation(BaseModel):
     versions: dict[str, str]
     """Of the libraries that made it."""
     texts: tuple[TextComparison, ...]
+    choices: tuple[ChoiceComparison, ...] = ()
     induction: InductionStudy | None = None
 
 
@@ -97,7 +99,7 @@ def evaluate(
                 neutral_method(sample),
                 Method("fitted temperature", "temperature", sample.cross_fitted(fit_temperature, FIT_TOKENS)),
                 Method("constant in the null space", "null write", sample.cross_fitted(fit_null_write, FIT_TOKENS)),
-                *with_matched_temperatures(sample, steerings, interventions),
+                *with_matched_temperatures(sample, steerings, interventions, [str(steering) for steering in steerings]),
             ]
             compared.append(compare(sample, methods, Unigram.from_counts(counts), on_method=bar.update))
     return Evaluation(model=profile.model.id, profile=profile.checksum, versions=library_versions(), texts=tuple(compared))
@@ -126,16 +128,23 @@ def neutral_method(sample: Sample) -> Method:
 
 
 def with_matched_temperatures(
-    sample: Sample, steerings: Sequence[Steering], interventions: Sequence[Intervention]
+    sample: Sample, steerings: Sequence[Steering], interventions: Sequence[Intervention], names: Sequence[str]
 ) -> list[Method]:
-    """Each steering, and after it the temperature that gives the unsteered model the same mean entropy on this text."""
-    entropies = [float(sample.layer.scores(intervention).entropy.double().mean()) for intervention in interventions]
+    """Each steering, and after it the temperature that gives the unsteered model the same mean entropy on this text.
+
+    Args:
+        sample: the text.
+        steerings: what is asked for.
+        interventions: what each of them does, and what is done beside it.
+        names: of each, for the report.
+    """
     methods = []
+    entropies = [float(sample.layer.scores(intervention).entropy.double().mean()) for intervention in interventions]
     matched = match_entropy(sample.layer, entropies)
-    for steering, intervention, temperature in zip(steerings, interventions, matched, strict=True):
-        methods.append(Method(str(steering), "steering", sample.everywhere(intervention), steering))
-        name = f"temperature, entropy as {steering}"
-        methods.append(Method(name, "matched temperature", sample.everywhere(temperature), steering))
+    for steering, intervention, name, temperature in zip(steerings, interventions, names, matched, strict=True):
+        methods.append(Method(name, "steering", sample.everywhere(intervention), steering))
+        like = f"temperature, entropy as {name}"
+        methods.append(Method(like, "matched temperature", sample.everywhere(temperature), steering))
     return methods
 
 

@@ -9,7 +9,7 @@ again.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from confsteer.anatomy import dissect
+from confsteer.anatomy import Anatomy, dissect
 from confsteer.capture import record
 from confsteer.corpus import Windows, check_context
 from confsteer.discovery.frequency import Unigram
@@ -150,16 +150,35 @@ def read_last_layer(model: PreTrainedModel, profile: Profile, windows: Windows, 
         ProfileMismatchError: it is of another model.
         UnsupportedModelError: see `confsteer.anatomy.dissect`.
     """
-    model.eval()
     check_context(windows.window, model.config)
+    with tqdm(
+        total=windows.n_tokens, desc=f"read {windows.source}"[:40], unit="tok", unit_scale=True, disable=not progress
+    ) as bar:
+        return last_layer(
+            model, profile, lambda anatomy, neurons, device: record(model, anatomy, windows, neurons, device, bar.update)
+        )
+
+
+@torch.no_grad()
+def last_layer(
+    model: PreTrainedModel, profile: Profile, read: Callable[[Anatomy, Tensor, torch.device], TokenStates]
+) -> LastLayer:
+    """The last layer of `model` with what it saw of a text.
+
+    Args:
+        model: the profile's model; it is put in evaluation mode.
+        profile: which neurons steering can reach.
+        read: runs the model, given where to look, which neurons' activations to keep and where to put them; see `record`.
+
+    Raises:
+        NoNeuronsError, ProfileMismatchError, UnsupportedModelError: see `read_last_layer`.
+    """
+    model.eval()
     neurons = torch.tensor([neuron.index for neuron in steerable(profile)])
     anatomy = dissect(model)
     profile.check_model(anatomy)
     readout = anatomy.readout(profile.model.tokenizer_size)
     device = readout.unembedding.device
-    with tqdm(
-        total=windows.n_tokens, desc=f"read {windows.source}"[:40], unit="tok", unit_scale=True, disable=not progress
-    ) as bar:
-        states = record(model, anatomy, windows, neurons, device, bar.update)
+    states = read(anatomy, neurons, device)
     null_direction = unembedding_spectrum(readout).directions[:, 0].float()
     return LastLayer(readout.select(neurons.to(device)), states, null_direction)

@@ -10,10 +10,11 @@ right is that this token came; of an answer it is the top choice's share. None o
 | ``ece`` | expected calibration error, `BINS` bins of equal width |
 | ``ece_equal_mass`` | the same over `MASS_BINS` bins of equal numbers (HELM's convention), cut between distinct values |
 | ``mce`` | largest gap of an equal-width bin; bins of few tokens make it noisy |
-| ``smooth_ece`` | smooth ECE (Błasiok and Nakkiran 2023), by relplot where that is installed |
+| ``smooth_ece`` | smooth ECE (Błasiok and Nakkiran 2023), by relplot, if asked for |
 | ``brier`` | mean squared difference of the confidence and being right |
 | ``brier_multiclass`` | of answers: mean ``Σ_c (p_c − [c is right])²`` |
 | ``accuracy`` | share of right top predictions |
+| ``accuracy_normalised`` | of answers: the same of the top log-likelihood per character of the choice (lm-eval's ``acc_norm``) |
 | ``auroc`` | of confidence as a score for being right; ½ is chance |
 | ``selective_accuracy`` | accuracy on the `SELECTED` most confident (HELM) |
 | ``coverage_area`` | area under accuracy on the c most confident against c (HELM) |
@@ -22,8 +23,6 @@ right is that this token came; of an answer it is the top choice's share. None o
 """
 
 from __future__ import annotations
-
-import importlib.util
 
 import torch
 from torch import Tensor
@@ -42,20 +41,21 @@ SMOOTH_RESAMPLES = 100
 Estimates = dict[str, Estimate]
 
 
-def token_metrics(scores: TokenScores, blocks: Blocks, *, unsteered: TokenScores) -> Estimates:
+def token_metrics(scores: TokenScores, blocks: Blocks, *, unsteered: TokenScores, smooth: bool = False) -> Estimates:
     """All metrics of next-token predictions but the divergences.
 
     Args:
         scores: of the predictions to judge.
         blocks: that the tokens are in.
         unsteered: scores of the same tokens without steering.
+        smooth: whether to compute smooth ECE.
     """
     loss = blocks.mean(scores.nll)
     return {
         "loss": loss,
         "perplexity": loss.map(torch.exp),
         "entropy": blocks.mean(scores.entropy),
-        **calibration_metrics(scores.confidence, scores.correct, blocks),
+        **calibration_metrics(scores.confidence, scores.correct, blocks, smooth=smooth),
         "argmax_changed": blocks.mean(scores.prediction != unsteered.prediction),
     }
 
@@ -80,25 +80,26 @@ def answer_metrics(log_likelihood: Tensor, gold: Tensor, blocks: Blocks) -> Esti
     }
 
 
-def calibration_metrics(confidence: Tensor, correct: Tensor, blocks: Blocks) -> Estimates:
+def calibration_metrics(confidence: Tensor, correct: Tensor, blocks: Blocks, *, smooth: bool = False) -> Estimates:
     """How well a confidence says what is right. Metrics that need right and wrong predictions are left out if there are not both.
 
     Args:
         confidence: ``[n]``, probabilities.
         correct: ``[n]`` bool.
         blocks: that the n are in.
+        smooth: whether to compute smooth ECE too, which takes a second per ten thousand and the package relplot.
     """
     gap = confidence.double() - correct.double()
-    mass_bin, mass_bins = equal_mass_bins(confidence, MASS_BINS)
+    ece, mce = width_calibration_error(confidence, correct, blocks)
     found = {
-        "ece": _calibration_error(gap, width_bins(confidence), BINS, blocks)[0],
-        "ece_equal_mass": _calibration_error(gap, mass_bin, mass_bins, blocks)[0],
-        "mce": _calibration_error(gap, width_bins(confidence), BINS, blocks)[1],
+        "ece": ece,
+        "ece_equal_mass": _calibration_error(gap, *equal_mass_bins(confidence, MASS_BINS), blocks)[0],
+        "mce": mce,
         "brier": blocks.mean(gap.square()),
         "accuracy": blocks.mean(correct),
         **_ranking(confidence, correct, blocks),
     }
-    if importlib.util.find_spec("relplot"):
+    if smooth:
         found["smooth_ece"] = _smooth_ece(confidence, correct, blocks)
     return found
 
@@ -130,6 +131,11 @@ def equal_mass_bins(values: Tensor, bins: int) -> tuple[Tensor, int]:
     # A bin begins with the value it is cut at; nothing comes before the smallest.
     edges = edges[edges > ordered[0]]
     return torch.searchsorted(edges, values, right=True), len(edges) + 1
+
+
+def width_calibration_error(confidence: Tensor, correct: Tensor, blocks: Blocks) -> tuple[Estimate, Estimate]:
+    """ECE and MCE over `BINS` equal-width bins; see `calibration_metrics`."""
+    return _calibration_error(confidence.double() - correct.double(), width_bins(confidence), BINS, blocks)
 
 
 def _calibration_error(gap: Tensor, bin_of: Tensor, bins: int, blocks: Blocks) -> tuple[Estimate, Estimate]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 import torch
@@ -8,15 +9,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from confsteer.evaluation.bootstrap import Blocks
 from confsteer.evaluation.metrics import (
     BINS,
-    Interval,
-    ReliabilityBins,
-    TokenScores,
-    bootstrap_weights,
+    MASS_BINS,
+    SELECTED,
+    answer_metrics,
+    calibration_metrics,
+    equal_mass_bins,
     expected_calibration_error,
-    metrics,
+    ranking_metrics,
+    token_metrics,
+    width_calibration_error,
 )
+from confsteer.evaluation.scores import TokenScores
+
+items = st.lists(st.tuples(st.integers(0, 40).map(lambda i: i / 40), st.booleans()), min_size=2, max_size=60)
 
 
 def random_scores(tokens: int = 400, vocab: int = 30, seed: int = 0) -> tuple[Tensor, Tensor, TokenScores]:
@@ -24,6 +32,24 @@ def random_scores(tokens: int = 400, vocab: int = 30, seed: int = 0) -> tuple[Te
     logits = 2 * torch.randn(tokens, vocab, generator=generator)
     targets = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
     return logits, targets, TokenScores.of(logits, targets)
+
+
+def columns(pairs: list[tuple[float, bool]]) -> tuple[Tensor, Tensor]:
+    return torch.tensor([c for c, _ in pairs]), torch.tensor([y for _, y in pairs])
+
+
+def one_block(n: int) -> Blocks:
+    return Blocks(torch.zeros(n, dtype=torch.long))
+
+
+def gaps_by_loop(pairs: list[tuple[float, bool]], bin_of: list[int]) -> list[tuple[int, float]]:
+    """Number and |mean confidence − accuracy| of each bin."""
+    found = []
+    for b in set(bin_of):
+        inside = [pair for pair, i in zip(pairs, bin_of, strict=True) if i == b]
+        gap = sum(c for c, _ in inside) / len(inside) - sum(y for _, y in inside) / len(inside)
+        found.append((len(inside), abs(gap)))
+    return found
 
 
 def test_scores_by_their_definition() -> None:
@@ -37,65 +63,136 @@ def test_scores_by_their_definition() -> None:
         assert bool(scores.correct[t]) == (max(p) == p[y])
 
 
-def ece_by_loop(confidence: list[float], correct: list[bool]) -> float:
-    gap = 0.0
-    for i in range(BINS):
-        inside = [j for j, c in enumerate(confidence) if min(int(c * BINS), BINS - 1) == i]
-        if inside:
-            accuracy = sum(correct[j] for j in inside) / len(inside)
-            gap += len(inside) / len(confidence) * abs(accuracy - sum(confidence[j] for j in inside) / len(inside))
-    return gap
-
-
 @given(st.lists(st.tuples(st.floats(1 / 512, 511 / 512, width=32), st.booleans()), min_size=1, max_size=50))
-def test_torchmetrics_the_bins_and_a_loop_agree(items: list[tuple[float, bool]]) -> None:
+def test_torchmetrics_ours_and_a_loop_agree(pairs: list[tuple[float, bool]]) -> None:
     # Away from bin edges, where float32 and float64 may disagree about the side.
-    items = [(c, y) for c, y in items if abs(c * BINS - round(c * BINS)) > 1e-4] or [(0.5, True)]
-    confidence, correct = torch.tensor([c for c, _ in items]), torch.tensor([y for _, y in items])
-    expected = ece_by_loop([float(c) for c in confidence], [y for _, y in items])
+    pairs = [(c, y) for c, y in pairs if abs(c * BINS - round(c * BINS)) > 1e-4] or [(0.5, True)]
+    confidence, correct = columns(pairs)
+    gaps = gaps_by_loop(pairs, [min(int(c * BINS), BINS - 1) for c, _ in pairs])
+    expected = sum(n * gap for n, gap in gaps) / len(pairs)
+    ece, mce = width_calibration_error(confidence, correct, one_block(len(pairs)))
     assert expected_calibration_error(confidence, correct) == pytest.approx(expected, abs=1e-5)
-    scores = TokenScores(confidence, confidence, confidence, torch.zeros(len(items), dtype=torch.long), correct)
-    bins = ReliabilityBins.per_window(scores, torch.zeros(len(items), dtype=torch.long), 1)
-    assert float((bins.confidence - bins.correct).abs().sum()) / len(items) == pytest.approx(expected, abs=1e-5)
+    assert ece.value == pytest.approx(expected, abs=1e-5)
+    assert mce.value == pytest.approx(max(gap for _, gap in gaps), abs=1e-5)
 
 
-def test_metrics_are_means_over_all_tokens() -> None:
+@given(items, st.randoms(use_true_random=False))
+def test_equal_mass_bins_depend_on_values_not_on_order(pairs: list[tuple[float, bool]], shuffler: random.Random) -> None:
+    shuffled = pairs[:]
+    shuffler.shuffle(shuffled)
+    found = []
+    for order in (pairs, shuffled):
+        confidence, correct = columns(order)
+        bin_of, bins = equal_mass_bins(confidence, MASS_BINS)
+        assert sorted(set(bin_of.tolist())) == list(range(bins))
+        assert bins <= MASS_BINS
+        by_value: dict[float, set[int]] = {}
+        for (value, _), i in zip(order, bin_of.tolist(), strict=True):
+            by_value.setdefault(value, set()).add(i)
+        assert all(len(inside) == 1 for inside in by_value.values())
+        gaps = gaps_by_loop(order, bin_of.tolist())
+        ece = calibration_metrics(confidence, correct, one_block(len(order)))["ece_equal_mass"].value
+        assert ece == pytest.approx(sum(n * gap for n, gap in gaps) / len(order), abs=1e-6)
+        found.append(ece)
+    assert found[0] == pytest.approx(found[1], abs=1e-6)
+
+
+def test_equal_mass_bins_hold_equal_numbers_of_distinct_values() -> None:
+    bin_of, bins = equal_mass_bins(torch.randperm(1000) / 1000, 10)
+    assert bins == 10
+    assert torch.bincount(bin_of).tolist() == [100] * 10
+
+
+def test_a_thousand_equal_confidences_are_one_bin() -> None:
+    """Bins cut by index would show 0.42 here if the right ones come first."""
+    confidence, correct = torch.full((1000,), 0.9), torch.arange(1000) < 600
+    assert calibration_metrics(confidence, correct, one_block(1000))["ece_equal_mass"].value == pytest.approx(0.3, abs=1e-6)
+
+
+@given(items.filter(lambda pairs: len({y for _, y in pairs}) == 2))
+def test_auroc_is_torchmetrics_and_the_pairs_definition(pairs: list[tuple[float, bool]]) -> None:
+    from torchmetrics.functional.classification import binary_auroc
+
+    confidence, correct = columns(pairs)
+    ours = calibration_metrics(confidence, correct, one_block(len(pairs)))["auroc"].value
+    right, wrong = ([c for c, y in pairs if y == side] for side in (True, False))
+    by_pairs = sum((r > w) + 0.5 * (r == w) for r in right for w in wrong) / (len(right) * len(wrong))
+    assert ours == pytest.approx(by_pairs, abs=1e-9)
+    assert ours == pytest.approx(float(binary_auroc(confidence, correct.long())), abs=1e-5)
+
+
+@given(items)
+def test_selective_metrics_by_numerical_integration(pairs: list[tuple[float, bool]]) -> None:
+    """Equal confidences come in no order, so each of them counts as right as all of them are on average."""
+    confidence, correct = columns(pairs)
+    ours = calibration_metrics(confidence, correct, one_block(len(pairs)))
+    ordered = sorted(pairs, reverse=True)
+    rate = [sum(y for c, y in pairs if c == value) / sum(c == value for c, _ in pairs) for value, _ in ordered]
+    steps = 4000
+    total, area, selected = 0.0, 0.0, 0.0
+    for i in range(steps):
+        total += rate[int(i / steps * len(pairs))] / steps
+        area += total / ((i + 1) / steps) / steps
+        if i + 1 == int(SELECTED * steps):
+            selected = total / SELECTED
+    assert ours["coverage_area"].value == pytest.approx(area, abs=5e-3)
+    assert ours["selective_accuracy"].value == pytest.approx(selected, abs=5e-3)
+
+
+def test_ranking_is_undefined_where_all_are_right() -> None:
+    found = calibration_metrics(torch.tensor([0.2, 0.9]), torch.tensor([True, True]), one_block(2))
+    assert "auroc" not in found
+    assert found["coverage_area"].value == 1
+    assert ranking_metrics(torch.ones(1, 3).double(), torch.zeros(1, 3).double())["coverage_area"].item() == 0
+
+
+def test_resamples_of_a_ranking_are_those_of_the_tokens_drawn() -> None:
+    _, _, scores = random_scores()
+    blocks = Blocks(torch.arange(400) // 10)
+    found = calibration_metrics(scores.confidence, scores.correct, blocks)
+    for draw in range(3):
+        rows = torch.arange(400).repeat_interleave(blocks.weights[draw].long()[blocks.index])
+        again = calibration_metrics(scores.confidence[rows], scores.correct[rows], one_block(len(rows)))
+        for name in ("ece", "mce", "brier", "accuracy"):
+            assert float(found[name].resampled[draw]) == pytest.approx(again[name].value, abs=1e-5)
+        for name in ("auroc", "coverage_area", "selective_accuracy"):
+            assert float(found[name].resampled[draw]) == pytest.approx(again[name].value, abs=5e-3)
+
+
+def test_means_over_all_tokens() -> None:
     _, _, scores = random_scores()
     _, _, other = random_scores(seed=1)
-    window = torch.arange(400) // 40
-    result = metrics(scores, window, unsteered=other)
-    assert result.loss.value == pytest.approx(float(scores.nll.mean()))
-    assert result.perplexity.value == pytest.approx(math.exp(float(scores.nll.mean())))
-    assert result.entropy.value == pytest.approx(float(scores.entropy.mean()))
-    assert result.brier.value == pytest.approx(float((scores.confidence - scores.correct.float()).square().mean()))
-    assert result.accuracy.value == pytest.approx(float(scores.correct.float().mean()))
-    assert result.argmax_changed.value == pytest.approx(float((scores.prediction != other.prediction).float().mean()))
-    assert metrics(scores, window, unsteered=scores).argmax_changed == Interval(0, 0, 0)
-    for interval in result:
-        assert interval.low <= interval.high
-    assert result.loss.low < result.loss.value < result.loss.high
+    found = token_metrics(scores, Blocks(torch.arange(400) // 40), unsteered=other)
+    assert found["loss"].value == pytest.approx(float(scores.nll.mean()))
+    assert found["perplexity"].value == pytest.approx(math.exp(float(scores.nll.mean())))
+    assert found["entropy"].value == pytest.approx(float(scores.entropy.mean()))
+    assert found["brier"].value == pytest.approx(float((scores.confidence - scores.correct.float()).square().mean()))
+    assert found["accuracy"].value == pytest.approx(float(scores.correct.float().mean()))
+    assert found["argmax_changed"].value == pytest.approx(float((scores.prediction != other.prediction).float().mean()))
+    for estimate in found.values():
+        low, high = estimate.interval[1:]
+        assert low <= high
+    low, high = found["loss"].interval[1:]
+    assert low < found["loss"].value < high
 
 
-def test_a_resample_is_of_whole_windows() -> None:
-    weights = bootstrap_weights(7)
-    assert weights.sum(dim=1).eq(7).all()
-    assert torch.equal(weights, weights.round())
-    assert torch.equal(weights, bootstrap_weights(7))
-    assert float(weights.mean()) == pytest.approx(1)
+def test_smooth_ece_is_relplot_s() -> None:
+    relplot = pytest.importorskip("relplot")
+    _, _, scores = random_scores()
+    found = calibration_metrics(scores.confidence, scores.correct, Blocks(torch.arange(400) // 40), smooth=True)["smooth_ece"]
+    expected = relplot.smECE(scores.confidence.double().numpy(), scores.correct.double().numpy())
+    assert found.value == pytest.approx(expected, abs=1e-9)
+    assert found.interval.low < found.interval.high
 
 
-def test_intervals_have_the_width_of_the_window_means() -> None:
-    """Windows of different means: the interval is about ±1.96 standard errors over windows, not over tokens."""
-    generator = torch.Generator().manual_seed(0)
-    levels = torch.randn(100, generator=generator)
-    values = levels.repeat_interleave(50)
-    scores = TokenScores(values, values.abs(), torch.full_like(values, 0.5), torch.zeros(5000, dtype=torch.long), values > 0)
-    interval = metrics(scores, torch.arange(5000) // 50, unsteered=scores).loss
-    error = float(levels.std()) / 10
-    assert interval.high - interval.low == pytest.approx(2 * 1.96 * error, rel=0.15)
-
-
-def test_unequal_windows_are_weighted_by_their_tokens() -> None:
-    _, _, scores = random_scores(tokens=100)
-    window = torch.tensor([0] * 90 + [1] * 10)
-    assert metrics(scores, window, unsteered=scores).loss.value == pytest.approx(float(scores.nll.mean()))
+def test_answers_by_their_definition() -> None:
+    log_likelihood = torch.tensor([[-3.0, -1.0, -2.0], [-5.0, -5.0, -math.inf], [-1.0, -9.0, -4.0]])
+    gold = torch.tensor([1, 0, 2])
+    found = answer_metrics(log_likelihood, gold, one_block(3))
+    shares = [[math.exp(x) for x in row] for row in log_likelihood.tolist()]
+    shares = [[x / sum(row) for x in row] for row in shares]
+    assert found["loss"].value == pytest.approx(-sum(math.log(row[g]) for row, g in zip(shares, gold.tolist(), strict=True)) / 3)
+    assert found["accuracy"].value == pytest.approx(2 / 3)
+    brier = sum(sum((p - (i == g)) ** 2 for i, p in enumerate(row)) for row, g in zip(shares, gold.tolist(), strict=True)) / 3
+    assert found["brier_multiclass"].value == pytest.approx(brier)
+    assert found["entropy"].value == pytest.approx(-sum(p * math.log(p) for row in shares for p in row if p) / 3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -177,6 +179,23 @@ def test_with_a_lora_adapter_on_the_projection_itself(make: Make, tmp_path: Path
         prompts = [{"prompt_token_ids": ask.prompt} for ask in asks]
         outputs = llm.generate(prompts, params, lora_request=LoRARequest("adapter", 1, str(tmp_path)), use_tqdm=False)
     parity.check(parity.compare(subject._replace(model=adapted), asks, outputs), asks)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
+def test_a_baked_checkpoint_needs_no_confsteer(model_type: str, make: Make, tmp_path: Path) -> None:
+    """GPT-2 has a bias where the constant part goes; the Llama is given one."""
+    subject = make(model_type)
+    asked = "preset=calm entropy=0.2"
+    model = copy.deepcopy(subject.model)
+    confsteer.bake(model, subject.profile, asked)
+    folder = shutil.copytree(subject.model_folder, tmp_path / "baked")  # for its tokenizer
+    model.save_pretrained(folder)
+    asks = [Ask(prompt, None) for prompt in parity.prompts(8, vocabulary=96, longest=24, seed=0)]
+    with parity.engine(subject._replace(model_folder=folder), additional_config={}) as llm:
+        assert "Steering" not in type(worker_of(llm)).__name__
+        outputs = parity.ask_all(llm, asks, prompt_logprobs=2)
+    asks = [ask._replace(steering=asked) for ask in asks]
+    parity.check(parity.compare(subject, asks, outputs), asks)
 
 
 def test_the_default_is_for_requests_that_ask_for_nothing(make: Make) -> None:

@@ -1,0 +1,264 @@
+"""A steering folded into a model's weights, and checkpoints of the result.
+
+``a' = gain · a + bias`` before a linear layer makes another linear layer: a neuron's output weights times its gain, and its
+original output weights times its bias in the constant that the layer adds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from confsteer.anatomy import Anatomy, dissect, dtype_name, unwrap, written_by
+from confsteer.edit import neuron_edit, resolve, steerable
+from confsteer.errors import ConfsteerError, SteeringError, UnsupportedModelError
+from confsteer.hf import Request
+from confsteer.loading import LoadedModel
+from confsteer.profile import Profile
+from confsteer.steering import Steering
+
+RECORD_NAME = "confsteer.json"
+"""File in a baked checkpoint that says what it was made of; nothing reads it."""
+
+
+class Baked(NamedTuple):
+    """What `bake` changed."""
+
+    steering: Steering
+    """With its preset written out."""
+    neurons: tuple[int, ...]
+    """Indices of the neurons that are steered."""
+    weight: str | None
+    """Name of the parameter with their output weights; None where those are as they were."""
+    bias: str | None
+    """Name of the parameter that took up the constant part; None where there is none."""
+    mlp_bias_added: bool
+    """Whether ``mlp_bias`` was off in the model's config: all its MLPs have biases now, zero but for this one."""
+
+
+def bake(model: nn.Module, profile: Profile | str | os.PathLike[str], steering: Request) -> Baked:
+    """Fold `steering` into the weights of `model`, which then computes by itself what it would under `confsteer.steer`.
+
+    **The model is changed in place, for good**; if an error is raised it is as it was. ``model.save_pretrained`` saves an
+    ordinary checkpoint.
+
+        confsteer.bake(model, profile, {"entropy": 0.3})
+
+    A neuron's output weights are multiplied by its gain, and the constant part, Σ bias · (original output weights), goes to
+    the projection's bias. A projection without one gets one where the config can say so (``mlp_bias``: Llama, Granite,
+    SmolLM3); elsewhere only steerings without a constant part can be baked.
+
+    The arithmetic is float64, rounded once to the weights' precision. In bfloat16 that is up to 0.2 % of each weight, and
+    up to 0.2 % of each entry of the *sum* of the projection's own bias and the constant, so that a constant much smaller than
+    that bias is lost; `confsteer.steer` rounds each steered activation instead. Load the model in float32 to keep all digits.
+
+    Once output weights have changed the profile does not fit the model. A steering that only adds (dials, shifts) changes
+    nothing but a bias, and the profile still fits: what it steers then is added to what was baked.
+
+    Args:
+        model: a transformers causal language model with ordinary weights, all in memory.
+        profile: the model's profile, or what `Profile.load` takes.
+        steering: a `Steering`, or what `Steering.parse` takes.
+
+    Raises:
+        SteeringError: the request is malformed, out of reach, changes nothing, or is not linear in the activations at all
+            positions; or it has a constant part and the projection has no bias.
+        NoNeuronsError: the profile has no neurons to turn.
+        ProfileMismatchError: the profile is of another model.
+        UnsupportedModelError: see `confsteer.anatomy.dissect`; or weights are quantised, shared, offloaded or under adapters.
+    """
+    if not isinstance(profile, Profile):
+        profile = Profile.load(profile)
+    steering = resolve(Steering.parse(steering), profile)
+    gain, shift = _linear_rule(steering, profile)
+    base = unwrap(model)
+    if getattr(model, "_orig_mod", model) is not base or any(hasattr(module, "base_layer") for module in base.modules()):
+        raise UnsupportedModelError(
+            "the model has adapters (PEFT), which are not part of its weights: merge them first, model = "
+            "model.merge_and_unload(), and calibrate the merged model"
+        )
+    anatomy = dissect(model)
+    profile.check_model(anatomy)
+    _check_weights(base, anatomy)
+    projection: Any = anatomy.down_proj
+    index = torch.tensor([neuron.index for neuron in steerable(profile)])
+    with torch.no_grad():
+        # A view: what is written into it is written into the weight.
+        w_out = written_by(projection)
+        rows = w_out[index.to(w_out.device)].cpu()
+        constant = shift @ rows.double()  # [d_model]
+        baked_rows = (gain[:, None] * rows.double()).to(rows.dtype)
+        bias = torch.zeros_like(constant, dtype=rows.dtype) if projection.bias is None else projection.bias.cpu()
+        baked_bias = (bias.double() + constant).to(bias.dtype)
+        weight_changes, bias_changes = not torch.equal(baked_rows, rows), not torch.equal(baked_bias, bias)
+        if not (weight_changes or bias_changes):
+            raise SteeringError(
+                f"{steering}: changes nothing in the {dtype_name(rows.dtype)} weights of this model; there is nothing to bake"
+            )
+        if not (baked_rows.isfinite().all() and baked_bias.isfinite().all()):
+            raise SteeringError(
+                f"{steering}: makes weights that {dtype_name(rows.dtype)} cannot hold. Ask for less, or load the model in float32"
+            )
+        without_bias: list[nn.Linear] = []
+        if projection.bias is None and bias_changes:
+            without_bias = _layers_of_mlp_bias(base)
+            if projection not in without_bias:
+                raise _no_place_for_a_constant(steering, profile)
+            for layer in without_bias:
+                zeros = layer.weight.new_zeros(layer.out_features)
+                layer.bias = nn.Parameter(zeros, requires_grad=layer.weight.requires_grad)
+            base.config.get_text_config().mlp_bias = True
+        w_out[index.to(w_out.device)] = baked_rows.to(w_out.device)
+        if projection.bias is not None:
+            projection.bias.copy_(baked_bias)
+    name = next(name for name, module in base.named_modules() if module is projection)
+    return Baked(
+        steering=steering,
+        neurons=tuple(index[(gain != 1) | (shift != 0)].tolist()),
+        weight=f"{name}.weight" if weight_changes else None,
+        bias=f"{name}.bias" if bias_changes else None,
+        mlp_bias_added=bool(without_bias),
+    )
+
+
+def _linear_rule(steering: Steering, profile: Profile) -> tuple[Tensor, Tensor]:
+    """Gain and bias of each of the profile's neurons, float64 ``[neurons]``.
+
+    Raises:
+        SteeringError: there is more to the steering than these.
+    """
+    if steering.positions != "all":
+        raise SteeringError(f"positions={steering.positions}: weights are the same at all positions; bake it without")
+    gain, bias, low, high = (torch.from_numpy(column).double() for column in neuron_edit(steering, profile))
+    # A clamp to one value is linear.
+    fixed = low == high
+    gain, bias = torch.where(fixed, 0.0, gain), torch.where(fixed, low, bias)
+    ranged = ~fixed & (low.isfinite() | high.isfinite())
+    if ranged.any():
+        neurons = ", ".join(str(neuron.index) for neuron, is_ranged in zip(steerable(profile), ranged, strict=True) if is_ranged)
+        raise SteeringError(
+            f"{steering}: a range is not linear, so weights cannot keep neuron {neurons} in one; clamp to a single value, or "
+            "steer while the model runs"
+        )
+    return gain, bias
+
+
+def _check_weights(base: PreTrainedModel, anatomy: Anatomy) -> None:
+    """
+    Raises:
+        UnsupportedModelError: the last projection cannot be changed, or not without changing something else.
+    """
+    model_type = base.config.model_type
+    if anatomy.quantised:
+        raise UnsupportedModelError(
+            f"this {model_type} is quantised: load it unquantised, bake, and quantise the baked checkpoint"
+        )
+    if any(parameter.is_meta for parameter in base.parameters()):
+        raise UnsupportedModelError(
+            f"weights of this {model_type} are offloaded; load it whole into memory, such as with device_map='cpu' (on the "
+            "command line --device cpu)"
+        )
+    own = set(map(id, anatomy.down_proj.parameters()))
+    sharing = [name for name, parameter in base.named_parameters(remove_duplicate=False) if id(parameter) in own]
+    if len(sharing) > len(own):
+        raise UnsupportedModelError(
+            f"the last MLP projection of this {model_type} shares its parameters ({', '.join(sharing)}): to bake would change "
+            "more than the last layer"
+        )
+
+
+def _layers_of_mlp_bias(base: PreTrainedModel) -> list[nn.Linear]:
+    """The layers that the model's class would give a bias if ``mlp_bias`` were on in its config; none if it has no such flag."""
+    config = copy.deepcopy(base.config)
+    text_config = config.get_text_config()
+    if getattr(text_config, "mlp_bias", None) is not False:
+        return []
+    text_config.mlp_bias = True
+    with torch.device("meta"):
+        biased = type(base)(config)
+    layers: list[nn.Linear] = []
+    for name, module in biased.named_modules():
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            layer = base.get_submodule(name)
+            assert isinstance(layer, nn.Linear)
+            if layer.bias is None:
+                layers.append(layer)
+    return layers
+
+
+def _no_place_for_a_constant(steering: Steering, profile: Profile) -> SteeringError:
+    neuron = steerable(profile)[0]
+    cancelling = f"scale.{neuron.index}=0.5 shift.{neuron.index}={-0.5 * neuron.mean_activation!r}"
+    return SteeringError(
+        f"{steering}: adds a constant, and the last MLP projection of {profile.model.id} ({profile.model.model_type}) has no "
+        f"bias to hold it. What can be baked here multiplies activations: clamp.{neuron.index}=0, or a scale whose constant a "
+        f"shift takes away, {cancelling}. Steer with anything else while the model runs: confsteer serve"
+    )
+
+
+@contextlib.contextmanager
+def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder to write into that becomes `path` when the context is left, and is removed if that is by an exception.
+
+    Raises:
+        ConfsteerError: there is something at `path` already, or it cannot be written to.
+    """
+    folder = Path(path).resolve()
+    try:
+        if folder.exists() and not (folder.is_dir() and next(folder.iterdir(), None) is None):
+            raise ConfsteerError(f"{folder} exists and is not an empty folder; nothing is written over: give another")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    except OSError as error:
+        raise ConfsteerError(f"cannot write to {folder}: {error.strerror}") from error
+    try:
+        yield draft
+        try:
+            # safetensors writes files for the owner's eyes alone, and servers run as someone else.
+            draft.chmod(0o755)
+            for file in draft.iterdir():
+                file.chmod(0o644)
+            draft.replace(folder)
+        except OSError as error:
+            raise ConfsteerError(f"cannot write to {folder}: {error.strerror}") from error
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+
+
+def save(loaded: LoadedModel, baked: Baked, profile: Profile, folder: Path) -> None:
+    """Write a baked model with its tokenizer as a checkpoint of safetensors and JSON, and beside it what it was made of.
+
+    Raises:
+        UnsupportedModelError: the model or its tokenizer brings code of its own.
+        ConfsteerError: it cannot be written.
+    """
+    record = {
+        "base_model": profile.model.id,
+        "revision": profile.model.revision,
+        "profile": profile.checksum,
+        "steering": baked.steering.model_dump(mode="json", exclude_defaults=True),
+    }
+    try:
+        loaded.model.save_pretrained(folder)
+        loaded.tokenizer.save_pretrained(folder)
+        (folder / RECORD_NAME).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ConfsteerError(f"cannot save the baked model: {error}") from error
+    if code := sorted(file.name for file in folder.rglob("*.py")):
+        raise UnsupportedModelError(
+            f"{profile.model.id} runs code of its own ({', '.join(code)}), and a baked checkpoint holds none: load it without "
+            "trust_remote_code if transformers knows the model, or bake in Python and save it yourself"
+        )

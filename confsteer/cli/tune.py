@@ -1,0 +1,123 @@
+"""The command that chooses a steering by data."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.markup import escape
+
+from confsteer import tables
+from confsteer.cli.options import (
+    EXIT_NOTHING_GAINED,
+    NO_TEXT,
+    TextOptions,
+    json_option,
+    load,
+    model_options,
+    profile_option,
+    text_options,
+    window_option,
+    write_json,
+)
+from confsteer.profile import Profile
+from confsteer.steering import Steering
+
+
+@click.command()
+@model_options
+@profile_option
+@text_options
+@window_option
+@click.option(
+    "--tokens", default=40_000, show_default=True, type=click.IntRange(min=1), help="Read at most this many of each text."
+)
+@click.option("--dials", is_flag=True, help="Tune the two dials only, not each neuron.")
+@click.option("--temperature", is_flag=True, help="Fit a temperature beside them, for you to sample with.")
+@click.option(
+    "--objective",
+    type=click.Choice(["nll", "brier", "ece"]),
+    default="nll",
+    show_default=True,
+    help="What to minimise: the loss, the Brier score of the top prediction, or its calibration error.",
+)
+@click.option("--ridge", default=1e-4, show_default=True, type=click.FloatRange(min=0), help="Pull towards neutral, nats.")
+@click.option(
+    "--leave-one-out/--no-leave-one-out", default=True, help="Of several texts: tune on all but one too.  [default: on]"
+)
+@click.option("--seed", default=0, show_default=True, help="Of the order in which documents are shared out.")
+@click.option("--name", default="calibrated", show_default=True, metavar="PRESET", help="What to call what is found.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder to write the profile with the preset to.  [default: PROFILE]",
+)
+@json_option
+@click.option(
+    "--report", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE.html", help="Write a report with pictures."
+)
+def tune(
+    model: str | None,
+    profile: str,
+    text: TextOptions,
+    window: int,
+    tokens: int,
+    dials: bool,
+    temperature: bool,
+    name: str,
+    out: Path | None,
+    as_json: Path | None,
+    report: Path | None,
+    **settings: Any,
+) -> None:
+    """Find the steering that makes text like yours likeliest or best calibrated, and keep it as a preset of PROFILE.
+
+    \b
+    confsteer tune OWNER/MODEL -p my-profile --text wiki.txt --text code.txt --text chat.txt --report tuned.html
+    confsteer tune OWNER/MODEL -p my-profile --dataset OWNER/TEXTS --objective ece --name cautious
+
+    Give every kind of text the model will see, each as a --text of its own: they count equally, and what is tuned on one kind
+    can do harm on another. Each is cut in three, by documents: what is tuned on, what says when to stop, and what the tables
+    are of. What does not beat the unsteered model on the second beyond its interval is not saved: exit code 4.
+
+    \b
+    Afterwards:  confsteer eval ... -s preset=calibrated    confsteer serve ... --default preset=calibrated
+    """
+    from confsteer.tuning import tune as run
+
+    Steering.parse({"preset": name})
+    sources = text.sources(model, "calibration")
+    if not sources:
+        raise click.UsageError(NO_TEXT)
+    loaded_profile = Profile.load(profile)
+    folder = out or Path(profile)
+    if out is None and not folder.is_dir():
+        raise click.UsageError(
+            f"{profile} is not a folder on this machine: say with --out where to write the profile with the preset"
+        )
+    loaded = load(model, {key: settings.pop(key) for key in ("device", "dtype", "revision", "trust_remote_code")})
+    result = run(
+        loaded.model,
+        loaded.tokenizer,
+        {source.title: source.windows(loaded.tokenizer, window, tokens) for source in sources},
+        loaded_profile,
+        parameters="dials" if dials else "neurons",
+        with_temperature=temperature,
+        progress=True,
+        **settings,
+    )
+    console = tables.console()
+    tables.print_tuning(console, result)
+    write_json(console, result, as_json)
+    if report:
+        from confsteer.report import write_report
+
+        write_report(result, report, loaded_profile)
+        console.print(f"Written: {escape(str(report))}")
+    if not result.gained:
+        console.print("[bold]Nothing saved:[/bold] on text it was not tuned on it does not beat neutral beyond the interval.")
+        sys.exit(EXIT_NOTHING_GAINED)
+    loaded_profile.with_preset(name, result.steering).save(folder)
+    console.print(f"Preset {escape(name)} written to {escape(str(folder))}")

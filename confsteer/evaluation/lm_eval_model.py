@@ -1,0 +1,157 @@
+"""The model ``confsteer`` of lm-eval (EleutherAI's lm-evaluation-harness): its own ``hf`` model, steered.
+
+lm-eval 0.4 looks for no models outside itself: this module must be imported before it is asked for ``--model confsteer``.
+``confsteer lm-eval`` does so. In Python:
+
+    import confsteer.evaluation.lm_eval_model
+    lm_eval.simple_evaluate("confsteer", {"pretrained": ..., "profile": ..., "steering": "entropy=0.3"}, tasks=[...])
+
+vLLM needs nothing from here: lm-eval's ``vllm`` model hands ``additional_config`` on, which is where confsteer's plugin looks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import lm_eval.__main__
+import lm_eval.evaluator
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from transformers import PreTrainedModel
+
+from confsteer.edit import neuron_edit, resolve
+from confsteer.errors import ConfsteerError, SteeringError
+from confsteer.evaluation.lm_eval_samples import TaskCalibration, calibrations
+from confsteer.files import write_atomically
+from confsteer.hf import Request, steer
+from confsteer.loading import DEMO, DEMO_NAME
+from confsteer.profile import Profile
+from confsteer.steering import Steering
+
+
+@register_model("confsteer")
+class SteeredLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
+    """lm-eval's ``hf`` model, steered while it answers requests and as it was at any other time.
+
+    Neutral steering gives lm-eval's own numbers, bit for bit.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | PreTrainedModel = DEMO_NAME,
+        *,
+        profile: Profile | str | os.PathLike[str] | None = None,
+        steering: Request | None = None,
+        **settings: Any,
+    ) -> None:
+        """
+        Args:
+            pretrained: hub id, folder, a model, or ``confsteer-demo``, the bundled one.
+            profile: the model's profile, or what `Profile.load` takes; None for a model that is not steered.
+            steering: what `Steering.parse` takes. lm-eval cuts ``--model_args`` at commas that are in no bracket, and the text
+                form (``entropy=0.3 scale.757=0``) has none.
+            **settings: of lm-eval's ``hf`` model.
+
+        Raises:
+            SteeringError: the steering is malformed, out of reach, or lacks a profile.
+            NoNeuronsError: the profile has no neurons to turn.
+            ProfileError: there is no such profile, or it is of another model.
+            UnsupportedModelError: see `confsteer.anatomy.dissect`.
+            ConfsteerError: there is no such model.
+        """
+        self.steering = Steering.parse({} if steering is None else steering)
+        self.profile = Profile.load(profile) if isinstance(profile, str | os.PathLike) else profile
+        if self.profile is not None:
+            self.steering = resolve(self.steering, self.profile)
+            neuron_edit(self.steering, self.profile)
+        elif self.steering != Steering():
+            raise SteeringError(f"steering {self.steering} needs the model's profile: give profile=PROFILE too")
+        try:
+            super().__init__(str(DEMO) if pretrained == DEMO_NAME else pretrained, **settings)
+        except OSError as error:
+            raise ConfsteerError(f"cannot load {pretrained}: {error}") from error
+        # A profile of another model is refused now, not after the tasks have been loaded.
+        with self._steered():
+            pass
+
+    def _steered(self) -> contextlib.AbstractContextManager[object]:
+        """Entered once for all requests of a kind: entering checks the whole model."""
+        return contextlib.nullcontext() if self.profile is None else steer(self.model, self.profile, self.steering)
+
+    def _steered_for_scoring(self) -> contextlib.AbstractContextManager[object]:
+        if self.steering.positions == "generated":
+            raise SteeringError(
+                "positions=generated steers what is generated, and this task scores answers that are given: leave positions out"
+            )
+        return self._steered()
+
+    def loglikelihood(self, *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
+        with self._steered_for_scoring():
+            return super().loglikelihood(*args, **kwargs)  # type: ignore[no-any-return]
+
+    def loglikelihood_rolling(self, *args: Any, **kwargs: Any) -> list[float]:
+        with self._steered_for_scoring():
+            return super().loglikelihood_rolling(*args, **kwargs)  # type: ignore[no-any-return]
+
+    def generate_until(self, *args: Any, **kwargs: Any) -> list[str]:
+        with self._steered():
+            return super().generate_until(*args, **kwargs)  # type: ignore[no-any-return]
+
+
+def run(options: Sequence[str]) -> tuple[list[TaskCalibration], Path | None]:
+    """lm-eval's command line with ``--model confsteer``, and the calibration of the answers to its multiple-choice tasks.
+
+    Args:
+        options: of lm-eval; another ``--model`` among them takes the place of ours.
+
+    Returns:
+        A row per multiple-choice task, none in a process that is not the first; and the file beside lm-eval's results that
+        they were written to, if lm-eval was asked to write.
+    """
+    rows: list[TaskCalibration] = []
+    trackers: list[Any] = []
+    simple_evaluate = lm_eval.evaluator.simple_evaluate
+
+    def evaluate(*args: Any, log_samples: bool, evaluation_tracker: Any, **kwargs: Any) -> Any:
+        """Samples are needed here; lm-eval writes them only if asked."""
+        results = simple_evaluate(*args, log_samples=True, evaluation_tracker=evaluation_tracker, **kwargs)
+        if results is not None:
+            rows.extend(calibrations(results))
+            trackers.append(evaluation_tracker)
+            if not log_samples:
+                del results["samples"]
+        return results
+
+    # Neither lm-eval's command line nor its results' writer hands results on.
+    with (
+        _replaced(lm_eval.evaluator, "simple_evaluate", evaluate),
+        _replaced(sys, "argv", ["lm-eval", "--model", "confsteer", *options]),
+    ):
+        lm_eval.__main__.cli_evaluate()
+    file = _beside_results(trackers[0]) if rows and trackers[0].output_path else None
+    if file is not None:
+        write_atomically(file, (json.dumps({row.task: row._asdict() for row in rows}, indent=1) + "\n").encode())
+    return rows, file
+
+
+def _beside_results(tracker: Any) -> Path:
+    """Where lm-eval writes: a folder per model, or the folder of the file that was named."""
+    path = Path(tracker.output_path)
+    folder = path.parent if path.suffix == ".json" else path / tracker.general_config_tracker.model_name_sanitized
+    return folder / f"calibration_{tracker.date_id}.json"
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)

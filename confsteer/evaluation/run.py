@@ -1,0 +1,138 @@
+"""An evaluation as a file: what to run, so that it can be run again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from confsteer.corpus import leading_ids, read_counts
+from confsteer.errors import SettingError
+from confsteer.evaluation.harness import Evaluation, evaluate, sweep
+from confsteer.evaluation.induction import induction
+from confsteer.loading import DEMO_UNIGRAM, LoadedModel
+from confsteer.profile import Profile
+from confsteer.steering import Steering
+from confsteer.texts import TextSource
+
+SEQUENCES, HALF = 100, 100
+"""Of the induction study: sequences, and tokens that each reads twice."""
+
+
+class Run(BaseModel):
+    """What ``confsteer eval`` is asked for, in a YAML file the words of its options.
+
+    Files and folders are looked for beside the YAML file.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str | None = None
+    """Hub id or folder; the bundled model if None."""
+    profile: str
+    """Folder, shipped name or hub repository."""
+    texts: tuple[TextSource, ...] = ()
+    """The bundled model's held-out text if there is none."""
+    steerings: tuple[str, ...] = ()
+    """As `Steering.parse` takes them."""
+    sweeps: tuple[str, ...] = ()
+    """As `confsteer.evaluation.harness.sweep` takes them."""
+    tokens: Annotated[int, Field(ge=1)] | None = None
+    """Of each text; all if None."""
+    window: int = 256
+    unigram: Path | None = None
+    """``.npy`` file with token counts; counted in each text if None."""
+    choices: tuple[Path, ...] = ()
+    """Multiple-choice questions, see `confsteer.evaluation.choices`."""
+    induction: bool = False
+    """Whether to measure repetition too, with the first text as the natural one."""
+
+    @classmethod
+    def read(cls, file: Path) -> Run:
+        """
+        Raises:
+            SettingError: it cannot be read or is no such file; the sentence names the key.
+        """
+        import yaml
+
+        try:
+            content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise SettingError(f"cannot read {file}: {error.strerror}") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise SettingError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
+        try:
+            return cls.model_validate(content)._beside(file.parent)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "the whole"
+            raise SettingError(f"{file}: {where}: {first['msg']}; a run has {', '.join(cls.model_fields)}") from error
+
+    def _beside(self, folder: Path) -> Run:
+        """With its files and folders where they are."""
+
+        def name(value: str | None) -> str | None:
+            return str(folder / value) if value and (folder / value).exists() else value
+
+        changed: dict[str, Any] = {"model": name(self.model), "profile": name(self.profile)}
+        changed["texts"] = tuple(t.model_copy(update={"text": tuple(folder / p for p in t.text)}) for t in self.texts)
+        changed["choices"] = tuple(folder / path for path in self.choices)
+        changed["unigram"] = self.unigram and folder / self.unigram
+        return self.model_copy(update=changed)
+
+    def all_steerings(self) -> list[Steering]:
+        """The steerings, those of the sweeps last.
+
+        Raises:
+            SteeringError: one is malformed.
+        """
+        return [*map(Steering.parse, self.steerings), *(one for text in self.sweeps for one in sweep(text))]
+
+    def sources(self) -> tuple[TextSource, ...]:
+        """Its texts.
+
+        Raises:
+            SettingError: there is none, or two have the same name.
+        """
+        sources = self.texts or ((TextSource(bundled="held-out"),) if self.model is None else ())
+        titles = [source.title for source in sources]
+        if len(set(titles)) < len(titles):
+            raise SettingError(f"two texts are called {max(titles, key=titles.count)!r}: texts are reported by name")
+        return sources
+
+
+def run(settings: Run, profile: Profile, loaded: LoadedModel, *, progress: bool = False) -> Evaluation:
+    """Do what `settings` ask for.
+
+    Args:
+        settings: what to run.
+        profile: the one they name, loaded.
+        loaded: the model they name, loaded.
+        progress: whether to show progress bars.
+
+    Raises:
+        ConfsteerError: see `evaluate`, `induction` and `confsteer.evaluation.choices`.
+    """
+    steerings = settings.all_steerings()
+    counts_file = settings.unigram or (DEMO_UNIGRAM if settings.model is None else None)
+    counts = None
+    if counts_file:
+        counts = torch.from_numpy(read_counts(counts_file))[: profile.model.tokenizer_size].long()
+    windows = {source.title: source.windows(loaded.tokenizer, settings.window, settings.tokens) for source in settings.sources()}
+    result = evaluate(loaded.model, loaded.tokenizer, windows, profile, steerings, unigram_counts=counts, progress=progress)
+    if settings.induction:
+        first = settings.sources()[0]
+        length = len(leading_ids(loaded.tokenizer)) + HALF
+        study = induction(
+            loaded.model,
+            loaded.tokenizer,
+            profile,
+            texts=first.windows(loaded.tokenizer, length, 2 * SEQUENCES * length),
+            sequences=SEQUENCES,
+            half=HALF,
+            progress=progress,
+        )
+        result = result.model_copy(update={"induction": study})
+    return result

@@ -1,0 +1,248 @@
+from __future__ import annotations
+
+import io
+import math
+import random
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+import confsteer
+from confsteer import CorpusError, Steering, SteeringError, demo
+from confsteer.edit import neuron_edit
+from confsteer.evaluation.choices import (
+    COLDEST,
+    HOTTEST,
+    encode,
+    evaluate_choices,
+    fit_answer_temperature,
+    match_answer_entropy,
+    question_blocks,
+    read_choices,
+)
+from confsteer.evaluation.last_layer import Intervention
+from confsteer.questions import Question
+from tests.models import tiny_tokenizer
+from tests.planted import planted
+
+
+def some_questions(number: int, *, longest: int = 20, passages: int = 0, seed: int = 0) -> list[Question]:
+    """Of the tiny tokenizer's words; the first are too long for the tiny models' context of 64."""
+    generator = random.Random(seed)
+
+    def words(n: int) -> str:
+        return " ".join(f"t{generator.randint(1, 95)}" for _ in range(n))
+
+    texts = [words(5) for _ in range(passages)]
+    questions = []
+    for i in range(number):
+        choices = tuple(words(generator.randint(1, 6)) for _ in range(generator.randint(2, 5)))
+        question = words(70 if i < 2 else generator.randint(1, longest))
+        passage = generator.choice(texts) if texts else ""
+        questions.append(Question(question, choices, generator.randrange(len(choices)), passage))
+    return questions
+
+
+def with_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<eos> $A", special_tokens=[("<eos>", 0)])
+    return tokenizer
+
+
+def naive(model: Any, tokenizer: Any, questions: list[Question], most: int) -> list[list[float]]:
+    """One pass of the whole model for each choice."""
+    found: list[list[float]] = []
+    for question in questions:
+        found.append([])
+        prompt = tokenizer(question.prompt)["input_ids"]
+        for continuation in question.continuations:
+            whole = tokenizer(question.prompt + continuation)["input_ids"]
+            own = whole[len(prompt) :]
+            ids = torch.tensor([(prompt + own)[-(most + 1) :]])
+            with torch.no_grad():
+                log_p = model(ids[:, :-1], use_cache=False).logits.log_softmax(dim=-1)[0]
+            found[-1].append(
+                sum(float(log_p[i - 1, token]) for i, token in enumerate(ids[0].tolist()) if i >= ids.shape[1] - len(own))
+            )
+    return found
+
+
+def flat(log_likelihood: Tensor) -> list[float]:
+    return [x for x in log_likelihood.flatten().tolist() if x != -math.inf]
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "gemma2"])
+@pytest.mark.parametrize("bos", [False, True])
+def test_log_likelihoods_are_those_of_a_pass_per_choice_of_the_steered_model(model_type: str, bos: bool) -> None:
+    model, _, _, profile = planted(model_type)
+    tokenizer = with_bos(tiny_tokenizer()) if bos else tiny_tokenizer()
+    questions = some_questions(6)
+    sample = read_choices(model, tokenizer, questions, profile)
+    assert sample.truncated == 2
+    for steering in (Steering(), Steering(entropy=0.1, scale={20: 0.0})):
+        ours = sample.log_likelihood(Intervention.of(neuron_edit(steering, profile)))
+        with confsteer.steer(model, profile, steering):
+            theirs = naive(model, tokenizer, questions, 64)
+        assert flat(ours) == pytest.approx([x for row in theirs for x in row], abs=1e-4)
+        assert [(row > -math.inf).sum().item() for row in ours] == [len(row) for row in theirs]
+
+
+def test_log_likelihoods_are_those_of_lm_eval() -> None:
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    model, tokenizer, profile = demo.load()
+    questions = [
+        Question("What is the colour of grass?", ("green", "a very dark and melancholy blue", "red"), 0),
+        Question(
+            "Who wrote it?  ", ("Mr. Dickens", "nobody at all, said the old man, and was silent"), 1, "It was the best of times."
+        ),
+        Question("And then?", ("night fell", "the sun rose upon the hills"), 0, "The day was long. " * 150),
+    ]
+    sample = read_choices(model, tokenizer, questions, profile)
+    assert sample.truncated == 1
+    ours = sample.log_likelihood(Intervention.neutral(sample.layer.readout.n_neurons))
+    pairs = [(question.prompt, text) for question in questions for text in question.continuations]
+    requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+    theirs = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=2, device="cpu").loglikelihood(requests, disable_tqdm=True)
+    assert flat(ours) == pytest.approx([value for value, _ in theirs], abs=1e-3)
+
+
+def test_rows_and_baselines() -> None:
+    model, tokenizer, _, profile = planted("llama")
+    questions = some_questions(30, longest=8)
+    steering = Steering(entropy=0.4)
+    (result,) = evaluate_choices(model, tokenizer, {"quiz": questions}, profile, [steering])
+    assert [row.kind for row in result.rows] == ["neutral", "temperature", "steering", "matched temperature"]
+    assert (result.source, result.questions, result.blocks, result.unit) == ("quiz", 30, 30, "questions")
+    neutral, fitted, steered, matched = result.rows
+    # What a steering does to the answers is read off the same closed form that other tests compare with the model.
+    sample = read_choices(model, tokenizer, questions, profile)
+    ours = sample.log_likelihood(Intervention.neutral(sample.layer.readout.n_neurons))
+    theirs = sample.log_likelihood(Intervention.of(neuron_edit(steering, profile)))
+    assert neutral.metrics["accuracy"].value == pytest.approx(float((ours.argmax(1) == sample.gold).double().mean()))
+    gold = theirs.log_softmax(1)[torch.arange(30), sample.gold]
+    assert steered.metrics["loss"].value == pytest.approx(-float(gold.mean()))
+    by_length = []
+    for question, row in zip(questions, ours.tolist(), strict=True):
+        per_character = [value / len(choice) for value, choice in zip(row, question.choices, strict=False)]
+        by_length.append(per_character.index(max(per_character)) == question.answer)
+    assert neutral.metrics["accuracy_normalised"].value == pytest.approx(sum(by_length) / 30)
+    # Each half is judged with the temperature of the other.
+    even, odd = torch.arange(30) % 2 == 0, torch.arange(30) % 2 == 1
+    assert fitted.values == tuple(fit_answer_temperature(ours[seen], sample.gold[seen]) for seen in (odd, even))
+    losses = [
+        -(ours[use] / t).log_softmax(1)[torch.arange(15), sample.gold[use]]
+        for use, t in zip((even, odd), fitted.values, strict=True)
+    ]
+    assert fitted.metrics["loss"].value == pytest.approx(float(torch.cat(losses).mean()))
+    assert matched.metrics["entropy"].value == pytest.approx(steered.metrics["entropy"].value, abs=1e-6)
+    assert matched.steering == steering
+    # A temperature changes no answer.
+    for row in (fitted, matched):
+        assert row.minus["neutral"]["accuracy"] == (0, 0, 0)
+        assert row.metrics["accuracy_normalised"] == neutral.metrics["accuracy_normalised"]
+    assert neutral.minus.keys() == {"temperature"}
+    assert steered.minus.keys() == {"neutral", "temperature", "matched temperature"}
+    for name, difference in steered.minus["matched temperature"].items():
+        assert difference.value == pytest.approx(steered.metrics[name].value - matched.metrics[name].value)
+    for row in result.rows:
+        assert sum(b.count for b in row.reliability) == 30
+        assert row.coverage[-1] == pytest.approx(row.metrics["accuracy"].value)
+    assert type(result).model_validate_json(result.model_dump_json()) == result
+
+
+def test_questions_of_one_passage_are_one_block() -> None:
+    questions = some_questions(12, passages=3)
+    block, unit = question_blocks([*questions, *some_questions(2, seed=1)])
+    assert unit == "passages"
+    assert len(block.unique()) == len({question.passage for question in questions}) + 2
+    for i, one in enumerate(questions):
+        for j, other in enumerate(questions):
+            assert (block[i] == block[j]) == (one.passage == other.passage)
+    assert question_blocks(some_questions(3))[1] == "questions"
+
+
+def test_what_cannot_be_compared_is_refused_before_the_model_runs() -> None:
+    model, tokenizer, _, profile = planted("gpt2")
+    with pytest.raises(CorpusError, match=r"quiz: 1 questions \(1 questions\); .* give two or more"):
+        evaluate_choices(model, tokenizer, {"quiz": some_questions(1)}, profile, [])
+    with pytest.raises(CorpusError, match=r"quiz: 3 questions \(1 passages\)"):
+        evaluate_choices(model, tokenizer, {"quiz": some_questions(3, passages=1)}, profile, [])
+    with pytest.raises(SteeringError, match="out of reach"):
+        evaluate_choices(model, tokenizer, {"quiz": some_questions(3)}, profile, [Steering(entropy=50.0)])
+    long = [*some_questions(3), Question("t1", ("t2", "t3 " * 65), 0)]
+    with pytest.raises(CorpusError, match=r"quiz, question 4: the choice 't3 .* has 65 tokens; this model needs 1 to 64"):
+        evaluate_choices(model, tokenizer, {"quiz": long}, profile, [])
+
+
+def test_only_what_does_not_fit_is_cut() -> None:
+    tokenizer = with_bos(tiny_tokenizer())
+    question = Question("t1 t2 t3", ("t4", "t5 t6"), 0)
+    whole, truncated = encode(question, tokenizer, None)
+    # BOS, "Question:", three words, "Answer:"; the last token is predicted and not read.
+    assert [len(context) for context, _ in whole] == [6, 6]
+    assert not truncated
+    assert encode(question, tokenizer, 7) == (whole, False)
+    cut, truncated = encode(question, tokenizer, 6)
+    assert truncated
+    assert cut == [whole[0], (whole[1][0][1:], [5, 6])]
+
+
+def log_likelihoods(seed: int, scale: float, questions: int = 40) -> tuple[Tensor, Tensor]:
+    """Of two to five choices each, the right one drawn as they say."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(questions, 5, generator=generator, dtype=torch.float64)
+    values[torch.arange(5) >= torch.randint(2, 6, (questions, 1), generator=generator)] = -math.inf
+    gold = torch.multinomial(values.softmax(1), 1, generator=generator)[:, 0]
+    return scale * values, gold
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 10_000), st.floats(0.1, 50))
+def test_the_fitted_temperature_has_the_least_loss(seed: int, scale: float) -> None:
+    values, gold = log_likelihoods(seed, scale)
+
+    def loss(temperature: float) -> float:
+        return float(torch.nn.functional.cross_entropy(values / temperature, gold))
+
+    found = fit_answer_temperature(values, gold)
+    assert COLDEST <= found <= HOTTEST
+    for other in (*torch.logspace(-2, 4, 25).tolist(), 0.99 * found, 1.01 * found):
+        assert loss(found) <= loss(other) + 1e-9 or other < COLDEST or other > HOTTEST
+
+
+def test_answers_that_are_better_the_less_likely_are_best_at_the_hottest() -> None:
+    values, _ = log_likelihoods(0, 3.0)
+    assert fit_answer_temperature(values, values.nan_to_num(neginf=1e9).argmin(1)) == pytest.approx(HOTTEST)
+    assert fit_answer_temperature(values, values.argmax(1)) == pytest.approx(COLDEST)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 10_000), st.floats(0.2, 20), st.floats(0.2, 20))
+def test_the_matched_temperature_is_the_one_that_was_applied(seed: int, scale: float, temperature: float) -> None:
+    values, _ = log_likelihoods(seed, scale)
+    share = (values / temperature).softmax(1)
+    entropy = float(torch.special.entr(share).sum(1).mean())
+    assert match_answer_entropy(values, entropy) == pytest.approx(temperature, rel=1e-6)
+
+
+def test_the_table_has_a_line_per_way_but_matched_temperatures() -> None:
+    from rich.console import Console
+
+    from confsteer.tables import print_choices
+
+    model, tokenizer, _, profile = planted("llama")
+    steerings = [Steering(entropy=0.4), Steering(unigram=0.1)]
+    (result,) = evaluate_choices(model, tokenizer, {"quiz": some_questions(12)}, profile, steerings)
+    console = Console(record=True, width=160, file=io.StringIO())
+    print_choices(console, "tiny", result)
+    text = console.export_text()
+    assert "12 questions, 2 of them without their beginning" in text
+    for row in result.rows:
+        assert (row.name in text) == (row.kind != "matched temperature")

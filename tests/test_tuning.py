@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+
+import confsteer
+from confsteer import CorpusError, Profile, Steering
+from confsteer.corpus import make_windows
+from confsteer.edit import neuron_edit, steerable
+from confsteer.evaluation.bootstrap import Interval
+from confsteer.evaluation.harness import read_sample
+from confsteer.evaluation.last_layer import Intervention
+from confsteer.tuning import DialParameters, NeuronParameters, Tuning, split, tune
+from tests.models import VOCAB, zipf_texts
+from tests.planted import Planted, planted
+
+
+def written_by(model: object, steering: Steering, *, seed: int = 0) -> list[str]:
+    """Documents that a steered model writes, so that this steering is the one to be found."""
+    found = planted("llama")
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, VOCAB, (60, 1), generator=generator)
+    with torch.no_grad(), confsteer.steer(found.model, found.profile, steering):
+        for _ in range(62):
+            p = found.model(ids, use_cache=False).logits[:, -1].softmax(-1)
+            ids = torch.cat([ids, torch.multinomial(p, 1, generator=generator)], dim=1)
+    return [" ".join(f"t{i}" if i else "<eos>" for i in row) for row in ids.tolist()]
+
+
+@functools.cache
+def tuned() -> Tuning:
+    model, tokenizer, _, profile = planted("llama")
+    steering = Steering(entropy=0.6)
+    texts = {"one": written_by(model, steering), "other": written_by(model, steering, seed=1)}
+    return tune(model, tokenizer, texts, profile, parameters="dials", window=64)
+
+
+def test_the_steering_a_text_was_written_with_is_found() -> None:
+    result = tuned()
+    assert result.steering.entropy == pytest.approx(0.6, abs=0.15)
+    assert result.gained
+    for text in (*result.texts, *result.left_out):
+        (row,) = text.of_kind("steering")
+        assert row.minus["neutral"]["loss"].high < 0
+    assert [text.source for text in result.left_out] == ["one", "other"]
+
+
+def test_where_nothing_can_be_gained_it_says_so() -> None:
+    """Text that the unsteered model wrote."""
+    model, tokenizer, _, profile = planted("llama")
+    result = tune(model, tokenizer, written_by(model, Steering()), profile, window=64)
+    assert not result.gained
+    assert result.left_out == ()
+
+
+def test_what_is_reported_is_what_the_stored_preset_does() -> None:
+    found, result = planted("llama"), tuned()
+    profile = found.profile.with_preset("calibrated", result.steering)
+    windows = make_windows(written_by(found.model, Steering(entropy=0.6)), found.tokenizer, window=64, source="one")
+    test_part = split(read_sample(found.model, found.profile, windows, progress=False), windows, found.profile, seed=0).test
+    edit = neuron_edit(Steering(preset="calibrated"), profile)
+    scores = test_part.layer.scores(Intervention.of(edit))
+    (row,) = result.texts[0].of_kind("steering")
+    assert row.metrics["loss"].value == pytest.approx(float(scores.nll.double().mean()), abs=1e-6)
+
+
+def test_results_survive_json() -> None:
+    assert Tuning.model_validate_json(tuned().model_dump_json()) == tuned()
+
+
+def test_a_loss_that_chance_explains_is_no_gain() -> None:
+    for interval, gained in ((Interval(-0.1, -0.2, -0.01), True), (Interval(-0.1, -0.2, 0.01), False)):
+        assert tuned().model_copy(update={"validation": interval}).gained == gained
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
+def test_parameters_are_the_steering_they_become(model_type: str) -> None:
+    profile = planted(model_type).profile
+    generator = torch.Generator().manual_seed(0)
+    for ways in (NeuronParameters(profile), DialParameters(profile)):
+        at = 0.2 * torch.randn(ways.number, generator=generator)
+        ours, stored = ways.intervention(at), Intervention.of(neuron_edit(ways.steering(at), profile))
+        for name in ("gain", "bias", "low", "high"):
+            torch.testing.assert_close(getattr(ours, name).float(), getattr(stored, name), atol=1e-4, rtol=1e-4)
+        neutral = ways.intervention(torch.zeros(ways.number))
+        for name, expected in Intervention.neutral(len(steerable(profile)))._asdict().items():
+            torch.testing.assert_close(getattr(neutral, name).float(), expected.float(), atol=1e-7, rtol=0)
+
+
+def test_dials_stay_within_their_reach() -> None:
+    profile = planted("llama").profile
+    ways = DialParameters(profile)
+    for far in (-1000.0, 1000.0):
+        steering = ways.steering(torch.full((ways.number,), far))
+        low, high = profile.reach("entropy")
+        assert low <= (steering.entropy or 0) <= high
+        neuron_edit(steering, profile)
+
+
+def parts_of(found: Planted, texts: list[str], window: int = 64) -> list[set[int]]:
+    windows = make_windows(texts, found.tokenizer, window=window)
+    sample = read_sample(found.model, found.profile, windows, progress=False)
+    parts = split(sample, windows, found.profile, seed=0)
+    assert sum(part.layer.tokens for part in parts[:3]) == sample.layer.tokens
+    return [set(part.block.tolist()) for part in parts[:3]]
+
+
+def test_parts_share_no_document() -> None:
+    train, validation, test = parts_of(planted("llama"), zipf_texts(50, 100))
+    assert train | validation | test == set(range(50))
+    assert (len(train), len(validation), len(test)) == (30, 10, 10)
+
+
+def test_few_documents_are_cut_in_stretches() -> None:
+    train, validation, test = parts_of(planted("llama"), zipf_texts(2, 800))
+    assert max(train) < min(validation) <= max(validation) < min(test)
+
+
+def test_too_little_text_is_refused() -> None:
+    model, tokenizer, texts, profile = planted("llama")
+    with pytest.raises(CorpusError, match="at least 10 windows of 64 tokens"):
+        tune(model, tokenizer, texts, profile, tokens=300, window=64)
+
+
+def test_a_profile_keeps_what_was_tuned(tmp_path: Path) -> None:
+    profile = planted("llama").profile.with_preset("calibrated", tuned().steering)
+    folder = profile.save(tmp_path)
+    assert Profile.load(folder).presets["calibrated"] == tuned().steering
