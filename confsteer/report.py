@@ -60,9 +60,9 @@ class Metric(NamedTuple):
 
 
 METRICS = {
-    "loss": Metric("loss", 3, "lower"),
+    "loss": Metric("loss", better="lower"),
     "perplexity": Metric("perplexity", 1, "lower"),
-    "entropy": Metric("entropy", 3),
+    "entropy": Metric("entropy"),
     "ece": Metric("ECE", better="lower"),
     "ece_equal_mass": Metric("equal-mass ECE", better="lower"),
     "mce": Metric("MCE", better="lower"),
@@ -324,9 +324,9 @@ def _better_calibrated(best: ComparedRow, neutral: ComparedRow, steerings: int) 
 
 
 def _cost(best: ComparedRow) -> Finding:
-    worse, better = _sides(best.minus["neutral"], ("loss", "accuracy"))
-    answer = f"Worse {worse}." if worse else "No loss or accuracy that shows."
-    lead = f"{better.capitalize()} {'are' if ' and ' in better else 'is'} better." if better else ""
+    worse, better = _sides(best.minus["neutral"], ("loss", "accuracy", "auroc"))
+    answer = f"Worse {worse}." if worse else "Nothing that shows in loss, accuracy or AUROC."
+    lead = f"{better[:1].upper() + better[1:]} {'are' if ' and ' in better else 'is'} better." if better else ""
     if "argmax_changed" in best.metrics:
         changed = METRICS["argmax_changed"].number(best.metrics["argmax_changed"].value)
         lead += f" The top prediction is another one on {changed} of the tokens."
