@@ -38,7 +38,7 @@ RIDGE = 1e-4
 """Nats of penalty for a gain that is one off, or a shift by half of what its dial can do."""
 SPLITS = (0.6, 0.2, 0.2)
 """Of a text: what is tuned on, what says when to stop, what is reported on."""
-FEWEST_BLOCKS = 10
+FEWEST_BLOCKS = 20
 """Documents or windows that can be shared out in this way."""
 
 Parameters = Literal["neurons", "dials"]

@@ -121,8 +121,8 @@ def test_few_documents_are_cut_in_stretches() -> None:
 
 def test_too_little_text_is_refused() -> None:
     model, tokenizer, texts, profile = planted("llama")
-    with pytest.raises(CorpusError, match="at least 10 windows of 64 tokens"):
-        tune(model, tokenizer, texts, profile, tokens=300, window=64)
+    with pytest.raises(CorpusError, match="at least 20 windows of 64 tokens"):
+        tune(model, tokenizer, texts, profile, tokens=900, window=64)
 
 
 def test_a_profile_keeps_what_was_tuned(tmp_path: Path) -> None:
