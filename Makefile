@@ -41,10 +41,12 @@ demo: $(VENV)/.eval
 	$(BIN)/confsteer eval -p $(OUT)/profile -s entropy=-0.15 -s entropy=+0.3 --plot $(OUT)/reliability.png --json $(OUT)/eval.json
 	@echo "== Done. Profile: $(OUT)/profile. Pictures: $(OUT)/neurons.png, $(OUT)/response.png, $(OUT)/reliability.png"
 
+# A process per core, of one thread each: tests are small.
 test: export HF_HUB_OFFLINE = 1
+test: export OMP_NUM_THREADS = 1
 test: $(VENV)/.dev
 	@echo "== Testing"
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 # $(1): release. torchvision and its like come along as CUDA builds, which break imports beside a CPU build of torch.
 define install_vllm
@@ -67,9 +69,8 @@ install-vllm:
 test-vllm: export HF_HUB_OFFLINE = 1
 test-vllm:
 	$(call install_vllm,$(VLLM_OLDEST))
-	@echo "== Testing vLLM $(VLLM_OLDEST): engines in this process, and a server"
+	@echo "== Testing vLLM $(VLLM_OLDEST): engines in this process"
 	$(VLLM_VENV)/bin/python -m pytest tests/vllm/test_engine.py -m "not processes" -k "$(FEWER)"
-	$(VLLM_VENV)/bin/python -m pytest tests/vllm/test_server.py
 	$(call install_vllm,$(VLLM_NEWEST))
 	@echo "== Testing vLLM $(VLLM_NEWEST), second model runner"
 	VLLM_USE_V2_MODEL_RUNNER=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm/test_engine.py -m "not processes" -k "$(FEWER)"

@@ -23,14 +23,17 @@ if TYPE_CHECKING:
         UnsupportedModelError,
         UnsupportedServerError,
     )
+    from confsteer.evaluation.harness import Evaluation, evaluate
     from confsteer.hf import steer
     from confsteer.profile import Neuron, Profile, Response
     from confsteer.steering import Steering
+    from confsteer.tuning import Tuning, tune
 
 __all__ = [
     "Baked",
     "ConfsteerError",
     "CorpusError",
+    "Evaluation",
     "Neuron",
     "NoNeuronsError",
     "Profile",
@@ -45,25 +48,32 @@ __all__ = [
     "SettingError",
     "Steering",
     "SteeringError",
+    "Tuning",
     "UnsupportedModelError",
     "UnsupportedServerError",
     "bake",
     "calibrate",
+    "evaluate",
     "scan",
     "steer",
+    "tune",
 ]
 
 _MODULES = {
     "Baked": "baking",
+    "Evaluation": "evaluation.harness",
     "Neuron": "profile",
     "Profile": "profile",
     "Response": "profile",
     "Scan": "checkpoint",
     "Steering": "steering",
+    "Tuning": "tuning",
     "bake": "baking",
     "calibrate": "calibration",
+    "evaluate": "evaluation.harness",
     "scan": "checkpoint",
     "steer": "hf",
+    "tune": "tuning",
 }
 """Where a name is; the others are errors."""
 

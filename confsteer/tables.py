@@ -139,8 +139,9 @@ def print_evaluation(console: Console, result: Evaluation) -> None:
         _print_comparison(console, text)
     console.print(
         f"{escape(result.model)}. Nats; ECE of the top prediction, 15 bins; ± half of the 95 % bootstrap interval, in brackets "
-        "the interval of the paired difference. Baselines are fitted on one half of a text and used on the other. Min-p and "
-        "top-p are no baselines: they cut the distribution they sample from, and give what they cut no probability at all."
+        "the interval of the paired difference. Matched temperature: the one that gives the unsteered model the same mean "
+        "entropy. Baselines are fitted on one half of a text and used on the other. Min-p and top-p are "
+        "no baselines: they cut the distribution they sample from, and give what they cut no probability at all."
     )
 
 
@@ -157,7 +158,8 @@ def print_tuning(console: Console, result: Tuning) -> None:
         f"{escape(result.model)}: {result.parameters} tuned for {result.objective} on {result.tokens['train']:,} tokens, "
         f"{result.steps} steps, {result.seconds:.0f} s. On the validation split, {result.tokens['validation']:,} tokens, it "
         f"changes {result.objective} by {result.validation.value:+.4f} ({low:+.4f} … {high:+.4f}). Nats; ± half of the 95 % "
-        "bootstrap interval, in brackets the interval of the paired difference.",
+        "bootstrap interval, in brackets the interval of the paired difference. Matched temperature: the one that gives the "
+        "unsteered model the same mean entropy.",
         sep="\n",
     )
 
@@ -165,9 +167,11 @@ def print_tuning(console: Console, result: Tuning) -> None:
 def _print_comparison(console: Console, text: TextComparison, part: str = "") -> None:
     """Ways to predict one text; matched temperatures are a column beside their steering."""
     title = f"{text.source}{f' ({part})' if part else ''}: {text.tokens:,} tokens in {text.windows} windows"
-    table = Table("", "loss", "entropy", "Δentropy", "ECE", "Brier", "accuracy", "argmax changed", title=escape(title))
-    table.title_justify = "left"
-    table.add_column("Δloss to temperature of same entropy", justify="right")
+    table = Table(title=escape(title), title_justify="left")
+    table.add_column("", no_wrap=True)
+    for name in ("loss", "entropy", "Δentropy", "ECE", "Brier", "accuracy", "argmax changed"):
+        table.add_column(name, justify="right")
+    table.add_column("Δloss to matched temperature", justify="right")
     table.add_column("ΔECE to it", justify="right")
     unsteered = text.rows[0].metrics["entropy"].value
     for row in text.rows:
@@ -179,7 +183,8 @@ def _print_comparison(console: Console, text: TextComparison, part: str = "") ->
             _with_half_width(m["loss"], 3),
             f"{m['entropy'].value:.3f}",
             f"{m['entropy'].value - unsteered:+.3f}",
-            *(_with_half_width(m[name], 4) for name in ("ece", "brier", "accuracy")),
+            _with_half_width(m["ece"], 4),
+            *(f"{m[name].value:.4f}" for name in ("brier", "accuracy")),
             f"{m['argmax_changed'].value:.1%}",
             *(_with_range(matched[name]) if matched else "" for name in ("loss", "ece")),
             end_section=row.kind == "null write",

@@ -29,7 +29,7 @@ from confsteer.evaluation.fit import (
     temperature,
 )
 from confsteer.evaluation.harness import Texts, named_texts, neutral_method, read_sample, with_matched_temperatures
-from confsteer.evaluation.last_layer import Intervention
+from confsteer.evaluation.last_layer import Intervention, Reader
 from confsteer.profile import Profile, library_versions
 from confsteer.steering import DIALS, Dial, Steering
 
@@ -38,7 +38,7 @@ RIDGE = 1e-4
 """Nats of penalty for a gain that is one off, or a shift by half of what its dial can do."""
 SPLITS = (0.6, 0.2, 0.2)
 """Of a text: what is tuned on, what says when to stop, what is reported on."""
-FEWEST_BLOCKS = 10
+FEWEST_BLOCKS = 20
 """Documents or windows that can be shared out in this way."""
 
 Parameters = Literal["neurons", "dials"]
@@ -144,11 +144,11 @@ def tune(
         NoNeuronsError, ProfileMismatchError: see `confsteer.steer`.
     """
     began = time.monotonic()
-    steerable(profile)
+    reader = Reader(model, profile)
     splits = []
     for name, documents in named_texts(texts, source).items():
         windows = make_windows(documents, tokenizer, window=window, max_tokens=tokens, source=name)
-        splits.append(split(read_sample(model, profile, windows, progress=progress), windows, profile, seed))
+        splits.append(split(read_sample(reader, windows, progress=progress), windows, profile, seed))
 
     def find(chosen: Sequence[Split], label: str) -> Tuned:
         with tqdm(total=MOST_STEPS, desc=label[:40], unit="step", disable=not progress) as bar:
@@ -350,4 +350,4 @@ def _report(on: Split, tuned: Tuned, fitted: Intervention, constant: Interventio
         Method("constant in the null space", "null write", sample.everywhere(constant)),
         *with_matched_temperatures(sample, [tuned.steering], [tuned.intervention], ["tuned"]),
     ]
-    return compare(sample, methods, on.unigram, on_method=lambda: None)
+    return compare(sample, methods, on.unigram)

@@ -24,7 +24,7 @@ from confsteer.edit import steerable
 from confsteer.evaluation.comparison import Method, compare
 from confsteer.evaluation.fit import fit_null_write, fit_temperature
 from confsteer.evaluation.harness import neutral_method, read_sample, with_matched_temperatures
-from confsteer.evaluation.last_layer import Intervention
+from confsteer.evaluation.last_layer import Intervention, Reader
 from confsteer.loading import load_model
 from confsteer.profile import library_versions
 from confsteer.texts import TextSource
@@ -97,7 +97,7 @@ def test(fitted: Fitted, text: Text) -> dict[str, Any]:
                 sample, [one.steering for one in ways.values()], [one.intervention for one in ways.values()], list(ways)
             ),
         ]
-        rows = compare(sample, methods, text.split.unigram, on_method=lambda: None).rows
+        rows = compare(sample, methods, text.split.unigram).rows
         results |= {row.name: {"metrics": row.metrics, "minus": row.minus, "values": row.values} for row in rows}
     return results
 
@@ -137,6 +137,7 @@ def main(texts: tuple[str, ...], model: str | None, profile_name: str, tokens: i
     began = time.monotonic()
     loaded, profile = load_model(model), Profile.load(profile_name)
     control = control_profile(profile, seed)
+    readers = [Reader(loaded.model, one) for one in (profile, control)]
     sources = {"Python documentation": TextSource(bundled="held-out")}
     for text in texts:
         name, _, path = text.partition("=")
@@ -144,7 +145,7 @@ def main(texts: tuple[str, ...], model: str | None, profile_name: str, tokens: i
     read: dict[str, Text] = {}
     for name, source in sources.items():
         windows = make_windows(source.documents(), loaded.tokenizer, max_tokens=tokens, source=name)
-        samples = [read_sample(loaded.model, one, windows, progress=False) for one in (profile, control)]
+        samples = [read_sample(reader, windows) for reader in readers]
         read[name] = Text(*(split(sample, windows, profile, seed) for sample in samples))
         click.echo(f"read {name}: {samples[0].layer.tokens:,} tokens, {len(samples[0].block.unique())} {samples[0].unit}")
     choices: dict[str, list[str]] = {name: [name] for name in sources}

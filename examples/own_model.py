@@ -10,7 +10,6 @@ from pathlib import Path
 import confsteer
 from confsteer import Steering
 from confsteer.corpus import read_counts
-from confsteer.evaluation.harness import evaluate
 from confsteer.loading import DEMO_UNIGRAM, load_model
 from confsteer.texts import python_docs
 
@@ -25,6 +24,8 @@ if not profile.entropy_neurons:
     sys.exit("This model has no entropy neurons.")
 
 low, high = profile.reach("entropy")
-result = evaluate(model, tokenizer, texts, profile, [Steering(entropy=low / 2), Steering(entropy=high / 2)], tokens=5_000)
-for row in result.results:
-    print(f"{row.steering!s:>16}: loss {row.metrics['loss'].value:.3f}, ECE {row.metrics['ece'].value:.4f}")
+result = confsteer.evaluate(
+    model, tokenizer, texts, profile, [Steering(entropy=low / 2), Steering(entropy=high / 2)], tokens=5_000
+)
+for row in result.texts[0].rows:
+    print(f"{row.name:>40}: loss {row.metrics['loss'].value:.3f}, ECE {row.metrics['ece'].value:.4f}")

@@ -8,12 +8,15 @@ import pytest
 from click.testing import CliRunner, Result
 
 import confsteer
-from confsteer import Profile
+from confsteer import Profile, SettingError
 from confsteer.cli import main
-from confsteer.cli.options import EXIT_NO_NEURONS
+from confsteer.cli.options import EXIT_NO_NEURONS, EXIT_NOTHING_GAINED
 from confsteer.corpus import make_windows
 from confsteer.evaluation.cumulative import CumulativeStudy
+from confsteer.evaluation.harness import Evaluation
 from confsteer.evaluation.induction import InductionStudy
+from confsteer.evaluation.run import Run
+from confsteer.tuning import Tuning
 from tests.models import ENTROPY_NEURONS, FAMILIES, chat_tokenizer, tiny_model, tiny_tokenizer, zipf_texts
 from tests.planted import planted
 
@@ -125,7 +128,8 @@ def test_eval_compares_and_writes_json_and_a_picture(folder: Path, tmp_path: Pat
     )  # fmt: skip
     assert "scale.entropy=0" in result.output
     document = json.loads((tmp_path / "e.json").read_text())
-    unsteered, raised, _ = document["results"]
+    rows = document["texts"][0]["rows"]
+    (unsteered,), (raised, _) = ([row for row in rows if row["kind"] == kind] for kind in ("neutral", "steering"))
     assert raised["metrics"]["entropy"][0] > unsteered["metrics"]["entropy"][0]
     assert (tmp_path / "e.png").read_bytes().startswith(b"\x89PNG")
 
@@ -149,7 +153,13 @@ def test_eval_compares_and_writes_json_and_a_picture(folder: Path, tmp_path: Pat
         (["calibrate", "{root}/nothing", "--text", "{text}"], 1, "cannot load"),
         (["show", "{root}/nothing"], 1, "no profile"),
         (["show", "{model}"], 1, "has no profile.json"),
-        (["eval", "{model}", "--text", "{text}"], 2, "Missing option '-p'"),
+        (["eval", "{model}", "--text", "{text}"], 2, "give a profile, -p PROFILE, or a run file"),
+        (["eval", "{model}", "-p", "{profile}", "--text", "{text}", "--sweep", "entropy=1"], 1, "KEY=FIRST:LAST:NUMBER"),
+        (["eval", "{model}", "--run", "x.yaml"], 2, "--run FILE says what to run"),
+        (["eval", "--run", "missing.yaml"], 1, "cannot read missing.yaml"),
+        (["tune", "{model}", "-p", "{profile}"], 2, "give some text"),
+        (["tune", "{model}", "-p", "{profile}", "--text", "{text}", "--name", "a b"], 1, "preset: String should match"),
+        (["tune", "--profile", "confsteer-demo"], 2, "say with --out where to write"),
         (["eval", "{model}", "-p", "{profile}", "--text", "{text}", "--window", "64", "-s", "entropy=9"], 1, "is out of reach"),
         (["eval", "{model}", "-p", "{profile}", "--text", "{text}"], 1, "does not fit the model's context of 64"),
         (["eval", "{model}", "-p", "{profile}", "--text", "{text}", "-s", "heat=9"], 1, "unknown key 'heat'"),
@@ -239,3 +249,90 @@ def test_a_study_of_a_model_without_entropy_neurons_is_a_sentence(folder: Path, 
     arguments = ("study", study, tmp_path / "model", "-p", tmp_path / "p", "--text", folder / "text.txt")
     result = run(*arguments, code=1)
     assert "has no entropy neurons" in result.output
+
+
+def test_eval_sweeps_over_several_texts(folder: Path, tmp_path: Path) -> None:
+    texts = ("--text", folder / "text.txt", "--text", folder / "other.txt")
+    where = ("eval", folder / "model", "-p", folder / "profile", *texts, "--window", 64, "--tokens", 500)
+    result = run(*where, "--sweep", "entropy=-0.2:0.2:3", "-s", "scale.5=0", "--json", tmp_path / "e.json")
+    written = Evaluation.model_validate_json((tmp_path / "e.json").read_text())
+    assert [text.source for text in written.texts] == ["text.txt", "other.txt"]
+    for text in written.texts:
+        assert [row.name for row in text.of_kind("steering")] == ["scale.5=0", "entropy=-0.2", "entropy=+0", "entropy=+0.2"]
+    assert "fitted temperature" in result.output
+
+
+RUN = """
+model: model
+profile: profile
+texts:
+  - {name: first, text: [text.txt]}
+  - {text: [other.txt]}
+steerings: [entropy=0.2]
+sweeps: ["entropy=-0.2:0.2:2"]
+window: 64
+tokens: 500
+choices: [questions.jsonl]
+"""
+
+
+def test_a_run_file_is_the_options_it_names(folder: Path, tmp_path: Path) -> None:
+    (folder / "run.yaml").write_text(RUN)
+    questions = [{"question": "t3 t4", "choices": ["t5", f"t{i}"], "answer": i % 2} for i in range(6, 18)]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
+    result = run("eval", "--run", folder / "run.yaml", "--json", tmp_path / "e.json")
+    written = Evaluation.model_validate_json((tmp_path / "e.json").read_text())
+    assert [text.source for text in written.texts] == ["first", "other.txt"]
+    assert [row.name for row in written.texts[0].of_kind("steering")] == ["entropy=+0.2", "entropy=-0.2", "entropy=+0.2"]
+    assert [one.source for one in written.choices] == ["questions.jsonl"]
+    assert "questions.jsonl" in result.output
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("profile: [", "is not YAML"),
+        ("steerings: [entropy=1]", "profile: Field required; a run has model, profile, texts"),
+        ("{profile: p, heat: 3}", "heat: Extra inputs are not permitted"),
+        ("{profile: p, texts: [{name: a}]}", "a text is files (text), a dataset, or bundled: give one of them"),
+        ("{profile: p, model: m, texts: [{text: [a]}, {text: [b/a]}]}", "two texts are called 'a'"),
+    ],
+)
+def test_run_files_that_are_wrong(content: str, sentence: str, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(content)
+    with pytest.raises(SettingError) as error:
+        Run.read(tmp_path / "run.yaml").sources()
+    assert sentence in str(error.value)
+
+
+def test_tune_keeps_what_it_found_as_a_preset(folder: Path, tmp_path: Path) -> None:
+    """Text of other frequencies than the planted model's has something to be gained on."""
+    (tmp_path / "more.txt").write_text("\n".join(zipf_texts(10, 200, seed=4)))
+    texts = ("--text", folder / "text.txt", "--text", tmp_path / "more.txt")
+    where = ("tune", folder / "model", "-p", folder / "profile", *texts, "--window", 64)
+    result = run(*where, "--out", tmp_path / "tuned", "--json", tmp_path / "t.json")
+    found = Tuning.model_validate_json((tmp_path / "t.json").read_text())
+    assert found.gained
+    assert Profile.load(tmp_path / "tuned").presets == {"calibrated": found.steering}
+    assert Profile.load(folder / "profile").presets == {}
+    assert "everything fitted on the other texts" in result.output
+    run(
+        "eval",
+        folder / "model",
+        "-p",
+        tmp_path / "tuned",
+        "--text",
+        folder / "other.txt",
+        "--window",
+        64,
+        "-s",
+        "preset=calibrated",
+    )
+
+
+def test_tune_saves_nothing_that_gains_nothing(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tuning, "gained", False)
+    where = ("tune", folder / "model", "-p", folder / "profile", "--text", folder / "text.txt", "--window", 64, "--dials")
+    result = run(*where, "--out", tmp_path / "tuned", code=EXIT_NOTHING_GAINED)
+    assert "Nothing saved" in result.output
+    assert not (tmp_path / "tuned").exists()

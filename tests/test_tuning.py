@@ -12,7 +12,7 @@ from confsteer.corpus import make_windows
 from confsteer.edit import neuron_edit, steerable
 from confsteer.evaluation.bootstrap import Interval
 from confsteer.evaluation.harness import read_sample
-from confsteer.evaluation.last_layer import Intervention
+from confsteer.evaluation.last_layer import Intervention, Reader
 from confsteer.tuning import DialParameters, NeuronParameters, Tuning, split, tune
 from tests.models import VOCAB, zipf_texts
 from tests.planted import Planted, planted
@@ -60,7 +60,7 @@ def test_what_is_reported_is_what_the_stored_preset_does() -> None:
     found, result = planted("llama"), tuned()
     profile = found.profile.with_preset("calibrated", result.steering)
     windows = make_windows(written_by(found.model, Steering(entropy=0.6)), found.tokenizer, window=64, source="one")
-    test_part = split(read_sample(found.model, found.profile, windows, progress=False), windows, found.profile, seed=0).test
+    test_part = split(read_sample(Reader(found.model, found.profile), windows), windows, found.profile, seed=0).test
     edit = neuron_edit(Steering(preset="calibrated"), profile)
     scores = test_part.layer.scores(Intervention.of(edit))
     (row,) = result.texts[0].of_kind("steering")
@@ -102,7 +102,7 @@ def test_dials_stay_within_their_reach() -> None:
 
 def parts_of(found: Planted, texts: list[str], window: int = 64) -> list[set[int]]:
     windows = make_windows(texts, found.tokenizer, window=window)
-    sample = read_sample(found.model, found.profile, windows, progress=False)
+    sample = read_sample(Reader(found.model, found.profile), windows)
     parts = split(sample, windows, found.profile, seed=0)
     assert sum(part.layer.tokens for part in parts[:3]) == sample.layer.tokens
     return [set(part.block.tolist()) for part in parts[:3]]
@@ -121,8 +121,8 @@ def test_few_documents_are_cut_in_stretches() -> None:
 
 def test_too_little_text_is_refused() -> None:
     model, tokenizer, texts, profile = planted("llama")
-    with pytest.raises(CorpusError, match="at least 10 windows of 64 tokens"):
-        tune(model, tokenizer, texts, profile, tokens=300, window=64)
+    with pytest.raises(CorpusError, match="at least 20 windows of 64 tokens"):
+        tune(model, tokenizer, texts, profile, tokens=900, window=64)
 
 
 def test_a_profile_keeps_what_was_tuned(tmp_path: Path) -> None:

@@ -10,7 +10,11 @@ import click
 from confsteer.cli import find, measure, steer, tune
 from confsteer.errors import ConfsteerError
 
-EXTRAS = {"datasets": "eval", "jinja2": "eval", "lm_eval": "lm-eval", "matplotlib": "eval", "torchmetrics": "eval"}
+EXTRAS = {
+    **dict.fromkeys(("datasets", "jinja2", "matplotlib", "torchmetrics", "yaml"), "eval"),
+    "lm_eval": "lm-eval",
+    "relplot": "smooth-ece",
+}
 """Packages that not everyone installs, and the extra they come with."""
 
 

@@ -38,6 +38,14 @@ from confsteer.profile import Profile
 @window_option
 @click.option("--tokens", type=click.IntRange(min=1), help="Read at most this many of each text.  [default: all]")
 @click.option("--unigram", type=TEXT_FILE, metavar="FILE.npy", help="Token counts by id.  [default: counted in each text]")
+@click.option(
+    "--choices",
+    type=TEXT_FILE,
+    multiple=True,
+    metavar="FILE.jsonl",
+    help='Multiple-choice questions, a line {"question": ..., "choices": [...], "answer": ...}; repeatable.',
+)
+@click.option("--smooth-ece", is_flag=True, help="Compute smooth ECE too, which is slow; needs confsteer[smooth-ece].")
 @click.option("--induction", is_flag=True, help="Measure repeated text too: see confsteer study induction.")
 @click.option("--run", "run_file", type=TEXT_FILE, metavar="FILE.yaml", help="Take all of this from a file.")
 @json_option
@@ -51,6 +59,8 @@ def evaluate(
     window: int,
     tokens: int | None,
     unigram: Path | None,
+    choices: tuple[Path, ...],
+    smooth_ece: bool,
     induction: bool,
     run_file: Path | None,
     as_json: Path | None,
@@ -89,6 +99,8 @@ def evaluate(
             tokens=tokens,
             window=window,
             unigram=unigram,
+            choices=choices,
+            smooth_ece=smooth_ece,
             induction=induction,
         )
     settings.all_steerings()
@@ -96,6 +108,8 @@ def evaluate(
     result = run(settings, loaded_profile, load(settings.model, loading), progress=True)
     console = tables.console()
     tables.print_evaluation(console, result)
+    for answers in result.choices:
+        tables.print_choices(console, result.model, answers)
     if result.induction:
         tables.print_induction(console, result.induction)
     write(console, result, as_json, plot, "plot_reliability")

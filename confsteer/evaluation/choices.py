@@ -24,7 +24,7 @@ from confsteer.edit import neuron_edit, resolve
 from confsteer.errors import CorpusError
 from confsteer.evaluation.bootstrap import Blocks
 from confsteer.evaluation.comparison import ComparedRow, Kind, accuracy_at_coverages, paired_differences, reliability_bins
-from confsteer.evaluation.last_layer import Intervention, LastLayer, last_layer
+from confsteer.evaluation.last_layer import Intervention, Reader, Reading
 from confsteer.evaluation.metrics import Estimates, answer_metrics
 from confsteer.profile import Profile
 from confsteer.questions import Question
@@ -63,7 +63,7 @@ class ChoiceSample(NamedTuple):
 
     source: str
     questions: Sequence[Question]
-    layer: LastLayer
+    layer: Reading
     """Of the choices' tokens; ``window`` counts through the choices of all questions."""
     block: Tensor
     """Of each question, ``[questions]``; see `question_blocks`."""
@@ -148,8 +148,9 @@ def evaluate_choices(
     steerings = [resolve(steering, profile) for steering in steerings]
     interventions = [Intervention.of(neuron_edit(steering, profile)) for steering in steerings]
     compared = []
+    reader = Reader(model, profile)
     for name, asked in questions.items():
-        sample = read_choices(model, tokenizer, asked, profile, source=name, progress=progress)
+        sample = read_choices(reader, tokenizer, asked, source=name, progress=progress)
         with tqdm(total=1 + len(steerings), desc=f"compare on {name}"[:40], unit="steering", disable=not progress) as bar:
             neutral = sample.log_likelihood(Intervention.neutral(sample.layer.readout.n_neurons))
             methods = [AnswerMethod("neutral", "neutral", neutral, Steering()), sample.cross_fitted_temperature(neutral)]
@@ -166,18 +167,17 @@ def evaluate_choices(
 
 
 def read_choices(
-    model: PreTrainedModel,
+    reader: Reader,
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[Question],
-    profile: Profile,
     *,
     source: str = "questions",
     progress: bool = False,
 ) -> ChoiceSample:
-    """Run `model` over questions once and keep what decides how likely each choice is: ``d_model`` numbers a token of it.
+    """Run the model over questions once and keep what decides how likely each choice is: ``d_model`` numbers a token of it.
 
     Raises:
-        CorpusError, ProfileMismatchError, NoNeuronsError: see `evaluate_choices`.
+        CorpusError: see `evaluate_choices`.
     """
     block, unit = question_blocks(questions)
     if len(block.unique()) < 2:
@@ -185,16 +185,12 @@ def read_choices(
             f"{source}: {len(questions)} questions ({len(block.unique())} {unit}); a temperature is fitted on every other one "
             "and judged on the rest: give two or more"
         )
-    most = context_length(model.config)
+    most = context_length(reader.model.config)
     encoded = [encode(question, tokenizer, most, f"{source}, question {i}") for i, question in enumerate(questions, start=1)]
     sequences = [sequence for choices, _ in encoded for sequence in choices]
     with tqdm(total=len(sequences), desc=f"read {source}"[:40], unit="choice", disable=not progress) as bar:
-        layer = last_layer(
-            model,
-            profile,
-            lambda anatomy, neurons, device: record_continuations(model, anatomy, sequences, neurons, device, bar.update),
-        )
-    return ChoiceSample(source, questions, layer, block, unit, sum(truncated for _, truncated in encoded))
+        states = record_continuations(reader.model, reader.anatomy, sequences, reader.neurons, reader.device, bar.update)
+    return ChoiceSample(source, questions, reader.reading(states), block, unit, sum(truncated for _, truncated in encoded))
 
 
 def encode(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from confsteer.discovery.frequency import Unigram
 from confsteer.evaluation.bootstrap import Blocks, Interval
-from confsteer.evaluation.last_layer import Intervention, LastLayer, UnigramDivergences
+from confsteer.evaluation.last_layer import Intervention, Reading, UnigramDivergences
 from confsteer.evaluation.metrics import BINS, Estimates, equal_mass_bins, token_metrics, width_bins
 from confsteer.evaluation.scores import TokenScores
 from confsteer.steering import Steering
@@ -120,7 +120,7 @@ class Sample(NamedTuple):
     """A text to be compared on."""
 
     source: str
-    layer: LastLayer
+    layer: Reading
     block: Tensor
     """Of each token, ``[tokens]``."""
     unit: Literal["documents", "windows"]
@@ -129,7 +129,7 @@ class Sample(NamedTuple):
         """One intervention for all tokens, as `Method.folds` has it."""
         return [(torch.arange(self.layer.tokens), intervention)]
 
-    def cross_fitted(self, fitter: Callable[[Sequence[LastLayer]], Intervention], most: int) -> list[tuple[Tensor, Intervention]]:
+    def cross_fitted(self, fitter: Callable[[Sequence[Reading]], Intervention], most: int) -> list[tuple[Tensor, Intervention]]:
         """Fitted on every other block and used on the rest, and the other way round: no token is judged by a fit that saw it.
 
         Args:
@@ -148,13 +148,21 @@ class Sample(NamedTuple):
         return folds
 
 
-def compare(sample: Sample, methods: Sequence[Method], unigram: Unigram, *, on_method: Callable[[], object]) -> TextComparison:
+def compare(
+    sample: Sample,
+    methods: Sequence[Method],
+    unigram: Unigram,
+    *,
+    smooth_ece: bool = False,
+    on_method: Callable[[], object] = lambda: None,
+) -> TextComparison:
     """Every metric of every method, and the differences that matter.
 
     Args:
         sample: the text.
         methods: the first is neutral; a matched temperature follows its steering.
         unigram: the unigram distribution that divergences and frequencies are of.
+        smooth_ece: whether to compute smooth ECE, which is slow.
         on_method: called after each.
     """
     blocks = Blocks(sample.block)
@@ -165,7 +173,7 @@ def compare(sample: Sample, methods: Sequence[Method], unigram: Unigram, *, on_m
     for method in methods:
         scores, divergences = _score(sample.layer, method, unigram)
         scored.append(scores)
-        found = token_metrics(scores, blocks, unsteered=scored[0])
+        found = token_metrics(scores, blocks, unsteered=scored[0], smooth=smooth_ece)
         found |= {name: blocks.mean(values) for name, values in divergences._asdict().items()}
         estimates.append(found)
         on_method()
@@ -219,7 +227,7 @@ def paired_differences(
     }
 
 
-def _score(layer: LastLayer, method: Method, unigram: Unigram) -> tuple[TokenScores, UnigramDivergences]:
+def _score(layer: Reading, method: Method, unigram: Unigram) -> tuple[TokenScores, UnigramDivergences]:
     parts = [layer.at(rows).scores_and_divergences(intervention, unigram) for rows, intervention in method.folds]
     order = torch.cat([rows for rows, _ in method.folds]).argsort()
     scores = TokenScores.join([part for part, _ in parts]).at(order)

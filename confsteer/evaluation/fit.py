@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from confsteer.evaluation.bootstrap import Blocks, Estimate
-from confsteer.evaluation.last_layer import Intervention, LastLayer
+from confsteer.evaluation.last_layer import Intervention, Reading
 from confsteer.evaluation.metrics import BINS, width_bins, width_calibration_error
 from confsteer.evaluation.scores import TokenScores
 
@@ -35,11 +35,11 @@ class Fit(NamedTuple):
 def fit(
     build: Build,
     start: Tensor,
-    train: Sequence[LastLayer],
+    train: Sequence[Reading],
     *,
     objective: Objective = "nll",
     ridge: float = 0.0,
-    validation: Sequence[LastLayer] = (),
+    validation: Sequence[Reading] = (),
     on_step: Callable[[int, float], object] = lambda step, score: None,
 ) -> Fit:
     """Minimise an objective over texts that count equally, by LBFGS.
@@ -107,7 +107,7 @@ def objective_estimate(objective: Objective, scores: TokenScores, blocks: Blocks
     return width_calibration_error(scores.confidence, scores.correct, blocks)[0]
 
 
-def _value_and_gradient(build: Build, at: Tensor, texts: Sequence[LastLayer], objective: Objective) -> tuple[Tensor, Tensor]:
+def _value_and_gradient(build: Build, at: Tensor, texts: Sequence[Reading], objective: Objective) -> tuple[Tensor, Tensor]:
     parameters = at.clone().requires_grad_()
     value, gradient = torch.zeros(()), torch.zeros_like(at)
     for text in texts:
@@ -120,7 +120,7 @@ def _value_and_gradient(build: Build, at: Tensor, texts: Sequence[LastLayer], ob
     return value, gradient
 
 
-def _token_loss(objective: Objective, build: Build, at: Tensor, text: LastLayer) -> Callable[[Tensor, Tensor], Tensor]:
+def _token_loss(objective: Objective, build: Build, at: Tensor, text: Reading) -> Callable[[Tensor, Tensor], Tensor]:
     """The loss of each token, from logits ``[tokens, vocab]`` and targets ``[tokens]``."""
     if objective == "nll":
         return lambda logits, targets: torch.nn.functional.cross_entropy(logits, targets, reduction="none")
@@ -153,13 +153,13 @@ def temperature(parameters: Tensor) -> Tensor:
     return parameters.exp()
 
 
-def fit_temperature(train: Sequence[LastLayer]) -> Intervention:
+def fit_temperature(train: Sequence[Reading]) -> Intervention:
     """Temperature scaling (Guo et al. 2017): the one number that minimises the loss."""
     neutral = _neutral(train)
     return fit(lambda p: neutral._replace(temperature=temperature(p[0])), torch.zeros(1), train).intervention
 
 
-def fit_null_write(train: Sequence[LastLayer]) -> Intervention:
+def fit_null_write(train: Sequence[Reading]) -> Intervention:
     """An entropy neuron made by hand: a constant along the direction the unembedding reads least.
 
     Without neurons of the model's own it is what can be done through the norm alone. It lengthens the residual, which is
@@ -177,7 +177,7 @@ def fit_null_write(train: Sequence[LastLayer]) -> Intervention:
 
 
 @torch.no_grad()
-def match_entropy(text: LastLayer, entropies: Sequence[float]) -> list[Intervention]:
+def match_entropy(text: Reading, entropies: Sequence[float]) -> list[Intervention]:
     """The temperatures at which the unsteered model has these mean entropies on this text.
 
     Newton's method on all of them at once: with ``β = 1/T`` the slope of the mean entropy is ``−β E[Var_p z]``.
@@ -208,5 +208,5 @@ def match_entropy(text: LastLayer, entropies: Sequence[float]) -> list[Intervent
     return [neutral._replace(temperature=torch.tensor(1 / beta)) for beta in log_beta.exp().tolist()]
 
 
-def _neutral(texts: Sequence[LastLayer]) -> Intervention:
+def _neutral(texts: Sequence[Reading]) -> Intervention:
     return Intervention.neutral(texts[0].readout.n_neurons)

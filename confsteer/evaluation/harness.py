@@ -17,7 +17,7 @@ from confsteer.evaluation.choices import ChoiceComparison
 from confsteer.evaluation.comparison import Method, Sample, TextComparison, compare
 from confsteer.evaluation.fit import fit_null_write, fit_temperature, match_entropy
 from confsteer.evaluation.induction import InductionStudy
-from confsteer.evaluation.last_layer import Intervention, read_last_layer
+from confsteer.evaluation.last_layer import Intervention, Reader
 from confsteer.profile import Profile, library_versions
 from confsteer.steering import Steering
 
@@ -53,6 +53,7 @@ def evaluate(
     unigram_counts: torch.Tensor | None = None,
     tokens: int | None = None,
     window: int = 256,
+    smooth_ece: bool = False,
     source: str = "texts",
     progress: bool = False,
 ) -> Evaluation:
@@ -75,6 +76,7 @@ def evaluate(
         unigram_counts: how often each token occurs, ``[tokenizer_size]``; counted in each text if None.
         tokens: read at most this many of each text.
         window: tokens per window.
+        smooth_ece: whether to compute smooth ECE too; it takes a second per ten thousand tokens and row, and the package relplot.
         source: what the text is, for the report, if it has no name.
         progress: whether to show progress bars.
 
@@ -86,10 +88,11 @@ def evaluate(
     # What is asked wrongly is said before anything runs.
     steerings = [resolve(steering, profile) for steering in steerings]
     interventions = [Intervention.of(neuron_edit(steering, profile)) for steering in steerings]
+    reader = Reader(model, profile)
     compared = []
     for name, documents in named_texts(texts, source).items():
         windows = make_windows(documents, tokenizer, window=window, max_tokens=tokens, source=name)
-        sample = read_sample(model, profile, windows, progress=progress)
+        sample = read_sample(reader, windows, progress=progress)
         if len(sample.block.unique()) < 2:
             raise CorpusError(f"{name}: a single window; baselines are fitted on one part of a text and judged on another")
         counts = windows.counts(profile.model.tokenizer_size) if unigram_counts is None else unigram_counts
@@ -101,7 +104,7 @@ def evaluate(
                 Method("constant in the null space", "null write", sample.cross_fitted(fit_null_write, FIT_TOKENS)),
                 *with_matched_temperatures(sample, steerings, interventions, [str(steering) for steering in steerings]),
             ]
-            compared.append(compare(sample, methods, Unigram.from_counts(counts), on_method=bar.update))
+            compared.append(compare(sample, methods, Unigram.from_counts(counts), smooth_ece=smooth_ece, on_method=bar.update))
     return Evaluation(model=profile.model.id, profile=profile.checksum, versions=library_versions(), texts=tuple(compared))
 
 
@@ -112,9 +115,9 @@ def named_texts(texts: Texts, source: str) -> Mapping[str, Iterable[Document] | 
     return {texts.source if isinstance(texts, Windows) else source: texts}
 
 
-def read_sample(model: PreTrainedModel, profile: Profile, windows: Windows, *, progress: bool) -> Sample:
-    """Run the model over a text; see `read_last_layer`."""
-    layer = read_last_layer(model, profile, windows, progress=progress)
+def read_sample(reader: Reader, windows: Windows, *, progress: bool = False) -> Sample:
+    """Run the model over a text; see `Reader.read`."""
+    layer = reader.read(windows, progress=progress)
     if layer.tokens == 0:
         raise CorpusError(f"{windows.source}: no token counts: its windows are too short")
     block, unit = windows.blocks

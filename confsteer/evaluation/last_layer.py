@@ -9,7 +9,7 @@ again.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from confsteer.anatomy import Anatomy, dissect
+from confsteer.anatomy import dissect
 from confsteer.capture import record
 from confsteer.corpus import Windows, check_context
 from confsteer.discovery.frequency import Unigram
@@ -77,7 +77,7 @@ class UnigramDivergences(NamedTuple):
         return cls(model_unigram, frequency @ log_frequency - log_p @ frequency)
 
 
-class LastLayer:
+class Reading:
     """A text as the last layer saw it."""
 
     def __init__(self, readout: Readout, states: TokenStates, null_direction: Tensor) -> None:
@@ -93,16 +93,16 @@ class LastLayer:
     def tokens(self) -> int:
         return len(self.states.targets)
 
-    def at(self, rows: Tensor) -> LastLayer:
+    def at(self, rows: Tensor) -> Reading:
         """Some of the tokens, by index or by mask."""
         states = TokenStates(*(field if field is None else field[rows] for field in self.states))  # type: ignore[arg-type]
-        return LastLayer(self.readout, states, self.null_direction)
+        return Reading(self.readout, states, self.null_direction)
 
-    def chunks(self) -> Iterator[LastLayer]:
+    def chunks(self) -> Iterator[Reading]:
         """A few tokens at a time, in order, as slices."""
         step = max(FEWEST_ROWS, CHUNK // self.readout.vocab_size)
         for start in range(0, self.tokens, step):
-            yield LastLayer(self.readout, self.states.at(slice(start, start + step)), self.null_direction)
+            yield Reading(self.readout, self.states.at(slice(start, start + step)), self.null_direction)
 
     def logits(self, intervention: Intervention) -> Tensor:
         """Logits ``[tokens, vocab]`` after an intervention; for texts of any length see `chunks`."""
@@ -131,54 +131,50 @@ class LastLayer:
         return TokenScores(*(field.cpu() for field in TokenScores.join(scores))), joined
 
 
-@torch.no_grad()
-def read_last_layer(model: PreTrainedModel, profile: Profile, windows: Windows, *, progress: bool = False) -> LastLayer:
-    """Run `model` over a text once and keep what decides its predictions: ``d_model`` numbers a token.
+class Reader:
+    """Reads texts with one model: what all of them share is made once."""
 
-    In half precision the model rounds its logits and this does not: predictions are those of the same weights computed in
-    float32 from the final norm on.
+    @torch.no_grad()
+    def __init__(self, model: PreTrainedModel, profile: Profile) -> None:
+        """
+        Args:
+            model: the profile's model; it is put in evaluation mode.
+            profile: which neurons steering can reach.
 
-    Args:
-        model: the profile's model; it is put in evaluation mode.
-        profile: which neurons steering can reach.
-        windows: the text.
-        progress: whether to show a progress bar.
+        Raises:
+            NoNeuronsError: the profile has no neurons to steer.
+            ProfileMismatchError: it is of another model.
+            UnsupportedModelError: see `confsteer.anatomy.dissect`.
+        """
+        model.eval()
+        neurons = torch.tensor([neuron.index for neuron in steerable(profile)])
+        self.model, self.profile, self.anatomy = model, profile, dissect(model)
+        profile.check_model(self.anatomy)
+        readout = self.anatomy.readout(profile.model.tokenizer_size)
+        self.device = readout.unembedding.device
+        self.neurons = neurons.to(self.device)
+        self.readout = readout.select(self.neurons)
+        self._null_direction = unembedding_spectrum(readout).directions[:, 0].float()
 
-    Raises:
-        SettingError: the windows are longer than the model's context.
-        NoNeuronsError: the profile has no neurons to steer.
-        ProfileMismatchError: it is of another model.
-        UnsupportedModelError: see `confsteer.anatomy.dissect`.
-    """
-    check_context(windows.window, model.config)
-    with tqdm(
-        total=windows.n_tokens, desc=f"read {windows.source}"[:40], unit="tok", unit_scale=True, disable=not progress
-    ) as bar:
-        return last_layer(
-            model, profile, lambda anatomy, neurons, device: record(model, anatomy, windows, neurons, device, bar.update)
-        )
+    @torch.no_grad()
+    def read(self, windows: Windows, *, progress: bool = False) -> Reading:
+        """Run the model over a text once and keep what decides its predictions: ``d_model`` numbers a token.
 
+        In half precision the model rounds its logits and this does not: predictions are those of the same weights computed in
+        float32 from the final norm on.
 
-@torch.no_grad()
-def last_layer(
-    model: PreTrainedModel, profile: Profile, read: Callable[[Anatomy, Tensor, torch.device], TokenStates]
-) -> LastLayer:
-    """The last layer of `model` with what it saw of a text.
+        Args:
+            windows: the text.
+            progress: whether to show a progress bar.
 
-    Args:
-        model: the profile's model; it is put in evaluation mode.
-        profile: which neurons steering can reach.
-        read: runs the model, given where to look, which neurons' activations to keep and where to put them; see `record`.
+        Raises:
+            SettingError: the windows are longer than the model's context.
+        """
+        check_context(windows.window, self.model.config)
+        label = f"read {windows.source}"[:40]
+        with tqdm(total=windows.n_tokens, desc=label, unit="tok", unit_scale=True, disable=not progress) as bar:
+            return self.reading(record(self.model, self.anatomy, windows, self.neurons, self.device, bar.update))
 
-    Raises:
-        NoNeuronsError, ProfileMismatchError, UnsupportedModelError: see `read_last_layer`.
-    """
-    model.eval()
-    neurons = torch.tensor([neuron.index for neuron in steerable(profile)])
-    anatomy = dissect(model)
-    profile.check_model(anatomy)
-    readout = anatomy.readout(profile.model.tokenizer_size)
-    device = readout.unembedding.device
-    states = read(anatomy, neurons, device)
-    null_direction = unembedding_spectrum(readout).directions[:, 0].float()
-    return LastLayer(readout.select(neurons.to(device)), states, null_direction)
+    def reading(self, states: TokenStates) -> Reading:
+        """From what the model left at some tokens, the activations those of `neurons`."""
+        return Reading(self.readout, states, self._null_direction)

@@ -10,10 +10,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from confsteer.corpus import leading_ids, read_counts
 from confsteer.errors import SettingError
+from confsteer.evaluation.choices import evaluate_choices
 from confsteer.evaluation.harness import Evaluation, evaluate, sweep
 from confsteer.evaluation.induction import induction
 from confsteer.loading import DEMO_UNIGRAM, LoadedModel
 from confsteer.profile import Profile
+from confsteer.questions import Question, read_questions
 from confsteer.steering import Steering
 from confsteer.texts import TextSource
 
@@ -45,7 +47,9 @@ class Run(BaseModel):
     unigram: Path | None = None
     """``.npy`` file with token counts; counted in each text if None."""
     choices: tuple[Path, ...] = ()
-    """Multiple-choice questions, see `confsteer.evaluation.choices`."""
+    """Files of multiple-choice questions, see `confsteer.questions`."""
+    smooth_ece: bool = False
+    """Whether to compute smooth ECE too, which is slow."""
     induction: bool = False
     """Whether to measure repetition too, with the first text as the natural one."""
 
@@ -90,6 +94,18 @@ class Run(BaseModel):
         """
         return [*map(Steering.parse, self.steerings), *(one for text in self.sweeps for one in sweep(text))]
 
+    def questions(self) -> dict[str, list[Question]]:
+        """Its multiple-choice questions, by file name.
+
+        Raises:
+            CorpusError: a file is no such file.
+            SettingError: two files have the same name.
+        """
+        names = [path.name for path in self.choices]
+        if len(set(names)) < len(names):
+            raise SettingError(f"two files of questions are called {max(names, key=names.count)!r}: they are reported by name")
+        return {path.name: read_questions([path]) for path in self.choices}
+
     def sources(self) -> tuple[TextSource, ...]:
         """Its texts.
 
@@ -115,13 +131,25 @@ def run(settings: Run, profile: Profile, loaded: LoadedModel, *, progress: bool 
     Raises:
         ConfsteerError: see `evaluate`, `induction` and `confsteer.evaluation.choices`.
     """
-    steerings = settings.all_steerings()
+    steerings, questions = settings.all_steerings(), settings.questions()
     counts_file = settings.unigram or (DEMO_UNIGRAM if settings.model is None else None)
     counts = None
     if counts_file:
         counts = torch.from_numpy(read_counts(counts_file))[: profile.model.tokenizer_size].long()
     windows = {source.title: source.windows(loaded.tokenizer, settings.window, settings.tokens) for source in settings.sources()}
-    result = evaluate(loaded.model, loaded.tokenizer, windows, profile, steerings, unigram_counts=counts, progress=progress)
+    result = evaluate(
+        loaded.model,
+        loaded.tokenizer,
+        windows,
+        profile,
+        steerings,
+        unigram_counts=counts,
+        smooth_ece=settings.smooth_ece,
+        progress=progress,
+    )
+    if questions:
+        choices = evaluate_choices(loaded.model, loaded.tokenizer, questions, profile, steerings, progress=progress)
+        result = result.model_copy(update={"choices": choices})
     if settings.induction:
         first = settings.sources()[0]
         length = len(leading_ids(loaded.tokenizer)) + HALF

@@ -26,7 +26,7 @@ from confsteer.evaluation.choices import (
     question_blocks,
     read_choices,
 )
-from confsteer.evaluation.last_layer import Intervention
+from confsteer.evaluation.last_layer import Intervention, Reader
 from confsteer.questions import Question
 from tests.models import tiny_tokenizer
 from tests.planted import planted
@@ -82,7 +82,7 @@ def test_log_likelihoods_are_those_of_a_pass_per_choice_of_the_steered_model(mod
     model, _, _, profile = planted(model_type)
     tokenizer = with_bos(tiny_tokenizer()) if bos else tiny_tokenizer()
     questions = some_questions(6)
-    sample = read_choices(model, tokenizer, questions, profile)
+    sample = read_choices(Reader(model, profile), tokenizer, questions)
     assert sample.truncated == 2
     for steering in (Steering(), Steering(entropy=0.1, scale={20: 0.0})):
         ours = sample.log_likelihood(Intervention.of(neuron_edit(steering, profile)))
@@ -104,7 +104,7 @@ def test_log_likelihoods_are_those_of_lm_eval() -> None:
         ),
         Question("And then?", ("night fell", "the sun rose upon the hills"), 0, "The day was long. " * 150),
     ]
-    sample = read_choices(model, tokenizer, questions, profile)
+    sample = read_choices(Reader(model, profile), tokenizer, questions)
     assert sample.truncated == 1
     ours = sample.log_likelihood(Intervention.neutral(sample.layer.readout.n_neurons))
     pairs = [(question.prompt, text) for question in questions for text in question.continuations]
@@ -122,7 +122,7 @@ def test_rows_and_baselines() -> None:
     assert (result.source, result.questions, result.blocks, result.unit) == ("quiz", 30, 30, "questions")
     neutral, fitted, steered, matched = result.rows
     # What a steering does to the answers is read off the same closed form that other tests compare with the model.
-    sample = read_choices(model, tokenizer, questions, profile)
+    sample = read_choices(Reader(model, profile), tokenizer, questions)
     ours = sample.log_likelihood(Intervention.neutral(sample.layer.readout.n_neurons))
     theirs = sample.log_likelihood(Intervention.of(neuron_edit(steering, profile)))
     assert neutral.metrics["accuracy"].value == pytest.approx(float((ours.argmax(1) == sample.gold).double().mean()))

@@ -13,17 +13,17 @@ from confsteer.corpus import Windows, make_windows
 from confsteer.discovery.frequency import Unigram
 from confsteer.edit import neuron_edit
 from confsteer.evaluation.fit import fit, fit_null_write, fit_temperature, match_entropy
-from confsteer.evaluation.last_layer import Intervention, LastLayer, read_last_layer
+from confsteer.evaluation.last_layer import Intervention, Reader, Reading
 from confsteer.evaluation.scores import TokenScores
 from tests.models import VOCAB, zipf_texts
 from tests.planted import planted
 
 
 @functools.cache
-def text(model_type: str) -> tuple[LastLayer, Windows]:
+def text(model_type: str) -> tuple[Reading, Windows]:
     model, tokenizer, _, profile = planted(model_type)
     windows = make_windows(zipf_texts(6, 150, seed=9), tokenizer, window=64)
-    return read_last_layer(model, profile, windows), windows
+    return Reader(model, profile).read(windows), windows
 
 
 def model_logits(model_type: str, steering: Steering) -> Tensor:
@@ -106,12 +106,12 @@ def test_some_of_the_tokens() -> None:
 
 def test_the_model_is_left_as_it_was() -> None:
     model, tokenizer, texts, profile = planted("gpt2")
-    read_last_layer(model, profile, make_windows(texts, tokenizer, window=64, max_tokens=300))
+    Reader(model, profile).read(make_windows(texts, tokenizer, window=64, max_tokens=300))
     assert not any(module._forward_pre_hooks for module in model.modules())
     assert dissect(model).layer == profile.model.layer
 
 
-def sharpened(temperature: float) -> LastLayer:
+def sharpened(temperature: float) -> Reading:
     """A text that the planted model would have written at a temperature, so that this temperature is the one to be found."""
     layer, _ = text("llama")
     logits = layer.logits(Intervention.neutral(layer.readout.n_neurons))
