@@ -336,3 +336,10 @@ def test_tune_saves_nothing_that_gains_nothing(folder: Path, tmp_path: Path, mon
     result = run(*where, "--out", tmp_path / "tuned", code=EXIT_NOTHING_GAINED)
     assert "Nothing saved" in result.output
     assert not (tmp_path / "tuned").exists()
+
+
+def test_where_nothing_can_be_written_is_said_before_the_work(folder: Path, tmp_path: Path) -> None:
+    where = ("eval", folder / "model", "-p", folder / "profile", "--text", folder / "other.txt")
+    for option in ("--json", "--plot", "--report"):
+        result = run(*where, option, tmp_path / "nowhere" / "file", code=2)
+        assert "is not there, or cannot be written to" in result.output

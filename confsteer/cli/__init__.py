@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from confsteer.cli import find, measure, steer, tune
+from confsteer.cli import find, measure, steer, study, tune
 from confsteer.errors import ConfsteerError
 
 EXTRAS = {
@@ -73,6 +73,6 @@ for command in (
     measure.report,
     tune.tune,
     measure.lm_eval_tasks,
-    measure.study,
+    study.study,
 ):
     main.add_command(command)

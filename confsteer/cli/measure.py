@@ -1,4 +1,4 @@
-"""Commands that measure what steering does: eval, report, lm-eval, study."""
+"""Commands that measure what steering does to predictions: eval, report, lm-eval."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from confsteer.cli.options import (
     load,
     model_options,
     plot_option,
-    profile_option,
+    report_option,
     steer_option,
     text_options,
     window_option,
     write,
+    write_html,
 )
 from confsteer.profile import Profile
 
@@ -50,6 +51,7 @@ from confsteer.profile import Profile
 @click.option("--run", "run_file", type=TEXT_FILE, metavar="FILE.yaml", help="Take all of this from a file.")
 @json_option
 @plot_option
+@report_option
 def evaluate(
     model: str | None,
     profile: str | None,
@@ -65,12 +67,13 @@ def evaluate(
     run_file: Path | None,
     as_json: Path | None,
     plot: Path | None,
+    report: Path | None,
     **loading: Any,
 ) -> None:
     """Compare loss, entropy and calibration without steering, with each --steer, and with the temperatures it has to beat.
 
     \b
-    confsteer eval -p confsteer-demo -s entropy=-0.15 -s entropy=0.3 --plot reliability.png
+    confsteer eval -p confsteer-demo -s entropy=-0.15 -s entropy=0.3 --report report.html
     confsteer eval ./my-model -p my-profile --text wiki.jsonl --text code.jsonl --sweep entropy=-0.2:1:7 --json results.json
     confsteer eval ./my-chat-model -p my-profile --text chats.jsonl --chat -s preset=calibrated
     confsteer eval --run eval/demo.yaml
@@ -113,6 +116,7 @@ def evaluate(
     if result.induction:
         tables.print_induction(console, result.induction)
     write(console, result, as_json, plot, "plot_reliability")
+    write_html(console, result, report, loaded_profile)
 
 
 @click.command()
@@ -166,116 +170,3 @@ def lm_eval_tasks(options: tuple[str, ...]) -> None:
         tables.print_answer_calibration(tables.console(), calibrations)
     if file:
         tables.console().print(f"Written: {escape(str(file))}")
-
-
-@click.group()
-def study() -> None:
-    """Measurements of the paper (arXiv 2406.16254) on MODEL and the neurons of a profile.
-
-    \b
-    confsteer study induction -p confsteer-demo       entropy neurons when a text repeats itself
-    confsteer study cumulative -p confsteer-demo      entropy neurons ablated together, against random ones
-    """
-
-
-@study.command()
-@model_options
-@profile_option
-@text_options
-@click.option("--sequences", default=100, show_default=True, help="Of each kind; the paper has 1,000.")
-@click.option("--half", default=100, show_default=True, help="Tokens of a stretch.")
-@click.option("--seed", default=0, show_default=True, help="Of the random tokens.")
-@json_option
-@plot_option
-def induction(
-    model: str | None,
-    profile: str,
-    text: TextOptions,
-    sequences: int,
-    half: int,
-    seed: int,
-    as_json: Path | None,
-    plot: Path | None,
-    **loading: Any,
-) -> None:
-    """Entropy neurons when a stretch of tokens is read twice, random tokens and natural ones.
-
-    Each neuron is clipped at its mean of the first reading, so that it cannot take part in what changes at the second. A
-    MODEL without text gets random tokens only.
-
-    \b
-    confsteer study induction -p confsteer-demo --plot induction.png
-    confsteer study induction openai-community/gpt2 -p my-profile --text book.txt --sequences 1000
-    """
-    from confsteer.corpus import leading_ids
-    from confsteer.evaluation.induction import induction as run
-
-    loaded_profile = Profile.load(profile)
-    source = text.source(model, "held-out")
-    loaded = load(model, loading)
-    beginning = len(leading_ids(loaded.tokenizer))
-    result = run(
-        loaded.model,
-        loaded.tokenizer,
-        loaded_profile,
-        texts=source.windows(loaded.tokenizer, beginning + half, 2 * sequences * (beginning + half)) if source else None,
-        sequences=sequences,
-        half=half,
-        seed=seed,
-        progress=True,
-    )
-    console = tables.console()
-    tables.print_induction(console, result)
-    write(console, result, as_json, plot, "plot_induction")
-
-
-@study.command()
-@model_options
-@profile_option
-@text_options
-@window_option
-@click.option("--tokens", default=5_120, show_default=True, type=click.IntRange(min=1), help="Read at most this many.")
-@click.option("-k", type=int, help="Ablate at most this many neurons.  [default: all of the profile's]")
-@click.option("--repeats", default=10, show_default=True, help="Draws of random neurons.")
-@click.option("--seed", default=0, show_default=True, help="Of the draws.")
-@json_option
-@plot_option
-def cumulative(
-    model: str | None,
-    profile: str,
-    text: TextOptions,
-    window: int,
-    tokens: int,
-    k: int | None,
-    repeats: int,
-    seed: int,
-    as_json: Path | None,
-    plot: Path | None,
-    **loading: Any,
-) -> None:
-    """The 1, 2, ... k strongest entropy neurons set to their means, against random neurons of like norm.
-
-    \b
-    confsteer study cumulative -p confsteer-demo --plot cumulative.png
-    confsteer study cumulative openai-community/gpt2 -p my-profile --text book.txt -k 6
-    """
-    from confsteer.evaluation.cumulative import cumulative as run
-
-    loaded_profile = Profile.load(profile)
-    source = text.source(model, "held-out")
-    if source is None:
-        raise click.UsageError(NO_TEXT)
-    loaded = load(model, loading)
-    result = run(
-        loaded.model,
-        loaded.tokenizer,
-        source.windows(loaded.tokenizer, window, tokens),
-        loaded_profile,
-        k=k,
-        repeats=repeats,
-        seed=seed,
-        progress=True,
-    )
-    console = tables.console()
-    tables.print_cumulative(console, result)
-    write(console, result, as_json, plot, "plot_cumulative")

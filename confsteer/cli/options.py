@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,13 +17,28 @@ from confsteer.files import write_atomically
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
+    from confsteer.evaluation.harness import Evaluation
+    from confsteer.profile import Profile
     from confsteer.texts import TextSource
+    from confsteer.tuning import Tuning
 
 EXIT_NO_NEURONS = 3
 EXIT_NOTHING_GAINED = 4
 NO_TEXT = "give some text: --text PATH or --dataset HUB_ID"
 TEXT_FILE = click.Path(path_type=Path, dir_okay=False)
-OUTPUT_FILE = click.Path(path_type=Path, dir_okay=False, writable=True)
+
+
+class _OutputFile(click.Path):
+    """A file that can be written: said before hours of work, not after."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        file = Path(str(super().convert(value, param, ctx)))
+        if not (file.parent.is_dir() and os.access(file.parent, os.W_OK)):
+            self.fail(f"{file}: the folder {str(file.parent)!r} is not there, or cannot be written to", param, ctx)
+        return file
+
+
+OUTPUT_FILE = _OutputFile(path_type=Path, dir_okay=False, writable=True)
 
 
 def model_options(command: Any) -> Any:
@@ -112,6 +128,9 @@ def text_options(command: Any) -> Any:
 window_option = click.option("--window", default=256, show_default=True, type=int, help="Tokens per window.")
 json_option = click.option("--json", "as_json", type=OUTPUT_FILE, metavar="FILE", help="Write the results as JSON.")
 plot_option = click.option("--plot", type=OUTPUT_FILE, metavar="FILE.png", help="Draw the results.")
+report_option = click.option(
+    "--report", type=OUTPUT_FILE, metavar="FILE.html", help="Write a report with pictures, as confsteer report does."
+)
 profile_option = click.option("-p", "--profile", required=True, metavar="PROFILE", help="Folder, shipped name or hub repository.")
 steer_option = click.option(
     "-s",
@@ -137,6 +156,15 @@ def write_json(console: Console, result: BaseModel, file: Path | None) -> None:
     """What the option `json_option` asks for."""
     if file:
         write_atomically(file, (result.model_dump_json(indent=1) + "\n").encode())
+        console.print(f"Written: {escape(str(file))}")
+
+
+def write_html(console: Console, result: Evaluation | Tuning, file: Path | None, profile: Profile) -> None:
+    """What the option `report_option` asks for."""
+    if file:
+        from confsteer.report import write_report
+
+        write_report(result, file, profile)
         console.print(f"Written: {escape(str(file))}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from confsteer.cli.options import (
     profile_option,
     text_options,
     window_option,
+    write_html,
     write_json,
 )
 from confsteer.profile import Profile
@@ -97,6 +99,8 @@ def tune(
         raise click.UsageError(
             f"{profile} is not a folder on this machine: say with --out where to write the profile with the preset"
         )
+    if not os.access(next(place for place in (folder, *folder.absolute().parents) if place.exists()), os.W_OK):
+        raise click.UsageError(f"{folder} cannot be written to: say with --out where to write the profile with its preset")
     loaded = load(model, {key: settings.pop(key) for key in ("device", "dtype", "revision", "trust_remote_code")})
     result = run(
         loaded.model,
@@ -111,11 +115,7 @@ def tune(
     console = tables.console()
     tables.print_tuning(console, result)
     write_json(console, result, as_json)
-    if report:
-        from confsteer.report import write_report
-
-        write_report(result, report, loaded_profile)
-        console.print(f"Written: {escape(str(report))}")
+    write_html(console, result, report, loaded_profile)
     if not result.gained:
         console.print("[bold]Nothing saved:[/bold] on text it was not tuned on it does not beat neutral beyond the interval.")
         sys.exit(EXIT_NOTHING_GAINED)

@@ -20,7 +20,10 @@ Kind = Literal["neutral", "steering", "temperature", "null write", "matched temp
 FREQUENCY_GROUPS = 10
 ENTROPY_BINS = 40
 COVERAGES = tuple(i / 20 for i in range(1, 21))
-COMPARED = ("loss", "entropy", "ece", "ece_equal_mass", "brier", "brier_multiclass", "accuracy", "accuracy_normalised", "auroc")
+COMPARED = (
+    *("loss", "entropy", "ece", "ece_equal_mass", "brier", "brier_multiclass", "accuracy", "accuracy_normalised", "auroc"),
+    "kl_model_unigram",
+)
 """Metrics whose paired differences are reported."""
 
 
