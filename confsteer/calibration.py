@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from confsteer.anatomy import dissect
 from confsteer.capture import BATCH_SIZE, Recording, regroup
-from confsteer.corpus import Document, Windows, check_context, make_windows
+from confsteer.corpus import Document, Windows, check_context, checked_counts, make_windows
 from confsteer.discovery import select
 from confsteer.discovery.effects import ablation_effects
 from confsteer.discovery.exact import TokenEffects, exact_effects
@@ -135,7 +135,7 @@ def calibrate(
                 stacklevel=2,
             )
     else:
-        counts = _checked_counts(unigram_counts, tokenizer_size)
+        counts = checked_counts(unigram_counts, tokenizer_size)
 
     with torch.no_grad():
         readout = anatomy.readout(tokenizer_size)
@@ -218,15 +218,6 @@ def calibrate(
             **{f"{name}_standard_error": estimate.standard_error for name, estimate in effects._asdict().items()},
         },
     )
-
-
-def _checked_counts(counts: NDArray[np.integer], tokenizer_size: int) -> Tensor:
-    """Counts ``[tokenizer_size]`` int64; longer arrays must have nothing in their padding."""
-    if counts.ndim != 1 or not np.issubdtype(counts.dtype, np.integer) or (counts < 0).any():
-        raise CorpusError(f"unigram counts must be a row of integers from 0 up, not {counts.dtype} of shape {counts.shape}")
-    if len(counts) < tokenizer_size or counts[tokenizer_size:].any():
-        raise CorpusError(f"there are unigram counts for {len(counts)} tokens; the tokenizer has {tokenizer_size}")
-    return torch.from_numpy(counts[:tokenizer_size].astype(np.int64))
 
 
 class _CloserLook(NamedTuple):

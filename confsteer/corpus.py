@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -68,7 +67,7 @@ class Windows:
     source: str
     """What the text was, for the profile."""
     document: NDArray[np.int64]
-    """Which document each window is of, ``[windows]``; a window that crosses documents counts as one of its own."""
+    """Which document each window is of, ``[windows]``; windows that cross documents are all of one."""
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -191,14 +190,13 @@ def make_windows(
 
     if cross_documents and eos is None:
         raise SettingError("the tokenizer has no EOS token to put between documents: windows cannot cross them")
-    windows = cut_windows(
+    return cut_windows(
         [TokenizedDocument(start, joined())] if cross_documents else tokenized(),
         tokenizer,
         window=window,
         max_tokens=max_tokens,
         source=source,
     )
-    return dataclasses.replace(windows, document=np.arange(len(windows))) if cross_documents else windows
 
 
 def cut_windows(
@@ -317,3 +315,12 @@ def read_counts(path: Path) -> NDArray[np.integer]:
     if not isinstance(counts, np.ndarray):
         raise CorpusError(f"{path} holds several arrays; give a .npy file of one")
     return counts
+
+
+def checked_counts(counts: NDArray[np.integer], tokenizer_size: int) -> Tensor:
+    """Counts ``[tokenizer_size]`` int64; longer arrays must have nothing in their padding."""
+    if counts.ndim != 1 or not np.issubdtype(counts.dtype, np.integer) or (counts < 0).any():
+        raise CorpusError(f"unigram counts must be a row of integers from 0 up, not {counts.dtype} of shape {counts.shape}")
+    if len(counts) < tokenizer_size or counts[tokenizer_size:].any():
+        raise CorpusError(f"there are unigram counts for {len(counts)} tokens; the tokenizer has {tokenizer_size}")
+    return torch.from_numpy(counts[:tokenizer_size].astype(np.int64))

@@ -87,6 +87,18 @@ class TextSource(BaseModel):
         )
 
 
+def by_title(sources: Sequence[TextSource]) -> dict[str, TextSource]:
+    """Texts by what reports call them.
+
+    Raises:
+        CorpusError: two have the same title.
+    """
+    titles = [source.title for source in sources]
+    if len(set(titles)) < len(titles):
+        raise CorpusError(f"two texts are called {max(titles, key=titles.count)!r}: and reports go by names: rename one")
+    return dict(zip(titles, sources, strict=True))
+
+
 def read_texts(paths: Sequence[Path], *, field: str | None = None, chat: bool = False) -> Iterator[Document]:
     """Documents of UTF-8 files and folders, one at a time.
 

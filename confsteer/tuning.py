@@ -34,10 +34,12 @@ from confsteer.profile import Profile, library_versions
 from confsteer.steering import DIALS, Dial, Steering
 
 DEFAULT_TOKENS = 40_000
-RIDGE = 1e-4
-"""Nats of penalty for a gain that is one off, or a shift by half of what its dial can do."""
-SPLITS = (0.6, 0.2, 0.2)
-"""Of a text: what is tuned on, what says when to stop, what is reported on."""
+RIDGE = 2e-5
+"""Part of the unsteered objective that is the penalty for a gain that is one off, or a shift by half of what its dial can do."""
+SPLITS = (0.5, 0.15, 0.15, 0.2)
+"""Of a text: what is tuned on, what says when to stop, what says whether anything was gained, what is reported on.
+
+What chose when to stop would find a gain where there is none."""
 FEWEST_BLOCKS = 20
 """Documents or windows that can be shared out in this way."""
 
@@ -59,9 +61,10 @@ class Tuning(BaseModel):
     temperature: float | None
     """Tuned together with the steering, to be used with it; None if only the steering was tuned."""
     tokens: dict[str, int]
-    """Of the texts together: how many tokens were tuned on, how many chose when to stop, and how many are reported on."""
+    """Of the texts together: how many tokens are in each split."""
     validation: Interval
-    """Paired difference of the objective to neutral on the validation split, the mean over texts."""
+    """Paired difference of the objective to neutral on the validation split, the mean over texts: of the steering alone, without
+    the temperature, since the steering is what is stored."""
     texts: tuple[TextComparison, ...]
     """Each text's test split."""
     left_out: tuple[TextComparison, ...]
@@ -76,10 +79,13 @@ class Tuning(BaseModel):
 
 
 class Split(NamedTuple):
-    """A text in three parts."""
+    """A text in four parts."""
 
     train: Sample
+    stop: Sample
+    """What says when to stop."""
     validation: Sample
+    """What says whether anything was gained."""
     test: Sample
     unigram: Unigram
     """Of the whole text."""
@@ -115,9 +121,10 @@ def tune(
     """Find the steering that does best on text like `texts`, and say what it does on parts of them that it was not tuned on.
 
     The model runs once over each text; the rest is gradient descent on the closed form of the last layer, minutes on a CPU.
-    Each text is cut in three, whole documents together: the parameters are fitted to the first part, pulled towards neutral;
-    the second part says when to stop; the third is reported on. Texts count equally. The fitted temperature and the constant
-    in the null space that the result is held against are fitted to the same first parts.
+    Each text is cut in four, whole documents together: the parameters are fitted to the first part, pulled towards neutral;
+    the second says when to stop; the third whether anything was gained; the fourth is reported on. Texts count equally. The
+    temperature and the constant in the null space that the result is held against are fitted to the loss of the same first
+    parts, whatever the objective.
 
     Store what was found with ``profile.with_preset("calibrated", tuning.steering)``, if it `Tuning.gained` anything.
 
@@ -128,9 +135,10 @@ def tune(
             of text can do harm on another, so give all kinds that the model will see.
         profile: whose neurons to tune.
         parameters: ``neurons``: a gain and a shift of each of the profile's neurons; ``dials``: the positions of both dials.
-        with_temperature: whether to fit a temperature beside them.
+        with_temperature: whether to fit a temperature beside them, to sample with.
         objective: what to minimise: ``nll``, ``brier`` (of the top prediction) or ``ece``.
-        ridge: pull towards neutral: nats of penalty for a gain that is one off, or a shift by half of what its dial can do.
+        ridge: pull towards neutral: part of the unsteered objective that is the penalty for a gain that is one off, or a shift by
+            half of what its dial can do.
         leave_one_out: of several texts: whether to estimate what happens on a text of another kind, by tuning on all but one.
         tokens: read at most this many of each text.
         window: tokens per window.
@@ -139,7 +147,7 @@ def tune(
         progress: whether to show progress bars.
 
     Raises:
-        CorpusError: a text is too short to be cut in three.
+        CorpusError: a text is too short to be cut in four.
         SettingError: the window is too short or longer than the model's context.
         NoNeuronsError, ProfileMismatchError: see `confsteer.steer`.
     """
@@ -179,8 +187,8 @@ def tune(
         objective=objective,
         steering=best.steering,
         temperature=best.temperature,
-        tokens={part: sum(getattr(one, part).layer.tokens for one in splits) for part in ("train", "validation", "test")},
-        validation=_gain(objective, best.intervention, [one.validation for one in splits]),
+        tokens={part: sum(getattr(one, part).layer.tokens for one in splits) for part in ("train", "stop", "validation", "test")},
+        validation=_gain(objective, Intervention.of(neuron_edit(best.steering, profile)), [one.validation for one in splits]),
         texts=tuple(_report(one, best, *baselines) for one in splits),
         left_out=tuple(left_out),
         steps=best.steps,
@@ -189,7 +197,7 @@ def tune(
 
 
 def split(sample: Sample, windows: Windows, profile: Profile, seed: int) -> Split:
-    """A text in three parts that share no document; a text of few documents in three stretches.
+    """A text in four parts that share no document; a text of few documents in four stretches.
 
     Raises:
         CorpusError: it is too short.
@@ -197,26 +205,26 @@ def split(sample: Sample, windows: Windows, profile: Profile, seed: int) -> Spli
     ids = sample.block.unique()
     if len(ids) < FEWEST_BLOCKS:
         raise CorpusError(
-            f"{sample.source}: {len(ids)} {sample.unit} cannot be shared out into text to tune on, to stop by and to report on; "
-            f"give text of at least {FEWEST_BLOCKS} windows of {windows.window} tokens"
+            f"{sample.source}: {len(ids)} {sample.unit} are too few to tune on, to stop by, to validate and "
+            f"to report on; give text of at least {FEWEST_BLOCKS} windows of {windows.window} tokens"
         )
     if sample.unit == "documents":
         ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))]
     numbers = torch.bincount(sample.block, minlength=int(ids.max()) + 1)[ids]
     # The part of the text that comes before the middle of each block says which part the block is in.
     middle = (numbers.cumsum(dim=0) - numbers / 2) / numbers.sum()
-    part = torch.bucketize(middle, torch.tensor([SPLITS[0], SPLITS[0] + SPLITS[1]]))
-    part[-1] = 2  # however long the last document is
+    part = torch.bucketize(middle, torch.tensor(SPLITS[:-1]).cumsum(dim=0))
+    part[-1] = len(SPLITS) - 1  # however long the last document is
     of_block = torch.zeros(int(ids.max()) + 1, dtype=torch.long)
     of_block[ids] = part
     parts = []
-    for which in range(3):
+    for which in range(len(SPLITS)):
         rows = (of_block[sample.block] == which).nonzero()[:, 0]
         if len(sample.block[rows].unique()) < 2:
             raise CorpusError(f"{sample.source}: its documents are too unequal to be shared out; give more of them")
         parts.append(sample._replace(layer=sample.layer.at(rows), block=sample.block[rows]))
-    train, validation, test = parts
-    return Split(train, validation, test, Unigram.from_counts(windows.counts(profile.model.tokenizer_size)))
+    train, stop, validation, test = parts
+    return Split(train, stop, validation, test, Unigram.from_counts(windows.counts(profile.model.tokenizer_size)))
 
 
 def search(
@@ -242,7 +250,7 @@ def search(
         [one.train.layer for one in splits],
         objective=objective,
         ridge=ridge,
-        validation=[one.validation.layer for one in splits],
+        validation=[one.stop.layer for one in splits],
         on_step=on_step,
     )
     steering = ways.steering(found.parameters)
@@ -322,7 +330,9 @@ class DialParameters:
         for dial, position in zip(self.dials, self._positions(at).tolist(), strict=True):
             low, high = self.profile.reach(dial)
             curve = self.profile.response[dial]
-            changes[dial] = _short(min(max(float(np.interp(position, curve.position, curve.change(dial))), low), high))
+            change = _short(float(np.interp(position, curve.position, curve.change(dial))))
+            # After rounding, which may go beyond.
+            changes[dial] = min(max(change, low), high)
         return Steering.parse(changes)
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 from typing import Any, NamedTuple
 
+import torch
 from transformers import PreTrainedTokenizerFast
 
 import confsteer
-from confsteer import Profile
+from confsteer import Profile, Steering
 from confsteer.corpus import make_windows
 from tests.models import VOCAB, planted_model, tiny_tokenizer, zipf_texts
 
@@ -27,3 +28,15 @@ def planted(model_type: str, *, wide: bool = False, tied: bool = False) -> Plant
     counts = make_windows(texts, tokenizer, window=64).counts(VOCAB)
     model = planted_model(model_type, counts, wide=wide, tied=tied)
     return Planted(model, tokenizer, texts, confsteer.calibrate(model, tokenizer, texts, window=64, source="zipf"))
+
+
+def written_by(steering: Steering, *, seed: int = 0, documents: int = 60) -> list[str]:
+    """Documents that the planted Llama writes when it is steered, so that this steering is the one to be found."""
+    found = planted("llama")
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, VOCAB, (documents, 1), generator=generator)
+    with torch.no_grad(), confsteer.steer(found.model, found.profile, steering):
+        for _ in range(62):
+            p = found.model(ids, use_cache=False).logits[:, -1].softmax(-1)
+            ids = torch.cat([ids, torch.multinomial(p, 1, generator=generator)], dim=1)
+    return [" ".join(f"t{i}" if i else "<eos>" for i in row) for row in ids.tolist()]

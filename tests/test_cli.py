@@ -4,11 +4,12 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
 import confsteer
-from confsteer import Profile, SettingError
+from confsteer import CorpusError, Profile, SettingError
 from confsteer.cli import main
 from confsteer.cli.options import EXIT_NO_NEURONS, EXIT_NOTHING_GAINED
 from confsteer.corpus import make_windows
@@ -37,6 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found.profile.save(root / "profile")
     (root / "text.txt").write_text("\n".join(found.texts))
     (root / "other.txt").write_text("\n".join(zipf_texts(4, 150, seed=4)))
+    np.save(root / "few.npy", np.array([1, 2, 3]))
     turns = [{"role": "user", "content": text} for text in found.texts]
     (root / "chats.jsonl").write_text("".join(json.dumps({"messages": [turn]}) + "\n" for turn in turns))
     return root
@@ -156,6 +158,10 @@ def test_eval_compares_and_writes_json_and_a_picture(folder: Path, tmp_path: Pat
         (["eval", "{model}", "--text", "{text}"], 2, "give a profile, -p PROFILE, or a run file"),
         (["eval", "{model}", "-p", "{profile}", "--text", "{text}", "--sweep", "entropy=1"], 1, "KEY=FIRST:LAST:NUMBER"),
         (["eval", "{model}", "--run", "x.yaml"], 2, "--run FILE says what to run"),
+        (["eval", "--run", "x.yaml", "--tokens", "5"], 2, "--run FILE says what to run, --tokens too"),
+        (["eval", "{model}", "-p", "{profile}", "--text", "{text}", "--plot", "x.foo"], 2, "a picture's name ends in .png"),
+        (["eval", "{model}", "-p", "{profile}", "--text", "{text}", "--unigram", "{root}/few.npy"], 1, "counts for 3 tokens"),
+        (["tune", "{model}", "-p", "{profile}", "--text", "{text}", "--text", "{root}/a/text.txt"], 1, "two texts are called"),
         (["eval", "--run", "missing.yaml"], 1, "cannot read missing.yaml"),
         (["tune", "{model}", "-p", "{profile}"], 2, "give some text"),
         (["tune", "{model}", "-p", "{profile}", "--text", "{text}", "--name", "a b"], 1, "preset: String should match"),
@@ -296,11 +302,12 @@ def test_a_run_file_is_the_options_it_names(folder: Path, tmp_path: Path) -> Non
         ("{profile: p, heat: 3}", "heat: Extra inputs are not permitted"),
         ("{profile: p, texts: [{name: a}]}", "a text is files (text), a dataset, or bundled: give one of them"),
         ("{profile: p, model: m, texts: [{text: [a]}, {text: [b/a]}]}", "two texts are called 'a'"),
+        ("{profile: p, model: m}", "nothing to evaluate on"),
     ],
 )
 def test_run_files_that_are_wrong(content: str, sentence: str, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(content)
-    with pytest.raises(SettingError) as error:
+    with pytest.raises((SettingError, CorpusError)) as error:
         Run.read(tmp_path / "run.yaml").sources()
     assert sentence in str(error.value)
 

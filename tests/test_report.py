@@ -51,7 +51,7 @@ def tuning(validation: Interval) -> Tuning:
         objective="nll",
         steering=Steering(entropy=0.3),
         temperature=1.1,
-        tokens={"train": 700, "validation": 100, "test": 300},
+        tokens={"train": 700, "stop": 100, "validation": 100, "test": 300},
         validation=validation,
         texts=result.texts[:1],
         left_out=result.texts[1:],
@@ -212,7 +212,7 @@ def test_a_tuning_says_what_was_tuned_and_whether_it_gained(validation: Interval
     assert "Tuning of" in found.words
     assert sentence in found.words
     assert "steering entropy=+0.3 temperature 1.1000, tuned together with the steering" in found.words
-    assert "train 700, validation 100, test 300" in found.words
+    assert "train 700, stop 100, validation 100, test 300" in found.words
     assert "other, fitted without it" in found.words
     assert "fitted on the split that was tuned on" in found.words
     assert len(found.tables) == 8

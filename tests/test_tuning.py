@@ -1,12 +1,12 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from pathlib import Path
 
 import pytest
 import torch
 
-import confsteer
 from confsteer import CorpusError, Profile, Steering
 from confsteer.corpus import make_windows
 from confsteer.edit import neuron_edit, steerable
@@ -14,27 +14,15 @@ from confsteer.evaluation.bootstrap import Interval
 from confsteer.evaluation.harness import read_sample
 from confsteer.evaluation.last_layer import Intervention, Reader
 from confsteer.tuning import DialParameters, NeuronParameters, Tuning, split, tune
-from tests.models import VOCAB, zipf_texts
-from tests.planted import Planted, planted
-
-
-def written_by(model: object, steering: Steering, *, seed: int = 0) -> list[str]:
-    """Documents that a steered model writes, so that this steering is the one to be found."""
-    found = planted("llama")
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(1, VOCAB, (60, 1), generator=generator)
-    with torch.no_grad(), confsteer.steer(found.model, found.profile, steering):
-        for _ in range(62):
-            p = found.model(ids, use_cache=False).logits[:, -1].softmax(-1)
-            ids = torch.cat([ids, torch.multinomial(p, 1, generator=generator)], dim=1)
-    return [" ".join(f"t{i}" if i else "<eos>" for i in row) for row in ids.tolist()]
+from tests.models import zipf_texts
+from tests.planted import Planted, planted, written_by
 
 
 @functools.cache
 def tuned() -> Tuning:
     model, tokenizer, _, profile = planted("llama")
     steering = Steering(entropy=0.6)
-    texts = {"one": written_by(model, steering), "other": written_by(model, steering, seed=1)}
+    texts = {"one": written_by(steering), "other": written_by(steering, seed=1)}
     return tune(model, tokenizer, texts, profile, parameters="dials", window=64)
 
 
@@ -51,7 +39,7 @@ def test_the_steering_a_text_was_written_with_is_found() -> None:
 def test_where_nothing_can_be_gained_it_says_so() -> None:
     """Text that the unsteered model wrote."""
     model, tokenizer, _, profile = planted("llama")
-    result = tune(model, tokenizer, written_by(model, Steering()), profile, window=64)
+    result = tune(model, tokenizer, written_by(Steering()), profile, window=64)
     assert not result.gained
     assert result.left_out == ()
 
@@ -59,7 +47,7 @@ def test_where_nothing_can_be_gained_it_says_so() -> None:
 def test_what_is_reported_is_what_the_stored_preset_does() -> None:
     found, result = planted("llama"), tuned()
     profile = found.profile.with_preset("calibrated", result.steering)
-    windows = make_windows(written_by(found.model, Steering(entropy=0.6)), found.tokenizer, window=64, source="one")
+    windows = make_windows(written_by(Steering(entropy=0.6)), found.tokenizer, window=64, source="one")
     test_part = split(read_sample(Reader(found.model, found.profile), windows), windows, found.profile, seed=0).test
     edit = neuron_edit(Steering(preset="calibrated"), profile)
     scores = test_part.layer.scores(Intervention.of(edit))
@@ -90,8 +78,10 @@ def test_parameters_are_the_steering_they_become(model_type: str) -> None:
             torch.testing.assert_close(getattr(neutral, name).float(), expected.float(), atol=1e-7, rtol=0)
 
 
-def test_dials_stay_within_their_reach() -> None:
-    profile = planted("llama").profile
+@pytest.mark.parametrize("model_type", ["llama", "opt", "cohere", "olmo2", "gemma2"])
+def test_dials_stay_within_their_reach(model_type: str) -> None:
+    """Whichever way the bounds round."""
+    profile = planted(model_type).profile
     ways = DialParameters(profile)
     for far in (-1000.0, 1000.0):
         steering = ways.steering(torch.full((ways.number,), far))
@@ -104,19 +94,30 @@ def parts_of(found: Planted, texts: list[str], window: int = 64) -> list[set[int
     windows = make_windows(texts, found.tokenizer, window=window)
     sample = read_sample(Reader(found.model, found.profile), windows)
     parts = split(sample, windows, found.profile, seed=0)
-    assert sum(part.layer.tokens for part in parts[:3]) == sample.layer.tokens
-    return [set(part.block.tolist()) for part in parts[:3]]
+    assert sum(part.layer.tokens for part in parts[:4]) == sample.layer.tokens
+    return [set(part.block.tolist()) for part in parts[:4]]
 
 
 def test_parts_share_no_document() -> None:
-    train, validation, test = parts_of(planted("llama"), zipf_texts(50, 100))
-    assert train | validation | test == set(range(50))
-    assert (len(train), len(validation), len(test)) == (30, 10, 10)
+    parts = parts_of(planted("llama"), zipf_texts(60, 100))
+    assert set.union(*parts) == set(range(60))
+    assert [len(part) for part in parts] == [30, 9, 9, 12]
 
 
 def test_few_documents_are_cut_in_stretches() -> None:
-    train, validation, test = parts_of(planted("llama"), zipf_texts(2, 800))
-    assert max(train) < min(validation) <= max(validation) < min(test)
+    found, texts = planted("llama"), zipf_texts(2, 800)
+    train, stop, validation, test = parts_of(found, texts)
+    assert max(train) < min(stop) <= max(stop) < min(validation) <= max(validation) < min(test)
+
+
+def test_documents_that_were_joined_are_cut_in_stretches() -> None:
+    """Windows that follow each other may be of one document."""
+    found = planted("llama")
+    windows = make_windows(zipf_texts(50, 100), found.tokenizer, window=64, cross_documents=True)
+    parts = split(read_sample(Reader(found.model, found.profile), windows), windows, found.profile, seed=0)
+    assert parts.train.unit == "windows"
+    ends = [(int(part.block.min()), int(part.block.max())) for part in parts[:4]]
+    assert all(last < first for (_, last), (first, _) in itertools.pairwise(ends))
 
 
 def test_too_little_text_is_refused() -> None:

@@ -11,7 +11,7 @@ from confsteer.cli import find, measure, steer, study, tune
 from confsteer.errors import ConfsteerError
 
 EXTRAS = {
-    **dict.fromkeys(("datasets", "jinja2", "matplotlib", "torchmetrics", "yaml"), "eval"),
+    **dict.fromkeys(("datasets", "jinja2", "matplotlib", "yaml"), "eval"),
     "lm_eval": "lm-eval",
     "relplot": "smooth-ece",
 }

@@ -12,7 +12,7 @@ from rich.markup import escape
 from confsteer import tables
 from confsteer.cli.options import (
     EXIT_NO_NEURONS,
-    OUTPUT_FILE,
+    PICTURE_FILE,
     TEXT_FILE,
     TextOptions,
     load,
@@ -119,7 +119,7 @@ def calibrate(
 )
 @click.option(
     "--plot",
-    type=OUTPUT_FILE,
+    type=PICTURE_FILE,
     metavar="FILE.png",
     help="Draw norm, logit variance, null fraction and the spectrum.",
 )
@@ -158,11 +158,11 @@ def scan(model: str | None, out: Path | None, plot: Path | None, **settings: Any
 @click.argument("profile")
 @click.option(
     "--plot",
-    type=OUTPUT_FILE,
+    type=PICTURE_FILE,
     metavar="FILE.png",
     help="Draw norm against logit variance and null fraction against mediation (of a scan: against norm, and the spectrum).",
 )
-@click.option("--response", type=OUTPUT_FILE, metavar="FILE.png", help="Draw what the dials do.")
+@click.option("--response", type=PICTURE_FILE, metavar="FILE.png", help="Draw what the dials do.")
 def show(profile: str, plot: Path | None, response: Path | None) -> None:
     """Print what PROFILE holds, or draw it."""
     loaded = Profile.load(profile)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 from rich.markup import escape
 
 from confsteer import tables
@@ -26,6 +27,8 @@ from confsteer.cli.options import (
     write_html,
 )
 from confsteer.profile import Profile
+
+BESIDE_A_RUN_FILE = ("run_file", "as_json", "plot", "report", "device", "dtype", "revision", "trust_remote_code")
 
 
 @click.command(name="eval")
@@ -83,15 +86,23 @@ def evaluate(
     """
     from confsteer.evaluation.run import Run, run
 
+    if report:
+        import confsteer.report  # noqa: F401  what it needs is missed now, not after the work
+    if smooth_ece:
+        import relplot  # noqa: F401
     if run_file:
-        if model or profile or steers or sweeps or text.texts or text.dataset:
-            raise click.UsageError("--run FILE says what to run: give it alone, with --json, --plot and how to load the model")
+        context = click.get_current_context()
+        for parameter in context.command.params:
+            given = context.get_parameter_source(parameter.name or "") == ParameterSource.COMMANDLINE
+            if given and parameter.name not in BESIDE_A_RUN_FILE:
+                option = parameter.opts[0]
+                raise click.UsageError(f"--run FILE says what to run, {option} too: give it in the file")
         settings = Run.read(run_file)
     elif profile is None:
         raise click.UsageError("give a profile, -p PROFILE, or a run file, --run FILE.yaml")
     else:
         sources = text.sources(model, "held-out")
-        if not sources:
+        if not (sources or choices):
             raise click.UsageError(f"{NO_TEXT} (on samples of its own every model is perfectly calibrated)")
         settings = Run(
             model=model,
@@ -106,6 +117,8 @@ def evaluate(
             smooth_ece=smooth_ece,
             induction=induction,
         )
+    if plot and not settings.sources():
+        raise click.UsageError("--plot draws texts, and there are none: --report has pictures of questions")
     settings.all_steerings()
     loaded_profile = Profile.load(settings.profile)
     result = run(settings, loaded_profile, load(settings.model, loading), progress=True)

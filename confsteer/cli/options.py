@@ -38,7 +38,19 @@ class _OutputFile(click.Path):
         return file
 
 
+class _PictureFile(_OutputFile):
+    """An output file whose name says in which format to draw."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        file = super().convert(value, param, ctx)
+        if file.suffix.lower() not in PICTURES:
+            self.fail(f"{file}: a picture's name ends in {', '.join(PICTURES)}", param, ctx)
+        return file
+
+
+PICTURES = (".png", ".svg", ".pdf", ".jpg")
 OUTPUT_FILE = _OutputFile(path_type=Path, dir_okay=False, writable=True)
+PICTURE_FILE = _PictureFile(path_type=Path, dir_okay=False, writable=True)
 
 
 def model_options(command: Any) -> Any:
@@ -127,7 +139,7 @@ def text_options(command: Any) -> Any:
 
 window_option = click.option("--window", default=256, show_default=True, type=int, help="Tokens per window.")
 json_option = click.option("--json", "as_json", type=OUTPUT_FILE, metavar="FILE", help="Write the results as JSON.")
-plot_option = click.option("--plot", type=OUTPUT_FILE, metavar="FILE.png", help="Draw the results.")
+plot_option = click.option("--plot", type=PICTURE_FILE, metavar="FILE.png", help="Draw the results.")
 report_option = click.option(
     "--report", type=OUTPUT_FILE, metavar="FILE.html", help="Write a report with pictures, as confsteer report does."
 )

@@ -45,7 +45,13 @@ from confsteer.steering import Steering
     show_default=True,
     help="What to minimise: the loss, the Brier score of the top prediction, or its calibration error.",
 )
-@click.option("--ridge", default=1e-4, show_default=True, type=click.FloatRange(min=0), help="Pull towards neutral, nats.")
+@click.option(
+    "--ridge",
+    default=2e-5,
+    show_default=True,
+    type=click.FloatRange(min=0),
+    help="Pull towards neutral: part of the unsteered objective that a gain one off costs.",
+)
 @click.option(
     "--leave-one-out/--no-leave-one-out", default=True, help="Of several texts: tune on all but one too.  [default: on]"
 )
@@ -81,16 +87,20 @@ def tune(
     confsteer tune OWNER/MODEL -p my-profile --dataset OWNER/TEXTS --objective ece --name cautious
 
     Give every kind of text the model will see, each as a --text of its own: they count equally, and what is tuned on one kind
-    can do harm on another. Each is cut in three, by documents: what is tuned on, what says when to stop, and what the tables
-    are of. What does not beat the unsteered model on the second beyond its interval is not saved: exit code 4.
+    can do harm on another. Each is cut in four, by documents: what is tuned on, what says when to stop, what says whether
+    anything was gained, and what the tables are of. What does not beat the unsteered model on the third beyond its interval is
+    not saved: exit code 4.
 
     \b
     Afterwards:  confsteer eval ... -s preset=calibrated    confsteer serve ... --default preset=calibrated
     """
+    from confsteer.texts import by_title
     from confsteer.tuning import tune as run
 
     Steering.parse({"preset": name})
-    sources = text.sources(model, "calibration")
+    if report:
+        import confsteer.report  # noqa: F401  what it needs is missed now, not after the work
+    sources = by_title(text.sources(model, "calibration"))
     if not sources:
         raise click.UsageError(NO_TEXT)
     loaded_profile = Profile.load(profile)
@@ -105,7 +115,7 @@ def tune(
     result = run(
         loaded.model,
         loaded.tokenizer,
-        {source.title: source.windows(loaded.tokenizer, window, tokens) for source in sources},
+        {title: source.windows(loaded.tokenizer, window, tokens) for title, source in sources.items()},
         loaded_profile,
         parameters="dials" if dials else "neurons",
         with_temperature=temperature,
@@ -114,10 +124,14 @@ def tune(
     )
     console = tables.console()
     tables.print_tuning(console, result)
+    if result.gained:
+        loaded_profile.with_preset(name, result.steering).save(folder)
+        console.print(f"Preset {escape(name)} written to {escape(str(folder))}")
+        if result.temperature is not None:
+            console.print(f"It was tuned for sampling at temperature {result.temperature:.3f}, which a preset cannot hold.")
+    else:
+        console.print("[bold]Nothing saved:[/bold] on the validation split it does not beat neutral beyond the interval.")
     write_json(console, result, as_json)
     write_html(console, result, report, loaded_profile)
     if not result.gained:
-        console.print("[bold]Nothing saved:[/bold] on text it was not tuned on it does not beat neutral beyond the interval.")
         sys.exit(EXIT_NOTHING_GAINED)
-    loaded_profile.with_preset(name, result.steering).save(folder)
-    console.print(f"Preset {escape(name)} written to {escape(str(folder))}")

@@ -34,8 +34,10 @@ class Estimate:
 
     @property
     def interval(self) -> Interval:
-        """The 95 % percentile interval."""
-        low, high = self.resampled.quantile(torch.tensor([0.025, 0.975], dtype=self.resampled.dtype)).tolist()
+        """The 95 % percentile interval, of the resamples on which the number is defined."""
+        low, high = (
+            self.resampled[self.resampled.isfinite()].quantile(torch.tensor([0.025, 0.975], dtype=self.resampled.dtype)).tolist()
+        )
         return Interval(self.value, low, high)
 
     def __sub__(self, other: Estimate) -> Estimate:

@@ -20,17 +20,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from confsteer.capture import record_continuations
 from confsteer.corpus import context_length
-from confsteer.edit import neuron_edit, resolve
 from confsteer.errors import CorpusError
 from confsteer.evaluation.bootstrap import Blocks
 from confsteer.evaluation.comparison import ComparedRow, Kind, accuracy_at_coverages, paired_differences, reliability_bins
-from confsteer.evaluation.last_layer import Intervention, Reader, Reading
+from confsteer.evaluation.last_layer import Intervention, Reader, Reading, interventions_of
 from confsteer.evaluation.metrics import Estimates, answer_metrics
 from confsteer.profile import Profile
 from confsteer.questions import Question
 from confsteer.steering import Steering
 
-COLDEST, HOTTEST = 1e-2, 1e4
+COLDEST, HOTTEST = 0.1, 1e4
 """Temperatures between which fits look. Answers no better than chance are best at the hottest, where all choices are alike."""
 HALVINGS = 60
 """Of the range of log-temperatures: more than its ends have digits."""
@@ -145,8 +144,7 @@ def evaluate_choices(
         SteeringError, ProfileMismatchError, NoNeuronsError: see `confsteer.steer`.
     """
     # What is asked wrongly is said before anything runs.
-    steerings = [resolve(steering, profile) for steering in steerings]
-    interventions = [Intervention.of(neuron_edit(steering, profile)) for steering in steerings]
+    steerings, interventions = interventions_of(steerings, profile)
     compared = []
     reader = Reader(model, profile)
     for name, asked in questions.items():

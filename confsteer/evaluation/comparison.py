@@ -231,6 +231,8 @@ def paired_differences(
 
 
 def _score(layer: Reading, method: Method, unigram: Unigram) -> tuple[TokenScores, UnigramDivergences]:
+    if len(method.folds) == 1:
+        return layer.scores_and_divergences(method.folds[0][1], unigram)
     parts = [layer.at(rows).scores_and_divergences(intervention, unigram) for rows, intervention in method.folds]
     order = torch.cat([rows for rows, _ in method.folds]).argsort()
     scores = TokenScores.join([part for part, _ in parts]).at(order)

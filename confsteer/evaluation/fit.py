@@ -19,7 +19,7 @@ Build = Callable[[Tensor], Intervention]
 MOST_STEPS = 60
 CONVERGED = 1e-5
 """Part of the objective below which a step's gain ends fitting."""
-PATIENCE = 4
+PATIENCE = 8
 """Steps without a better validation score after which fitting stops."""
 
 
@@ -50,7 +50,7 @@ def fit(
         train: texts.
         objective: ``nll``; ``brier`` of the top prediction; or ``ece``, for which the squared gaps of its bins are followed,
             which have a gradient.
-        ridge: weight of the squared length of the parameters, which pulls towards neutral.
+        ridge: weight of the squared length of the parameters, as a part of the objective at the start; it pulls towards neutral.
         validation: texts by whose objective the best step is chosen; none: the last step.
         on_step: called after each step with its number and the best score so far.
     """
@@ -58,15 +58,17 @@ def fit(
     optimizer = torch.optim.LBFGS([parameters], max_iter=1, max_eval=20, history_size=20, line_search_fn="strong_wolfe")
     known: tuple[Tensor, Tensor, Tensor] | None = None
     # LBFGS measures its first step by the gradient: whatever the objective's units, that should be a step of length one.
-    scale = 1.0
+    scale, pull = 1.0, 0.0
 
     def closure() -> Tensor:
         # LBFGS evaluates each step's starting point again, which is where the last step ended.
-        nonlocal known, scale
+        nonlocal known, scale, pull
         here = parameters.detach()
         if known is None or not torch.equal(known[0], here):
             value, gradient = _value_and_gradient(build, here, train, objective)
-            value, gradient = value + ridge * here.square().sum(), gradient + 2 * ridge * here
+            if known is None:
+                pull = ridge * float(value)
+            value, gradient = value + pull * here.square().sum(), gradient + 2 * pull * here
             if known is None:
                 scale = 1 / max(float(gradient.norm()), 1e-12)
             known = (here.clone(), scale * value, scale * gradient)
@@ -149,8 +151,8 @@ def _token_loss(objective: Objective, build: Build, at: Tensor, text: Reading) -
 
 
 def temperature(parameters: Tensor) -> Tensor:
-    """The temperature that a parameter stands for: its logarithm, so that zero is neutral."""
-    return parameters.exp()
+    """The temperature that a parameter stands for: its logarithm, so that zero is neutral. It stays between 1/100 and 100."""
+    return parameters.clamp(-4.6, 4.6).exp()
 
 
 def fit_temperature(train: Sequence[Reading]) -> Intervention:
@@ -166,7 +168,7 @@ def fit_null_write(train: Sequence[Reading]) -> Intervention:
     another way to a temperature, and shortens it only where the residual has a part to cancel; so both signs are tried.
     """
     neutral = _neutral(train)
-    unit = float(torch.stack([text.readout.centre(text.states.residual).norm(dim=-1).mean() for text in train]).mean())
+    unit = sum(_mean_length(text) for text in train) / len(train)
 
     def build(parameters: Tensor) -> Intervention:
         return neutral._replace(null_write=unit * parameters[0])
@@ -174,6 +176,11 @@ def fit_null_write(train: Sequence[Reading]) -> Intervention:
     fits = [fit(build, torch.tensor([start]), train) for start in (-0.3, 0.3)]
     losses = [float(_value_and_gradient(build, one.parameters, train, "nll")[0]) for one in fits]
     return fits[losses.index(min(losses))].intervention
+
+
+def _mean_length(text: Reading) -> float:
+    """Of the residual."""
+    return sum(float(text.readout.centre(one.states.residual).norm(dim=-1).sum()) for one in text.chunks()) / text.tokens
 
 
 @torch.no_grad()

@@ -11,13 +11,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from confsteer.corpus import Document, Windows, make_windows
 from confsteer.discovery.frequency import Unigram
-from confsteer.edit import neuron_edit, resolve
 from confsteer.errors import CorpusError, SteeringError
 from confsteer.evaluation.choices import ChoiceComparison
 from confsteer.evaluation.comparison import Method, Sample, TextComparison, compare
 from confsteer.evaluation.fit import fit_null_write, fit_temperature, match_entropy
 from confsteer.evaluation.induction import InductionStudy
-from confsteer.evaluation.last_layer import Intervention, Reader
+from confsteer.evaluation.last_layer import Intervention, Reader, interventions_of
 from confsteer.profile import Profile, library_versions
 from confsteer.steering import Steering
 
@@ -83,11 +82,11 @@ def evaluate(
     Raises:
         CorpusError: a text is too short.
         SettingError: the window is too short or longer than the model's context.
-        SteeringError, ProfileMismatchError, NoNeuronsError: see `confsteer.steer`.
+        SteeringError: see `confsteer.steer`; or a steering is of the generated positions alone.
+        ProfileMismatchError, NoNeuronsError: see `confsteer.steer`.
     """
     # What is asked wrongly is said before anything runs.
-    steerings = [resolve(steering, profile) for steering in steerings]
-    interventions = [Intervention.of(neuron_edit(steering, profile)) for steering in steerings]
+    steerings, interventions = interventions_of(steerings, profile)
     reader = Reader(model, profile)
     compared = []
     for name, documents in named_texts(texts, source).items():

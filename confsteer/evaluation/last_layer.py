@@ -9,7 +9,7 @@ again.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,9 +23,11 @@ from confsteer.corpus import Windows, check_context
 from confsteer.discovery.frequency import Unigram
 from confsteer.discovery.readout import Readout, TokenStates
 from confsteer.discovery.weights import unembedding_spectrum
-from confsteer.edit import NeuronEdit, edited, steerable
+from confsteer.edit import NeuronEdit, edited, neuron_edit, resolve, steerable
+from confsteer.errors import SteeringError
 from confsteer.evaluation.scores import TokenScores
 from confsteer.profile import Profile
+from confsteer.steering import Steering
 
 FEWEST_ROWS = 128
 CHUNK = 2**20
@@ -59,6 +61,19 @@ class Intervention(NamedTuple):
     def of(cls, edit: NeuronEdit) -> Intervention:
         """A steering alone."""
         return cls.neutral(len(edit.gain))._replace(**{n: torch.from_numpy(c) for n, c in edit._asdict().items()})
+
+
+def interventions_of(steerings: Sequence[Steering], profile: Profile) -> tuple[list[Steering], list[Intervention]]:
+    """Steerings with their presets written out, and what each does.
+
+    Raises:
+        SteeringError: one cannot be done, or not in an evaluation.
+    """
+    resolved = [resolve(steering, profile) for steering in steerings]
+    for steering in resolved:
+        if steering.positions != "all":
+            raise SteeringError(f"{steering}: an evaluation scores text that is given, and steers every position of it")
+    return resolved, [Intervention.of(neuron_edit(steering, profile)) for steering in resolved]
 
 
 class UnigramDivergences(NamedTuple):

@@ -128,10 +128,12 @@ def run(options: Sequence[str]) -> tuple[list[TaskCalibration], Path | None]:
                 del results["samples"]
         return results
 
+    # "run" is lm-eval's own name for what this is.
+    words = [*options[1:]] if options[:1] in (["run"], ("run",)) else [*options]
     # Neither lm-eval's command line nor its results' writer hands results on.
     with (
         _replaced(lm_eval.evaluator, "simple_evaluate", evaluate),
-        _replaced(sys, "argv", ["lm-eval", "--model", "confsteer", *options]),
+        _replaced(sys, "argv", ["lm-eval", "--model", "confsteer", *words]),
     ):
         lm_eval.__main__.cli_evaluate()
     file = _beside_results(trackers[0]) if rows and trackers[0].output_path else None

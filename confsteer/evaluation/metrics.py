@@ -104,18 +104,6 @@ def calibration_metrics(confidence: Tensor, correct: Tensor, blocks: Blocks, *, 
     return found
 
 
-def expected_calibration_error(confidence: Tensor, correct: Tensor) -> float:
-    """ECE over `BINS` equal-width bins, by torchmetrics.
-
-    Args:
-        confidence: ``[n]``, probabilities.
-        correct: ``[n]`` bool.
-    """
-    from torchmetrics.functional.classification import binary_calibration_error
-
-    return float(binary_calibration_error(confidence, correct.long(), n_bins=BINS, norm="l1"))
-
-
 def width_bins(confidence: Tensor) -> Tensor:
     """Equal-width bin of each confidence ``[n]``; bins are ``[a, b)``, the last includes 1."""
     return (confidence.double() * BINS).long().clamp_max(BINS - 1)
@@ -147,7 +135,9 @@ def _calibration_error(gap: Tensor, bin_of: Tensor, bins: int, blocks: Blocks) -
 
     values = errors(gaps.sum(dim=0), numbers.sum(dim=0))
     resampled = errors(blocks.weights @ gaps, blocks.weights @ numbers)
-    mean, largest = (Estimate(float(value), draws) for value, draws in zip(values, resampled, strict=True))
+    # Gaps are taken without their sign, so chance adds to them, in a resample once more than in the sample: without the shift
+    # an interval can lie beside its own value.
+    mean, largest = (Estimate(float(v), draws - draws.mean() + float(v)) for v, draws in zip(values, resampled, strict=True))
     return mean, largest
 
 
@@ -168,7 +158,7 @@ def _ranking(confidence: Tensor, correct: Tensor, blocks: Blocks) -> Estimates:
     return {
         name: Estimate(float(value), draws[name] + (value - coarse[name]))
         for name, value in exact.items()
-        if value.isfinite().all() and draws[name].isfinite().all()
+        if value.isfinite().all() and draws[name].isfinite().any()
     }
 
 
@@ -209,4 +199,5 @@ def _smooth_ece(confidence: Tensor, correct: Tensor, blocks: Blocks) -> Estimate
     everything = torch.arange(len(confidence))
     drawn = blocks.weights[:SMOOTH_RESAMPLES].long()
     resampled = [error(everything.repeat_interleave(weights[blocks.index])) for weights in drawn]
-    return Estimate(error(everything), torch.tensor(resampled, dtype=torch.float64))
+    value, draws = error(everything), torch.tensor(resampled, dtype=torch.float64)
+    return Estimate(value, draws - draws.mean() + value)

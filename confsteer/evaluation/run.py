@@ -5,19 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from confsteer.corpus import leading_ids, read_counts
+from confsteer.corpus import checked_counts, leading_ids, read_counts
 from confsteer.errors import SettingError
 from confsteer.evaluation.choices import evaluate_choices
 from confsteer.evaluation.harness import Evaluation, evaluate, sweep
-from confsteer.evaluation.induction import induction
+from confsteer.evaluation.induction import check_repetition, induction
+from confsteer.evaluation.last_layer import interventions_of
 from confsteer.loading import DEMO_UNIGRAM, LoadedModel
 from confsteer.profile import Profile
 from confsteer.questions import Question, read_questions
 from confsteer.steering import Steering
-from confsteer.texts import TextSource
+from confsteer.texts import TextSource, by_title
 
 SEQUENCES, HALF = 100, 100
 """Of the induction study: sequences, and tokens that each reads twice."""
@@ -36,7 +36,7 @@ class Run(BaseModel):
     profile: str
     """Folder, shipped name or hub repository."""
     texts: tuple[TextSource, ...] = ()
-    """The bundled model's held-out text if there is none."""
+    """The bundled model's held-out text if there are neither texts nor questions."""
     steerings: tuple[str, ...] = ()
     """As `Steering.parse` takes them."""
     sweeps: tuple[str, ...] = ()
@@ -81,7 +81,10 @@ class Run(BaseModel):
             return str(folder / value) if value and (folder / value).exists() else value
 
         changed: dict[str, Any] = {"model": name(self.model), "profile": name(self.profile)}
-        changed["texts"] = tuple(t.model_copy(update={"text": tuple(folder / p for p in t.text)}) for t in self.texts)
+        changed["texts"] = tuple(
+            text.model_copy(update={"text": tuple(folder / path for path in text.text), "dataset": name(text.dataset)})
+            for text in self.texts
+        )
         changed["choices"] = tuple(folder / path for path in self.choices)
         changed["unigram"] = self.unigram and folder / self.unigram
         return self.model_copy(update=changed)
@@ -106,17 +109,17 @@ class Run(BaseModel):
             raise SettingError(f"two files of questions are called {max(names, key=names.count)!r}: they are reported by name")
         return {path.name: read_questions([path]) for path in self.choices}
 
-    def sources(self) -> tuple[TextSource, ...]:
-        """Its texts.
+    def sources(self) -> dict[str, TextSource]:
+        """Its texts, by title.
 
         Raises:
-            SettingError: there is none, or two have the same name.
+            CorpusError: two have the same title.
+            SettingError: there is neither text nor a question.
         """
-        sources = self.texts or ((TextSource(bundled="held-out"),) if self.model is None else ())
-        titles = [source.title for source in sources]
-        if len(set(titles)) < len(titles):
-            raise SettingError(f"two texts are called {max(titles, key=titles.count)!r}: texts are reported by name")
-        return sources
+        sources = self.texts or ((TextSource(bundled="held-out"),) if self.model is None and not self.choices else ())
+        if not (sources or self.choices):
+            raise SettingError("nothing to evaluate on: give texts, or questions (choices)")
+        return by_title(sources)
 
 
 def run(settings: Run, profile: Profile, loaded: LoadedModel, *, progress: bool = False) -> Evaluation:
@@ -131,36 +134,36 @@ def run(settings: Run, profile: Profile, loaded: LoadedModel, *, progress: bool 
     Raises:
         ConfsteerError: see `evaluate`, `induction` and `confsteer.evaluation.choices`.
     """
-    steerings, questions = settings.all_steerings(), settings.questions()
+    steerings, questions, sources = settings.all_steerings(), settings.questions(), settings.sources()
+    interventions_of(steerings, profile)
+    size = profile.model.tokenizer_size
     counts_file = settings.unigram or (DEMO_UNIGRAM if settings.model is None else None)
-    counts = None
-    if counts_file:
-        counts = torch.from_numpy(read_counts(counts_file))[: profile.model.tokenizer_size].long()
-    windows = {source.title: source.windows(loaded.tokenizer, settings.window, settings.tokens) for source in settings.sources()}
+    counts = checked_counts(read_counts(counts_file), size) if counts_file else None
+    # What is short, and may be refused, comes first: nothing that took long is lost then.
+    if settings.induction:
+        check_repetition(loaded.model, loaded.tokenizer, SEQUENCES, HALF)
+    choices = evaluate_choices(loaded.model, loaded.tokenizer, questions, profile, steerings, progress=progress)
     result = evaluate(
         loaded.model,
         loaded.tokenizer,
-        windows,
+        {title: source.windows(loaded.tokenizer, settings.window, settings.tokens) for title, source in sources.items()},
         profile,
         steerings,
         unigram_counts=counts,
         smooth_ece=settings.smooth_ece,
         progress=progress,
     )
-    if questions:
-        choices = evaluate_choices(loaded.model, loaded.tokenizer, questions, profile, steerings, progress=progress)
-        result = result.model_copy(update={"choices": choices})
+    study = None
     if settings.induction:
-        first = settings.sources()[0]
         length = len(leading_ids(loaded.tokenizer)) + HALF
+        natural = [source.windows(loaded.tokenizer, length, 2 * SEQUENCES * length) for source in list(sources.values())[:1]]
         study = induction(
             loaded.model,
             loaded.tokenizer,
             profile,
-            texts=first.windows(loaded.tokenizer, length, 2 * SEQUENCES * length),
+            texts=natural[0] if natural else None,
             sequences=SEQUENCES,
             half=HALF,
             progress=progress,
         )
-        result = result.model_copy(update={"induction": study})
-    return result
+    return result.model_copy(update={"choices": choices, "induction": study})

@@ -9,7 +9,7 @@ from confsteer.corpus import make_windows
 from confsteer.evaluation.harness import evaluate, sweep
 from confsteer.evaluation.scores import TokenScores
 from tests.models import zipf_texts
-from tests.planted import planted
+from tests.planted import planted, written_by
 
 
 def test_results_are_those_of_running_the_steered_model() -> None:
@@ -56,7 +56,7 @@ def test_each_steering_stands_beside_the_temperature_of_the_same_entropy() -> No
 def test_baselines_are_judged_on_what_they_were_not_fitted_to() -> None:
     """The two halves are fitted apart: swapping the text of one half moves only the fit that the other half is judged by."""
     model, tokenizer, _, profile = planted("llama")
-    even, odd, other = zipf_texts(20, 60, seed=3), zipf_texts(20, 60, seed=4), zipf_texts(20, 60, seed=5)
+    even, odd, other = (written_by(Steering(), seed=seed, documents=20) for seed in range(3))
 
     def temperatures(second: list[str]) -> tuple[float, ...]:
         texts = [text for pair in zip(even, second, strict=True) for text in pair]
@@ -98,6 +98,14 @@ def test_a_steering_out_of_reach_is_refused_and_the_model_restored() -> None:
     with pytest.raises(SteeringError, match="out of reach"):
         evaluate(model, tokenizer, texts, profile, [Steering(entropy=50.0)], tokens=500, window=64)
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_what_steers_only_generated_positions_is_refused() -> None:
+    model, tokenizer, texts, profile = planted("gpt2")
+    with_preset = profile.with_preset("later", Steering(entropy=0.2, positions="generated"))
+    for steering in (Steering(entropy=0.2, positions="generated"), Steering(preset="later")):
+        with pytest.raises(SteeringError, match="every position"):
+            evaluate(model, tokenizer, texts, with_preset, [steering], tokens=500, window=64)
 
 
 def test_a_single_window_is_too_little() -> None:

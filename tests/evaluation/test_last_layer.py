@@ -167,12 +167,13 @@ def test_the_gradient_is_the_slope(objective: str) -> None:
         return float(_value_and_gradient(ways.intervention, where, [layer], objective)[0])  # type: ignore[arg-type]
 
     _, gradient = _value_and_gradient(ways.intervention, at, [layer], objective)  # type: ignore[arg-type]
-    for i in (0, 1, ways.number - 1):
+    for i in (0, 3, 4):
         step = torch.zeros(ways.number)
         # Small enough that no confidence moves to another bin, which the slope knows nothing about.
         step[i] = 1e-2 if objective != "ece" else 1e-3
         slope = (value(at + step) - value(at - step)) / float(2 * step[i])
-        assert float(gradient[i]) == pytest.approx(slope, rel=0.1, abs=3e-4)
+        assert float(gradient[i]) == pytest.approx(slope, rel=0.1, abs=1e-5)
+        assert abs(slope) > 5e-4
 
 
 def test_fitting_stops_where_validation_is_best() -> None:

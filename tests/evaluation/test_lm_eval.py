@@ -218,7 +218,7 @@ def test_the_command_prints_and_writes_calibration_beside_lm_evals_results(root:
     assert not list(tmp_path.rglob("samples_*"))
     rows = json.loads(written.read_text())
     assert {task: (row["n"], row["left_out"]) for task, row in rows.items()} == {"words": (12, 0), "several": (0, 12)}
-    assert f"{rows['words']['ece']:.4f}" in result.output
+    assert f"{rows['words']['metrics']['ece'][0]:.4f}" in result.output
     assert str(written) in result.output.replace("\n", "")
     as_json = json.dumps(
         {"pretrained": f"{root}/model", "profile": f"{root}/profile", "steering": {"entropy": 0.5, "scale": {"20": 0}}}

@@ -17,7 +17,6 @@ from confsteer.evaluation.metrics import (
     answer_metrics,
     calibration_metrics,
     equal_mass_bins,
-    expected_calibration_error,
     ranking_metrics,
     token_metrics,
     width_calibration_error,
@@ -65,13 +64,15 @@ def test_scores_by_their_definition() -> None:
 
 @given(st.lists(st.tuples(st.floats(1 / 512, 511 / 512, width=32), st.booleans()), min_size=1, max_size=50))
 def test_torchmetrics_ours_and_a_loop_agree(pairs: list[tuple[float, bool]]) -> None:
+    from torchmetrics.functional.classification import binary_calibration_error
+
     # Away from bin edges, where float32 and float64 may disagree about the side.
     pairs = [(c, y) for c, y in pairs if abs(c * BINS - round(c * BINS)) > 1e-4] or [(0.5, True)]
     confidence, correct = columns(pairs)
     gaps = gaps_by_loop(pairs, [min(int(c * BINS), BINS - 1) for c, _ in pairs])
     expected = sum(n * gap for n, gap in gaps) / len(pairs)
     ece, mce = width_calibration_error(confidence, correct, one_block(len(pairs)))
-    assert expected_calibration_error(confidence, correct) == pytest.approx(expected, abs=1e-5)
+    assert float(binary_calibration_error(confidence, correct.long(), n_bins=BINS)) == pytest.approx(expected, abs=1e-5)
     assert ece.value == pytest.approx(expected, abs=1e-5)
     assert mce.value == pytest.approx(max(gap for _, gap in gaps), abs=1e-5)
 
@@ -153,7 +154,7 @@ def test_resamples_of_a_ranking_are_those_of_the_tokens_drawn() -> None:
     for draw in range(3):
         rows = torch.arange(400).repeat_interleave(blocks.weights[draw].long()[blocks.index])
         again = calibration_metrics(scores.confidence[rows], scores.correct[rows], one_block(len(rows)))
-        for name in ("ece", "mce", "brier", "accuracy"):
+        for name in ("brier", "accuracy"):
             assert float(found[name].resampled[draw]) == pytest.approx(again[name].value, abs=1e-5)
         for name in ("auroc", "coverage_area", "selective_accuracy"):
             assert float(found[name].resampled[draw]) == pytest.approx(again[name].value, abs=5e-3)
@@ -196,3 +197,34 @@ def test_answers_by_their_definition() -> None:
     brier = sum(sum((p - (i == g)) ** 2 for i, p in enumerate(row)) for row, g in zip(shares, gold.tolist(), strict=True)) / 3
     assert found["brier_multiclass"].value == pytest.approx(brier)
     assert found["entropy"].value == pytest.approx(-sum(p * math.log(p) for row in shares for p in row if p) / 3)
+
+
+def test_resamples_of_calibration_errors_are_those_of_the_tokens_drawn_but_for_one_shift() -> None:
+    _, _, scores = random_scores()
+    blocks = Blocks(torch.arange(400) // 10)
+    found = calibration_metrics(scores.confidence, scores.correct, blocks)
+    for name in ("ece", "mce"):
+        shifts = []
+        for draw in range(4):
+            rows = torch.arange(400).repeat_interleave(blocks.weights[draw].long()[blocks.index])
+            again = calibration_metrics(scores.confidence[rows], scores.correct[rows], one_block(len(rows)))
+            shifts.append(again[name].value - float(found[name].resampled[draw]))
+        assert shifts == pytest.approx([shifts[0]] * 4, abs=1e-5)
+        assert float(found[name].resampled.mean()) == pytest.approx(found[name].value)
+
+
+def test_the_interval_of_a_calibration_error_is_around_it() -> None:
+    """Of a calibrated predictor, whose error is all chance, the plain percentile interval lies above."""
+    generator = torch.Generator().manual_seed(0)
+    confidence = torch.rand(4000, generator=generator)
+    correct = torch.rand(4000, generator=generator) < confidence
+    ece = calibration_metrics(confidence, correct, Blocks(torch.arange(4000) // 40))["ece"]
+    assert ece.interval.low < ece.value < ece.interval.high
+
+
+def test_auroc_is_given_though_some_resamples_have_none() -> None:
+    confidence = torch.linspace(0.1, 0.9, 60)
+    correct = torch.arange(60) != 10
+    auroc = calibration_metrics(confidence, correct, Blocks(torch.arange(60)))["auroc"]
+    assert not auroc.resampled.isfinite().all()
+    assert auroc.interval.low <= auroc.value <= auroc.interval.high
