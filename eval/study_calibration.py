@@ -184,7 +184,7 @@ def main(texts: tuple[str, ...], model: str | None, profile_name: str, tokens: i
         "found": found,
         "results": results,
     }
-    (out / "results.json").write_text(json.dumps(record, indent=1, default=lambda value: value._asdict()) + "\n")
+    (out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
     (out / "table.md").write_text(document + "\n")
     click.echo(f"Written: {out / 'results.json'}, {out / 'table.md'}")
 

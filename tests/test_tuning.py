@@ -36,6 +36,23 @@ def test_the_steering_a_text_was_written_with_is_found() -> None:
     assert [text.source for text in result.left_out] == ["one", "other"]
 
 
+def test_a_temperature_tuned_along_is_not_part_of_what_is_stored_or_judged() -> None:
+    found = planted("llama")
+    texts = written_by(Steering(entropy=0.6))
+    result = tune(found.model, found.tokenizer, texts, found.profile, parameters="dials", with_temperature=True, window=64)
+    assert result.temperature is not None
+    assert result.temperature != pytest.approx(1, abs=1e-3)
+    windows = make_windows(texts, found.tokenizer, window=64)
+    part = split(read_sample(Reader(found.model, found.profile), windows), windows, found.profile, seed=0).validation
+    alone = Intervention.of(neuron_edit(result.steering, found.profile))
+    together = alone._replace(temperature=torch.tensor(result.temperature))
+    neutral, judged, other = (
+        float(part.layer.scores(one).nll.mean()) for one in (Intervention.neutral(len(alone.gain)), alone, together)
+    )
+    assert result.validation.value == pytest.approx(judged - neutral, abs=1e-5)
+    assert result.validation.value != pytest.approx(other - neutral, abs=1e-4)
+
+
 def test_where_nothing_can_be_gained_it_says_so() -> None:
     """Text that the unsteered model wrote."""
     model, tokenizer, _, profile = planted("llama")
