@@ -69,8 +69,9 @@ install-vllm:
 test-vllm: export HF_HUB_OFFLINE = 1
 test-vllm:
 	$(call install_vllm,$(VLLM_OLDEST))
-	@echo "== Testing vLLM $(VLLM_OLDEST): engines in this process"
+	@echo "== Testing vLLM $(VLLM_OLDEST): engines in this process, and a server"
 	$(VLLM_VENV)/bin/python -m pytest tests/vllm/test_engine.py -m "not processes" -k "$(FEWER)"
+	$(VLLM_VENV)/bin/python -m pytest tests/vllm/test_server.py
 	$(call install_vllm,$(VLLM_NEWEST))
 	@echo "== Testing vLLM $(VLLM_NEWEST), second model runner"
 	VLLM_USE_V2_MODEL_RUNNER=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm/test_engine.py -m "not processes" -k "$(FEWER)"
