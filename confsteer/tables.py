@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from confsteer.evaluation.lm_eval_samples import TaskCalibration
     from confsteer.tuning import Tuning
 
+LONGEST_NAME = 40
+"""Characters of a steering in a table: one that sets every neuron has thousands."""
+
 
 def console() -> Console:
     """Tables need room: a pipe or a file, which has no width of its own, gets enough."""
@@ -304,7 +307,8 @@ def print_cumulative(console: Console, result: CumulativeStudy) -> None:
 def _with_values(row: ComparedRow) -> str:
     """The name of a row, and its temperatures or constants."""
     values = ", ".join(f"{value:.3f}" for value in row.values)
-    return escape(row.name) + (f" ({values})" if values else "")
+    name = row.name if len(row.name) <= LONGEST_NAME else row.name[: LONGEST_NAME - 1] + "…"
+    return escape(name) + (f" ({values})" if values else "")
 
 
 def _with_half_width(interval: Interval, digits: int) -> str:

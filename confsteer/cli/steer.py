@@ -92,7 +92,7 @@ def bake(model: str | None, profile: str, steers: tuple[str, ...], out: Path, **
         baking.save(loaded, baked, found, folder)
     neurons = f"{len(baked.neurons)} neuron{'s' if len(baked.neurons) > 1 else ''} of layer {found.model.layer}"
     where = " and ".join(filter(None, [baked.weight, baked.bias]))
-    click.echo(f"Baked {baked.steering} into {neurons} of {found.model.id}: {where}.")
+    click.echo(f"Baked {steering} into {neurons} of {found.model.id}: {where}.")
     if baked.mlp_bias_added:
         click.echo("The model's MLPs had no biases; now they have (mlp_bias in its config), zero but for this one.")
     if baked.weight:

@@ -144,20 +144,21 @@ def evaluate_choices(
         SteeringError, ProfileMismatchError, NoNeuronsError: see `confsteer.steer`.
     """
     # What is asked wrongly is said before anything runs.
+    names = [str(steering) for steering in steerings]
     steerings, interventions = interventions_of(steerings, profile)
     compared = []
     reader = Reader(model, profile)
-    for name, asked in questions.items():
-        sample = read_choices(reader, tokenizer, asked, source=name, progress=progress)
-        with tqdm(total=1 + len(steerings), desc=f"compare on {name}"[:40], unit="steering", disable=not progress) as bar:
+    for source, asked in questions.items():
+        sample = read_choices(reader, tokenizer, asked, source=source, progress=progress)
+        with tqdm(total=1 + len(steerings), desc=f"compare on {source}"[:40], unit="steering", disable=not progress) as bar:
             neutral = sample.log_likelihood(Intervention.neutral(sample.layer.readout.n_neurons))
             methods = [AnswerMethod("neutral", "neutral", neutral, Steering()), sample.cross_fitted_temperature(neutral)]
             bar.update()
-            for steering, intervention in zip(steerings, interventions, strict=True):
+            for name, steering, intervention in zip(names, steerings, interventions, strict=True):
                 steered = sample.log_likelihood(intervention)
                 matched = match_answer_entropy(neutral, _entropy(steered))
-                methods.append(AnswerMethod(str(steering), "steering", steered, steering))
-                like = f"temperature, entropy as {steering}"
+                methods.append(AnswerMethod(name, "steering", steered, steering))
+                like = f"temperature, entropy as {name}"
                 methods.append(AnswerMethod(like, "matched temperature", neutral / matched, steering, (matched,)))
                 bar.update()
         compared.append(compare_answers(sample, methods))

@@ -86,6 +86,7 @@ def evaluate(
         ProfileMismatchError, NoNeuronsError: see `confsteer.steer`.
     """
     # What is asked wrongly is said before anything runs.
+    names = [str(steering) for steering in steerings]
     steerings, interventions = interventions_of(steerings, profile)
     reader = Reader(model, profile)
     compared = []
@@ -101,7 +102,7 @@ def evaluate(
                 neutral_method(sample),
                 Method("fitted temperature", "temperature", sample.cross_fitted(fit_temperature, FIT_TOKENS)),
                 Method("constant in the null space", "null write", sample.cross_fitted(fit_null_write, FIT_TOKENS)),
-                *with_matched_temperatures(sample, steerings, interventions, [str(steering) for steering in steerings]),
+                *with_matched_temperatures(sample, steerings, interventions, names),
             ]
             compared.append(compare(sample, methods, Unigram.from_counts(counts), smooth_ece=smooth_ece, on_method=bar.update))
     return Evaluation(model=profile.model.id, profile=profile.checksum, versions=library_versions(), texts=tuple(compared))

@@ -118,7 +118,8 @@ def test_a_preset_is_written_out() -> None:
     model, tokenizer, texts, profile = planted("gpt2")
     with_preset = profile.with_preset("calm", Steering(entropy=0.2))
     (result,) = evaluate(model, tokenizer, texts, with_preset, [Steering(preset="calm")], tokens=500, window=64).texts
-    assert result.of_kind("steering")[0].steering == Steering(entropy=0.2)
+    (row,) = result.of_kind("steering")
+    assert (row.name, row.steering) == ("preset=calm", Steering(entropy=0.2))
 
 
 def test_sweeps() -> None:
