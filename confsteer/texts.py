@@ -95,7 +95,7 @@ def by_title(sources: Sequence[TextSource]) -> dict[str, TextSource]:
     """
     titles = [source.title for source in sources]
     if len(set(titles)) < len(titles):
-        raise CorpusError(f"two texts are called {max(titles, key=titles.count)!r}: and reports go by names: rename one")
+        raise CorpusError(f"two texts are called {max(titles, key=titles.count)!r}, and reports go by names: rename one")
     return dict(zip(titles, sources, strict=True))
 
 

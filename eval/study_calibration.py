@@ -19,7 +19,6 @@ import click
 import torch
 
 from confsteer import Profile
-from confsteer.corpus import make_windows
 from confsteer.edit import steerable
 from confsteer.evaluation.comparison import Method, compare
 from confsteer.evaluation.fit import fit_null_write, fit_temperature
@@ -30,6 +29,8 @@ from confsteer.profile import library_versions
 from confsteer.texts import TextSource
 from confsteer.tuning import Split, Tuned, search, split
 
+WINDOW = 256
+"""Tokens per window, as calibration and tuning have it."""
 WAYS = ("temperature", "null write", "dials", "neurons", "neurons, temperature", "control")
 
 
@@ -138,13 +139,13 @@ def main(texts: tuple[str, ...], model: str | None, profile_name: str, tokens: i
     loaded, profile = load_model(model), Profile.load(profile_name)
     control = control_profile(profile, seed)
     readers = [Reader(loaded.model, one) for one in (profile, control)]
-    sources = {"Python documentation": TextSource(bundled="held-out")}
+    sources = {"Python documentation": TextSource(name="Python documentation", bundled="held-out")}
     for text in texts:
         name, _, path = text.partition("=")
         sources[name] = TextSource(name=name, text=(Path(path),))
     read: dict[str, Text] = {}
     for name, source in sources.items():
-        windows = make_windows(source.documents(), loaded.tokenizer, max_tokens=tokens, source=name)
+        windows = source.windows(loaded.tokenizer, WINDOW, tokens)
         samples = [read_sample(reader, windows) for reader in readers]
         read[name] = Text(*(split(sample, windows, profile, seed) for sample in samples))
         click.echo(f"read {name}: {samples[0].layer.tokens:,} tokens, {len(samples[0].block.unique())} {samples[0].unit}")

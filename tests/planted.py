@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,12 @@ class Planted(NamedTuple):
     tokenizer: PreTrainedTokenizerFast
     texts: list[str]
     profile: Profile
+
+    def save(self, folder: Path) -> None:
+        """As ``model`` and ``profile`` in a folder."""
+        self.model.save_pretrained(folder / "model")
+        self.tokenizer.save_pretrained(folder / "model")
+        self.profile.save(folder / "profile")
 
 
 @functools.cache

@@ -269,10 +269,7 @@ def run(*arguments: object, code: int = 0) -> Result:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("bake")
-    found = planted("llama")
-    found.model.save_pretrained(root / "model")
-    found.tokenizer.save_pretrained(root / "model")
-    found.profile.save(root / "profile")
+    planted("llama").save(root)
     return root
 
 

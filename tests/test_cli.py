@@ -33,9 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A planted model on disk with its profile and some text."""
     root = tmp_path_factory.mktemp("cli")
     found = planted("llama")
-    found.model.save_pretrained(root / "model")
-    found.tokenizer.save_pretrained(root / "model")
-    found.profile.save(root / "profile")
+    found.save(root)
     (root / "text.txt").write_text("\n".join(found.texts))
     (root / "other.txt").write_text("\n".join(zipf_texts(4, 150, seed=4)))
     np.save(root / "few.npy", np.array([1, 2, 3]))
@@ -346,7 +344,8 @@ def test_tune_saves_nothing_that_gains_nothing(folder: Path, tmp_path: Path, mon
 
 
 def test_where_nothing_can_be_written_is_said_before_the_work(folder: Path, tmp_path: Path) -> None:
-    where = ("eval", folder / "model", "-p", folder / "profile", "--text", folder / "other.txt")
-    for option in ("--json", "--plot", "--report"):
-        result = run(*where, option, tmp_path / "nowhere" / "file", code=2)
-        assert "is not there, or cannot be written to" in result.output
+    where = (folder / "model", "-p", folder / "profile", "--text", folder / "other.txt")
+    for command, options in (("eval", ("--json", "--plot", "--report")), ("tune", ("--json", "--report"))):
+        for option in options:
+            result = run(command, *where, option, tmp_path / "nowhere" / "file", code=2)
+            assert "is not there, or cannot be written to" in result.output

@@ -19,6 +19,7 @@ from confsteer.cli.options import (
     load,
     model_options,
     profile_option,
+    report_option,
     text_options,
     window_option,
     write_html,
@@ -63,9 +64,7 @@ from confsteer.steering import Steering
     help="Folder to write the profile with the preset to.  [default: PROFILE]",
 )
 @json_option
-@click.option(
-    "--report", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE.html", help="Write a report with pictures."
-)
+@report_option
 def tune(
     model: str | None,
     profile: str,

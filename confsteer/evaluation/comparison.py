@@ -236,7 +236,8 @@ def _score(layer: Reading, method: Method, unigram: Unigram) -> tuple[TokenScore
     parts = [layer.at(rows).scores_and_divergences(intervention, unigram) for rows, intervention in method.folds]
     order = torch.cat([rows for rows, _ in method.folds]).argsort()
     scores = TokenScores.join([part for part, _ in parts]).at(order)
-    return scores, UnigramDivergences(*(torch.cat(column)[order] for column in zip(*(d for _, d in parts), strict=True)))
+    divergences = UnigramDivergences.join([part for _, part in parts])
+    return scores, UnigramDivergences(*(field[order] for field in divergences))
 
 
 def reliability_bins(confidence: Tensor, correct: Tensor, blocks: Blocks) -> tuple[ReliabilityBin, ...]:
@@ -245,17 +246,15 @@ def reliability_bins(confidence: Tensor, correct: Tensor, blocks: Blocks) -> tup
     found = []
     for i in bins.unique().tolist():
         inside = bins == i
-        # A resample without a prediction in the bin says nothing about it.
+        # A resample without a prediction in the bin says nothing about it: the interval is of the others.
         share = blocks.total(inside & correct) / blocks.total(inside)
-        present = share.resampled[share.resampled.isfinite()]
-        low, high = present.quantile(torch.tensor([0.025, 0.975], dtype=present.dtype)).tolist()
         found.append(
             ReliabilityBin(
                 low=i / BINS,
                 high=(i + 1) / BINS,
                 count=int(inside.sum()),
                 confidence=float(confidence[inside].double().mean()),
-                accuracy=Interval(share.value, low, high),
+                accuracy=share.interval,
             )
         )
     return tuple(found)

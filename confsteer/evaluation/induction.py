@@ -22,7 +22,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from confsteer.anatomy import Anatomy, dissect
 from confsteer.capture import Recording
-from confsteer.corpus import FIRST_POSITIONS, SHORTEST_WINDOW, Document, Windows, control_ids, leading_ids, make_windows
+from confsteer.corpus import (
+    FIRST_POSITIONS,
+    SHORTEST_WINDOW,
+    Document,
+    Windows,
+    context_length,
+    control_ids,
+    leading_ids,
+    make_windows,
+)
 from confsteer.discovery.readout import Readout, TokenStates
 from confsteer.errors import CorpusError, SettingError
 from confsteer.evaluation.bootstrap import Change, Interval, ratio_interval
@@ -177,7 +186,7 @@ def check_repetition(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     """
     if sequences < 2:
         raise SettingError(f"{sequences} sequences give no interval: use at least 2")
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = context_length(model.config)
     longest = half if context is None else (context - len(leading_ids(tokenizer))) // 2
     if not SHORTEST_WINDOW <= half <= longest:
         raise SettingError(f"stretches of {half} tokens read twice: use {SHORTEST_WINDOW} to {longest} for this model")

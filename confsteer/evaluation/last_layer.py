@@ -91,6 +91,11 @@ class UnigramDivergences(NamedTuple):
         model_unigram = (log_p.exp() * (log_p - log_frequency)).sum(dim=-1)
         return cls(model_unigram, frequency @ log_frequency - log_p @ frequency)
 
+    @classmethod
+    def join(cls, parts: list[UnigramDivergences]) -> UnigramDivergences:
+        """Divergences of several stretches of tokens as one."""
+        return cls(*map(torch.cat, zip(*parts, strict=True)))
+
 
 class Reading:
     """A text as the last layer saw it."""
@@ -142,8 +147,8 @@ class Reading:
             log_p = chunk.logits(intervention).log_softmax(dim=-1)
             scores.append(TokenScores.of(log_p, chunk.states.targets))
             divergences.append(UnigramDivergences.of(log_p, log_frequency))
-        joined = UnigramDivergences(*(torch.cat(column).cpu() for column in zip(*divergences, strict=True)))
-        return TokenScores(*(field.cpu() for field in TokenScores.join(scores))), joined
+        joined = UnigramDivergences.join(divergences)
+        return TokenScores(*(field.cpu() for field in TokenScores.join(scores))), UnigramDivergences(*(d.cpu() for d in joined))
 
 
 class Reader:

@@ -129,7 +129,7 @@ def run(options: Sequence[str]) -> tuple[list[TaskCalibration], Path | None]:
         return results
 
     # "run" is lm-eval's own name for what this is.
-    words = [*options[1:]] if options[:1] in (["run"], ("run",)) else [*options]
+    words = options[1:] if options and options[0] == "run" else options
     # Neither lm-eval's command line nor its results' writer hands results on.
     with (
         _replaced(lm_eval.evaluator, "simple_evaluate", evaluate),

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from confsteer.corpus import checked_counts, leading_ids, read_counts
 from confsteer.errors import SettingError
-from confsteer.evaluation.choices import evaluate_choices
+from confsteer.evaluation.choices import ChoiceComparison, evaluate_choices
 from confsteer.evaluation.harness import Evaluation, evaluate, sweep
 from confsteer.evaluation.induction import check_repetition, induction
 from confsteer.evaluation.last_layer import interventions_of
@@ -142,7 +142,9 @@ def run(settings: Run, profile: Profile, loaded: LoadedModel, *, progress: bool 
     # What is short, and may be refused, comes first: nothing that took long is lost then.
     if settings.induction:
         check_repetition(loaded.model, loaded.tokenizer, SEQUENCES, HALF)
-    choices = evaluate_choices(loaded.model, loaded.tokenizer, questions, profile, steerings, progress=progress)
+    choices: tuple[ChoiceComparison, ...] = ()
+    if questions:
+        choices = evaluate_choices(loaded.model, loaded.tokenizer, questions, profile, steerings, progress=progress)
     result = evaluate(
         loaded.model,
         loaded.tokenizer,

@@ -33,10 +33,7 @@ CHOICE_TASKS = ("several", "inputs", "judged", "words", "mutual")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A planted model on disk, its profile, and tasks of lm-eval over a file of questions."""
     root = tmp_path_factory.mktemp("lm_eval")
-    found = planted("llama")
-    found.model.save_pretrained(root / "model")
-    found.tokenizer.save_pretrained(root / "model")
-    found.profile.save(root / "profile")
+    planted("llama").save(root)
     planted("gpt2").profile.save(root / "another")
     generator = random.Random(0)
     questions = []

@@ -61,9 +61,8 @@ def subject(model_type: str, folder: Path) -> Subject:
     profile = found.profile.with_preset(
         "calm", Steering(scale={neuron.index: 0.0}, shift={neuron.index: 8 * neuron.std_activation})
     )
-    found.model.save_pretrained(folder / "model")
-    found.tokenizer.save_pretrained(folder / "model")
-    return Subject(found.model, profile, folder / "model", profile.save(folder / "profile"))
+    found._replace(profile=profile).save(folder)
+    return Subject(found.model, profile, folder / "model", folder / "profile")
 
 
 def steerings(profile: Profile) -> list[Any]:
