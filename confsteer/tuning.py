@@ -168,7 +168,7 @@ def tune(
             return search(profile, chosen, parameters, with_temperature, objective=objective, ridge=ridge, on_step=on_step)
 
     def report(fitted_on: Sequence[Split], tuned: Tuned, on: Split) -> TextComparison:
-        train = [one.train.layer for one in fitted_on]
+        train = [one.train.reading for one in fitted_on]
         return _report(on, tuned, fit_temperature(train), fit_null_write(train))
 
     best = find(splits, "tune")
@@ -177,7 +177,7 @@ def tune(
         for one in splits:
             others = [other for other in splits if other is not one]
             left_out.append(report(others, find(others, f"tune without {one.test.source}"), one))
-    train = [one.train.layer for one in splits]
+    train = [one.train.reading for one in splits]
     baselines = fit_temperature(train), fit_null_write(train)
     return Tuning(
         model=profile.model.id,
@@ -187,7 +187,9 @@ def tune(
         objective=objective,
         steering=best.steering,
         temperature=best.temperature,
-        tokens={part: sum(getattr(one, part).layer.tokens for one in splits) for part in ("train", "stop", "validation", "test")},
+        tokens={
+            part: sum(getattr(one, part).reading.tokens for one in splits) for part in ("train", "stop", "validation", "test")
+        },
         validation=_gain(objective, Intervention.of(neuron_edit(best.steering, profile)), [one.validation for one in splits]),
         texts=tuple(_report(one, best, *baselines) for one in splits),
         left_out=tuple(left_out),
@@ -222,7 +224,7 @@ def split(sample: Sample, windows: Windows, profile: Profile, seed: int) -> Spli
         rows = (of_block[sample.block] == which).nonzero()[:, 0]
         if len(sample.block[rows].unique()) < 2:
             raise CorpusError(f"{sample.source}: its documents are too unequal to be shared out; give more of them")
-        parts.append(sample._replace(layer=sample.layer.at(rows), block=sample.block[rows]))
+        parts.append(sample._replace(reading=sample.reading.at(rows), block=sample.block[rows]))
     train, stop, validation, test = parts
     return Split(train, stop, validation, test, Unigram.from_counts(windows.counts(profile.model.tokenizer_size)))
 
@@ -247,10 +249,10 @@ def search(
     found = fit(
         build,
         torch.zeros(ways.number + with_temperature),
-        [one.train.layer for one in splits],
+        [one.train.reading for one in splits],
         objective=objective,
         ridge=ridge,
-        validation=[one.stop.layer for one in splits],
+        validation=[one.stop.reading for one in splits],
         on_step=on_step,
     )
     steering = ways.steering(found.parameters)
@@ -346,8 +348,8 @@ def _gain(objective: Objective, intervention: Intervention, samples: Sequence[Sa
     differences = []
     for number, sample in enumerate(samples):
         blocks = Blocks(sample.block, seed=number)
-        neutral = Intervention.neutral(sample.layer.readout.n_neurons)
-        with_it, without = (objective_estimate(objective, sample.layer.scores(i), blocks) for i in (intervention, neutral))
+        neutral = Intervention.neutral(sample.reading.readout.n_neurons)
+        with_it, without = (objective_estimate(objective, sample.reading.scores(i), blocks) for i in (intervention, neutral))
         differences.append(with_it - without)
     return mean(differences).interval
 

@@ -70,7 +70,7 @@ def control_profile(profile: Profile, seed: int) -> Profile:
 
 def fit_all(profile: Profile, control: Profile, texts: Sequence[Text]) -> Fitted:
     splits = [text.split for text in texts]
-    train = [one.train.layer for one in splits]
+    train = [one.train.reading for one in splits]
     return Fitted(
         fit_temperature(train),
         fit_null_write(train),
@@ -148,7 +148,7 @@ def main(texts: tuple[str, ...], model: str | None, profile_name: str, tokens: i
         windows = source.windows(loaded.tokenizer, WINDOW, tokens)
         samples = [read_sample(reader, windows) for reader in readers]
         read[name] = Text(*(split(sample, windows, profile, seed) for sample in samples))
-        click.echo(f"read {name}: {samples[0].layer.tokens:,} tokens, {len(samples[0].block.unique())} {samples[0].unit}")
+        click.echo(f"read {name}: {samples[0].reading.tokens:,} tokens, {len(samples[0].block.unique())} {samples[0].unit}")
     choices: dict[str, list[str]] = {name: [name] for name in sources}
     choices["all"] = list(sources)
     results: dict[str, dict[str, Any]] = {}
@@ -179,7 +179,7 @@ def main(texts: tuple[str, ...], model: str | None, profile_name: str, tokens: i
         "versions": library_versions(),
         "seconds": round(time.monotonic() - began),
         "tokens": {
-            name: {part: getattr(text.split, part).layer.tokens for part in ("train", "validation", "test")}
+            name: {part: getattr(text.split, part).reading.tokens for part in ("train", "validation", "test")}
             for name, text in read.items()
         },
         "found": found,

@@ -47,7 +47,7 @@ def test_a_temperature_tuned_along_is_not_part_of_what_is_stored_or_judged() -> 
     alone = Intervention.of(neuron_edit(result.steering, found.profile))
     together = alone._replace(temperature=torch.tensor(result.temperature))
     neutral, judged, other = (
-        float(part.layer.scores(one).nll.mean()) for one in (Intervention.neutral(len(alone.gain)), alone, together)
+        float(part.reading.scores(one).nll.mean()) for one in (Intervention.neutral(len(alone.gain)), alone, together)
     )
     assert result.validation.value == pytest.approx(judged - neutral, abs=1e-5)
     assert result.validation.value != pytest.approx(other - neutral, abs=1e-4)
@@ -67,7 +67,7 @@ def test_what_is_reported_is_what_the_stored_preset_does() -> None:
     windows = make_windows(written_by(Steering(entropy=0.6)), found.tokenizer, window=64, source="one")
     test_part = split(read_sample(Reader(found.model, found.profile), windows), windows, found.profile, seed=0).test
     edit = neuron_edit(Steering(preset="calibrated"), profile)
-    scores = test_part.layer.scores(Intervention.of(edit))
+    scores = test_part.reading.scores(Intervention.of(edit))
     (row,) = result.texts[0].of_kind("steering")
     assert row.metrics["loss"].value == pytest.approx(float(scores.nll.double().mean()), abs=1e-6)
 
@@ -111,7 +111,7 @@ def parts_of(found: Planted, texts: list[str], window: int = 64) -> list[set[int
     windows = make_windows(texts, found.tokenizer, window=window)
     sample = read_sample(Reader(found.model, found.profile), windows)
     parts = split(sample, windows, found.profile, seed=0)
-    assert sum(part.layer.tokens for part in parts[:4]) == sample.layer.tokens
+    assert sum(part.reading.tokens for part in parts[:4]) == sample.reading.tokens
     return [set(part.block.tolist()) for part in parts[:4]]
 
 

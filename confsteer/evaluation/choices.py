@@ -62,7 +62,7 @@ class ChoiceSample(NamedTuple):
 
     source: str
     questions: Sequence[Question]
-    layer: Reading
+    reading: Reading
     """Of the choices' tokens; ``window`` counts through the choices of all questions."""
     block: Tensor
     """Of each question, ``[questions]``; see `question_blocks`."""
@@ -82,9 +82,9 @@ class ChoiceSample(NamedTuple):
 
     def log_likelihood(self, intervention: Intervention) -> Tensor:
         """Of each choice given its question, nats, float64 ``[questions, most choices]``; −∞ where a question has fewer."""
-        nll = self.layer.scores(intervention).nll.double()
+        nll = self.reading.scores(intervention).nll.double()
         sums = torch.zeros(sum(len(question.choices) for question in self.questions), dtype=torch.float64)
-        return self.padded(sums.index_add(0, self.layer.states.window.cpu(), -nll), -math.inf)
+        return self.padded(sums.index_add(0, self.reading.states.window.cpu(), -nll), -math.inf)
 
     def cross_fitted_temperature(self, log_likelihood: Tensor) -> AnswerMethod:
         """Fitted on every other block and used on the rest, and the other way round: no question is judged by a fit that saw it.
@@ -151,7 +151,7 @@ def evaluate_choices(
     for source, asked in questions.items():
         sample = read_choices(reader, tokenizer, asked, source=source, progress=progress)
         with tqdm(total=1 + len(steerings), desc=f"compare on {source}"[:40], unit="steering", disable=not progress) as bar:
-            neutral = sample.log_likelihood(Intervention.neutral(sample.layer.readout.n_neurons))
+            neutral = sample.log_likelihood(Intervention.neutral(sample.reading.readout.n_neurons))
             methods = [AnswerMethod("neutral", "neutral", neutral, Steering()), sample.cross_fitted_temperature(neutral)]
             bar.update()
             for name, steering, intervention in zip(names, steerings, interventions, strict=True):

@@ -123,14 +123,14 @@ class Sample(NamedTuple):
     """A text to be compared on."""
 
     source: str
-    layer: Reading
+    reading: Reading
     block: Tensor
     """Of each token, ``[tokens]``."""
     unit: Literal["documents", "windows"]
 
     def everywhere(self, intervention: Intervention) -> Sequence[tuple[Tensor, Intervention]]:
         """One intervention for all tokens, as `Method.folds` has it."""
-        return [(torch.arange(self.layer.tokens), intervention)]
+        return [(torch.arange(self.reading.tokens), intervention)]
 
     def cross_fitted(self, fitter: Callable[[Sequence[Reading]], Intervention], most: int) -> list[tuple[Tensor, Intervention]]:
         """Fitted on every other block and used on the rest, and the other way round: no token is judged by a fit that saw it.
@@ -147,7 +147,7 @@ class Sample(NamedTuple):
             # Whole blocks, spread over the text.
             stride = max(1, len(seen) // most)
             few = seen[(blocks // 2) % stride == 0]
-            folds.append((use, fitter([self.layer.at(few)])))
+            folds.append((use, fitter([self.reading.at(few)])))
         return folds
 
 
@@ -169,12 +169,12 @@ def compare(
         on_method: called after each.
     """
     blocks = Blocks(sample.block)
-    target_log_frequency = unigram.log_frequency.cpu()[sample.layer.states.targets.cpu()]
+    target_log_frequency = unigram.log_frequency.cpu()[sample.reading.states.targets.cpu()]
     group, groups = equal_mass_bins(target_log_frequency, FREQUENCY_GROUPS)
     scored: list[TokenScores] = []
     estimates: list[Estimates] = []
     for method in methods:
-        scores, divergences = _score(sample.layer, method, unigram)
+        scores, divergences = _score(sample.reading, method, unigram)
         scored.append(scores)
         found = token_metrics(scores, blocks, unsteered=scored[0], smooth=smooth_ece)
         found |= {name: blocks.mean(values) for name, values in divergences._asdict().items()}
@@ -192,17 +192,17 @@ def compare(
             minus=paired_differences(i, [(method.kind, method.steering) for method in methods], estimates),
             reliability=reliability_bins(scores.confidence, scores.correct, blocks),
             coverage=accuracy_at_coverages(scores.confidence, scores.correct),
-            entropies=_histogram(scores.entropy, sample.layer.readout.vocab_size),
+            entropies=_histogram(scores.entropy, sample.reading.readout.vocab_size),
             frequency=tuple(_frequency_group(scores, target_log_frequency.exp(), group == g) for g in range(groups)),
         )
 
     return TextComparison(
         source=sample.source,
-        tokens=sample.layer.tokens,
-        windows=len(sample.layer.states.window.unique()),
+        tokens=sample.reading.tokens,
+        windows=len(sample.reading.states.window.unique()),
         blocks=blocks.number,
         unit=sample.unit,
-        vocab_size=sample.layer.readout.vocab_size,
+        vocab_size=sample.reading.readout.vocab_size,
         rows=tuple(row(i) for i in range(len(methods))),
     )
 
@@ -230,10 +230,10 @@ def paired_differences(
     }
 
 
-def _score(layer: Reading, method: Method, unigram: Unigram) -> tuple[TokenScores, UnigramDivergences]:
+def _score(reading: Reading, method: Method, unigram: Unigram) -> tuple[TokenScores, UnigramDivergences]:
     if len(method.folds) == 1:
-        return layer.scores_and_divergences(method.folds[0][1], unigram)
-    parts = [layer.at(rows).scores_and_divergences(intervention, unigram) for rows, intervention in method.folds]
+        return reading.scores_and_divergences(method.folds[0][1], unigram)
+    parts = [reading.at(rows).scores_and_divergences(intervention, unigram) for rows, intervention in method.folds]
     order = torch.cat([rows for rows, _ in method.folds]).argsort()
     scores = TokenScores.join([part for part, _ in parts]).at(order)
     divergences = UnigramDivergences.join([part for _, part in parts])

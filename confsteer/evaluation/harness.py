@@ -126,7 +126,7 @@ def read_sample(reader: Reader, windows: Windows, *, progress: bool = False) -> 
 
 def neutral_method(sample: Sample) -> Method:
     """The unsteered model."""
-    neutral = Intervention.neutral(sample.layer.readout.n_neurons)
+    neutral = Intervention.neutral(sample.reading.readout.n_neurons)
     return Method("neutral", "neutral", sample.everywhere(neutral), Steering())
 
 
@@ -142,8 +142,8 @@ def with_matched_temperatures(
         names: of each, for the report.
     """
     methods = []
-    entropies = [float(sample.layer.scores(intervention).entropy.double().mean()) for intervention in interventions]
-    matched = match_entropy(sample.layer, entropies)
+    entropies = [float(sample.reading.scores(intervention).entropy.double().mean()) for intervention in interventions]
+    matched = match_entropy(sample.reading, entropies)
     for steering, intervention, name, temperature in zip(steerings, interventions, names, matched, strict=True):
         methods.append(Method(name, "steering", sample.everywhere(intervention), steering))
         like = f"temperature, entropy as {name}"

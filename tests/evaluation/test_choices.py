@@ -106,7 +106,7 @@ def test_log_likelihoods_are_those_of_lm_eval() -> None:
     ]
     sample = read_choices(Reader(model, profile), tokenizer, questions)
     assert sample.truncated == 1
-    ours = sample.log_likelihood(Intervention.neutral(sample.layer.readout.n_neurons))
+    ours = sample.log_likelihood(Intervention.neutral(sample.reading.readout.n_neurons))
     pairs = [(question.prompt, text) for question in questions for text in question.continuations]
     requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
     theirs = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=2, device="cpu").loglikelihood(requests, disable_tqdm=True)
@@ -123,7 +123,7 @@ def test_rows_and_baselines() -> None:
     neutral, fitted, steered, matched = result.rows
     # What a steering does to the answers is read off the same closed form that other tests compare with the model.
     sample = read_choices(Reader(model, profile), tokenizer, questions)
-    ours = sample.log_likelihood(Intervention.neutral(sample.layer.readout.n_neurons))
+    ours = sample.log_likelihood(Intervention.neutral(sample.reading.readout.n_neurons))
     theirs = sample.log_likelihood(Intervention.of(neuron_edit(steering, profile)))
     assert neutral.metrics["accuracy"].value == pytest.approx(float((ours.argmax(1) == sample.gold).double().mean()))
     gold = theirs.log_softmax(1)[torch.arange(30), sample.gold]
