@@ -32,7 +32,7 @@ from confsteer.errors import (
     ProfileVersionError,
     SteeringError,
 )
-from confsteer.files import write_atomically
+from confsteer.files import shipped_profiles, write_atomically
 from confsteer.steering import DIALS, Dial, PresetName, Steering
 
 FORMAT_VERSION = 1
@@ -479,14 +479,6 @@ def find(source: str | os.PathLike[str]) -> Path:
         f"no profile {name!r}: give a folder, a hub repository (OWNER/NAME), or one of "
         f"{', '.join(sorted(shipped)) or '(none shipped)'}"
     )
-
-
-def shipped_profiles() -> dict[str, Path]:
-    """Profiles that came with confsteer, by name."""
-    package = Path(__file__).parent
-    # In a wheel the folder is inside the package, in a checkout beside it.
-    root = next((r for r in (package / "calibrations", package.parent / "calibrations") if r.is_dir()), None)
-    return {} if root is None else {file.parent.name: file.parent for file in root.glob(f"*/{FILE_NAME}")}
 
 
 def library_versions() -> dict[str, str]:

@@ -27,7 +27,8 @@ from confsteer import (
     Response,
 )
 from confsteer.discovery.response import monotone_range
-from confsteer.profile import FILE_NAME, Measurement, find, schema, shipped_profiles
+from confsteer.files import shipped_profiles
+from confsteer.profile import FILE_NAME, Measurement, find, schema
 from confsteer.steering import Steering
 from tests.planted import planted
 
