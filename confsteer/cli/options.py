@@ -49,7 +49,7 @@ class _PictureFile(_OutputFile):
         return file
 
 
-class _ProfileName(click.ParamType):
+class _ProfileName(click.types.StringParamType):
     """A profile; the shell offers folders and the names of shipped ones."""
 
     name = "profile"
@@ -59,7 +59,7 @@ class _ProfileName(click.ParamType):
         return [CompletionItem(incomplete, type="dir"), *names]
 
 
-class _SteeringText(click.ParamType):
+class _SteeringText(click.types.StringParamType):
     """A steering; the shell offers examples that teach its words."""
 
     name = "steering"
