@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import pdoc.doc
 import pytest
 from click.testing import CliRunner
 
@@ -69,6 +70,13 @@ def test_the_shell_gets_its_completion(shell: str) -> None:
     result = CliRunner().invoke(main, [], prog_name="confsteer", env={"_CONFSTEER_COMPLETE": f"{shell}_source"})
     assert result.exit_code == 0
     assert f"_CONFSTEER_COMPLETE={shell}_complete" in result.output
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    reference = pdoc.doc.Module(confsteer).members
+    assert sorted(reference) == confsteer.__all__
+    for name, entry in reference.items():
+        assert entry.docstring, name
 
 
 def test_the_science_does_not_know_of_models_or_files() -> None:
