@@ -82,6 +82,10 @@ _MODULES = {
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used: vLLM loads this package in each of its processes, wanted or not."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("confsteer")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module

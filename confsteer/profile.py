@@ -238,6 +238,14 @@ class Profile(_Strict):
     columns_file: ColumnsFile
     _columns: dict[str, Tensor] = PrivateAttr(default_factory=dict)
 
+    def __repr__(self) -> str:
+        """One line: all of it is in `model_dump`, and in what ``confsteer show`` prints."""
+        kinds = f"{len(self.entropy_neurons)} entropy and {len(self.frequency_neurons)} token-frequency neurons"
+        found = "scanned by its weights alone" if self.corpus is None else f"{kinds} in layer {self.model.layer}"
+        return f"<Profile of {self.model.id}: {found}>"
+
+    __str__ = __repr__
+
     @model_validator(mode="after")
     def _is_consistent(self) -> Profile:
         neurons = (*self.entropy_neurons, *self.frequency_neurons)

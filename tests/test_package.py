@@ -19,6 +19,7 @@ def test_every_public_name_is_there_and_no_other() -> None:
     for name in confsteer.__all__:
         assert getattr(confsteer, name).__module__.startswith("confsteer.")
         assert getattr(confsteer, name).__name__ == name
+    assert confsteer.__version__ == importlib.metadata.version("confsteer")
     with pytest.raises(AttributeError, match="no attribute 'calibration_'"):
         _ = confsteer.calibration_
 

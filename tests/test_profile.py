@@ -246,6 +246,12 @@ def test_profiles_are_found_by_folder_and_by_name(saved: Path) -> None:
     assert "confsteer-demo" in shipped_profiles()
 
 
+def test_a_profile_is_shown_in_a_line() -> None:
+    profile = Profile.load("confsteer-demo")
+    counts = f"{len(profile.entropy_neurons)} entropy and {len(profile.frequency_neurons)} token-frequency neurons in layer 3"
+    assert repr(profile) == str(profile) == f"<Profile of confsteer-demo: {counts}>"
+
+
 def test_what_is_no_profile_says_what_would_be_one(tmp_path: Path) -> None:
     with pytest.raises(ProfileNotFoundError, match=r"folder, a hub repository .* or one of confsteer-demo"):
         Profile.load("nothing-of-this-name")
