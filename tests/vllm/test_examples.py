@@ -75,6 +75,7 @@ def test_two_clients_of_a_server(server: str, environment: dict[str, str]) -> No
     done = subprocess.run(["bash", script, server], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout, done.stderr)
     nats = dict(re.findall(r"^entropy=([+-]0\.\d): ([+-]\d\.\d\d) nats per token", done.stdout, re.M))
+    assert nats.keys() == {"-0.2", "+0.6"}, (done.stdout, done.stderr)
     assert float(nats["-0.2"]) > float(nats["+0.6"])
     assert '{"entropy": -0.2}:' in done.stdout, "streamed with the OpenAI client"
     assert "entropy=+9 is out of reach" in done.stdout
