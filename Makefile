@@ -10,9 +10,9 @@ VLLM_OLDEST = 0.27.1
 VLLM_NEWEST = 0.32.0
 # Of the models that are alike in vLLM, one is enough but for the newest release.
 FEWER = not mistral and not qwen2
-VLLM_TESTS = tests/vllm/test_engine.py tests/vllm/test_server.py
+VLLM_TESTS = tests/vllm/test_engine.py tests/vllm/test_server.py tests/vllm/test_examples.py
 
-.PHONY: demo test serve install-vllm test-vllm lint
+.PHONY: demo test serve install-vllm test-vllm lint docs
 .DEFAULT_GOAL := demo
 
 # $(1): extra. pip is quiet about what it does, so say it.
@@ -77,6 +77,12 @@ test-vllm:
 	VLLM_USE_V2_MODEL_RUNNER=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm/test_engine.py -m "not processes" -k "$(FEWER)"
 	@echo "== Testing vLLM $(VLLM_NEWEST)"
 	$(VLLM_VENV)/bin/python -m pytest $(VLLM_TESTS)
+
+# What pdoc cannot resolve is an error, but for the constructors of named tuples, whose module Python does not tell.
+docs: $(VENV)/.dev
+	$(BIN)/python -W error::UserWarning -W "ignore:Error parsing type annotation ForwardRef" -m pdoc -d google -o docs-output \
+		confsteer confsteer.demo confsteer.loading confsteer.texts confsteer.corpus confsteer.evaluation.comparison
+	@echo "== Done: docs-output/index.html"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         UnsupportedServerError,
     )
     from confsteer.evaluation.harness import Evaluation, evaluate
-    from confsteer.hf import steer
+    from confsteer.hf import Steerer, steer
     from confsteer.profile import Neuron, Profile, Response
     from confsteer.steering import Steering
     from confsteer.tuning import Tuning, tune
@@ -46,6 +46,7 @@ __all__ = [
     "ResultError",
     "Scan",
     "SettingError",
+    "Steerer",
     "Steering",
     "SteeringError",
     "Tuning",
@@ -66,6 +67,7 @@ _MODULES = {
     "Profile": "profile",
     "Response": "profile",
     "Scan": "checkpoint",
+    "Steerer": "hf",
     "Steering": "steering",
     "Tuning": "tuning",
     "bake": "baking",
@@ -80,6 +82,10 @@ _MODULES = {
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used: vLLM loads this package in each of its processes, wanted or not."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("confsteer")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module

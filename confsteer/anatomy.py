@@ -65,6 +65,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3": _LLAMA_LIKE,
     "smollm3": _LLAMA_LIKE,
     "stablelm": _LLAMA_LIKE,
+    "starcoder2": Family("model.layers", "mlp.c_proj", "model.norm"),
 }
 """Model type of the config -> where things are. Adding a family is one row here and one in ``tests/models.py``."""
 

@@ -1,10 +1,18 @@
-"""Writing files so that they are whole or not there."""
+"""Files that came with confsteer, and writing others so that they are whole or not there."""
 
 from __future__ import annotations
 
 import os
 import tempfile
 from pathlib import Path
+
+
+def shipped_profiles() -> dict[str, Path]:
+    """Folders of the profiles that came with confsteer, by name."""
+    package = Path(__file__).parent
+    # In a wheel the folder is inside the package, in a checkout beside it.
+    root = next((r for r in (package / "calibrations", package.parent / "calibrations") if r.is_dir()), None)
+    return {} if root is None else {folder.name: folder for folder in sorted(root.iterdir()) if folder.is_dir()}
 
 
 def write_atomically(file: Path, payload: bytes) -> None:

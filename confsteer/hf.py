@@ -6,7 +6,7 @@ import contextlib
 import os
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from confsteer.anatomy import dissect
 from confsteer.edit import edited, neuron_edit, resolve, steerable
 from confsteer.errors import SteeringError
 from confsteer.profile import Profile
-from confsteer.steering import Steering
+from confsteer.steering import Steering, SteeringFields
 
 Request = Steering | dict[str, Any] | str
 """What `Steering.parse` takes."""
@@ -40,12 +40,12 @@ class Steerer:
         self._rows = 1
         self._continues = False
 
-    def update(self, steering: Request | Sequence[Request] | None = None, /, **request: Any) -> None:
+    def update(self, steering: Request | Sequence[Request] | None = None, /, **request: Unpack[SteeringFields]) -> None:
         """Steer differently from the next forward pass on. Hooks stay in place, so compiled code stays valid.
 
         Args:
             steering: as many as the context was opened with; or give the keywords of `Steering`.
-            **request: see `Steering`.
+            **request: see `Steering`; none of them: neutral.
 
         Raises:
             SteeringError: malformed, out of reach, or of another number or other `positions` than the context has.
@@ -102,11 +102,12 @@ def steer(
     profile: Profile | str | os.PathLike[str],
     steering: Request | Sequence[Request] | None = None,
     /,
-    **request: Any,
+    **request: Unpack[SteeringFields],
 ) -> Iterator[Steerer]:
     """Steer `model` within the context.
 
-    **The model is changed in place** (two forward hooks) and restored when the context is left, however it is left.
+    **The model is changed in place** (two forward hooks) when the context is entered, and restored when it is left, however it is
+    left. Without ``with``, nothing happens.
 
         with confsteer.steer(model, profile, entropy=+0.3):
             model.generate(**inputs)
@@ -115,8 +116,9 @@ def steer(
         model: a transformers causal language model, PEFT-wrapped or compiled too. Compile after entering the context, and
             use `Steerer.update` to change the steering of compiled code.
         profile: the model's profile, or what `Profile.load` takes.
-        steering: a `Steering`, or one per row of the batch; or give the keywords of one:
-        **request: ``entropy``, ``unigram``, ``scale``, ``clamp``, ``positions``: see `Steering`. None of them: neutral.
+        steering: a `Steering` or what `Steering.parse` takes, or one per row of the batch; or give the keywords of one:
+        **request: ``entropy``, ``unigram``, ``scale``, ``shift``, ``clamp``, ``positions``, ``preset``: see `Steering`. None of
+            them: neutral.
 
     Raises:
         SteeringError: the request is malformed or out of reach, or the model is being steered already.
@@ -140,12 +142,12 @@ def steer(
         yield steerer
 
 
-def _as_steerings(steering: Request | Sequence[Request] | None, request: dict[str, Any]) -> Sequence[Steering]:
+def _as_steerings(steering: Request | Sequence[Request] | None, request: SteeringFields) -> Sequence[Steering]:
     if steering is not None and request:
         raise SteeringError("give a Steering or its keywords, not both")
     if steering is None:
-        return [Steering.parse(request)]
-    several = [steering] if isinstance(steering, Steering | dict | str) else steering
+        return [Steering.parse({**request})]
+    several = steering if isinstance(steering, Sequence) and not isinstance(steering, str) else [steering]
     steerings = [Steering.parse(one) for one in several]
     if not steerings:
         raise SteeringError("an empty list of steerings: give one, or one per row of the batch")

@@ -32,7 +32,7 @@ from confsteer.errors import (
     ProfileVersionError,
     SteeringError,
 )
-from confsteer.files import write_atomically
+from confsteer.files import shipped_profiles, write_atomically
 from confsteer.steering import DIALS, Dial, PresetName, Steering
 
 FORMAT_VERSION = 1
@@ -237,6 +237,14 @@ class Profile(_Strict):
     """Steerings worth a name."""
     columns_file: ColumnsFile
     _columns: dict[str, Tensor] = PrivateAttr(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """One line: all of it is in `model_dump`, and in what ``confsteer show`` prints."""
+        kinds = f"{len(self.entropy_neurons)} entropy and {len(self.frequency_neurons)} token-frequency neurons"
+        found = "scanned by its weights alone" if self.corpus is None else f"{kinds} in layer {self.model.layer}"
+        return f"<Profile of {self.model.id}: {found}>"
+
+    __str__ = __repr__
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Profile:
@@ -479,14 +487,6 @@ def find(source: str | os.PathLike[str]) -> Path:
         f"no profile {name!r}: give a folder, a hub repository (OWNER/NAME), or one of "
         f"{', '.join(sorted(shipped)) or '(none shipped)'}"
     )
-
-
-def shipped_profiles() -> dict[str, Path]:
-    """Profiles that came with confsteer, by name."""
-    package = Path(__file__).parent
-    # In a wheel the folder is inside the package, in a checkout beside it.
-    root = next((r for r in (package / "calibrations", package.parent / "calibrations") if r.is_dir()), None)
-    return {} if root is None else {file.parent.name: file.parent for file in root.glob(f"*/{FILE_NAME}")}
 
 
 def library_versions() -> dict[str, str]:

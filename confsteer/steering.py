@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypedDict
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -17,6 +17,18 @@ Number = Annotated[float, Field(ge=-1e6, le=1e6)]
 Bound = Number | None
 NeuronKey = int | Literal["entropy", "frequency"]
 PresetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,100}$")]
+
+
+class SteeringFields(TypedDict, total=False):
+    """The keywords of `Steering`, for editors and type checkers."""
+
+    entropy: float | None
+    unigram: float | None
+    scale: dict[NeuronKey, float]
+    shift: dict[NeuronKey, float]
+    clamp: dict[NeuronKey, float | tuple[float | None, float | None]]
+    positions: Literal["all", "generated"]
+    preset: str | None
 
 
 class Steering(BaseModel):

@@ -9,8 +9,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from confsteer.discovery.select import candidates, percentile
-from confsteer.profile import Neuron, Profile
 from confsteer.steering import DIALS
 
 if TYPE_CHECKING:
@@ -21,6 +19,7 @@ if TYPE_CHECKING:
     from confsteer.evaluation.harness import Evaluation
     from confsteer.evaluation.induction import InductionStudy
     from confsteer.evaluation.lm_eval_samples import TaskCalibration
+    from confsteer.profile import Neuron, Profile
     from confsteer.tuning import Tuning
 
 LONGEST_NAME = 40
@@ -62,6 +61,8 @@ def print_profile(console: Console, profile: Profile) -> None:
 
 
 def _print_scan(console: Console, profile: Profile) -> None:
+    from confsteer.discovery.select import candidates, percentile
+
     model, weights = profile.model, profile.weights
     console.print(
         f"[bold]{escape(model.id)}[/bold] ({escape(model.model_type)}), layer {model.layer}: {model.n_neurons:,} neurons, "

@@ -11,11 +11,11 @@ import confsteer
 from confsteer import Steering
 from confsteer.corpus import read_counts
 from confsteer.loading import DEMO_UNIGRAM, load_model
-from confsteer.texts import python_docs
+from confsteer.texts import python_docs, read_texts
 
 name = sys.argv[1] if len(sys.argv) > 1 else None
 model, tokenizer = load_model(name)
-texts = [Path(sys.argv[2]).read_text(encoding="utf-8")] if len(sys.argv) > 2 else python_docs("calibration")
+texts = list(read_texts([Path(sys.argv[2])])) if len(sys.argv) > 2 else python_docs("calibration")
 
 counts = None if name else read_counts(DEMO_UNIGRAM)  # of the bundled model's training text
 profile = confsteer.calibrate(model, tokenizer, texts, tokens=10_000, unigram_counts=counts, progress=True)

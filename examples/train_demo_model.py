@@ -182,7 +182,8 @@ def induction_losses(model: GPT2LMHeadModel, stretches: NDArray[np.int64]) -> tu
 @click.option("--held-out", multiple=True, default=("pg84.txt", "98-0.txt"), show_default=True, help="Books never trained on.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--log-every", default=100, show_default=True)
-def main(books: Path, out: Path, held_out: tuple[str, ...], seed: int, log_every: int) -> None:
+@click.option("--steps", default=PHASES[-1].until, show_default=True, help="Stop after this many.")
+def main(books: Path, out: Path, held_out: tuple[str, ...], seed: int, log_every: int, steps: int) -> None:
     """Train the tokenizer and the model, and write both to OUT with a log of the run."""
     torch.manual_seed(seed)
     files = sorted(books.glob("*.txt"))
@@ -246,7 +247,7 @@ def main(books: Path, out: Path, held_out: tuple[str, ...], seed: int, log_every
             lr=phase.peak_lr,
             betas=(0.9, 0.95),
         )
-        for step in range(start, phase.until):
+        for step in range(start, min(phase.until, steps)):
             cosine = 0.5 * (1 + math.cos(math.pi * step / phase.horizon))
             warm = min(1.0, (step - start + 1) / WARMUP)
             for group in optimizer.param_groups:

@@ -19,11 +19,12 @@ ask() {
         | python3 -c 'import json, sys
 choice = json.load(sys.stdin)["choices"][0]
 nats, text = choice["logprobs"]["token_logprobs"], choice["text"]
-print(f"entropy='"$1"': {sum(nats) / len(nats):+.2f} nats per token:{text!r}")'
+print(f"entropy='"$1"': {sum(nats) / len(nats):+.2f} nats per token:{text!r}\n", end="")'  # in one write: the other client prints too
 }
-ask -0.2 &
-ask +0.6 &
-wait
+ask -0.2 & more=$!
+ask +0.6 & less=$!
+wait $more
+wait $less
 
 echo "== The same with the OpenAI client, streamed, sampled at temperature 1"
 python3 - "$url" <<'PYTHON' || echo "(pip install openai for this part)"

@@ -62,6 +62,7 @@ FAMILIES = [
     TinyFamily("qwen3", _LLAMA | {"head_dim": 8}),
     TinyFamily("smollm3", _LLAMA | {"pad_token_id": 0}),
     TinyFamily("stablelm", _LLAMA),
+    TinyFamily("starcoder2", _LLAMA),
 ]
 
 

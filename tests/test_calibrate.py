@@ -119,7 +119,7 @@ def test_a_dial_does_what_it_was_asked_when_the_model_runs(found: Planted, dial:
     low, high = profile.reach(dial)
     with confsteer.steer(model, profile) as steerer:
         for change in (0.9 * low, 0.3 * low, 0.2 * high, 0.7 * high):
-            steerer.update(**{dial: change})
+            steerer.update({dial: change})
             assert measure() - unsteered == pytest.approx(change, rel=0.03, abs=2e-3)
 
 

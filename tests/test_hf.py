@@ -175,6 +175,8 @@ def test_a_request_may_come_as_text_json_or_keywords(found: Planted) -> None:
     assert all(torch.equal(outputs[0], output) for output in outputs)
     with pytest.raises(SteeringError, match="not both"), confsteer.steer(found.model, found.profile, Steering(), entropy=0.1):
         pass
+    with pytest.raises(SteeringError, match="not float"), confsteer.steer(found.model, found.profile, 0.3):  # type: ignore[arg-type]
+        pass
     with pytest.raises(SteeringError, match="empty list"), confsteer.steer(found.model, found.profile, []):
         pass
     mixed = [Steering(), Steering(positions="generated")]
@@ -210,7 +212,7 @@ def test_generation_is_the_same_for_both_positions(found: Planted) -> None:
     """Only the last position of a prompt generates, and a key-value cache is not touched by steering."""
     outputs = []
     for request in ({"positions": "all"}, {"positions": "generated"}):
-        with confsteer.steer(found.model, found.profile, entropy=0.3, **request):
+        with confsteer.steer(found.model, found.profile, {"entropy": 0.3, **request}):
             outputs.append(found.model.generate(IDS, max_new_tokens=8, do_sample=False, pad_token_id=0))
     assert torch.equal(*outputs)
 

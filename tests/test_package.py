@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import importlib.metadata
+import os
 import subprocess
 import sys
 
+import pdoc.doc
 import pytest
+from click.testing import CliRunner
 
 import confsteer
 from confsteer import errors
+from confsteer.cli import main
 
 
 def test_every_public_name_is_there_and_no_other() -> None:
@@ -14,6 +19,7 @@ def test_every_public_name_is_there_and_no_other() -> None:
     for name in confsteer.__all__:
         assert getattr(confsteer, name).__module__.startswith("confsteer.")
         assert getattr(confsteer, name).__name__ == name
+    assert confsteer.__version__ == importlib.metadata.version("confsteer")
     with pytest.raises(AttributeError, match="no attribute 'calibration_'"):
         _ = confsteer.calibration_
 
@@ -31,6 +37,47 @@ def test_importing_confsteer_is_light() -> None:
     heavy = ("torch", "transformers", "pydantic", "vllm", "matplotlib", "torchmetrics", "datasets", "peft")
     code = f"import sys, confsteer, confsteer.vllm; loaded = [m for m in {heavy} if m in sys.modules]; assert not loaded, loaded"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words", "answers"),
+    [
+        (["--help"], None, ["Exit codes"]),
+        (["--version"], None, [importlib.metadata.version("confsteer")]),
+        (["calibrate", "--help"], None, ["--unigram"]),
+        ([], "confsteer ge", ["plain,generate"]),
+        ([], "confsteer show conf", ["dir,conf", "plain,confsteer-demo"]),
+        ([], "confsteer generate Once -s e", ["plain,entropy=+0.2", "plain,entropy=-0.2"]),
+    ],
+)
+def test_help_version_and_completion_are_light(arguments: list[str], words: str | None, answers: list[str]) -> None:
+    code = (
+        "import atexit, sys; from confsteer.cli import main; heavy = {'torch', 'transformers', 'numpy'}\n"
+        "atexit.register(lambda: print('loaded', heavy & sys.modules.keys())); main(prog_name='confsteer')"
+    )
+    environment = dict(os.environ)
+    if words is not None:
+        environment |= {"_CONFSTEER_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    command = [sys.executable, "-c", code, *arguments]
+    printed = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    for answer in answers:
+        assert answer in printed
+    assert printed.endswith("loaded set()\n")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_shell_gets_its_completion(shell: str) -> None:
+    """As in the README: ``_CONFSTEER_COMPLETE=bash_source confsteer``."""
+    result = CliRunner().invoke(main, [], prog_name="confsteer", env={"_CONFSTEER_COMPLETE": f"{shell}_source"})
+    assert result.exit_code == 0
+    assert f"_CONFSTEER_COMPLETE={shell}_complete" in result.output
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    reference = pdoc.doc.Module(confsteer).members
+    assert sorted(reference) == confsteer.__all__
+    for name, entry in reference.items():
+        assert entry.docstring, name
 
 
 def test_the_science_does_not_know_of_models_or_files() -> None:

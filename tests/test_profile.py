@@ -27,7 +27,8 @@ from confsteer import (
     Response,
 )
 from confsteer.discovery.response import monotone_range
-from confsteer.profile import FILE_NAME, Measurement, find, schema, shipped_profiles
+from confsteer.files import shipped_profiles
+from confsteer.profile import FILE_NAME, Measurement, find, schema
 from confsteer.steering import Steering
 from tests.planted import planted
 
@@ -243,6 +244,12 @@ def test_profiles_are_found_by_folder_and_by_name(saved: Path) -> None:
         assert find(name) == folder
         Profile.load(name)
     assert "confsteer-demo" in shipped_profiles()
+
+
+def test_a_profile_is_shown_in_a_line() -> None:
+    profile = Profile.load("confsteer-demo")
+    counts = f"{len(profile.entropy_neurons)} entropy and {len(profile.frequency_neurons)} token-frequency neurons in layer 3"
+    assert repr(profile) == str(profile) == f"<Profile of confsteer-demo: {counts}>"
 
 
 def test_what_is_no_profile_says_what_would_be_one(tmp_path: Path) -> None:

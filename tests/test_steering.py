@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from confsteer import NoNeuronsError, Profile, Steering, SteeringError
 from confsteer.discovery.response import monotone_range
 from confsteer.edit import neuron_edit, resolve, steerable
-from confsteer.steering import DIALS, Dial
+from confsteer.steering import DIALS, Dial, SteeringFields
 from tests.models import ENTROPY_NEURONS, FREQUENCY_NEURON
 from tests.planted import planted
 
@@ -68,6 +68,10 @@ def test_json_gives_back_the_same_steering(steering: Steering) -> None:
 )
 def test_text_and_str_are_inverses(text: str) -> None:
     assert str(Steering.parse(text)) == text
+
+
+def test_editors_are_told_of_every_field() -> None:
+    assert list(SteeringFields.__annotations__) == list(Steering.model_fields)
 
 
 def test_nothing_asked_is_neutral(profile: Profile) -> None:

@@ -9,10 +9,12 @@ from typing import Any
 import click
 from rich.markup import escape
 
+import confsteer
 from confsteer import tables
 from confsteer.cli.options import (
     EXIT_NO_NEURONS,
     PICTURE_FILE,
+    PROFILE,
     TEXT_FILE,
     TextOptions,
     load,
@@ -20,7 +22,6 @@ from confsteer.cli.options import (
     text_options,
     window_option,
 )
-from confsteer.profile import Profile
 
 
 @click.command()
@@ -74,7 +75,6 @@ def calibrate(
     Tokens are ranked by how often they occur in the text unless --unigram has their counts in text like the model's training
     text; 25,600 tokens are too few to rank a vocabulary, and a warning says so.
     """
-    from confsteer.calibration import calibrate as run
     from confsteer.corpus import read_counts
     from confsteer.loading import DEMO_UNIGRAM
     from confsteer.parallel import join
@@ -85,7 +85,7 @@ def calibrate(
     loaded = load(model, loading)
     if source is None and first:
         click.echo(f"No text given: the model writes its own, {tokens:,} tokens sampled at temperature 1 (seed {seed}).")
-    profile = run(
+    profile = confsteer.calibrate(
         loaded.model,
         loaded.tokenizer,
         source.windows(loaded.tokenizer, window, tokens) if source else None,
@@ -93,7 +93,7 @@ def calibrate(
         window=window,
         unigram_counts=counts,
         null_dims=null_dims,
-        scanned=Profile.load(scanned) if scanned else None,
+        scanned=confsteer.Profile.load(scanned) if scanned else None,
         seed=seed,
         progress=first,
     )
@@ -134,10 +134,9 @@ def scan(model: str | None, out: Path | None, plot: Path | None, **settings: Any
     confsteer scan openai-community/gpt2 --plot gpt2.png
     confsteer scan ./my-model --null-dims 12 --out my-model.scan
     """
-    from confsteer.checkpoint import scan as run
     from confsteer.discovery.select import candidates
 
-    result = run(model, **settings, progress=True)
+    result = confsteer.scan(model, **settings, progress=True)
     profile = result.profile
     folder = profile.save(out or Path(f"{Path(profile.model.id).name}.scan.confsteer"))
     tables.print_profile(tables.console(), profile)
@@ -155,7 +154,7 @@ def scan(model: str | None, out: Path | None, plot: Path | None, **settings: Any
 
 
 @click.command()
-@click.argument("profile")
+@click.argument("profile", type=PROFILE)
 @click.option(
     "--plot",
     type=PICTURE_FILE,
@@ -165,7 +164,7 @@ def scan(model: str | None, out: Path | None, plot: Path | None, **settings: Any
 @click.option("--response", type=PICTURE_FILE, metavar="FILE.png", help="Draw what the dials do.")
 def show(profile: str, plot: Path | None, response: Path | None) -> None:
     """Print what PROFILE holds, or draw it."""
-    loaded = Profile.load(profile)
+    loaded = confsteer.Profile.load(profile)
     tables.print_profile(tables.console(), loaded)
     if plot or response:
         from confsteer.plots import plot_neurons, plot_response
@@ -177,11 +176,11 @@ def show(profile: str, plot: Path | None, response: Path | None) -> None:
 
 
 @click.command()
-@click.argument("profile")
+@click.argument("profile", type=PROFILE)
 @click.argument("repo", metavar="OWNER/NAME")
 @click.option("--private", is_flag=True, help="Make a new repository private.")
 def push(profile: str, repo: str, private: bool) -> None:
     """Upload PROFILE to a hub repository, with a card."""
     from confsteer.hub import push as run
 
-    click.echo(run(Profile.load(profile), repo, private=private))
+    click.echo(run(confsteer.Profile.load(profile), repo, private=private))

@@ -9,10 +9,12 @@ import click
 from click.core import ParameterSource
 from rich.markup import escape
 
+import confsteer
 from confsteer import tables
 from confsteer.cli.options import (
     NO_TEXT,
     OUTPUT_FILE,
+    PROFILE,
     TEXT_FILE,
     TextOptions,
     json_option,
@@ -26,14 +28,13 @@ from confsteer.cli.options import (
     write,
     write_html,
 )
-from confsteer.profile import Profile
 
 BESIDE_A_RUN_FILE = ("run_file", "as_json", "plot", "report", "device", "dtype", "revision", "trust_remote_code")
 
 
 @click.command(name="eval")
 @model_options
-@click.option("-p", "--profile", metavar="PROFILE", help="Folder, shipped name or hub repository.")
+@click.option("-p", "--profile", type=PROFILE, help="Folder, shipped name or hub repository.")
 @steer_option
 @click.option(
     "--sweep", "sweeps", multiple=True, metavar="KEY=FIRST:LAST:N", help="N steerings, such as entropy=-0.2:1.2:8; repeatable."
@@ -87,7 +88,7 @@ def evaluate(
     from confsteer.evaluation.run import Run, run
 
     if report:
-        import confsteer.report  # noqa: F401  what it needs is missed now, not after the work
+        from confsteer.report import write_report  # noqa: F401  what it needs is missed now, not after the work
     if smooth_ece:
         import relplot  # noqa: F401
     if run_file:
@@ -120,7 +121,7 @@ def evaluate(
     if plot and not settings.sources():
         raise click.UsageError("--plot draws texts, and there are none: --report has pictures of questions")
     settings.all_steerings()
-    loaded_profile = Profile.load(settings.profile)
+    loaded_profile = confsteer.Profile.load(settings.profile)
     result = run(settings, loaded_profile, load(settings.model, loading), progress=True)
     console = tables.console()
     tables.print_evaluation(console, result)
@@ -134,9 +135,7 @@ def evaluate(
 
 @click.command()
 @click.argument("results", metavar="RESULTS.json", type=TEXT_FILE)
-@click.option(
-    "-p", "--profile", metavar="PROFILE", help="Draw its neurons and dials too: folder, shipped name or hub repository."
-)
+@click.option("-p", "--profile", type=PROFILE, help="Draw its neurons and dials too: folder, shipped name or hub repository.")
 @click.option("--out", type=OUTPUT_FILE, metavar="FILE.html", help="Where to write it.  [default: beside RESULTS.json]")
 def report(results: Path, profile: str | None, out: Path | None) -> None:
     """Make a report of RESULTS.json, of eval or tune: one HTML file that needs nothing beside it.
@@ -148,7 +147,7 @@ def report(results: Path, profile: str | None, out: Path | None) -> None:
     from confsteer.report import read_result, write_report
 
     file = out or results.with_suffix(".html")
-    write_report(read_result(results), file, Profile.load(profile) if profile else None)
+    write_report(read_result(results), file, confsteer.Profile.load(profile) if profile else None)
     tables.console().print(f"Written: {escape(str(file))}")
 
 

@@ -6,13 +6,14 @@ import dataclasses
 import functools
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import click
+from click.shell_completion import CompletionItem
 from rich.console import Console
 from rich.markup import escape
 
-from confsteer.files import write_atomically
+from confsteer.files import shipped_profiles, write_atomically
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -48,8 +49,37 @@ class _PictureFile(_OutputFile):
         return file
 
 
+class _ProfileName(click.types.StringParamType):
+    """A profile; the shell offers folders and the names of shipped ones."""
+
+    name = "profile"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        names = [CompletionItem(name) for name in shipped_profiles() if name.startswith(incomplete)]
+        return [CompletionItem(incomplete, type="dir"), *names]
+
+
+class _SteeringText(click.types.StringParamType):
+    """A steering; the shell offers examples that teach its words."""
+
+    name = "steering"
+    examples: ClassVar = {
+        "entropy=+0.2": "nats: less confident",
+        "entropy=-0.2": "nats: more confident",
+        "unigram=+0.1": "nats closer to the unigram distribution",
+        "scale.entropy=0": "ablate the entropy neurons",
+        "positions=generated": "leave the prompt alone",
+        "preset=calibrated": "what confsteer tune saved",
+    }
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(word, help=why) for word, why in self.examples.items() if word.startswith(incomplete)]
+
+
 PICTURES = (".png", ".svg", ".pdf", ".jpg")
 OUTPUT_FILE = _OutputFile(path_type=Path, dir_okay=False, writable=True)
+PROFILE = _ProfileName()
+STEERING = _SteeringText()
 PICTURE_FILE = _PictureFile(path_type=Path, dir_okay=False, writable=True)
 
 
@@ -143,13 +173,14 @@ plot_option = click.option("--plot", type=PICTURE_FILE, metavar="FILE.png", help
 report_option = click.option(
     "--report", type=OUTPUT_FILE, metavar="FILE.html", help="Write a report with pictures, as confsteer report does."
 )
-profile_option = click.option("-p", "--profile", required=True, metavar="PROFILE", help="Folder, shipped name or hub repository.")
+
+profile_option = click.option("-p", "--profile", required=True, type=PROFILE, help="Folder, shipped name or hub repository.")
 steer_option = click.option(
     "-s",
     "--steer",
     "steers",
     multiple=True,
-    metavar="STEERING",
+    type=STEERING,
     help='Such as "entropy=0.3", "unigram=-0.1 scale.757=0", "clamp.757=0:2", or JSON; repeatable.',
 )
 

@@ -9,9 +9,9 @@ import click
 from rich.markup import escape
 from rich.table import Table
 
+import confsteer
 from confsteer import tables
-from confsteer.cli.options import load, model_options, profile_option, steer_option
-from confsteer.profile import Profile
+from confsteer.cli.options import PROFILE, STEERING, load, model_options, profile_option, steer_option
 
 
 @click.command()
@@ -47,7 +47,7 @@ def generate(
     inputs = loaded.tokenizer(prompt, return_tensors="pt").to(loaded.model.device)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     table = Table("steering", "continuation", "entropy", show_lines=True)
-    with steer(loaded.model, Profile.load(profile)) as steerer:
+    with steer(loaded.model, confsteer.Profile.load(profile)) as steerer:
         for steering in steerings:
             steerer.update(steering)
             torch.manual_seed(seed)
@@ -85,7 +85,7 @@ def bake(model: str | None, profile: str, steers: tuple[str, ...], out: Path, **
 
     if len(steers) != 1:
         raise click.UsageError('a checkpoint has one steering: give --steer once, such as "entropy=0.1 scale.757=0"')
-    steering, found = Steering.parse(steers[0]), Profile.load(profile)
+    steering, found = Steering.parse(steers[0]), confsteer.Profile.load(profile)
     with baking.new_folder(out) as folder:
         loaded = load(model, loading)
         baked = baking.bake(loaded.model, found, steering)
@@ -107,8 +107,8 @@ def bake(model: str | None, profile: str, steers: tuple[str, ...], out: Path, **
 @click.command(context_settings={"ignore_unknown_options": True})
 @click.argument("model", required=False, metavar="[MODEL]")
 @click.argument("options", nargs=-1, type=click.UNPROCESSED, metavar="[VLLM OPTION]...")
-@click.option("--profile", required=True, metavar="PROFILE", help="Folder, shipped name or hub repository.")
-@click.option("--default", metavar="STEERING", help='Of requests that ask for none, such as "entropy=0.2".')
+@click.option("--profile", required=True, type=PROFILE, help="Folder, shipped name or hub repository.")
+@click.option("--default", type=STEERING, help='Of requests that ask for none, such as "entropy=0.2".')
 def serve(model: str | None, options: tuple[str, ...], profile: str, default: str | None) -> None:
     """Serve MODEL with vLLM; each request may carry a steering. Options that are not listed below go to vLLM.
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+import confsteer
 from confsteer import tables
 from confsteer.cli.options import (
     NO_TEXT,
@@ -20,7 +21,6 @@ from confsteer.cli.options import (
     window_option,
     write,
 )
-from confsteer.profile import Profile
 
 
 @click.group()
@@ -65,7 +65,7 @@ def induction(
     from confsteer.corpus import leading_ids
     from confsteer.evaluation.induction import induction as run
 
-    loaded_profile = Profile.load(profile)
+    loaded_profile = confsteer.Profile.load(profile)
     source = text.source(model, "held-out")
     loaded = load(model, loading)
     beginning = len(leading_ids(loaded.tokenizer))
@@ -116,7 +116,7 @@ def cumulative(
     """
     from confsteer.evaluation.cumulative import cumulative as run
 
-    loaded_profile = Profile.load(profile)
+    loaded_profile = confsteer.Profile.load(profile)
     source = text.source(model, "held-out")
     if source is None:
         raise click.UsageError(NO_TEXT)

@@ -10,6 +10,7 @@ from typing import Any
 import click
 from rich.markup import escape
 
+import confsteer
 from confsteer import tables
 from confsteer.cli.options import (
     EXIT_NOTHING_GAINED,
@@ -25,7 +26,6 @@ from confsteer.cli.options import (
     write_html,
     write_json,
 )
-from confsteer.profile import Profile
 from confsteer.steering import Steering
 
 
@@ -94,15 +94,14 @@ def tune(
     Afterwards:  confsteer eval ... -s preset=calibrated    confsteer serve ... --default preset=calibrated
     """
     from confsteer.texts import by_title
-    from confsteer.tuning import tune as run
 
     Steering.parse({"preset": name})
     if report:
-        import confsteer.report  # noqa: F401  what it needs is missed now, not after the work
+        from confsteer.report import write_report  # noqa: F401  what it needs is missed now, not after the work
     sources = by_title(text.sources(model, "calibration"))
     if not sources:
         raise click.UsageError(NO_TEXT)
-    loaded_profile = Profile.load(profile)
+    loaded_profile = confsteer.Profile.load(profile)
     folder = out or Path(profile)
     if out is None and not folder.is_dir():
         raise click.UsageError(
@@ -111,7 +110,7 @@ def tune(
     if not os.access(next(place for place in (folder, *folder.absolute().parents) if place.exists()), os.W_OK):
         raise click.UsageError(f"{folder} cannot be written to: say with --out where to write the profile with its preset")
     loaded = load(model, {key: settings.pop(key) for key in ("device", "dtype", "revision", "trust_remote_code")})
-    result = run(
+    result = confsteer.tune(
         loaded.model,
         loaded.tokenizer,
         {title: source.windows(loaded.tokenizer, window, tokens) for title, source in sources.items()},

@@ -18,7 +18,7 @@ os.environ.update(
     VLLM_ENABLE_V1_MULTIPROCESSING="0",
 )
 if importlib.util.find_spec("vllm") is None:
-    collect_ignore = ["test_engine.py", "test_server.py"]
+    collect_ignore = ["test_engine.py", "test_server.py", "test_examples.py"]
 elif os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
     os.environ["TRITON_INTERPRET"] = "1"
     from triton.backends import backends
