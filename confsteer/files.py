@@ -1,10 +1,28 @@
-"""Writing files so that they are whole or not there."""
+"""Files that are written whole or not at all, and read no further than is sane."""
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 import tempfile
 from pathlib import Path
+
+
+def read_at_most(file: Path, limit: int) -> bytes:
+    """The contents of a file from anywhere, of `limit` bytes or fewer.
+
+    Raises:
+        OSError: it cannot be read, is longer, or is no regular file: a pipe may never answer, a device never end.
+    """
+    # A pipe is opened only when someone writes to it, unless asked not to wait.
+    with os.fdopen(os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as stream:
+        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "it is not a regular file")
+        payload = stream.read(limit + 1)
+    if len(payload) > limit:
+        raise OSError(errno.EFBIG, f"it has more than {limit:,} bytes")
+    return payload
 
 
 def write_atomically(file: Path, payload: bytes) -> None:
