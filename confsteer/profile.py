@@ -174,7 +174,8 @@ class ModelIdentity(_Strict):
     ) -> ModelIdentity:
         """The identity of the model that these are of."""
         return cls(
-            id=str(config.name_or_path or config.model_type),
+            # A folder's name need not be UTF-8.
+            id=str(config.name_or_path or config.model_type).encode(errors="replace").decode(),
             revision=revision,
             model_type=config.model_type,
             layer=anatomy.layer,
@@ -573,8 +574,8 @@ def _read_columns(file: Path, profile: Profile) -> dict[str, Tensor]:
         if name != "singular_values" and len(column) != profile.model.n_neurons:
             raise ProfileCorruptError(f"{file}: {name} is of {len(column)} neurons, the layer has {profile.model.n_neurons}")
     spectrum = columns["singular_values"]
-    if not (len(spectrum) > profile.layer.null_dims and spectrum.isfinite().all() and spectrum[-1] > 0):
+    if not (len(spectrum) > profile.layer.null_dims and spectrum.isfinite().all()):
         raise ProfileCorruptError(
-            f"{file}: singular_values must be more numbers than the {profile.layer.null_dims} of the null space, the last above 0"
+            f"{file}: singular_values must be more numbers than the {profile.layer.null_dims} of the null space"
         )
     return columns

@@ -130,7 +130,9 @@ def _read_text(text: str) -> dict[str, Any]:
         elif "." in key:
             key, _, neuron = key.partition(".")
             bounds = tuple(number(word, bound) if bound else None for bound in value.split(":"))
-            request.setdefault(key, {})[neuron] = bounds if len(bounds) == 2 else number(word, value)
+            if not isinstance(request.setdefault(key, {}), dict):
+                raise SteeringError(f"{word}: {key} is given without a neuron too; name it each time, such as scale.757=0")
+            request[key][neuron] = bounds if len(bounds) == 2 else number(word, value)
         else:
             request[key] = number(word, value)
     return request

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 from rich.console import Console
-from rich.markup import escape
 
 from confsteer.files import write_atomically
+from confsteer.tables import escape
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
