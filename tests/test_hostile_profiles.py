@@ -22,7 +22,7 @@ from rich.console import Console
 
 from confsteer import Profile, ProfileCorruptError, ProfileError, ProfileNotFoundError, Steering, SteeringError
 from confsteer.edit import neuron_edit
-from confsteer.profile import FILE_NAME, FORMAT_VERSION
+from confsteer.profile import FILE_NAME, FORMAT_VERSION, MEASURED_COLUMNS, WEIGHT_COLUMNS
 from confsteer.steering import DIALS
 from confsteer.tables import print_profile
 from tests.planted import planted
@@ -52,7 +52,11 @@ class Saved(NamedTuple):
 
 
 def save(folder: Path) -> Saved:
-    profile = planted("gpt2").profile.with_preset("calm", Steering(entropy=0.05, clamp={5: (None, 2.0)}))
+    found = planted("gpt2").profile.with_preset("calm", Steering(entropy=0.05, clamp={5: (None, 2.0)}))
+    fields = {name: getattr(found, name) for name in Profile.model_fields if name != "columns_file"}
+    # No more columns than there must be: ten thousand are read.
+    columns = {name: found.columns[name] for name in (*WEIGHT_COLUMNS, *MEASURED_COLUMNS)}
+    profile = Profile.create(columns=columns, **fields)
     profile.save(folder)
     return Saved((folder / FILE_NAME).read_bytes(), (folder / profile.columns_file.file).read_bytes())
 
