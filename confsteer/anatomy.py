@@ -311,6 +311,8 @@ def _last_layers(base: PreTrainedModel, family: Family | None) -> nn.ModuleList:
     """The stack of transformer layers: by the table, or the longest list of modules."""
     if family is not None:
         layers = _submodule(base, family.layers)
+        if len(layers) == 0:  # type: ignore[arg-type]
+            raise UnsupportedModelError(f"{type(base).__name__} has no layers")
     else:
         stacks = [m for m in base.modules() if isinstance(m, nn.ModuleList) and len(m) > 0]
         if not stacks:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from confsteer.anatomy import dissect
 from confsteer.capture import BATCH_SIZE, Recording, regroup
-from confsteer.corpus import Document, Windows, check_context, checked_counts, make_windows
+from confsteer.corpus import Document, Windows, check_context, check_ids, checked_counts, make_windows
 from confsteer.discovery import select
 from confsteer.discovery.effects import ablation_effects
 from confsteer.discovery.exact import TokenEffects, exact_effects
@@ -28,7 +28,7 @@ from confsteer.discovery.readout import Outputs, Readout
 from confsteer.discovery.response import ResponseCurve, choose_positions
 from confsteer.discovery.streaming import ActivationMoments, EffectMeans, Estimate, NeuronEffects
 from confsteer.discovery.weights import weight_statistics
-from confsteer.errors import CorpusError, ProfileMismatchError, SettingError
+from confsteer.errors import CorpusError, ProfileMismatchError, SettingError, UnsupportedModelError
 from confsteer.parallel import all_sum, of_first, share
 from confsteer.profile import (
     CorpusIdentity,
@@ -112,10 +112,7 @@ def calibrate(
         )
     windows = make_windows(texts, tokenizer, window=window, max_tokens=tokens, source=source)
     check_context(windows.window, model.config)
-    if (largest := int(windows.token_ids.max())) >= anatomy.vocab_size:
-        raise CorpusError(
-            f"the tokenizer gives ids up to {largest}, the model has {anatomy.vocab_size}: they do not belong together"
-        )
+    check_ids(windows.token_ids, anatomy.vocab_size)
     mine = share()
     if len(windows) <= BATCH_SIZE * (mine.of - 1):
         raise SettingError(f"{len(windows)} windows are too few for {mine.of} processes, which read {BATCH_SIZE} at a time")
@@ -158,6 +155,11 @@ def calibrate(
         moments.pool(all_sum)
         if moments.count == 0:
             raise CorpusError("no token of the text counts: its windows are too short")
+        if not (moments.mean.isfinite().all() and moments.std.isfinite().all()):
+            raise UnsupportedModelError(
+                f"the activations of {identity.id} are not finite on this text: its weights are damaged, or too large for "
+                f"{identity.dtype} (--dtype float32)"
+            )
         mean, means = moments.mean.to(device), EffectMeans(readout.n_neurons)
         with bar("2/3 effects", kept) as shown:
             for batch in regroup(recording.read(), tokens_at_once(readout.n_neurons)):

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from confsteer.anatomy import Anatomy, LastLayerStates, input_device
-from confsteer.corpus import Batch, Windows
+from confsteer.corpus import Batch, Windows, check_ids
 from confsteer.discovery.readout import TokenStates
 from confsteer.parallel import ALONE, Share
 
@@ -86,6 +86,7 @@ def _forward(
     model: PreTrainedModel, anatomy: Anatomy, input_ids: Tensor, attention_mask: Tensor, **cache: Any
 ) -> tuple[LastLayerStates, Any]:
     """What one pass leaves in the last layer, and what the model's body returns."""
+    check_ids(input_ids, anatomy.vocab_size)
     inputs_on = input_device(model)
     received: list[LastLayerStates] = []
     with torch.no_grad(), anatomy.recording(received.append):

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -21,7 +21,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 from confsteer.anatomy import Anatomy, dtype_name, locate
 from confsteer.discovery.weights import weight_statistics
 from confsteer.errors import ConfsteerError, UnsupportedModelError
-from confsteer.loading import DEMO, DEMO_NAME
+from confsteer.loading import DEMO, DEMO_NAME, load_tokenizer, reason
 from confsteer.profile import WEIGHT_COLUMNS, Layer, ModelIdentity, Profile, library_versions
 
 READABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -73,12 +73,7 @@ def scan(
     source = str(DEMO) if name is None else name
     with tqdm(total=3, desc="reading", unit="step", disable=not progress) as bar, torch.no_grad():
         last = read_last_layer(source, revision=revision, trust_remote_code=trust_remote_code)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                source, revision=last.commit or revision, trust_remote_code=trust_remote_code
-            )
-        except (OSError, ValueError) as error:
-            raise ConfsteerError(f"cannot load {source}: {_first_line(error)}") from error
+        tokenizer = load_tokenizer(source, revision=last.commit or revision, trust_remote_code=trust_remote_code)
         bytes_read = sum(tensor.nbytes for tensor in last.tensors.values())
         bytes_total, names = last.bytes_total, tuple(last.tensors)
         bar.update()
@@ -139,8 +134,8 @@ def read_last_layer(source: str, *, revision: str | None = None, trust_remote_co
         commit = extract_commit_hash(str(_file(source, CONFIG_NAME, revision)), None)
         revision = commit or revision
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ConfsteerError(f"cannot load {source}: {_first_line(error)}") from error
+    except Exception as error:  # transformers raises many kinds
+        raise ConfsteerError(f"cannot load {source}: {reason(error)}") from error
     model, anatomy = _skeleton(config, trust_remote_code)
     shard_of, bytes_total = _shards(source, revision)
     return LastLayer(config, commit, anatomy, _fill(model, anatomy, source, revision, shard_of), bytes_total)
@@ -153,9 +148,11 @@ def _skeleton(config: Any, trust_remote_code: bool) -> tuple[PreTrainedModel, An
             # The other kinds of attention look at the values of the mask, and the meta device has none.
             model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", trust_remote_code=trust_remote_code)
         return model, locate(model)
-    except (ValueError, RuntimeError) as error:
+    except ConfsteerError:
+        raise
+    except Exception as error:  # transformers raises many kinds
         raise UnsupportedModelError(
-            f"{config.model_type} cannot be laid out as a causal language model without its weights: {_first_line(error)}. If "
+            f"{config.model_type} cannot be laid out as a causal language model without its weights: {reason(error)}. If "
             "it is one, run confsteer calibrate, which loads them"
         ) from error
 
@@ -203,7 +200,7 @@ def _fill(
         try:
             path = _file(source, shard, revision)
         except OSError as error:
-            raise ConfsteerError(f"cannot read {shard} of {source}: {_first_line(error)}") from error
+            raise ConfsteerError(f"cannot read {shard} of {source}: {reason(error)}") from error
         with _opened(path) as file:
             tensors |= {name: file.get_tensor(name) for name in places if shard_of[name] == shard}
     for name, (module, parameter) in places.items():
@@ -213,6 +210,8 @@ def _fill(
                 f"{name} of {source} is {dtype_name(tensor.dtype)} {list(tensor.shape)}; it should be {list(shape)} in float32, "
                 "bfloat16 or float16. If the checkpoint is quantised, scan the one it was made from"
             )
+        if not tensor.isfinite().all():
+            raise ConfsteerError(f"{name} of {source} has numbers that are not finite: the checkpoint is damaged")
         setattr(module, parameter, nn.Parameter(tensor, requires_grad=False))
     return tensors
 
@@ -251,8 +250,3 @@ def _opened(path: Path) -> Iterator[Any]:
             yield file
     except (SafetensorError, OSError) as error:
         raise ConfsteerError(f"{path} is not a whole safetensors file: {error}") from error
-
-
-def _first_line(error: Exception) -> str:
-    """Of the sentences that transformers writes, which go on for long."""
-    return str(error).strip().partition("\n")[0]

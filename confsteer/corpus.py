@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -16,6 +17,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from confsteer.errors import CorpusError, SettingError
+from confsteer.files import read_at_most
 
 FIRST_POSITIONS = 3
 """Positions at the start of a window that are left out: with so little context they are unlike the rest."""
@@ -24,6 +26,11 @@ FEWEST_DOCUMENTS = 20
 """That can be resampled, or shared out over splits; of a text that has fewer it is windows."""
 PART_CHARACTERS = 1_000_000
 """A longer text is tokenized in parts: a tokenizer needs about a hundred bytes per token of what it is given at once."""
+
+MAX_COUNTS_BYTES = 100_000_000
+"""Of a file of token counts: twelve million tokens fit."""
+MOST_COUNTED = 1e18
+"""Tokens that counts add up to; more do not fit an int64."""
 
 Conversation = Sequence[Mapping[str, Any]]
 """Messages with ``role`` and ``content``, as a chat template takes them."""
@@ -273,6 +280,12 @@ def check_context(window: int, config: PretrainedConfig) -> None:
         raise SettingError(f"a window of {window} tokens does not fit the model's context of {context}")
 
 
+def check_ids(ids: Tensor | NDArray[np.integer], vocab_size: int) -> None:
+    """Raise CorpusError if a model of `vocab_size` tokens does not have one of these ids."""
+    if (largest := int(ids.max())) >= vocab_size:
+        raise CorpusError(f"the tokenizer gives ids up to {largest}, the model has {vocab_size}: they do not belong together")
+
+
 def context_length(config: PretrainedConfig) -> int | None:
     """Tokens that a model can read at once; None if it does not say."""
     return getattr(config, "max_position_embeddings", None)
@@ -307,10 +320,10 @@ def read_counts(path: Path) -> NDArray[np.integer]:
         CorpusError: it is missing or no such file.
     """
     try:
-        counts = np.load(path, allow_pickle=False)
+        counts = np.load(io.BytesIO(read_at_most(path, MAX_COUNTS_BYTES)), allow_pickle=False)
     except OSError as error:
         raise CorpusError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
+    except Exception as error:  # numpy reads the header as Python, which can be wrong in many ways
         raise CorpusError(f"{path} is not a .npy file of numbers") from error
     if not isinstance(counts, np.ndarray):
         raise CorpusError(f"{path} holds several arrays; give a .npy file of one")
@@ -323,4 +336,6 @@ def checked_counts(counts: NDArray[np.integer], tokenizer_size: int) -> Tensor:
         raise CorpusError(f"unigram counts must be a row of integers from 0 up, not {counts.dtype} of shape {counts.shape}")
     if len(counts) < tokenizer_size or counts[tokenizer_size:].any():
         raise CorpusError(f"there are unigram counts for {len(counts)} tokens; the tokenizer has {tokenizer_size}")
+    if counts.sum(dtype=np.float64) > MOST_COUNTED:
+        raise CorpusError(f"the unigram counts add up to more than {MOST_COUNTED:.0e}: they are no counts of a text")
     return torch.from_numpy(counts[:tokenizer_size].astype(np.int64))

@@ -104,7 +104,11 @@ def neuron_edit(steering: Steering, profile: Profile) -> NeuronEdit:
         lower, upper = bounds if isinstance(bounds, tuple) else (bounds, bounds)
         low[rows_of(key)] = -np.inf if lower is None else lower
         high[rows_of(key)] = np.inf if upper is None else upper
-    return NeuronEdit(*(column.astype(np.float32) for column in (gain, bias, low, high)))
+    with np.errstate(over="ignore"):
+        edit = NeuronEdit(*(column.astype(np.float32) for column in (gain, bias, low, high)))
+    if not (np.isfinite(edit.gain).all() and np.isfinite(edit.bias).all()):
+        raise SteeringError(f"{steering}: with the profile of {profile.model.id} it adds more than a float32 holds")
+    return edit
 
 
 def edited(activations: Tensor, gain: Tensor, bias: Tensor, low: Tensor, high: Tensor) -> Tensor:

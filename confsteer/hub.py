@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 
@@ -45,14 +46,14 @@ def card(profile: Profile, repo: str) -> str:
     lines = [
         "---",
         "library_name: confsteer",
-        f"base_model: {_text(model.id)}",
+        f"base_model: {json.dumps(_text(model.id))}",
         "tags: [confsteer, calibration, interpretability]",
         "---",
         "",
-        f"# confsteer profile of {_text(model.id)}",
+        f"# confsteer profile of `{_text(model.id)}`",
         "",
         f"Entropy and token-frequency neurons of layer {model.layer} ({model.n_neurons:,} neurons), found on "
-        f"{corpus.kept_tokens:,} tokens of {_text(corpus.source)}.",
+        f"{corpus.kept_tokens:,} tokens of `{_text(corpus.source)}`.",
         "",
         "```python",
         "import confsteer",

@@ -15,6 +15,7 @@ from confsteer.evaluation.comparison import COVERAGES, ENTROPY_BINS, ComparedRow
 from confsteer.evaluation.cumulative import CumulativeStudy
 from confsteer.evaluation.harness import Evaluation
 from confsteer.evaluation.induction import Curve, InductionStudy, RepeatedSequences
+from confsteer.printable import printable
 from confsteer.profile import Profile
 from confsteer.steering import DIALS, Dial, Steering
 
@@ -39,7 +40,7 @@ def plot_neurons(profile: Profile) -> Figure:
     draw_null_fraction(right, profile)
     if scanned:
         draw_spectrum(rest[0], profile)
-    figure.suptitle(f"{profile.model.id}, layer {profile.model.layer}: {profile.model.n_neurons:,} neurons")
+    figure.suptitle(f"{_label(profile.model.id)}, layer {profile.model.layer}: {profile.model.n_neurons:,} neurons")
     return figure
 
 
@@ -93,7 +94,7 @@ def draw_spectrum(axes: Axes, profile: Profile) -> None:
     axes.axvspan(len(values) - null_dims + 0.5, len(values) + 0.5, color=ENTROPY, alpha=0.2, label="effective null space")
     axes.set(xlabel="singular value, by size", ylabel="size", title="What the unembedding reads")
     # An exact null space has singular values of zero.
-    axes.set_yscale("symlog", linthresh=float(values[0]) * 1e-4)
+    axes.set_yscale("symlog", linthresh=float(values[0]) * 1e-4 or 1e-9)
     axes.legend(loc="lower left", fontsize="small")
 
 
@@ -110,7 +111,7 @@ def plot_frequency_neurons(profile: Profile) -> Figure:
         ylim=(-1.05, 1.05),
     )
     axes.legend(fontsize="small")
-    figure.suptitle(f"{profile.model.id}, layer {profile.model.layer}: {profile.model.n_neurons:,} neurons")
+    figure.suptitle(f"{_label(profile.model.id)}, layer {profile.model.layer}: {profile.model.n_neurons:,} neurons")
     return figure
 
 
@@ -126,7 +127,7 @@ def plot_response(profile: Profile) -> Figure:
     figure = Figure(figsize=(5.5 * len(dials), 4.4), dpi=130, layout="constrained")
     for axes, dial in zip(figure.subplots(1, len(dials), squeeze=False)[0], dials, strict=True):
         draw_response(axes, profile, dial)
-    figure.suptitle(f"{profile.model.id}: response of the dials")
+    figure.suptitle(f"{_label(profile.model.id)}: response of the dials")
     return figure
 
 
@@ -279,7 +280,7 @@ def _styles(rows: Sequence[AnyRow]) -> list[tuple[AnyRow, dict[str, Any]]]:
 def _label(name: str) -> str:
     """A name as it can stand in a picture: short, on one line, and with dollar signs that begin no formula."""
     short = name if len(name) <= 36 else name[:35] + "…"
-    return "".join(letter if letter.isprintable() else "�" for letter in short).replace("$", r"\$")
+    return printable(short).replace("$", r"\$")
 
 
 def plot_induction(study: InductionStudy) -> Figure:
@@ -292,8 +293,8 @@ def plot_induction(study: InductionStudy) -> Figure:
             draw_repetition(axes, kind, measure)
         for axes in column[:-1]:
             axes.set_xlabel("")
-        column[0].set_title(f"{kind.kind} ({kind.source}): {kind.sequences} sequences", fontsize=10)
-    figure.suptitle(f"{study.model}: a stretch of {study.half} tokens, read twice")
+        column[0].set_title(f"{kind.kind} ({_label(kind.source)}): {kind.sequences} sequences", fontsize=10)
+    figure.suptitle(f"{_label(study.model)}: a stretch of {study.half} tokens, read twice")
     return figure
 
 
@@ -345,5 +346,6 @@ def plot_cumulative(study: CumulativeStudy) -> Figure:
         axes.axhline(0, color="black", linewidth=0.6)
         axes.set(xlabel="neurons set to their means", ylabel=label, xticks=number)
         axes.legend(fontsize="small")
-    figure.suptitle(f"{study.model} on {study.source}: {study.tokens:,} tokens, {len(study.draws)} draws of random neurons")
+    where = f"{_label(study.model)} on {_label(study.source)}"
+    figure.suptitle(f"{where}: {study.tokens:,} tokens, {len(study.draws)} draws of random neurons")
     return figure

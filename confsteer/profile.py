@@ -14,7 +14,8 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import safetensors
 import safetensors.torch
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+import torch
+from pydantic import BaseModel, ConfigDict, FailFast, Field, PrivateAttr, ValidationError, model_validator
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -32,7 +33,7 @@ from confsteer.errors import (
     ProfileVersionError,
     SteeringError,
 )
-from confsteer.files import shipped_profiles, write_atomically
+from confsteer.files import read_at_most, shipped_profiles, write_atomically
 from confsteer.steering import DIALS, Dial, PresetName, Steering
 
 FORMAT_VERSION = 1
@@ -40,11 +41,21 @@ FILE_NAME = "profile.json"
 COLUMNS_PATTERN = "columns-*.safetensors"
 WEIGHT_COLUMNS = ("norm", "logit_variance", "null_fraction", "singular_values")
 """Columns that the weights alone give, all a profile without a corpus has."""
+MEASURED_COLUMNS = ("mean_activation", "mediation", "frequency", "frequency_mediation")
+"""Columns of a profile with a corpus that something is made of."""
+
+MAX_BYTES = 500_000
+"""Of ``profile.json``: 64 neurons, the most that calibration reports, and dozens of presets that set each of them fit twice."""
+MAX_COLUMNS_BYTES = 100_000_000
+"""Of the columns: those of a layer of 300,000 neurons fit."""
+MAX_PRESETS = 100
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Share = Annotated[float, Field(ge=0, le=1)]
 Percent = Annotated[float, Field(ge=0, le=100)]
 NonNegative = Annotated[float, Field(ge=0)]
+# The first wrong item is enough: every further one would be a line of the error, and there may be very many.
+Curve = Annotated[tuple[float, ...], FailFast()]
 
 
 class _Strict(BaseModel):
@@ -104,15 +115,15 @@ class Neuron(_Strict):
 class Response(_Strict):
     """What one dial does: means over the corpus (over an even sample of a long one) at each of its positions, in nats."""
 
-    position: tuple[float, ...]
+    position: Curve
     """Dial positions, ascending, 0 among them; each neuron is pushed by position · sign · its standard deviation."""
-    entropy: tuple[float, ...]
-    kl_model_unigram: tuple[float, ...]
+    entropy: Curve
+    kl_model_unigram: Curve
     """KL(P_model ‖ P_freq)"""
-    kl_unigram_model: tuple[float, ...]
+    kl_unigram_model: Curve
     """KL(P_freq ‖ P_model)"""
-    loss: tuple[float, ...]
-    argmax_changed: tuple[Share, ...]
+    loss: Curve
+    argmax_changed: Annotated[tuple[Share, ...], FailFast()]
 
     @model_validator(mode="after")
     def _is_a_curve(self) -> Response:
@@ -163,7 +174,8 @@ class ModelIdentity(_Strict):
     ) -> ModelIdentity:
         """The identity of the model that these are of."""
         return cls(
-            id=str(config.name_or_path or config.model_type),
+            # A folder's name need not be UTF-8.
+            id=str(config.name_or_path or config.model_type).encode(errors="replace").decode(),
             revision=revision,
             model_type=config.model_type,
             layer=anatomy.layer,
@@ -227,9 +239,9 @@ class Profile(_Strict):
     versions: dict[str, str]
     """Of the libraries that made it."""
     layer: Layer
-    entropy_neurons: tuple[Neuron, ...]
+    entropy_neurons: Annotated[tuple[Neuron, ...], FailFast()]
     """Largest mean |Δentropy| first."""
-    frequency_neurons: tuple[Neuron, ...]
+    frequency_neurons: Annotated[tuple[Neuron, ...], FailFast()]
     """Largest mean |ΔKL(P_freq ‖ P_model)| first."""
     response: dict[Dial, Response]
     """One curve per dial that has neurons."""
@@ -264,26 +276,29 @@ class Profile(_Strict):
                 raise ValueError(f"layer.{name} must be given if and only if there is a corpus")
         if self.corpus is None and neurons:
             raise ValueError("neurons are measured on a corpus, and there is none")
-        for name, steering in self.presets.items():
-            self._check_preset(name, steering)
+        self._check_presets(self.presets)
         return self
 
-    def _check_preset(self, name: str, steering: Steering) -> None:
-        if steering.preset is not None:
-            raise SteeringError(f"preset {name!r} is made of another preset, {steering.preset!r}: write out what it does")
-        neuron_edit(steering, self)
+    def _check_presets(self, presets: Mapping[str, Steering]) -> None:
+        if len(presets) > MAX_PRESETS:
+            raise SteeringError(f"{len(presets)} presets; a profile has at most {MAX_PRESETS}")
+        for name, steering in presets.items():
+            if steering.preset is not None:
+                raise SteeringError(f"preset {name!r} is made of another preset, {steering.preset!r}: write out what it does")
+            neuron_edit(steering, self)
 
     def with_preset(self, name: str, steering: Steering) -> Profile:
         """A copy of the profile in which `steering` can be asked for as ``preset=name``.
 
         Raises:
             SteeringError: the name is not letters, digits, ``.``, ``_`` and ``-``; or the steering names another preset, or is
-                nothing this profile can do.
+                nothing this profile can do; or there are `MAX_PRESETS` already.
             NoNeuronsError: there are no neurons to steer.
         """
         Steering.parse({"preset": name})
-        self._check_preset(name, steering)
-        return self.model_copy(update={"presets": {**self.presets, name: steering}})
+        presets = {**self.presets, name: steering}
+        self._check_presets(presets)
+        return self.model_copy(update={"presets": presets})
 
     @classmethod
     def create(cls, *, columns: Mapping[str, Tensor], **fields: Any) -> Profile:
@@ -412,10 +427,15 @@ class Profile(_Strict):
         folder = Path(path)
         document = self.model_dump(mode="json")
         document = {"format_version": FORMAT_VERSION, **document, "checksum": _checksum(FORMAT_VERSION, document)}
+        payload = (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode()
+        if len(payload) > MAX_BYTES:
+            raise ProfileError(
+                f"the profile has {len(payload):,} bytes of JSON, at most {MAX_BYTES:,} can be read: fewer presets"
+            )
         try:
             folder.mkdir(parents=True, exist_ok=True)
             write_atomically(folder / self.columns_file.file, safetensors.torch.save(dict(self._columns)))
-            write_atomically(folder / FILE_NAME, (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())
+            write_atomically(folder / FILE_NAME, payload)
             for old in folder.glob(COLUMNS_PATTERN):
                 if old.name != self.columns_file.file:
                     old.unlink()
@@ -452,7 +472,7 @@ class Profile(_Strict):
                 f"{folder / FILE_NAME} was changed after it was written (its checksum does not fit). Calibrate again, or get "
                 "a fresh copy"
             )
-        profile._columns.update(_read_columns(folder / profile.columns_file.file, profile.columns_file.sha256))
+        profile._columns.update(_read_columns(folder / profile.columns_file.file, profile))
         return profile
 
 
@@ -463,10 +483,13 @@ def find(source: str | os.PathLike[str]) -> Path:
         ProfileNotFoundError: it is none of these.
     """
     path = Path(source)
-    if (path / FILE_NAME).is_file():
-        return path
-    if path.is_dir():
-        raise ProfileNotFoundError(f"{path} has no {FILE_NAME}: it is not a profile")
+    try:
+        if (path / FILE_NAME).is_file():
+            return path
+        if path.is_dir():
+            raise ProfileNotFoundError(f"{path} has no {FILE_NAME}: it is not a profile")
+    except OSError as error:
+        raise ProfileNotFoundError(f"cannot read {path}: {error.strerror}") from error
     name = str(source)
     shipped = shipped_profiles()
     if name in shipped:
@@ -477,8 +500,8 @@ def find(source: str | os.PathLike[str]) -> Path:
 
         try:
             downloaded = Path(snapshot_download(name, allow_patterns=[FILE_NAME, COLUMNS_PATTERN]))
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            reason = str(error).strip().splitlines()[0]
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+            reason = str(error).strip().partition("\n")[0]
             raise ProfileNotFoundError(f"no folder {name}, and the hub gave no such repository: {reason}") from error
         if not (downloaded / FILE_NAME).is_file():
             raise ProfileNotFoundError(f"the hub repository {name} has no {FILE_NAME}: it is not a profile")
@@ -519,7 +542,7 @@ def _read_document(file: Path) -> dict[str, Any]:
         return dict(pairs)
 
     try:
-        document = json.loads(file.read_bytes(), object_pairs_hook=without_duplicates)
+        document = json.loads(read_at_most(file, MAX_BYTES), object_pairs_hook=without_duplicates)
     except (ValueError, RecursionError) as error:
         raise ProfileCorruptError(f"{file} is not JSON: {error}") from error
     except OSError as error:
@@ -529,14 +552,30 @@ def _read_document(file: Path) -> dict[str, Any]:
     return document
 
 
-def _read_columns(file: Path, sha256: str) -> dict[str, Tensor]:
+def _read_columns(file: Path, profile: Profile) -> dict[str, Tensor]:
     try:
-        payload = file.read_bytes()
+        payload = read_at_most(file, MAX_COLUMNS_BYTES)
     except OSError as error:
         raise ProfileCorruptError(f"cannot read {file}, which the profile names: {error.strerror}") from error
-    if hashlib.sha256(payload).hexdigest() != sha256:
+    if hashlib.sha256(payload).hexdigest() != profile.columns_file.sha256:
         raise ProfileCorruptError(f"{file} is truncated or was changed after it was written (its SHA-256 does not fit)")
     try:
-        return safetensors.torch.load(payload)
-    except safetensors.SafetensorError as error:
-        raise ProfileCorruptError(f"{file} is not a safetensors file: {error}") from error
+        columns = safetensors.torch.load(payload)
+    except (safetensors.SafetensorError, KeyError) as error:  # a KeyError of a data type that torch does not have
+        raise ProfileCorruptError(f"{file} is not a safetensors file that can be read: {error}") from error
+    for name in (*WEIGHT_COLUMNS, *(() if profile.corpus is None else MEASURED_COLUMNS)):
+        if name not in columns:
+            raise ProfileCorruptError(f"{file} has no column {name!r}")
+    for name, column in columns.items():
+        if column.dtype not in (torch.float32, torch.float64) or column.dim() != 1:
+            raise ProfileCorruptError(
+                f"{file}: {name} is {dtype_name(column.dtype)} {list(column.shape)}; a column is a row of float32 or float64"
+            )
+        if name != "singular_values" and len(column) != profile.model.n_neurons:
+            raise ProfileCorruptError(f"{file}: {name} is of {len(column)} neurons, the layer has {profile.model.n_neurons}")
+    spectrum = columns["singular_values"]
+    if not (len(spectrum) > profile.layer.null_dims and spectrum.isfinite().all()):
+        raise ProfileCorruptError(
+            f"{file}: singular_values must be more numbers than the {profile.layer.null_dims} of the null space"
+        )
+    return columns

@@ -25,7 +25,7 @@ from confsteer.evaluation.comparison import COMPARED, ComparedRow, Kind, TextCom
 from confsteer.evaluation.harness import Evaluation
 from confsteer.evaluation.induction import InductionStudy
 from confsteer.evaluation.metrics import BINS, MASS_BINS, SELECTED
-from confsteer.files import write_atomically
+from confsteer.files import read_at_most, write_atomically
 from confsteer.profile import Profile
 from confsteer.steering import DIALS
 from confsteer.tuning import Tuning
@@ -39,6 +39,8 @@ STYLE: Any = {
     # The same picture has the same bytes.
     "svg.hashsalt": "confsteer",
 }
+MAX_BYTES = 100_000_000
+"""Of results: those of a hundred texts with a hundred steerings each fit."""
 PANEL = (3.4, 2.8)
 """Inches. About the width of a phone, so that the letters stay their size there."""
 
@@ -172,7 +174,7 @@ def read_result(file: Path) -> Evaluation | Tuning:
     """
     way_out = "Write one with confsteer eval … --json FILE or confsteer tune … --json FILE"
     try:
-        document = json.loads(file.read_bytes())
+        document = json.loads(read_at_most(file, MAX_BYTES))
     except OSError as error:
         raise ResultError(f"cannot read {file}: {error.strerror}. {way_out}") from error
     except (ValueError, RecursionError) as error:

@@ -13,6 +13,8 @@ Dial = Literal["entropy", "unigram"]
 DIALS: tuple[Dial, ...] = ("entropy", "unigram")
 MAX_CHARACTERS = 10_000
 """Of a request in JSON or in text: dozens of neurons by name fit."""
+MAX_NEURONS = 1_000
+"""That one request names: profiles have dozens."""
 Number = Annotated[float, Field(ge=-1e6, le=1e6)]
 Bound = Number | None
 NeuronKey = int | Literal["entropy", "frequency"]
@@ -61,6 +63,8 @@ class Steering(BaseModel):
         """JSON has only string keys, and no tuples."""
         if not isinstance(value, dict):
             return value
+        if len(value) > MAX_NEURONS:
+            raise ValueError(f"{len(value):,} neurons are named; a steering names at most {MAX_NEURONS:,}")
         keys = [int(key) if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 10 else key for key in value]
         if len(set(keys)) != len(keys):
             raise ValueError("a neuron is named twice")
@@ -89,6 +93,10 @@ class Steering(BaseModel):
             request = _read_json(request) if request.lstrip().startswith("{") else _read_text(request)
         if not isinstance(request, dict):
             raise SteeringError(f'a steering is an object such as {{"entropy": 0.3}}, not {type(request).__name__}')
+        # Before pydantic, whose error has a line for each of them.
+        for key in request:
+            if key not in cls.model_fields:
+                raise SteeringError(f"unknown key {str(key)[:80]!r}; a steering has {', '.join(cls.model_fields)}")
         try:
             return cls.model_validate(request)
         except ValidationError as error:
@@ -134,7 +142,9 @@ def _read_text(text: str) -> dict[str, Any]:
         elif "." in key:
             key, _, neuron = key.partition(".")
             bounds = tuple(number(word, bound) if bound else None for bound in value.split(":"))
-            request.setdefault(key, {})[neuron] = bounds if len(bounds) == 2 else number(word, value)
+            if not isinstance(request.setdefault(key, {}), dict):
+                raise SteeringError(f"{word}: {key} is given without a neuron too; name it each time, such as scale.757=0")
+            request[key][neuron] = bounds if len(bounds) == 2 else number(word, value)
         else:
             request[key] = number(word, value)
     return request
@@ -144,7 +154,5 @@ def _sentence(error: ValidationError) -> str:
     """The first problem of a validation error, with the key it is about."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"] if part not in ("[key]",))[:80]
-    if first["type"] == "extra_forbidden":
-        return f"unknown key {where!r}; a steering has {', '.join(Steering.model_fields)}"
     given = repr(first["input"])
     return f"{where}: {first['msg']} (given {given[:60]})"

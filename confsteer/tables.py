@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich import markup
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
+from confsteer.printable import printable
 from confsteer.steering import DIALS
 
 if TYPE_CHECKING:
@@ -30,6 +31,11 @@ def console() -> Console:
     """Tables need room: a pipe or a file, which has no width of its own, gets enough."""
     console = Console()
     return console if console.is_terminal else Console(width=150)
+
+
+def escape(text: str) -> str:
+    """A string that is shown as it is, whatever rich or the terminal would take it for."""
+    return markup.escape(printable(text))
 
 
 def print_profile(console: Console, profile: Profile) -> None:

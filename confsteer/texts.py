@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gzip
 import json
+import stat
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from io import BufferedIOBase
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +22,8 @@ TEXT_SUFFIXES = (".txt", ".md")
 JSON_LINES_SUFFIXES = (".jsonl", ".ndjson")
 JSON_SUFFIXES = (".json", *JSON_LINES_SUFFIXES)
 DEFAULT_SPLIT = "train"
+MAX_BYTES = 100_000_000
+"""Of what is held in memory at once: a document, a list of documents."""
 SHORT_PARAGRAPH = 60
 """Characters below which a repeated paragraph is a phrase such as "Example:"."""
 
@@ -65,7 +69,8 @@ class TextSource(BaseModel):
             where = f"Python documentation ({self.bundled} half)"
         else:
             where = ", ".join(path.name or str(path) for path in self.text)
-        return where + (" (conversations)" if self.chat else "")
+        # A file's name need not be UTF-8.
+        return where.encode(errors="replace").decode() + (" (conversations)" if self.chat else "")
 
     def documents(self) -> Iterable[Document]:
         """Its documents.
@@ -113,8 +118,9 @@ def read_texts(paths: Sequence[Path], *, field: str | None = None, chat: bool = 
         chat: whether documents are conversations.
 
     Raises:
-        CorpusError: at once if a path is missing or a folder has no such file; while reading if a file is not what its name
-            says, has no document, or a record has no such field.
+        CorpusError: at once if a path is missing or a device, or a folder has no such file; while reading if
+            a file is not what its name says, has no document, or one of more than `MAX_BYTES` (a list in ``.json`` counts as
+            one), or a record has no such field.
     """
     if chat:
         files = _json_files(paths, "conversations")
@@ -190,11 +196,13 @@ def python_docs(part: Literal["calibration", "held-out"]) -> list[str]:
 def _files(path: Path, suffixes: Sequence[str]) -> list[Path]:
     """The path itself, or what is below it."""
     try:
-        path.stat()
+        mode = path.stat().st_mode
     except OSError as error:
         raise CorpusError(f"cannot read {path}: {error.strerror}") from error
-    if not path.is_dir():
+    if stat.S_ISREG(mode) or stat.S_ISFIFO(mode):  # a pipe, such as a shell's <(zcat …)
         return [path]
+    if not stat.S_ISDIR(mode):
+        raise CorpusError(f"{path} is a device or a socket, neither a file nor a folder: write what it gives to a file")
     below = sorted(file for file in path.rglob("*") if file.is_file() and _suffix(file) in suffixes)
     files = [file for file in below if not any(part.startswith(".") for part in file.relative_to(path).parts)]
     if not files:
@@ -235,20 +243,33 @@ def _records(stream: BufferedIOBase, file: Path) -> Iterator[tuple[str, Any]]:
     """What the file holds, each with where that is. Of JSON lines no more is read than is asked for."""
     suffix = _suffix(file)
     if suffix in JSON_LINES_SUFFIXES:
-        for number, line in enumerate(stream, start=1):
+        for number in count(start=1):
+            where = f"{file}, line {number}"
+            if not (line := _read(stream.readline, where)):
+                break
             if line.strip():
-                where = f"{file}, line {number}"
                 yield where, _parse(line, where)
     elif suffix in JSON_SUFFIXES:
-        records = _parse(stream.read(), str(file))
+        records = _parse(_read(stream.read, str(file)), str(file))
         if not isinstance(records, list):
             raise CorpusError(f"{file} is {json_kind(records)}, not a list of documents")
         for number, record in enumerate(records, start=1):
             yield f"{file}, item {number}", record
     else:
-        text = _decode(stream.read(), str(file)).replace("\r\n", "\n")
+        text = _decode(_read(stream.read, str(file)), str(file)).replace("\r\n", "\n")
         if text.strip():
             yield str(file), text
+
+
+def _read(read: Callable[[int], bytes], where: str) -> bytes:
+    """A file or a line of one, which goes into memory as a whole, however few tokens are asked for."""
+    content = read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise CorpusError(
+            f"{where} has more than {MAX_BYTES:,} bytes, and is held in memory as a whole: cut it into several documents, "
+            "such as lines of a .jsonl file, or files (split --line-bytes=100M)"
+        )
+    return content
 
 
 def _decode(content: bytes, where: str) -> str:
@@ -260,7 +281,12 @@ def _decode(content: bytes, where: str) -> str:
 
 def _parse(content: bytes, where: str) -> Any:
     try:
-        return json.loads(_decode(content, where))
+        value = json.loads(_decode(content, where))
+        if b"\\ud" in content.lower():
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except UnicodeEncodeError as error:
+        raise CorpusError(f"{where} has half of a character: \\ud800 to \\udfff come in pairs") from error
     except json.JSONDecodeError as error:
         hint = "; if it has one document per line, name it .jsonl" if error.msg == "Extra data" else ""
         raise CorpusError(f"{where} is not JSON: {error}{hint}") from error

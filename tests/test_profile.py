@@ -110,7 +110,8 @@ def profiles(draw: st.DrawFn) -> Profile:
     fields["corpus"] = base.corpus.model_copy(update={"source": draw(st.text(max_size=20))})
     fields["entropy_neurons"] = tuple(neuron(i) for i in indices[:cut])
     fields["frequency_neurons"] = tuple(neuron(i) for i in indices[cut:])
-    return Profile.create(columns={"norm": torch.tensor(draw(st.lists(FINITE, max_size=3)))}, **fields | {"response": response})
+    norm = torch.full((base.model.n_neurons,), draw(FINITE), dtype=torch.float64)
+    return Profile.create(columns={**base.columns, "norm": norm}, **fields | {"response": response})
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
@@ -201,7 +202,7 @@ def test_what_is_not_a_profile_is_refused(saved: Path, text: str) -> None:
 def test_saving_replaces_the_old_profile_in_one_step(profile: Profile, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever write fails, the folder holds the old profile."""
     newer = Profile.create(
-        columns={"norm": torch.ones(3)},
+        columns={**profile.columns, "norm": torch.ones(profile.model.n_neurons)},
         **{name: getattr(profile, name) for name in Profile.model_fields if name not in ("columns_file", "seed")},
         seed=7,
     )

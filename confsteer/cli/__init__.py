@@ -9,6 +9,7 @@ import click
 
 from confsteer.cli import find, measure, steer, study, tune
 from confsteer.errors import ConfsteerError
+from confsteer.printable import printable
 
 EXTRAS = {
     **dict.fromkeys(("datasets", "jinja2", "matplotlib", "yaml"), "eval"),
@@ -24,10 +25,10 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             with warnings.catch_warnings():
-                warnings.showwarning = lambda message, *_, **__: click.echo(f"Warning: {message}", err=True)
+                warnings.showwarning = lambda message, *_, **__: click.echo(f"Warning: {printable(str(message))}", err=True)
                 return super().invoke(ctx)
         except ConfsteerError as error:
-            raise click.ClickException(str(error)) from error
+            raise click.ClickException("\n".join(map(printable, str(error).splitlines()))) from error
         except ModuleNotFoundError as error:
             package = (error.name or "").partition(".")[0]
             if package not in EXTRAS:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.markup import escape
 
 import confsteer
 from confsteer import tables
@@ -99,9 +98,9 @@ def calibrate(
     )
     if not first:
         return
-    folder = profile.save(out or Path(f"{Path(profile.model.id).name}.confsteer"))
+    folder = profile.save(out or Path(f"{_name(profile)}.confsteer"))
     tables.print_profile(tables.console(), profile)
-    tables.console().print(f"Profile written to {escape(str(folder))}")
+    tables.console().print(f"Profile written to {tables.escape(str(folder))}")
     if not profile.response:
         sys.exit(EXIT_NO_NEURONS)
 
@@ -138,17 +137,17 @@ def scan(model: str | None, out: Path | None, plot: Path | None, **settings: Any
 
     result = confsteer.scan(model, **settings, progress=True)
     profile = result.profile
-    folder = profile.save(out or Path(f"{Path(profile.model.id).name}.scan.confsteer"))
+    folder = profile.save(out or Path(f"{_name(profile)}.scan.confsteer"))
     tables.print_profile(tables.console(), profile)
     share = f", {result.bytes_read / result.bytes_total:.1%} of the checkpoint" if result.bytes_total else ""
     console = tables.console()
-    console.print(f"Read: {escape(', '.join(result.tensors))}: {result.bytes_read / 1e6:,.1f} MB{share}.")
+    console.print(f"Read: {tables.escape(', '.join(result.tensors))}: {result.bytes_read / 1e6:,.1f} MB{share}.")
     if plot:
         from confsteer.plots import plot_neurons
 
         plot_neurons(profile).savefig(plot)
-        console.print(f"Drawn: {escape(str(plot))}")
-    console.print(f"Profile of the weights written to {escape(str(folder))}")
+        console.print(f"Drawn: {tables.escape(str(plot))}")
+    console.print(f"Profile of the weights written to {tables.escape(str(folder))}")
     if not candidates(profile.weights):
         sys.exit(EXIT_NO_NEURONS)
 
@@ -172,7 +171,7 @@ def show(profile: str, plot: Path | None, response: Path | None) -> None:
         for file, draw in ((plot, plot_neurons), (response, plot_response)):
             if file is not None:
                 draw(loaded).savefig(file)
-                tables.console().print(f"Drawn: {escape(str(file))}")
+                tables.console().print(f"Drawn: {tables.escape(str(file))}")
 
 
 @click.command()
@@ -184,3 +183,8 @@ def push(profile: str, repo: str, private: bool) -> None:
     from confsteer.hub import push as run
 
     click.echo(run(confsteer.Profile.load(profile), repo, private=private))
+
+
+def _name(profile: confsteer.Profile) -> str:
+    """Of the model, for a folder beside the user's others."""
+    return Path(profile.model.id).resolve().name or "model"

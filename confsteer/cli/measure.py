@@ -7,7 +7,6 @@ from typing import Any
 
 import click
 from click.core import ParameterSource
-from rich.markup import escape
 
 import confsteer
 from confsteer import tables
@@ -148,7 +147,7 @@ def report(results: Path, profile: str | None, out: Path | None) -> None:
 
     file = out or results.with_suffix(".html")
     write_report(read_result(results), file, confsteer.Profile.load(profile) if profile else None)
-    tables.console().print(f"Written: {escape(str(file))}")
+    tables.console().print(f"Written: {tables.escape(str(file))}")
 
 
 @click.command(name="lm-eval", context_settings={"ignore_unknown_options": True})
@@ -181,4 +180,4 @@ def lm_eval_tasks(options: tuple[str, ...]) -> None:
     if calibrations:
         tables.print_answer_calibration(tables.console(), calibrations)
     if file:
-        tables.console().print(f"Written: {escape(str(file))}")
+        tables.console().print(f"Written: {tables.escape(str(file))}")

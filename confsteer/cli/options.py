@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import click
 from click.shell_completion import CompletionItem
 from rich.console import Console
-from rich.markup import escape
 
 from confsteer.files import shipped_profiles, write_atomically
+from confsteer.tables import escape
 
 if TYPE_CHECKING:
     from pydantic import BaseModel

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.markup import escape
 from rich.table import Table
 
 import confsteer
 from confsteer import tables
 from confsteer.cli.options import PROFILE, STEERING, load, model_options, profile_option, steer_option
+from confsteer.printable import printable
 
 
 @click.command()
@@ -39,15 +39,21 @@ def generate(
     """
     import torch
 
+    from confsteer.corpus import check_ids
+    from confsteer.errors import CorpusError
     from confsteer.hf import steer
     from confsteer.steering import Steering
 
     steerings = [Steering(), *map(Steering.parse, steers)]
     loaded = load(model, loading)
+    found = confsteer.Profile.load(profile)
     inputs = loaded.tokenizer(prompt, return_tensors="pt").to(loaded.model.device)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     table = Table("steering", "continuation", "entropy", show_lines=True)
-    with steer(loaded.model, confsteer.Profile.load(profile)) as steerer:
+    with steer(loaded.model, found) as steerer:
+        if inputs["input_ids"].shape[1] == 0:
+            raise CorpusError(f"the prompt {prompt!r} has no tokens: there is nothing to continue")
+        check_ids(inputs["input_ids"], found.model.vocab_size)
         for steering in steerings:
             steerer.update(steering)
             torch.manual_seed(seed)
@@ -62,7 +68,7 @@ def generate(
             log_p = torch.stack(output.logits).float().log_softmax(-1)
             entropy = float(-(log_p.exp() * log_p).sum(-1).mean())
             text = loaded.tokenizer.decode(output.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            table.add_row(str(steering), escape(text.strip()), f"{entropy:.2f}")
+            table.add_row(str(steering), tables.escape(text.strip()), f"{entropy:.2f}")
     tables.console().print(table, "Entropy: mean over the generated tokens, in nats.", sep="\n")
 
 
@@ -92,7 +98,7 @@ def bake(model: str | None, profile: str, steers: tuple[str, ...], out: Path, **
         baking.save(loaded, baked, found, folder)
     neurons = f"{len(baked.neurons)} neuron{'s' if len(baked.neurons) > 1 else ''} of layer {found.model.layer}"
     where = " and ".join(filter(None, [baked.weight, baked.bias]))
-    click.echo(f"Baked {steering} into {neurons} of {found.model.id}: {where}.")
+    click.echo(f"Baked {steering} into {neurons} of {printable(found.model.id)}: {where}.")
     if baked.mlp_bias_added:
         click.echo("The model's MLPs had no biases; now they have (mlp_bias in its config), zero but for this one.")
     if baked.weight:

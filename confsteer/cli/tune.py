@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.markup import escape
 
 import confsteer
 from confsteer import tables
@@ -124,7 +123,7 @@ def tune(
     tables.print_tuning(console, result)
     if result.gained:
         loaded_profile.with_preset(name, result.steering).save(folder)
-        console.print(f"Preset {escape(name)} written to {escape(str(folder))}")
+        console.print(f"Preset {tables.escape(name)} written to {tables.escape(str(folder))}")
         if result.temperature is not None:
             console.print(f"It was tuned for sampling at temperature {result.temperature:.3f}, which a preset cannot hold.")
     else:

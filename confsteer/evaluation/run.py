@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,12 +14,15 @@ from confsteer.evaluation.choices import ChoiceComparison, evaluate_choices
 from confsteer.evaluation.harness import Evaluation, evaluate, sweep
 from confsteer.evaluation.induction import check_repetition, induction
 from confsteer.evaluation.last_layer import interventions_of
+from confsteer.files import read_at_most
 from confsteer.loading import DEMO_UNIGRAM, LoadedModel
 from confsteer.profile import Profile
 from confsteer.questions import Question, read_questions
 from confsteer.steering import Steering
 from confsteer.texts import TextSource, by_title
 
+MAX_BYTES = 1_000_000
+"""Of a run file."""
 SEQUENCES, HALF = 100, 100
 """Of the induction study: sequences, and tokens that each reads twice."""
 
@@ -62,10 +66,10 @@ class Run(BaseModel):
         import yaml
 
         try:
-            content = yaml.safe_load(file.read_text(encoding="utf-8"))
+            content = yaml.safe_load(read_at_most(file, MAX_BYTES))
         except OSError as error:
             raise SettingError(f"cannot read {file}: {error.strerror}") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date of a 13th month, brackets thousands deep
             raise SettingError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
         try:
             return cls.model_validate(content)._beside(file.parent)
@@ -78,7 +82,7 @@ class Run(BaseModel):
         """With its files and folders where they are."""
 
         def name(value: str | None) -> str | None:
-            return str(folder / value) if value and (folder / value).exists() else value
+            return str(folder / value) if value and os.path.exists(folder / value) else value
 
         changed: dict[str, Any] = {"model": name(self.model), "profile": name(self.profile)}
         changed["texts"] = tuple(
