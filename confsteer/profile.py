@@ -163,7 +163,7 @@ class ModelIdentity(_Strict):
     ) -> ModelIdentity:
         """The identity of the model that these are of."""
         return cls(
-            id=str(config.name_or_path or config.model_type),
+            id=model_id(config),
             revision=revision,
             model_type=config.model_type,
             layer=anatomy.layer,
@@ -487,6 +487,11 @@ def shipped_profiles() -> dict[str, Path]:
     # In a wheel the folder is inside the package, in a checkout beside it.
     root = next((r for r in (package / "calibrations", package.parent / "calibrations") if r.is_dir()), None)
     return {} if root is None else {file.parent.name: file.parent for file in root.glob(f"*/{FILE_NAME}")}
+
+
+def model_id(config: PretrainedConfig) -> str:
+    """What a profile calls the model of `config`."""
+    return str(config.name_or_path or config.model_type)
 
 
 def library_versions() -> dict[str, str]:

@@ -46,6 +46,7 @@ from confsteer.profile import Profile
 )
 @click.option("--seed", default=0, show_default=True, help="Of the random directions behind the chance levels, and of sampling.")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder of the profile.  [default: NAME.confsteer]")
+@click.option("--resume", is_flag=True, help="Go on where an interrupted calibration of the same settings stopped.")
 def calibrate(
     model: str | None,
     text: TextOptions,
@@ -56,6 +57,7 @@ def calibrate(
     scanned: Path | None,
     seed: int,
     out: Path | None,
+    resume: bool,
     **loading: Any,
 ) -> None:
     """Find MODEL's entropy and token-frequency neurons and save a profile.
@@ -73,33 +75,51 @@ def calibrate(
 
     Tokens are ranked by how often they occur in the text unless --unigram has their counts in text like the model's training
     text; 25,600 tokens are too few to rank a vocabulary, and a warning says so.
+
+    What was added up so far is written to the folder every minute (by a single process). Killed or interrupted, the same
+    command with --resume goes on from there and ends with the same profile.
     """
     from confsteer.calibration import calibrate as run
     from confsteer.corpus import read_counts
     from confsteer.loading import DEMO_UNIGRAM
     from confsteer.parallel import join
+    from confsteer.profile import model_id
+    from confsteer.resuming import FILE_NAME
 
-    first = join().rank == 0
+    me = join()
+    first = me.rank == 0
     source = text.source(model, "calibration")
     counts = read_counts(unigram) if unigram else read_counts(DEMO_UNIGRAM) if model is None else None
     loaded = load(model, loading)
     if source is None and first:
         click.echo(f"No text given: the model writes its own, {tokens:,} tokens sampled at temperature 1 (seed {seed}).")
-    profile = run(
-        loaded.model,
-        loaded.tokenizer,
-        source.windows(loaded.tokenizer, window, tokens) if source else None,
-        tokens=tokens,
-        window=window,
-        unigram_counts=counts,
-        null_dims=null_dims,
-        scanned=Profile.load(scanned) if scanned else None,
-        seed=seed,
-        progress=first,
-    )
+    folder = out or Path(f"{Path(model_id(loaded.model.config)).name}.confsteer")
+    checkpoint = folder / FILE_NAME
+    if resume and not checkpoint.exists():
+        click.echo(f"There is no {checkpoint}: from the beginning.")
+    try:
+        profile = run(
+            loaded.model,
+            loaded.tokenizer,
+            source.windows(loaded.tokenizer, window, tokens) if source else None,
+            tokens=tokens,
+            window=window,
+            unigram_counts=counts,
+            null_dims=null_dims,
+            scanned=Profile.load(scanned) if scanned else None,
+            seed=seed,
+            progress=first,
+            checkpoint=checkpoint if me.of == 1 else None,
+            resume=resume,
+        )
+    except KeyboardInterrupt:
+        if checkpoint.exists():
+            click.echo(f"Interrupted: the same command with --resume goes on from {checkpoint}.", err=True)
+        raise
     if not first:
         return
-    folder = profile.save(out or Path(f"{Path(profile.model.id).name}.confsteer"))
+    profile.save(folder)
+    checkpoint.unlink(missing_ok=True)
     tables.print_profile(tables.console(), profile)
     tables.console().print(f"Profile written to {escape(str(folder))}")
     if not profile.response:
