@@ -69,6 +69,20 @@ def draft(target: Path, *, folder: bool = False) -> Iterator[Path]:
         yield path
 
 
+@contextlib.contextmanager
+def made(folder: Path) -> Iterator[None]:
+    """Have a folder to write to; if that fails and it is new, it is gone again."""
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except OSError:
+        if new:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+
+
 def sync_folder(folder: Path) -> None:
     """Wait until what was renamed in a folder is on the disk, so that later renames cannot get there first."""
     # Not every system lets folders be opened, or synced.

@@ -32,7 +32,7 @@ from confsteer.errors import (
     ProfileVersionError,
     SteeringError,
 )
-from confsteer.files import write_atomically
+from confsteer.files import made, write_atomically
 from confsteer.steering import DIALS, Dial, PresetName, Steering
 
 FORMAT_VERSION = 1
@@ -404,13 +404,20 @@ class Profile(_Strict):
         folder = Path(path)
         document = self.model_dump(mode="json")
         document = {"format_version": FORMAT_VERSION, **document, "checksum": _checksum(FORMAT_VERSION, document)}
+        columns = folder / self.columns_file.file
+        new = not columns.exists()
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(folder / self.columns_file.file, safetensors.torch.save(dict(self._columns)))
-            write_atomically(folder / FILE_NAME, (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())
-            for old in folder.glob(COLUMNS_PATTERN):
-                if old.name != self.columns_file.file:
-                    old.unlink()
+            with made(folder):
+                write_atomically(columns, safetensors.torch.save(dict(self._columns)))
+                try:
+                    write_atomically(folder / FILE_NAME, (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())
+                except OSError:
+                    if new:
+                        columns.unlink(missing_ok=True)
+                    raise
+                for old in folder.glob(COLUMNS_PATTERN):
+                    if old.name != self.columns_file.file:
+                        old.unlink()
         except OSError as error:
             raise ProfileError(f"cannot write the profile to {folder}: {error.strerror}") from error
         return folder

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from confsteer.capture import Recording, regroup
 from confsteer.discovery.readout import TokenStates
 from confsteer.errors import ResumeError
-from confsteer.files import write_atomically
+from confsteer.files import made, write_atomically
 
 FILE_NAME = ".calibration.safetensors"
 """In the folder that the profile is to be written to."""
@@ -96,8 +96,8 @@ class Checkpoint:
         tensors = {name: tensor.cpu() for name, tensor in self._tensors.items()}
         metadata = {"settings": json.dumps(self._settings), "sha256": _sha256(tensors)}
         try:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(self._file, safetensors.torch.save(tensors, metadata))
+            with made(self._file.parent):
+                write_atomically(self._file, safetensors.torch.save(tensors, metadata))
         except OSError as error:
             # The calibration itself can still end well, so it goes on.
             warnings.warn(f"cannot write {self._file}: {error.strerror}; --resume would not find it", stacklevel=2)

@@ -19,6 +19,7 @@ from confsteer.cli.options import (
     model_options,
     text_options,
     window_option,
+    write_picture,
 )
 from confsteer.profile import Profile
 
@@ -167,8 +168,7 @@ def scan(model: str | None, out: Path | None, plot: Path | None, **settings: Any
     if plot:
         from confsteer.plots import plot_neurons
 
-        plot_neurons(profile).savefig(plot)
-        console.print(f"Drawn: {escape(str(plot))}")
+        write_picture(console, plot_neurons(profile), plot)
     console.print(f"Profile of the weights written to {escape(str(folder))}")
     if not candidates(profile.weights):
         sys.exit(EXIT_NO_NEURONS)
@@ -192,8 +192,7 @@ def show(profile: str, plot: Path | None, response: Path | None) -> None:
 
         for file, draw in ((plot, plot_neurons), (response, plot_response)):
             if file is not None:
-                draw(loaded).savefig(file)
-                tables.console().print(f"Drawn: {escape(str(file))}")
+                write_picture(tables.console(), draw(loaded), file)
 
 
 @click.command()
