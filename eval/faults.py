@@ -89,7 +89,7 @@ def count_changes(root: Path, on_change: Callable[[int], object]) -> None:
         if event in CHANGES and str(arguments[0]).startswith(str(root)):
             on_change(next(numbers))
 
-    def synced(descriptor: int) -> None:
+    def synced(descriptor: Any) -> None:
         on_change(next(numbers))
         fsync(descriptor)
 
@@ -124,10 +124,14 @@ class Killer:
         """Whether it was killed; otherwise it came to its end first."""
         at = self.chance.randint(1, self.changes) if next(self.turns) % 2 else 0
 
+        def kill(number: int) -> None:
+            if number == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
         def prepare() -> None:
             self.prepare()
             if at:
-                count_changes(self.root, lambda number: number == at and os.kill(os.getpid(), signal.SIGKILL))
+                count_changes(self.root, kill)
 
         child = fork(command, prepare)
         if not at:
@@ -168,7 +172,7 @@ def kill_calibrate(root: Path, chance: random.Random, kills: int, *, resume: boo
     out = root / "profile"
     options = ["--text", str(root / "text.txt"), "--window", "64", "--tokens", "1500", "--out", str(out)]
     commands = [["calibrate", str(root / "model"), *options, "--seed", str(seed)] for seed in (0, 1)]
-    expected = []
+    expected: list[Profile] = []
     for command in reversed(commands):
         seconds, changes = whole(root, command, every_batch)
         expected.insert(0, Profile.load(out))
@@ -227,7 +231,7 @@ def kill_push(root: Path, chance: random.Random, kills: int) -> dict[str, Any]:
     folder, commits = root / "profile", root / "hub" / "commits"
     FOUND.profile.save(folder)
     LocalHub.root = root / "hub"
-    hub.HfApi = LocalHub  # type: ignore[misc, assignment]
+    vars(hub)["HfApi"] = LocalHub
     tempfile.tempdir = str(root / "temporary")
     Path(tempfile.tempdir).mkdir()
     command = ["push", str(folder), "someone/profile"]
@@ -281,13 +285,14 @@ def faults(kills: int, seed: int, out: Path) -> None:
     confsteer.loading.load_model = lambda *args, **options: LoadedModel(FOUND.model, FOUND.tokenizer)
     context = {"python": platform.python_version(), **library_versions(), "seed": seed}
     results: dict[str, Any] = {}
-    for name, kill in {
+    strikes: dict[str, Callable[[Path], dict[str, Any]]] = {
         "calibrate": lambda root: kill_calibrate(root, chance, kills, resume=False),
         "calibrate --resume": lambda root: kill_calibrate(root, chance, kills, resume=True),
         "tune": lambda root: kill_tune(root, chance, kills),
         "push": lambda root: kill_push(root, chance, kills),
         "bake": lambda root: kill_bake(root, chance, kills),
-    }.items():
+    }
+    for name, kill in strikes.items():
         with tempfile.TemporaryDirectory(prefix="confsteer-faults-") as folder:
             root = Path(folder)
             FOUND.save(root)

@@ -60,7 +60,7 @@ def kill_at(operation: int) -> None:
         if event in CHANGES and next(operations) == operation:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def synced(descriptor: int) -> None:
+    def synced(descriptor: Any) -> None:
         hook("fsync", ())
         fsync(descriptor)
 

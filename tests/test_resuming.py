@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,10 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, write: int, *, after: bool = True, 
             raise error
 
     monkeypatch.setattr(resuming, "write_atomically", counted)
+
+
+def no_room(file: Path, payload: bytes) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def equal(one: Profile, other: Profile) -> bool:
@@ -172,10 +177,17 @@ def test_the_command_says_how_to_go_on_and_does(tmp_path: Path, monkeypatch: pyt
     with monkeypatch.context() as patch:
         stop_at(patch, 7, error=KeyboardInterrupt)
         result = run(code=1)
-    assert f"Interrupted: the same command with --resume goes on from {tmp_path / 'p' / FILE_NAME}" in result.output
+    assert f"What was measured is kept: the same command with --resume goes on from {tmp_path / 'p' / FILE_NAME}" in result.output
     assert "of another calibration, which differs in: text, unigram counts, seed" in run("--resume", "--seed", "1", code=1).output
     assert "from the beginning" not in run("--resume").output
     assert equal(Profile.load(tmp_path / "p"), Profile.load(tmp_path / "whole"))
     for folder in ("p", "whole"):
         assert len(list((tmp_path / folder).iterdir())) == 2
     assert "from the beginning" in run("--resume").output
+    with monkeypatch.context() as patch:
+        patch.setattr("confsteer.profile.write_atomically", no_room)
+        result = run("--seed", "1", code=1)
+    assert "What was measured is kept" in result.output
+    assert result.output.splitlines()[-1].endswith("No space left on device")
+    monkeypatch.setattr(capture, "_forward", None)
+    run("--seed", "1", "--resume")

@@ -21,6 +21,7 @@ from confsteer.cli.options import (
     window_option,
     write_picture,
 )
+from confsteer.errors import ProfileError
 from confsteer.profile import Profile
 
 
@@ -113,13 +114,13 @@ def calibrate(
             checkpoint=checkpoint if me.of == 1 else None,
             resume=resume,
         )
-    except KeyboardInterrupt:
+        if not first:
+            return
+        profile.save(folder)
+    except (KeyboardInterrupt, ProfileError):
         if checkpoint.exists():
-            click.echo(f"Interrupted: the same command with --resume goes on from {checkpoint}.", err=True)
+            click.echo(f"What was measured is kept: the same command with --resume goes on from {checkpoint}.", err=True)
         raise
-    if not first:
-        return
-    profile.save(folder)
     checkpoint.unlink(missing_ok=True)
     tables.print_profile(tables.console(), profile)
     tables.console().print(f"Profile written to {escape(str(folder))}")
