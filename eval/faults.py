@@ -89,9 +89,9 @@ def count_changes(root: Path, on_change: Callable[[int], object]) -> None:
         if event in CHANGES and str(arguments[0]).startswith(str(root)):
             on_change(next(numbers))
 
-    def synced(descriptor: Any) -> None:
+    def synced(fd: Any) -> None:
         on_change(next(numbers))
-        fsync(descriptor)
+        fsync(fd)
 
     sys.addaudithook(hook)
     os.fsync = synced

@@ -60,9 +60,9 @@ def kill_at(operation: int) -> None:
         if event in CHANGES and next(operations) == operation:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def synced(descriptor: Any) -> None:
+    def synced(fd: Any) -> None:
         hook("fsync", ())
-        fsync(descriptor)
+        fsync(fd)
 
     sys.addaudithook(hook)
     os.fsync = synced

@@ -176,7 +176,10 @@ def test_the_command_says_how_to_go_on_and_does(tmp_path: Path, monkeypatch: pyt
     run(out="whole")
     with monkeypatch.context() as patch:
         stop_at(patch, 7, error=KeyboardInterrupt)
+        (tmp_path / "p").mkdir()
+        (tmp_path / "p" / FILE_NAME).write_bytes(b"of another")
         result = run(code=1)
+    assert "which --resume would go on from: starting anew" in result.output
     assert f"What was measured is kept: the same command with --resume goes on from {tmp_path / 'p' / FILE_NAME}" in result.output
     assert "of another calibration, which differs in: text, unigram counts, seed" in run("--resume", "--seed", "1", code=1).output
     assert "from the beginning" not in run("--resume").output

@@ -99,6 +99,8 @@ def calibrate(
     checkpoint = folder / FILE_NAME
     if resume and not checkpoint.exists():
         click.echo(f"There is no {checkpoint}: from the beginning.")
+    if not resume and checkpoint.exists():
+        click.echo(f"{checkpoint} is of an interrupted calibration, which --resume would go on from: starting anew.")
     try:
         profile = run(
             loaded.model,
