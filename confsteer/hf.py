@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
+import torch._dynamo
 from torch import Tensor, nn
 from transformers import Cache
 
@@ -149,6 +150,8 @@ def steer(
                 raise SteeringError("this model is being steered already: leave that context first, or use its update()")
             _steered.add(anatomy.down_proj)
         stack.callback(_steered.discard, anatomy.down_proj)
+        # Without these guards code compiled for a part of the model that has no hooks serves for one that has.
+        stack.enter_context(torch._dynamo.config.patch(skip_nnmodule_hook_guards=False))
         if steerer.by_row:
             stack.callback(anatomy.last_layer.register_forward_pre_hook(steerer._note_pass, with_kwargs=True).remove)
         stack.callback(anatomy.down_proj.register_forward_pre_hook(steerer._edit).remove)

@@ -374,6 +374,19 @@ def test_compiled_code_follows_update(backend: str) -> None:
     torch._dynamo.reset()
 
 
+def test_compiled_code_with_graph_breaks_is_steered_within_the_context_and_not_after() -> None:
+    """Each part of the model is then compiled by itself, and those with hooks must not be taken for those without."""
+    found = planted("gpt2")
+    torch._dynamo.reset()
+    handle = found.model.transformer.h[1].mlp.c_fc.register_forward_pre_hook(lambda *args: torch._dynamo.graph_break())
+    with confsteer.steer(found.model, found.profile, STEERINGS[0]):
+        compiled: Any = torch.compile(found.model, backend="eager")
+        torch.testing.assert_close(logits(compiled).log_softmax(-1), RULES["gpt2"][str(STEERINGS[0])], atol=1e-4, rtol=0)
+    torch.testing.assert_close(logits(compiled), UNSTEERED["gpt2"], atol=1e-4, rtol=1e-4)
+    handle.remove()
+    torch._dynamo.reset()
+
+
 def test_a_peft_model_is_steered_with_its_adapter() -> None:
     """The edit is on the activation, so an adapter on the projection sees it too; the profile is the base model's."""
     from peft import LoraConfig, get_peft_model
