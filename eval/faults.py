@@ -20,6 +20,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from typing import Any
 
 import click
 import torch
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 import confsteer.calibration
@@ -69,6 +71,8 @@ def fork(command: list[str], prepare: Callable[[], object]) -> int:
             silent = os.open(os.devnull, os.O_WRONLY)
             os.dup2(silent, 1)
             os.dup2(silent, 2)
+            # tqdm's is shared by all children: one that is killed while it has it would stop the rest for ever.
+            tqdm.set_lock(threading.RLock())
             prepare()
             try:
                 main(command)
@@ -280,7 +284,8 @@ def kill_bake(root: Path, chance: random.Random, kills: int) -> dict[str, Any]:
 @click.option("--seed", default=0, show_default=True)
 @click.option("--out", default="eval/faults.json", show_default=True, type=click.Path(path_type=Path))
 def faults(kills: int, seed: int, out: Path) -> None:
-    torch.set_num_threads(1)  # a forked child must not wait for threads that it does not have
+    # A forked child must not wait for threads that it does not have.
+    torch.set_num_threads(1)
     chance = random.Random(seed)
     confsteer.loading.load_model = lambda *args, **options: LoadedModel(FOUND.model, FOUND.tokenizer)
     context = {"python": platform.python_version(), **library_versions(), "seed": seed}

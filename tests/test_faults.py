@@ -9,6 +9,7 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from confsteer import Profile, Steering, baking, resuming
@@ -38,6 +40,8 @@ def killed(action: Callable[[], object], *, operation: int | None = None, size: 
     child = os.fork()
     if child == 0:
         try:
+            # tqdm's is shared by all children: one that is killed while it has it would stop the rest for ever.
+            tqdm.set_lock(threading.RLock())
             if size is not None:
                 signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores it; by default it kills
                 resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
