@@ -10,8 +10,6 @@ import contextlib
 import copy
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +22,7 @@ from transformers import PreTrainedModel
 from confsteer.anatomy import Anatomy, dissect, dtype_name, unwrap, written_by
 from confsteer.edit import neuron_edit, resolve, steerable
 from confsteer.errors import ConfsteerError, SteeringError, UnsupportedModelError
+from confsteer.files import draft, sync_folder
 from confsteer.hf import Request
 from confsteer.loading import LoadedModel
 from confsteer.profile import Profile
@@ -212,6 +211,9 @@ def _no_place_for_a_constant(steering: Steering, profile: Profile) -> SteeringEr
 def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A folder to write into that becomes `path` when the context is left, and is removed if that is by an exception.
 
+    Whenever the process dies, `path` is the whole folder or what it was before; what a killed process leaves beside it is
+    removed by the next one that writes there.
+
     Raises:
         ConfsteerError: there is something at `path` already, or it cannot be written to.
     """
@@ -220,22 +222,19 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         if folder.exists() and not (folder.is_dir() and next(folder.iterdir(), None) is None):
             raise ConfsteerError(f"{folder} exists and is not an empty folder; nothing is written over: give another")
         folder.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    except OSError as error:
-        raise ConfsteerError(f"cannot write to {folder}: {error.strerror}") from error
-    try:
-        yield draft
-        try:
+        with draft(folder, folder=True) as written:
+            yield written
             # safetensors writes files for the owner's eyes alone, and servers run as someone else.
-            draft.chmod(0o755)
-            for file in draft.iterdir():
+            written.chmod(0o755)
+            for file in written.iterdir():
                 file.chmod(0o644)
-            draft.replace(folder)
-        except OSError as error:
-            raise ConfsteerError(f"cannot write to {folder}: {error.strerror}") from error
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
+                with file.open("rb") as stream:
+                    os.fsync(stream.fileno())
+            sync_folder(written)
+            written.replace(folder)
+        sync_folder(folder.parent)
+    except OSError as error:
+        raise ConfsteerError(f"cannot write to {folder}: {error.strerror or error}") from error
 
 
 def save(loaded: LoadedModel, baked: Baked, profile: Profile, folder: Path) -> None:

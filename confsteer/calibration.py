@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 import numpy as np
@@ -40,6 +42,7 @@ from confsteer.profile import (
     Response,
     library_versions,
 )
+from confsteer.resuming import Checkpoint, sample_of_weights
 from confsteer.sampling import sample_windows
 from confsteer.steering import DIALS, Dial
 
@@ -64,6 +67,8 @@ def calibrate(
     seed: int = 0,
     source: str = "texts",
     progress: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
+    resume: bool = False,
 ) -> Profile:
     """Find a model's entropy and token-frequency neurons and measure what turning them does.
 
@@ -89,6 +94,10 @@ def calibrate(
         seed: of the random directions that give chance levels, and of sampling.
         source: what the text is, for the profile.
         progress: whether to show a progress bar.
+        checkpoint: file to write every minute what was added up so far; yours to remove once the profile is saved.
+        resume: whether to go on from `checkpoint`, if the file is there: the profile is that of an uninterrupted run, bit for
+            bit on the same machine. What was read is not read again, but for states that were kept for a later pass; text that
+            the model writes itself is written again, the same.
 
     Returns:
         The profile; its lists are empty if the model has no such neurons.
@@ -97,8 +106,9 @@ def calibrate(
         UnsupportedModelError: see `confsteer.anatomy.dissect`.
         CorpusError: the text is too short, or not of this model's tokenizer.
         SettingError: the window is too short or longer than the model's context, `null_dims` is out of range or given beside
-            `scanned`, or there are more processes than batches of text.
+            `scanned`, or there are more processes than batches of text, or several with a checkpoint.
         ProfileMismatchError: `scanned` is of another model.
+        ResumeError: `checkpoint` is of another model, text or setting, or damaged.
     """
     model.eval()
     anatomy = dissect(model)
@@ -114,6 +124,8 @@ def calibrate(
     check_context(windows.window, model.config)
     check_ids(windows.token_ids, anatomy.vocab_size)
     mine = share()
+    if mine.of > 1 and (checkpoint or resume):
+        raise SettingError(f"{mine.of} processes keep no checkpoint: their passes end together, their files would not")
     if len(windows) <= BATCH_SIZE * (mine.of - 1):
         raise SettingError(f"{len(windows)} windows are too few for {mine.of} processes, which read {BATCH_SIZE} at a time")
     identity = ModelIdentity.of(model.config, tokenizer, anatomy, revision=getattr(model.config, "_commit_hash", None))
@@ -133,6 +145,23 @@ def calibrate(
             )
     else:
         counts = checked_counts(unigram_counts, tokenizer_size)
+    unigram_sha256 = hashlib.sha256(counts.numpy().astype("<i8").tobytes()).hexdigest()
+    kept_sums = Checkpoint(
+        None if checkpoint is None else Path(checkpoint),
+        {}
+        if checkpoint is None
+        else {
+            "versions": library_versions(),
+            "model": identity.model_dump(mode="json"),
+            "weights": sample_of_weights(model),
+            "text": [windows.source, windows.sha256, windows.window, *windows.special_ids],
+            "unigram counts": unigram_sha256,
+            "null_dims": null_dims,
+            "scan": scanned and scanned.checksum,
+            "seed": seed,
+        },
+        resume=resume,
+    )
 
     with torch.no_grad():
         readout = anatomy.readout(tokenizer_size)
@@ -141,17 +170,16 @@ def calibrate(
 
         recording = Recording(model, anatomy, windows, device, mine)
 
-        def bar(stage: str, total: int) -> tqdm[NoReturn]:
-            return tqdm(total=total, desc=stage, unit="tok", unit_scale=True, disable=not progress)
+        def bar(stage: str) -> tqdm[NoReturn]:
+            return tqdm(total=windows.n_tokens // mine.of, desc=stage, unit="tok", unit_scale=True, disable=not progress)
 
         weights = weight_statistics(readout, null_dims=null_dims, seed=seed) if scanned is None else scanned.weights
         cosine = frequency_cosine(readout, unigram)
         chance_cosine = chance_frequency_cosine(readout, unigram, seed=seed)
         moments = ActivationMoments(readout.n_neurons)
-        with bar("1/3 activations", windows.n_tokens // mine.of) as shown:
-            for batch in recording.read(shown.update):
+        with bar("1/3 activations") as shown:
+            for batch in kept_sums.read("activations", recording, moments.sums, shown.update):
                 moments.update(batch.activations)
-        kept = moments.count
         moments.pool(all_sum)
         if moments.count == 0:
             raise CorpusError("no token of the text counts: its windows are too short")
@@ -161,11 +189,11 @@ def calibrate(
                 f"{identity.dtype} (--dtype float32)"
             )
         mean, means = moments.mean.to(device), EffectMeans(readout.n_neurons)
-        with bar("2/3 effects", kept) as shown:
-            for batch in regroup(recording.read(), tokens_at_once(readout.n_neurons)):
+        with bar("2/3 effects") as shown:
+            at_once = tokens_at_once(readout.n_neurons)
+            for batch in kept_sums.read("effects", recording, means.sums, shown.update, at_least=at_once):
                 token_effects, token_slopes = ablation_effects(readout, batch, mean, unigram)
                 means.update(token_effects, batch.window, token_slopes)
-                shown.update(len(batch.targets))
         means.pool(all_sum)
         effects = means.result()
         entropy = select.entropy_neurons(weights, effects)
@@ -174,8 +202,8 @@ def calibrate(
             "unigram": select.frequency_neurons(effects, cosine, chance_cosine, excluding=entropy),
         }
         slopes: dict[Dial, Tensor] = {"entropy": effects.entropy_slope.value, "unigram": effects.unigram_slope.value}
-        with bar("3/3 responses", kept) as shown:
-            closer = _look_closer(recording, shown.update, readout, selected, slopes, moments, unigram)
+        with bar("3/3 responses") as shown:
+            closer = _look_closer(recording, kept_sums, shown.update, readout, selected, slopes, moments, unigram)
 
     statistics = {
         "norm": weights.norm,
@@ -199,7 +227,7 @@ def calibrate(
             windows=len(windows),
             window=windows.window,
             unigram_tokens=int(counts.sum()),
-            unigram_sha256=hashlib.sha256(counts.numpy().astype("<i8").tobytes()).hexdigest(),
+            unigram_sha256=unigram_sha256,
         ),
         seed=seed,
         versions=library_versions(),
@@ -238,6 +266,7 @@ class _CloserLook(NamedTuple):
 
 def _look_closer(
     recording: Recording,
+    kept_sums: Checkpoint,
     on_read: Callable[[int], object],
     readout: Readout,
     selected: dict[Dial, list[int]],
@@ -256,15 +285,21 @@ def _look_closer(
         dial: (slopes[dial].sign() * moments.std * _among(selected[dial], moments.std)).float().to(device) for dial in DIALS
     }
     unsteered = ResponseCurve(readout, torch.zeros_like(pushes["entropy"]), unigram, torch.zeros(1))
-    curves: dict[Dial, ResponseCurve] = {}
+    at_once = tokens_at_once(len(reported))
+
+    dials = [dial for dial in DIALS if selected[dial]]
+
+    def choose() -> Tensor:
+        first = next(regroup(recording.read(), at_once))
+        sample = first.at(slice(None, None, max(1, len(first.targets) // POSITION_SAMPLE)))
+        return of_first(torch.stack([choose_positions(readout, pushes[dial], unigram, sample, dial=dial) for dial in dials]))
+
+    positions = kept_sums.once("positions", choose) if dials else ()
+    curves = {dial: ResponseCurve(readout, pushes[dial], unigram, row) for dial, row in zip(dials, positions, strict=True)}
     stride = max(1, moments.count // CURVE_TOKENS)
-    for first, batch in enumerate(regroup(recording.read(), tokens_at_once(len(reported)))):
-        if first == 0:
-            for dial in DIALS:
-                if selected[dial]:
-                    sample = batch.at(slice(None, None, max(1, len(batch.targets) // POSITION_SAMPLE)))
-                    positions = of_first(choose_positions(readout, pushes[dial], unigram, sample, dial=dial))
-                    curves[dial] = ResponseCurve(readout, pushes[dial], unigram, positions)
+    accumulators: tuple[EffectMeans | ResponseCurve, ...] = (means, uncapped_means, unsteered, *curves.values())
+    sums = [changed, *(tensor for accumulator in accumulators for tensor in accumulator.sums)]
+    for batch in kept_sums.read("responses", recording, sums, on_read, at_least=at_once):
         # Every stride-th token of each window, in however many processes and batches the windows come.
         in_window = torch.arange(len(batch.window), device=device) - torch.searchsorted(batch.window, batch.window)
         sampled = in_window % stride == 0
@@ -277,16 +312,13 @@ def _look_closer(
             exact.append(exact_effects(few, outputs, delta, unigram))
             if uncapped is not None:
                 before_cap.append(exact_effects(uncapped, outputs, delta, unigram))
-        for accumulator, parts in ((means, exact), (uncapped_means, before_cap)):
+        for effect_means, parts in ((means, exact), (uncapped_means, before_cap)):
             if parts:
                 columns = zip(*(effects for effects, _ in parts), strict=True)
-                accumulator.update(TokenEffects(*map(torch.cat, columns)), batch.window)
+                effect_means.update(TokenEffects(*map(torch.cat, columns)), batch.window)
         changed += torch.cat([one for _, one in exact]).double().sum(dim=0).cpu()
-        on_read(len(batch.targets))
-    means.pool(all_sum)
-    uncapped_means.pool(all_sum)
-    for curve in (unsteered, *curves.values()):
-        curve.pool(all_sum)
+    for accumulator in accumulators:
+        accumulator.pool(all_sum)
     baseline = unsteered.result()
     return _CloserLook(
         effects=means.result(),

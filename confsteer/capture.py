@@ -47,28 +47,27 @@ class Recording:
             room: bytes of states to keep.
         """
         self.model, self.anatomy, self.windows, self.device, self.share = model, anatomy, windows, device, share
-        self._kept: list[tuple[TokenStates, int]] = []
+        self._kept: dict[int, TokenStates] = {}
         self._room = room
 
-    def read(self, on_read: Callable[[int], object] = lambda tokens: None) -> Iterator[TokenStates]:
+    def read(self, on_read: Callable[[int], object] = lambda tokens: None, *, start: int = 0) -> Iterator[TokenStates]:
         """One pass over the text, a batch at a time.
 
         Args:
-            on_read: called with the number of tokens read after each batch was used.
+            on_read: called with the number of tokens read after each batch was used, and of each that is passed over.
+            start: how many batches to pass over, without running the model.
         """
-        known = len(self._kept)
-        for states, n_tokens in self._kept[:known]:
-            yield states
-            on_read(n_tokens)
         mine = islice(self.windows.batches(BATCH_SIZE), self.share.rank, None, self.share.of)
-        for position, batch in enumerate(islice(mine, known, None), start=known):
-            states, n_tokens = self._run(batch), int(batch.attention_mask.sum())
-            # Only what follows directly on the batches kept so far, so that the order stays that of the text.
-            if position == len(self._kept) and (size := _size(states)) <= self._room:
-                self._kept.append((states, n_tokens))
-                self._room -= size
-            yield states
-            on_read(n_tokens)
+        for position, batch in enumerate(mine):
+            if position >= start:
+                states = self._kept.get(position)
+                if states is None:
+                    states = self._run(batch)
+                    if (size := _size(states)) <= self._room:
+                        self._kept[position] = states
+                        self._room -= size
+                yield states
+            on_read(int(batch.attention_mask.sum()))
 
     def _run(self, batch: Batch) -> TokenStates:
         states, _ = _forward(self.model, self.anatomy, batch.input_ids, batch.attention_mask, use_cache=False)

@@ -6,7 +6,8 @@ ConfsteerError
 ├── NoNeuronsError             the model (or profile) has no neurons of the kind asked for
 ├── CorpusError                the text cannot be used
 ├── SettingError               a setting of a measurement is out of its range
-├── ResultError                a file of results cannot be read, or a report of them not written
+├── ResultError                a file of results cannot be read or written
+├── ResumeError                a calibration cannot go on from what an interrupted one left
 ├── SteeringError              a steering request is wrong or out of reach
 └── ProfileError               a profile cannot be used
     ├── ProfileNotFoundError   no such folder, shipped profile or hub repository
@@ -41,7 +42,11 @@ class SettingError(ConfsteerError, ValueError):
 
 
 class ResultError(ConfsteerError):
-    """A file of results cannot be read, or a report of them not written."""
+    """A file of results cannot be read or written."""
+
+
+class ResumeError(ConfsteerError):
+    """A calibration cannot go on from what an interrupted one left."""
 
 
 class SteeringError(ConfsteerError, ValueError):

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import shutil
 import stat
+import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+
+from confsteer.errors import ResultError
+
+if sys.platform != "win32":
+    import fcntl
+
+DRAFT_SUFFIX = ".confsteer-draft"
+"""Of what is being written: hidden files and folders beside what they become."""
 
 
 def shipped_profiles() -> dict[str, Path]:
@@ -39,14 +51,97 @@ def write_atomically(file: Path, payload: bytes) -> None:
     Raises:
         OSError: it cannot be written; nothing is left behind.
     """
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    try:
-        with os.fdopen(handle, "wb") as stream:
+    with draft(file) as temporary:
+        with open(temporary, "wb") as stream:
             stream.write(payload)
             stream.flush()
             os.fsync(stream.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, file)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+    sync_folder(file.parent)
+
+
+def write_result(file: Path, payload: bytes) -> None:
+    """`write_atomically` for a file that the user asked for.
+
+    Raises:
+        ResultError: it cannot be written; nothing is left behind.
+    """
+    try:
+        write_atomically(file, payload)
+    except OSError as error:
+        raise ResultError(f"cannot write {file}: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def draft(target: Path, *, folder: bool = False) -> Iterator[Path]:
+    """A new file (or folder) beside `target`, removed when the context is left unless it was renamed by then.
+
+    It is locked while the process lives: the next draft in the same place removes those that killed processes left.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    for old in target.parent.glob(f".*{DRAFT_SUFFIX}"):
+        with contextlib.suppress(OSError), _opened(old) as descriptor:
+            _lock(descriptor)
+            _remove(old)
+    with contextlib.ExitStack() as stack:
+        path = _new(target, folder)
+        stack.callback(_remove, path)
+        # Where there are no locks nothing is taken for abandoned either.
+        with contextlib.suppress(OSError):
+            _lock(stack.enter_context(_opened(path)))
+        yield path
+
+
+@contextlib.contextmanager
+def made(folder: Path) -> Iterator[None]:
+    """Have a folder to write to; if that fails and it is new, it is gone again."""
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except OSError:
+        if new:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
         raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until what was renamed in a folder is on the disk, so that later renames cannot get there first."""
+    # Not every system lets folders be opened, or synced.
+    with contextlib.suppress(OSError), _opened(folder) as descriptor:
+        os.fsync(descriptor)
+
+
+def _new(target: Path, folder: bool) -> Path:
+    if folder:
+        return Path(tempfile.mkdtemp(DRAFT_SUFFIX, f".{target.name}.", target.parent))
+    descriptor, path = tempfile.mkstemp(DRAFT_SUFFIX, f".{target.name}.", target.parent)
+    os.close(descriptor)
+    return Path(path)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int) -> None:
+    """Raises OSError if another has locked it, or there are no locks."""
+    if sys.platform == "win32":
+        raise BlockingIOError
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

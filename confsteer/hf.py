@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import Any, Unpack
+from typing import Any, NoReturn, Unpack
 
 import numpy as np
 import torch
+import torch._dynamo
 from torch import Tensor, nn
 from transformers import Cache
 
@@ -23,6 +25,7 @@ Request = Steering | dict[str, Any] | str
 """What `Steering.parse` takes."""
 
 _steered: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_entering = threading.Lock()
 
 
 class Steerer:
@@ -58,6 +61,13 @@ class Steerer:
             )
         self._table.copy_(self._build(steerings))
         self.steerings = steerings
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        """Neither copied nor pickled, and so is no module that holds its hooks."""
+        raise SteeringError(
+            "a model cannot be copied or pickled while it is steered, for nothing would end the steering of the copy: leave the "
+            "context first (state_dict() and save_pretrained() may be used in it: they hold the model's own weights)"
+        )
 
     def _build(self, steerings: Sequence[Steering]) -> Tensor:
         edits = [neuron_edit(steering, self.profile) for steering in steerings]
@@ -112,6 +122,11 @@ def steer(
         with confsteer.steer(model, profile, entropy=+0.3):
             model.generate(**inputs)
 
+    The hooks change activations, not weights: ``state_dict()`` and ``save_pretrained()`` within the context give the model's own.
+    ``copy.deepcopy``, ``pickle`` and ``torch.save`` of the whole model are refused there. Every thread that runs the model is
+    steered while the context is open, and no longer when it is left; with a steering per row, or ``positions="generated"``, one
+    thread at a time may run it. A forked process has a steered model of its own.
+
     Args:
         model: a transformers causal language model, PEFT-wrapped or compiled too. Compile after entering the context, and
             use `Steerer.update` to change the steering of compiled code.
@@ -131,11 +146,14 @@ def steer(
     steerer = Steerer(profile, _as_steerings(steering, request))
     anatomy = dissect(model)
     profile.check_model(anatomy)
-    if anatomy.down_proj in _steered:
-        raise SteeringError("this model is being steered already: leave that context first, or use its update()")
     with contextlib.ExitStack() as stack:
-        _steered.add(anatomy.down_proj)
+        with _entering:
+            if anatomy.down_proj in _steered:
+                raise SteeringError("this model is being steered already: leave that context first, or use its update()")
+            _steered.add(anatomy.down_proj)
         stack.callback(_steered.discard, anatomy.down_proj)
+        # Without these guards code compiled for a part of the model that has no hooks serves for one that has.
+        stack.enter_context(torch._dynamo.config.patch(skip_nnmodule_hook_guards=False))
         if steerer.by_row:
             stack.callback(anatomy.last_layer.register_forward_pre_hook(steerer._note_pass, with_kwargs=True).remove)
         stack.callback(anatomy.down_proj.register_forward_pre_hook(steerer._edit).remove)

@@ -25,7 +25,7 @@ def push(profile: Profile, repo: str, *, private: bool = False) -> str:
     api = HfApi()
     try:
         url = api.create_repo(repo, private=private, exist_ok=True)
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(prefix="confsteer-push-") as folder:
             profile.save(folder)
             (Path(folder) / "README.md").write_text(readme, encoding="utf-8")
             api.upload_folder(repo_id=repo, folder_path=folder, commit_message="confsteer profile", delete_patterns="columns-*")

@@ -33,7 +33,7 @@ from confsteer.errors import (
     ProfileVersionError,
     SteeringError,
 )
-from confsteer.files import read_at_most, shipped_profiles, write_atomically
+from confsteer.files import made, read_at_most, shipped_profiles, write_atomically
 from confsteer.steering import DIALS, Dial, PresetName, Steering
 
 FORMAT_VERSION = 1
@@ -174,8 +174,7 @@ class ModelIdentity(_Strict):
     ) -> ModelIdentity:
         """The identity of the model that these are of."""
         return cls(
-            # A folder's name need not be UTF-8.
-            id=str(config.name_or_path or config.model_type).encode(errors="replace").decode(),
+            id=model_id(config),
             revision=revision,
             model_type=config.model_type,
             layer=anatomy.layer,
@@ -432,13 +431,20 @@ class Profile(_Strict):
             raise ProfileError(
                 f"the profile has {len(payload):,} bytes of JSON, at most {MAX_BYTES:,} can be read: fewer presets"
             )
+        columns = folder / self.columns_file.file
+        new = not columns.exists()
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(folder / self.columns_file.file, safetensors.torch.save(dict(self._columns)))
-            write_atomically(folder / FILE_NAME, payload)
-            for old in folder.glob(COLUMNS_PATTERN):
-                if old.name != self.columns_file.file:
-                    old.unlink()
+            with made(folder):
+                write_atomically(columns, safetensors.torch.save(dict(self._columns)))
+                try:
+                    write_atomically(folder / FILE_NAME, payload)
+                except OSError:
+                    if new:
+                        columns.unlink(missing_ok=True)
+                    raise
+                for old in folder.glob(COLUMNS_PATTERN):
+                    if old.name != self.columns_file.file:
+                        old.unlink()
         except OSError as error:
             raise ProfileError(f"cannot write the profile to {folder}: {error.strerror}") from error
         return folder
@@ -510,6 +516,12 @@ def find(source: str | os.PathLike[str]) -> Path:
         f"no profile {name!r}: give a folder, a hub repository (OWNER/NAME), or one of "
         f"{', '.join(sorted(shipped)) or '(none shipped)'}"
     )
+
+
+def model_id(config: PretrainedConfig) -> str:
+    """What a profile calls the model of `config`."""
+    # A folder's name need not be UTF-8.
+    return str(config.name_or_path or config.model_type).encode(errors="replace").decode()
 
 
 def library_versions() -> dict[str, str]:

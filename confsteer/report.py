@@ -25,7 +25,7 @@ from confsteer.evaluation.comparison import COMPARED, ComparedRow, Kind, TextCom
 from confsteer.evaluation.harness import Evaluation
 from confsteer.evaluation.induction import InductionStudy
 from confsteer.evaluation.metrics import BINS, MASS_BINS, SELECTED
-from confsteer.files import read_at_most, write_atomically
+from confsteer.files import read_at_most, write_result
 from confsteer.profile import Profile
 from confsteer.steering import DIALS
 from confsteer.tuning import Tuning
@@ -217,11 +217,7 @@ def write_report(result: Evaluation | Tuning, file: Path, profile: Profile | Non
         ProfileMismatchError: the profile is of another model.
         ResultError: the file cannot be written.
     """
-    page = render(result, profile).encode()
-    try:
-        write_atomically(file, page)
-    except OSError as error:
-        raise ResultError(f"cannot write {file}: {error.strerror}") from error
+    write_result(file, render(result, profile).encode())
 
 
 def render(result: Evaluation | Tuning, profile: Profile | None) -> str:

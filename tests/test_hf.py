@@ -1,15 +1,21 @@
 from __future__ import annotations
 
+import copy
 import gc
+import os
+import pickle
 import re
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TextIteratorStreamer, pipeline
+from transformers import AutoModelForCausalLM, PreTrainedModel, TextIteratorStreamer, pipeline
 
 import confsteer
 from confsteer import NoNeuronsError, ProfileMismatchError, Steering, SteeringError
@@ -370,6 +376,19 @@ def test_compiled_code_follows_update(backend: str) -> None:
     torch._dynamo.reset()
 
 
+def test_compiled_code_with_graph_breaks_is_steered_within_the_context_and_not_after() -> None:
+    """Each part of the model is then compiled by itself, and those with hooks must not be taken for those without."""
+    found = planted("gpt2")
+    torch._dynamo.reset()
+    handle = found.model.transformer.h[1].mlp.c_fc.register_forward_pre_hook(lambda *args: torch._dynamo.graph_break())
+    with confsteer.steer(found.model, found.profile, STEERINGS[0]):
+        compiled: Any = torch.compile(found.model, backend="eager")
+        torch.testing.assert_close(logits(compiled).log_softmax(-1), RULES["gpt2"][str(STEERINGS[0])], atol=1e-4, rtol=0)
+    torch.testing.assert_close(logits(compiled), UNSTEERED["gpt2"], atol=1e-4, rtol=1e-4)
+    handle.remove()
+    torch._dynamo.reset()
+
+
 def test_a_peft_model_is_steered_with_its_adapter() -> None:
     """The edit is on the activation, so an adapter on the projection sees it too; the profile is the base model's."""
     from peft import LoraConfig, get_peft_model
@@ -417,3 +436,102 @@ def test_gradients_flow_through_a_steered_model(found: Planted) -> None:
     assert embedding.weight.grad is not None
     assert embedding.weight.grad.abs().sum() > 0
     found.model.zero_grad()
+
+
+def restored(found: Planted) -> bool:
+    return hooks(found.model) == 0 and torch.equal(logits(found.model), neutral(found))
+
+
+def test_a_steered_model_is_not_copied_but_its_weights_are_saved(found: Planted, tmp_path: Path) -> None:
+    state = {name: tensor.clone() for name, tensor in found.model.state_dict().items()}
+    with confsteer.steer(found.model, found.profile, entropy=0.2):
+        for copying in (
+            copy.deepcopy,
+            pickle.dumps,
+            ForkingPickler.dumps,
+            lambda model: torch.save(model, tmp_path / "whole.pt"),
+        ):
+            with pytest.raises(SteeringError, match="copied or pickled while it is steered"):
+                copying(found.model)
+        found.model.save_pretrained(tmp_path / "model")
+        torch.save(found.model.state_dict(), tmp_path / "state.pt")
+        assert hooks(found.model) == 1, "the context goes on"
+    for saved in (
+        torch.load(tmp_path / "state.pt", weights_only=True),
+        AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict(),
+    ):
+        assert saved.keys() == state.keys()
+        assert all(torch.equal(tensor, state[name]) for name, tensor in saved.items())
+    assert restored(found)
+    copied = copy.deepcopy(found.model)
+    assert torch.equal(logits(pickle.loads(pickle.dumps(copied))), neutral(found))
+
+
+def test_a_context_left_while_a_thread_generates_leaves_the_rest_unsteered(found: Planted) -> None:
+    streamer = TextIteratorStreamer(found.tokenizer)
+    length, failures = 40, []
+
+    def generate() -> None:
+        try:
+            found.model.generate(
+                IDS[:1], max_new_tokens=length, min_new_tokens=length, do_sample=False, pad_token_id=0, streamer=streamer
+            )
+        except BaseException as error:
+            failures.append(error)
+            streamer.end()
+
+    with confsteer.steer(found.model, found.profile, positions="generated", clamp={20: 50.0}):
+        thread = threading.Thread(target=generate)
+        thread.start()
+        words = iter(streamer)
+        next(words)
+    assert hooks(found.model) == 0
+    list(words)
+    thread.join()
+    assert not failures
+    assert restored(found)
+
+
+def test_threads_steer_models_of_their_own_and_one_of_two_gets_a_shared_one() -> None:
+    both = [planted("gpt2"), planted("llama")]
+    alone = []
+    for found in both:
+        with confsteer.steer(found.model, found.profile, STEERINGS[0]):
+            alone.append(logits(found.model))
+
+    def steered(found: Planted) -> Tensor:
+        with confsteer.steer(found.model, found.profile, STEERINGS[0]):
+            for _ in range(5):
+                together = logits(found.model)
+        return together
+
+    with ThreadPoolExecutor(2) as threads:
+        for ours, expected in zip(threads.map(steered, both), alone, strict=True):
+            assert torch.equal(ours, expected)
+    entered, barrier = [], threading.Barrier(4)
+
+    def enter(number: int) -> None:
+        barrier.wait()
+        try:
+            with confsteer.steer(both[0].model, both[0].profile, STEERINGS[0]):
+                entered.append(number)
+                barrier.wait()
+        except SteeringError:
+            barrier.wait()
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(enter, range(4)))
+    assert len(entered) == 1
+    assert all(restored(found) for found in both)
+
+
+def test_a_forked_process_has_a_steered_model_of_its_own(found: Planted) -> None:
+    with confsteer.steer(found.model, found.profile, STEERINGS[0]):
+        expected = logits(found.model)
+        child = os.fork()
+        if child == 0:
+            torch.set_num_threads(1)
+            os._exit(0 if torch.allclose(logits(found.model), expected, atol=1e-5) else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        assert torch.equal(logits(found.model), expected)
+    assert restored(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import warnings
 from typing import Any
 
@@ -17,6 +18,8 @@ EXTRAS = {
     "relplot": "smooth-ece",
 }
 """Packages that not everyone installs, and the extra they come with."""
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+"""What a disk says that does not take more, whoever was writing: confsteer, a library, or a redirected output."""
 
 
 class _Group(click.Group):
@@ -29,6 +32,12 @@ class _Group(click.Group):
                 return super().invoke(ctx)
         except ConfsteerError as error:
             raise click.ClickException("\n".join(map(printable, str(error).splitlines()))) from error
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            raise click.ClickException(
+                f"cannot write{f' {error.filename}' if error.filename else ''}: {error.strerror}"
+            ) from error
         except ModuleNotFoundError as error:
             package = (error.name or "").partition(".")[0]
             if package not in EXTRAS:

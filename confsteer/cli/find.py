@@ -20,7 +20,9 @@ from confsteer.cli.options import (
     model_options,
     text_options,
     window_option,
+    write_picture,
 )
+from confsteer.errors import ProfileError
 
 
 @click.command()
@@ -46,6 +48,7 @@ from confsteer.cli.options import (
 )
 @click.option("--seed", default=0, show_default=True, help="Of the random directions behind the chance levels, and of sampling.")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder of the profile.  [default: NAME.confsteer]")
+@click.option("--resume", is_flag=True, help="Go on where an interrupted calibration of the same settings stopped.")
 def calibrate(
     model: str | None,
     text: TextOptions,
@@ -56,6 +59,7 @@ def calibrate(
     scanned: Path | None,
     seed: int,
     out: Path | None,
+    resume: bool,
     **loading: Any,
 ) -> None:
     """Find MODEL's entropy and token-frequency neurons and save a profile.
@@ -73,32 +77,52 @@ def calibrate(
 
     Tokens are ranked by how often they occur in the text unless --unigram has their counts in text like the model's training
     text; 25,600 tokens are too few to rank a vocabulary, and a warning says so.
+
+    What was added up so far is written to the folder every minute (by a single process). Killed or interrupted, the same
+    command with --resume goes on from there and ends with the same profile.
     """
     from confsteer.corpus import read_counts
     from confsteer.loading import DEMO_UNIGRAM
     from confsteer.parallel import join
+    from confsteer.profile import model_id
+    from confsteer.resuming import FILE_NAME
 
-    first = join().rank == 0
+    me = join()
+    first = me.rank == 0
     source = text.source(model, "calibration")
     counts = read_counts(unigram) if unigram else read_counts(DEMO_UNIGRAM) if model is None else None
     loaded = load(model, loading)
     if source is None and first:
         click.echo(f"No text given: the model writes its own, {tokens:,} tokens sampled at temperature 1 (seed {seed}).")
-    profile = confsteer.calibrate(
-        loaded.model,
-        loaded.tokenizer,
-        source.windows(loaded.tokenizer, window, tokens) if source else None,
-        tokens=tokens,
-        window=window,
-        unigram_counts=counts,
-        null_dims=null_dims,
-        scanned=confsteer.Profile.load(scanned) if scanned else None,
-        seed=seed,
-        progress=first,
-    )
-    if not first:
-        return
-    folder = profile.save(out or Path(f"{_name(profile)}.confsteer"))
+    folder = out or Path(f"{_name(model_id(loaded.model.config))}.confsteer")
+    checkpoint = folder / FILE_NAME
+    if resume and not checkpoint.exists():
+        click.echo(f"There is no {checkpoint}: from the beginning.")
+    if not resume and checkpoint.exists():
+        click.echo(f"{checkpoint} is of an interrupted calibration, which --resume would go on from: starting anew.")
+    try:
+        profile = confsteer.calibrate(
+            loaded.model,
+            loaded.tokenizer,
+            source.windows(loaded.tokenizer, window, tokens) if source else None,
+            tokens=tokens,
+            window=window,
+            unigram_counts=counts,
+            null_dims=null_dims,
+            scanned=confsteer.Profile.load(scanned) if scanned else None,
+            seed=seed,
+            progress=first,
+            checkpoint=checkpoint if me.of == 1 else None,
+            resume=resume,
+        )
+        if not first:
+            return
+        profile.save(folder)
+    except (KeyboardInterrupt, ProfileError):
+        if checkpoint.exists():
+            click.echo(f"What was measured is kept: the same command with --resume goes on from {checkpoint}.", err=True)
+        raise
+    checkpoint.unlink(missing_ok=True)
     tables.print_profile(tables.console(), profile)
     tables.console().print(f"Profile written to {tables.escape(str(folder))}")
     if not profile.response:
@@ -137,7 +161,7 @@ def scan(model: str | None, out: Path | None, plot: Path | None, **settings: Any
 
     result = confsteer.scan(model, **settings, progress=True)
     profile = result.profile
-    folder = profile.save(out or Path(f"{_name(profile)}.scan.confsteer"))
+    folder = profile.save(out or Path(f"{_name(profile.model.id)}.scan.confsteer"))
     tables.print_profile(tables.console(), profile)
     share = f", {result.bytes_read / result.bytes_total:.1%} of the checkpoint" if result.bytes_total else ""
     console = tables.console()
@@ -145,8 +169,7 @@ def scan(model: str | None, out: Path | None, plot: Path | None, **settings: Any
     if plot:
         from confsteer.plots import plot_neurons
 
-        plot_neurons(profile).savefig(plot)
-        console.print(f"Drawn: {tables.escape(str(plot))}")
+        write_picture(console, plot_neurons(profile), plot)
     console.print(f"Profile of the weights written to {tables.escape(str(folder))}")
     if not candidates(profile.weights):
         sys.exit(EXIT_NO_NEURONS)
@@ -170,8 +193,7 @@ def show(profile: str, plot: Path | None, response: Path | None) -> None:
 
         for file, draw in ((plot, plot_neurons), (response, plot_response)):
             if file is not None:
-                draw(loaded).savefig(file)
-                tables.console().print(f"Drawn: {tables.escape(str(file))}")
+                write_picture(tables.console(), draw(loaded), file)
 
 
 @click.command()
@@ -185,6 +207,6 @@ def push(profile: str, repo: str, private: bool) -> None:
     click.echo(run(confsteer.Profile.load(profile), repo, private=private))
 
 
-def _name(profile: confsteer.Profile) -> str:
-    """Of the model, for a folder beside the user's others."""
-    return Path(profile.model.id).resolve().name or "model"
+def _name(model: str) -> str:
+    """Of a model, for a folder beside the user's others."""
+    return Path(model).resolve().name or "model"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import io
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -12,10 +13,11 @@ import click
 from click.shell_completion import CompletionItem
 from rich.console import Console
 
-from confsteer.files import shipped_profiles, write_atomically
+from confsteer.files import shipped_profiles, write_result
 from confsteer.tables import escape
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from pydantic import BaseModel
 
     from confsteer.evaluation.harness import Evaluation
@@ -191,14 +193,21 @@ def write(console: Console, result: BaseModel, as_json: Path | None, plot: Path 
     if plot:
         from confsteer import plots
 
-        getattr(plots, draw)(result).savefig(plot)
-        console.print(f"Drawn: {escape(str(plot))}")
+        write_picture(console, getattr(plots, draw)(result), plot)
+
+
+def write_picture(console: Console, figure: Figure, file: Path) -> None:
+    """In the format that the file's name says."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format=file.suffix[1:].lower())
+    write_result(file, picture.getvalue())
+    console.print(f"Drawn: {escape(str(file))}")
 
 
 def write_json(console: Console, result: BaseModel, file: Path | None) -> None:
     """What the option `json_option` asks for."""
     if file:
-        write_atomically(file, (result.model_dump_json(indent=1) + "\n").encode())
+        write_result(file, (result.model_dump_json(indent=1) + "\n").encode())
         console.print(f"Written: {escape(str(file))}")
 
 

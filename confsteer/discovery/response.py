@@ -54,7 +54,7 @@ class ResponseCurve:
         self._u = self.readout.w_out[0] @ readout.unembedding.T
         self._frequency = unigram.log_frequency.exp()
         self._sums = torch.zeros(5, len(positions), dtype=torch.float64, device=push.device)
-        self._count = 0
+        self._count = torch.tensor(0)
 
     def update(self, outputs: Outputs) -> None:
         """Add tokens."""
@@ -113,13 +113,18 @@ class ResponseCurve:
         quantities = (entropy, kl_model_unigram, kl_unigram_model, log_z - at_target, largest > at_top)
         self._sums += torch.stack([quantity.double().sum(dim=0) for quantity in quantities])
 
+    @property
+    def sums(self) -> tuple[Tensor, ...]:
+        """What is updated in place, and all there is to it but the positions."""
+        return self._sums, self._count
+
     def pool(self, all_sum: Callable[[Tensor], Tensor]) -> None:
         """Join what other processes have seen; `all_sum` adds a tensor up over them."""
-        self._sums, self._count = all_sum(self._sums), int(all_sum(torch.tensor(self._count)))
+        self._sums, self._count = all_sum(self._sums), all_sum(self._count)
 
     def result(self) -> ResponseMeans:
         """Means over all tokens so far, on the CPU."""
-        return ResponseMeans(self.positions, *(self._sums.cpu() / self._count))
+        return ResponseMeans(self.positions, *(self._sums.cpu() / int(self._count)))
 
 
 def choose_positions(readout: Readout, push: Tensor, unigram: Unigram, states: TokenStates, *, dial: str) -> Tensor:

@@ -20,7 +20,7 @@ class ActivationMoments:
     """
 
     def __init__(self, n_neurons: int) -> None:
-        self.count = 0
+        self._count = torch.tensor(0)
         self.mean = torch.zeros(n_neurons, dtype=torch.float64)
         self._squares = torch.zeros(n_neurons, dtype=torch.float64)
 
@@ -35,12 +35,22 @@ class ActivationMoments:
         total = self.count + n
         self._squares += (chunk - mean).square().sum(dim=0) + shift.square() * (self.count * n / total)
         self.mean += shift * (n / total)
-        self.count = total
+        self._count += n
+
+    @property
+    def count(self) -> int:
+        """Tokens."""
+        return int(self._count)
+
+    @property
+    def sums(self) -> tuple[Tensor, ...]:
+        """What is updated in place, and all there is to it."""
+        return self._count, self.mean, self._squares
 
     def pool(self, all_sum: Callable[[Tensor], Tensor]) -> None:
         """Join what other processes have seen; `all_sum` adds a tensor up over them."""
         n, own_mean = self.count, self.mean
-        self.count = int(all_sum(torch.tensor(n)))
+        self._count = all_sum(self._count)
         self.mean = all_sum(n * own_mean) / max(1, self.count)
         self._squares = all_sum(self._squares + n * (own_mean - self.mean).square())
 
@@ -130,6 +140,11 @@ class EffectMeans:
         products = (torch.ones_like(sums), sums, sizes[:, None], sums[0])
         self._sums += torch.stack([(sums * factor).sum(dim=1) for factor in products])
         self._counts += torch.stack([sizes.sum(), sizes.square().sum(), torch.tensor(len(n), dtype=torch.float64)])
+
+    @property
+    def sums(self) -> tuple[Tensor, ...]:
+        """What is updated in place, and all there is to it."""
+        return self._sums, self._counts
 
     def pool(self, all_sum: Callable[[Tensor], Tensor]) -> None:
         """Join what other processes have seen; `all_sum` adds a tensor up over them."""

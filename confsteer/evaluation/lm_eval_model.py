@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from confsteer.edit import neuron_edit, resolve
 from confsteer.errors import ConfsteerError, SteeringError
 from confsteer.evaluation.lm_eval_samples import TaskCalibration, calibrations
-from confsteer.files import write_atomically
+from confsteer.files import write_result
 from confsteer.hf import Request, steer
 from confsteer.loading import DEMO, DEMO_NAME
 from confsteer.profile import Profile
@@ -138,7 +138,7 @@ def run(options: Sequence[str]) -> tuple[list[TaskCalibration], Path | None]:
         lm_eval.__main__.cli_evaluate()
     file = _beside_results(trackers[0]) if rows and trackers[0].output_path else None
     if file is not None:
-        write_atomically(file, (json.dumps({row.task: row._asdict() for row in rows}, indent=1) + "\n").encode())
+        write_result(file, (json.dumps({row.task: row._asdict() for row in rows}, indent=1) + "\n").encode())
     return rows, file
 
 
