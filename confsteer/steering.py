@@ -113,7 +113,7 @@ def _read_text(text: str) -> dict[str, Any]:
             raise SteeringError(f"{word}: {value!r} is not a number") from None
 
     request: dict[str, Any] = {}
-    for word in text.split():
+    for word in text.split() if text != "neutral" else ():
         key, equals, value = word.partition("=")
         if not equals:
             raise SteeringError(f"{word!r} is not KEY=VALUE, such as entropy=0.3")
@@ -122,7 +122,10 @@ def _read_text(text: str) -> dict[str, Any]:
         elif "." in key:
             key, _, neuron = key.partition(".")
             bounds = tuple(number(word, bound) if bound else None for bound in value.split(":"))
-            request.setdefault(key, {})[neuron] = bounds if len(bounds) == 2 else number(word, value)
+            neurons = request.setdefault(key, {})
+            if not isinstance(neurons, dict):
+                raise SteeringError(f"{word!r}: {key} has been given already, without a neuron")
+            neurons[neuron] = bounds if len(bounds) == 2 else number(word, value)
         else:
             request[key] = number(word, value)
     return request

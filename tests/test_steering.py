@@ -72,6 +72,7 @@ def test_text_and_str_are_inverses(text: str) -> None:
 
 def test_nothing_asked_is_neutral(profile: Profile) -> None:
     assert str(Steering()) == "neutral"
+    assert Steering.parse("neutral") == Steering()
     assert set(edit_of(profile).values()) == {NEUTRAL}
     assert set(edit_of(profile, entropy=0.0, unigram=0).values()) == {NEUTRAL}
 
@@ -193,6 +194,8 @@ def test_a_neuron_outside_the_profile_is_refused_with_those_inside(profile: Prof
         ("entropy", "'entropy' is not KEY=VALUE"),
         ("entropy=much", "'much' is not a number"),
         ("scale.5=1:2:3", "is not a number"),
+        ("scale=1 scale.5=1", "'scale.5=1': scale has been given already, without a neuron"),
+        ("positions=all positions.5=1", "positions has been given already"),
         (3, "not int"),
         (None, "not NoneType"),
     ],
