@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -259,6 +261,29 @@ def test_whatever_is_sent_is_steered_or_refused_with_a_sentence(server: Server) 
     for body, answer in zip(bodies, send_all(server.url, bodies), strict=True):
         assert unexpected(answer.status_code, answer.json(), good=None) is None, body
     assert server.get("/health").status_code == 200
+    assert server.complete("entropy=-0.2").json()["choices"] == before
+
+
+def test_clients_that_vanish_leave_nothing_behind(server: Server) -> None:
+    """In the middle of asking, before the answer, or in the middle of a stream."""
+    before = server.complete("entropy=-0.2").json()["choices"]
+    asked = [steering for steering in parity.steerings(server.subject.profile) if isinstance(steering, str)]
+    host, port = server.url.removeprefix("http://").split(":")
+    for i in range(36):
+        body = json.loads(request_of(asked[i % len(asked)])) | {"max_tokens": 50, "ignore_eos": True, "stream": i % 2 == 0}
+        content = json.dumps(body)
+        message = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+        message += f"Content-Length: {len(content)}\r\n\r\n{content}"
+        with socket.create_connection((host, int(port))) as client:
+            # Not even a goodbye.
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            client.sendall(message.encode()[: len(message) // 2 if i % 3 == 0 else None])
+            if i % 3 == 2:
+                client.recv(100)
+    deadline = time.monotonic() + 30
+    while left := re.findall(r"^vllm:num_requests_(?:running|waiting){.*} ([1-9].*)$", server.get("/metrics").text, re.MULTILINE):
+        assert time.monotonic() < deadline, left
+    assert "vllm:num_requests_running{" in server.get("/metrics").text
     assert server.complete("entropy=-0.2").json()["choices"] == before
 
 
