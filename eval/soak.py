@@ -473,10 +473,10 @@ def main(minutes: float, seed: int, check_every: int, wrong: int, out: Path, opt
         command = server_command(None, str(subject.profile_folder), None, given, environment)
         with serving(command, DEMO_NAME, folder / "server.log") as server:
             wrong_first, failures = send_wrong(server, subject.profile, wrong, seed)
-            seen, more = None, []
+            seen = None
             if minutes:
                 seen, more = asyncio.run(soak(server, subject, 60 * minutes, seed, check_every))
-            failures += more
+                failures += more
             server.get("/health")
     result = {
         "context": {**machine(), "server_options": given, "minutes": minutes, "seed": seed, "check_every": check_every},

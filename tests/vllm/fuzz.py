@@ -116,7 +116,7 @@ class Fuzz:
             return {self._key(): self._anything(depth + 1) for _ in range(draw.randrange(4))}
         if kind == "text":
             return draw.choice([self._text, self._number, self._key])()
-        values = {
+        values: dict[str, list[Any]] = {
             "null": [None],
             "boolean": [True, False],
             "integer": [0, 1, -1, 2**31, 2**63, -(2**64), 10**30],
