@@ -134,8 +134,11 @@ def _follow_weights() -> None:
         if settings is None or method not in ("reload_weights", "finish_weight_update"):
             yield
             return
-        admission_of(settings).weights_fit = False
-        yield
+        try:
+            yield
+        except Exception:
+            admission_of(settings).weights_fit = False
+            raise
         admission_of(settings).weights_fit = True
 
     @functools.wraps(call)
