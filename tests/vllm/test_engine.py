@@ -171,7 +171,7 @@ def test_with_lora_adapters_on_the_projection_itself(make: Make, tmp_path: Path)
     from vllm.lora.request import LoRARequest
 
     subject = make("llama")
-    adapted = {}
+    adapted: dict[str, Any] = {}
     for name in ("first", "second"):
         base = planted_model("llama", torch.ones(96), wide=True)
         base.load_state_dict(subject.model.state_dict())
