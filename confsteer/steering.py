@@ -133,18 +133,23 @@ def _read_text(text: str) -> dict[str, Any]:
             raise SteeringError(f"{word}: {value!r} is not a number") from None
 
     request: dict[str, Any] = {}
-    for word in text.split():
+    given: set[str] = set()
+    for word in text.split() if text != "neutral" else ():
         key, equals, value = word.partition("=")
         if not equals:
             raise SteeringError(f"{word!r} is not KEY=VALUE, such as entropy=0.3")
+        if key in given:
+            raise SteeringError(f"{word!r}: {key} has been given already")
+        given.add(key)
         if key in ("positions", "preset"):
             request[key] = value
         elif "." in key:
             key, _, neuron = key.partition(".")
             bounds = tuple(number(word, bound) if bound else None for bound in value.split(":"))
-            if not isinstance(request.setdefault(key, {}), dict):
-                raise SteeringError(f"{word}: {key} is given without a neuron too; name it each time, such as scale.757=0")
-            request[key][neuron] = bounds if len(bounds) == 2 else number(word, value)
+            neurons = request.setdefault(key, {})
+            if not isinstance(neurons, dict):
+                raise SteeringError(f"{word!r}: {key} has been given already, without a neuron")
+            neurons[neuron] = bounds if len(bounds) == 2 else number(word, value)
         else:
             request[key] = number(word, value)
     return request

@@ -137,16 +137,18 @@ class Server(NamedTuple):
 
     url: str
     model: str
+    process: int
+    """The parent of all of its processes."""
     start_seconds: float
 
     def get(self, path: str) -> str:
         with LOCAL.open(self.url + path, timeout=10) as answer:
             return str(answer.read().decode())
 
-    def steered_requests(self) -> int | None:
-        """How many it has admitted with a steering; None if confsteer is not loaded."""
-        found = re.search(r"^confsteer:steered_requests_total ([\d.e+]+)$", self.get("/metrics"), re.MULTILINE)
-        return None if found is None else round(float(found[1]))
+    def metric(self, name: str) -> float | None:
+        """One of ``/metrics``; None if the server has none of that name."""
+        found = re.search(rf"^{re.escape(name)}(?:{{.*}})? ([\d.e+]+)$", self.get("/metrics"), re.MULTILINE)
+        return None if found is None else float(found[1])
 
 
 def build(shape: Shape, folder: Path) -> tuple[Path, Path]:
@@ -252,7 +254,7 @@ def serving(command: Command, model: str, log: Path) -> Iterator[Server]:
             # A group of its own: Ctrl-C comes to this process alone, which then stops the server and all its workers.
             start_new_session=True,
         )
-    server = Server(f"http://127.0.0.1:{port}", model, 0.0)
+    server = Server(f"http://127.0.0.1:{port}", model, process.pid, 0.0)
     try:
         while not answers(server):
             if process.poll() is not None or time.monotonic() - start > START_LIMIT:
@@ -308,9 +310,9 @@ class Client:
             ClickException: a request failed or was not answered in full, or the server steered other requests than it was
                 asked to.
         """
-        before = self._server.steered_requests()
+        before = self._server.metric("confsteer:steered_requests_total")
         block = asyncio.run(self._block(variant, concurrency, waves * concurrency))
-        after = self._server.steered_requests()
+        after = self._server.metric("confsteer:steered_requests_total")
         expected = None if variant == "plain" else (before or 0) + (block.requests if variant == "steered" else 0)
         if after != expected:
             raise click.ClickException(f"{variant}: the server counts {after} steered requests, and not {expected}")
@@ -440,8 +442,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", f"Medians of {rows[0]['rounds']} rounds; ratios paired by round; in brackets: {meaning}."])
 
 
-def context(shape: Shape, load: Load, options: Sequence[str]) -> dict[str, Any]:
-    """What the numbers are of."""
+def machine() -> dict[str, Any]:
+    """What the numbers were taken with, and on what."""
     distribution = importlib.metadata.packages_distributions()["vllm"][0]
     cpu = Path("/proc/cpuinfo")
     model_names = re.findall(r"^model name\s*: (.*)$", cpu.read_text(), re.MULTILINE) if cpu.exists() else []
@@ -455,9 +457,29 @@ def context(shape: Shape, load: Load, options: Sequence[str]) -> dict[str, Any]:
         "cpu": model_names[0] if model_names else platform.processor(),
         "cores": os.cpu_count(),
         "machine": platform.machine(),
+    }
+
+
+def context(shape: Shape, load: Load, options: Sequence[str]) -> dict[str, Any]:
+    """What the numbers are of."""
+    return {
+        **machine(),
         "shape": {**shape._asdict(), "steered_neurons": NEURONS},
         "load": load._asdict(),
         "server_options": list(options),
+    }
+
+
+def server_environment(folder: Path) -> dict[str, str]:
+    """That of a server which leaves its compiled graphs and sockets in `folder`."""
+    return {
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "2",
+        **os.environ,
+        "VLLM_CACHE_ROOT": str(folder / "cache"),
+        "TMPDIR": str(folder),
     }
 
 
@@ -492,16 +514,8 @@ def main(
     done: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        environment = {
-            "VLLM_NO_USAGE_STATS": "1",
-            "DO_NOT_TRACK": "1",
-            "HF_HUB_OFFLINE": "1",
-            "VLLM_CPU_KVCACHE_SPACE": "2",
-            **os.environ,
-            # The graphs compiled in the first round serve the others; they and the servers' sockets are gone at the end.
-            "VLLM_CACHE_ROOT": str(folder / "cache"),
-            "TMPDIR": temporary,
-        }
+        # The graphs compiled in the first round serve the others.
+        environment = server_environment(folder)
         model, profile = build(shape, folder)
         # What made the model is not to be walked through while times are taken.
         gc.collect()

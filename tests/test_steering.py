@@ -76,6 +76,7 @@ def test_editors_are_told_of_every_field() -> None:
 
 def test_nothing_asked_is_neutral(profile: Profile) -> None:
     assert str(Steering()) == "neutral"
+    assert Steering.parse("neutral") == Steering()
     assert set(edit_of(profile).values()) == {NEUTRAL}
     assert set(edit_of(profile, entropy=0.0, unigram=0).values()) == {NEUTRAL}
 
@@ -197,6 +198,9 @@ def test_a_neuron_outside_the_profile_is_refused_with_those_inside(profile: Prof
         ("entropy", "'entropy' is not KEY=VALUE"),
         ("entropy=much", "'much' is not a number"),
         ("scale.5=1:2:3", "is not a number"),
+        ("scale=1 scale.5=1", "'scale.5=1': scale has been given already, without a neuron"),
+        ("positions=all positions.5=1", "positions has been given already"),
+        ("entropy=0.1 entropy=0.2", "'entropy=0.2': entropy has been given already"),
         (3, "not int"),
         (None, "not NoneType"),
     ],

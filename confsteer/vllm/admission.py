@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,13 +12,16 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.exceptions import VLLMValidationError
+from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.engine.llm_engine import LLMEngine
 
 from confsteer.edit import NEUTRAL_RULE, neuron_edit, resolve
-from confsteer.errors import NoNeuronsError, SteeringError
+from confsteer.errors import NoNeuronsError, ProfileMismatchError, SteeringError
 from confsteer.profile import Profile
 from confsteer.steering import Steering
 from confsteer.vllm import metrics
+from confsteer.vllm.batch import OTHER_WEIGHTS
 from confsteer.vllm.settings import KEY, Settings
 
 
@@ -34,6 +39,8 @@ class Admission:
             NoNeuronsError: as `canonical`.
         """
         self._profile = profile
+        self.weights_fit = True
+        """Whether the engine's weights are the profile's, as far as this process knows."""
         # Clients send the same few over and over.
         self._canonical_text = functools.lru_cache(maxsize=4096)(self._canonical)
         self.default = self.canonical(default)
@@ -59,12 +66,15 @@ class Admission:
         """What a request's ``SamplingParams`` ask for, or the default.
 
         Raises:
-            VLLMValidationError: the steering is wrong; the server answers 400 with the sentence.
+            VLLMValidationError: the steering is wrong, or nothing can be steered; the server answers 400 with the sentence.
         """
         asked = (params.extra_args or {}).get(KEY)
         try:
-            return self.default if asked is None else self.canonical(asked)
-        except (SteeringError, NoNeuronsError) as error:
+            steering = self.default if asked is None else self.canonical(asked)
+            if steering is not None and not self.weights_fit:
+                raise ProfileMismatchError(OTHER_WEIGHTS)
+            return steering
+        except (SteeringError, NoNeuronsError, ProfileMismatchError) as error:
             metrics.refused_requests.inc()
             raise VLLMValidationError(str(error)) from error
 
@@ -111,6 +121,37 @@ def _check_inputs() -> None:
 
     InputProcessor.process_inputs = process_inputs
     metrics.install()
+    _follow_weights()
+
+
+def _follow_weights() -> None:
+    """Refuse steered requests here, with a sentence, once the workers cannot steer: there they would end the engine."""
+    call, call_async = LLMEngine.collective_rpc, AsyncLLM.collective_rpc
+
+    @contextlib.contextmanager
+    def watched(engine: Any, method: Any) -> Iterator[None]:
+        settings = Settings.of(engine.vllm_config.additional_config)
+        if settings is None or method not in ("reload_weights", "finish_weight_update"):
+            yield
+            return
+        try:
+            yield
+        except Exception:
+            admission_of(settings).weights_fit = False
+            raise
+        admission_of(settings).weights_fit = True
+
+    @functools.wraps(call)
+    def collective_rpc(self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
+        with watched(self, method):
+            return call(self, method, *args, **kwargs)
+
+    @functools.wraps(call_async)
+    async def collective_rpc_async(self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
+        with watched(self, method):
+            return await call_async(self, method, *args, **kwargs)
+
+    LLMEngine.collective_rpc, AsyncLLM.collective_rpc = collective_rpc, collective_rpc_async
 
 
 def _check_protocol(protocol: Any, admission: Admission) -> None:

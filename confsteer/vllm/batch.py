@@ -11,11 +11,17 @@ import torch
 from numpy.typing import NDArray
 
 from confsteer.edit import neuron_edit
+from confsteer.errors import ProfileMismatchError
 from confsteer.profile import Profile
 from confsteer.steering import Steering
 from confsteer.vllm.projection import SteeredProjection
 from confsteer.vllm.settings import KEY
 from confsteer.vllm.slots import NEUTRAL, Slots, token_rows
+
+OTHER_WEIGHTS = (
+    "weights were loaded while the server ran, and they are not those of its profile: it no longer steers. Load the former "
+    "weights, or restart it with a profile of these"
+)
 
 
 class _Rule(NamedTuple):
@@ -45,6 +51,8 @@ class Batch:
         """Requests and token counts of a step whose rows are still right for the next one like it."""
         self._neutral = True
         """Whether all rows on the device are neutral."""
+        self.weights_fit = True
+        """Whether the model's weights are the profile's; if not, no request is steered."""
 
     def note(self, scheduler_output: Any) -> None:
         """Before each step: remember the steerings of new requests, forget finished ones."""
@@ -67,9 +75,14 @@ class Batch:
             request_ids: in the order of their tokens.
             counts: tokens of each in this step.
             computed: tokens of each before it.
+
+        Raises:
+            ProfileMismatchError: one is to be steered, and the weights are not the profile's.
         """
         if not self._requests and self._neutral:
             return
+        if not self.weights_fit and any(request_id in self._requests for request_id in request_ids):
+            raise ProfileMismatchError(OTHER_WEIGHTS)
         if self._filled is not None and self._filled[0] == request_ids and np.array_equal(self._filled[1], counts):
             return
         requests = [self._requests.get(request_id) for request_id in request_ids]

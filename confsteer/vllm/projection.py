@@ -35,6 +35,8 @@ class SteeredProjection(NamedTuple):
     """Positions in `confsteer.edit.steerable` of the neurons that this rank holds, in the order of the table's."""
     writes: Tensor
     """What the profile's neurons write to the residual, zero for those of other ranks; float32 ``[neurons, d_model]``."""
+    norms: Tensor
+    """Of what all of this rank's neurons write, ``[local neurons]``."""
     final_norm: NormParameters
     write_gain: Tensor | None
     """Of a norm on the MLP's output, ``[d_model]``."""
@@ -75,7 +77,28 @@ def attach(model: nn.Module, profile: Profile, *, max_tokens: int, slots: int) -
         module = model.get_submodule(name.removesuffix(".base_layer"))
         module.add_module(TABLE, table)
         module.register_forward_pre_hook(_steer)
-    return SteeredProjection(table, local, profile_writes, final_norm, write_gain)
+    return SteeredProjection(table, local, profile_writes, writes.norm(dim=1), final_norm, write_gain)
+
+
+def check_unchanged(model: nn.Module, profile: Profile, projection: SteeredProjection) -> None:
+    """
+    Raises:
+        ProfileMismatchError: the last layer of `model` has other weights than when `projection` was attached to it.
+        UnsupportedModelError: it has none that is understood.
+    """
+    final_norm, write_gain = _norms(model, profile)
+    _, _, writes, _ = _find(model, profile, final_norm, write_gain)
+    pairs = [
+        (writes[projection.table.neurons], projection.writes[projection.neurons]),
+        (writes.norm(dim=1), projection.norms),
+        (final_norm.gain, projection.final_norm.gain),
+    ]
+    if write_gain is not None and projection.write_gain is not None:
+        pairs.append((write_gain, projection.write_gain))
+    if not all(torch.equal(now, before) for now, before in pairs):
+        raise ProfileMismatchError(
+            f"the profile is of {profile.model.id}; the weights that came later are nearly its own, but others"
+        )
 
 
 def _find(

@@ -9,7 +9,7 @@ from typing import Any
 from confsteer.checkpoint import read_last_layer
 from confsteer.errors import ConfsteerError, ProfileMismatchError
 from confsteer.profile import Profile
-from confsteer.vllm.admission import Admission, install
+from confsteer.vllm.admission import Admission, admission_of, install
 from confsteer.vllm.release import WORKERS, check_features
 from confsteer.vllm.settings import KEY, Settings
 
@@ -42,6 +42,7 @@ def prepare(config: Any) -> None:
     parallel = config.parallel_config
     parallel.worker_cls = WORKERS.get(parallel.worker_cls, parallel.worker_cls)
     install(settings)
+    admission_of(settings).weights_fit = True  # whatever became of an engine before it in this process
 
 
 def check_model(profile: Profile, model: Any) -> None:

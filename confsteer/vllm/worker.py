@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,11 +16,12 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 from confsteer.edit import steerable
 from confsteer.profile import Profile
 from confsteer.vllm.batch import Batch, follow_runner
-from confsteer.vllm.projection import SteeredProjection, attach
+from confsteer.vllm.projection import SteeredProjection, attach, check_unchanged
 from confsteer.vllm.proof import PUSHES, Outputs, prove
 from confsteer.vllm.release import WORKERS
 from confsteer.vllm.settings import Settings
 from confsteer.vllm.slots import Slots
+from confsteer.vllm.startup import check_model
 
 logger = logging.getLogger("vllm.confsteer")
 
@@ -32,6 +35,7 @@ class _SteeringWorker:
     model_runner: Any
     use_v2_model_runner: bool
     _projection: SteeredProjection | None = None
+    _batch: Batch
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)  # type: ignore[misc]
@@ -44,13 +48,38 @@ class _SteeringWorker:
         max_tokens = self.model_runner.max_num_tokens + self.vllm_config.parallel_config.tensor_parallel_size
         model = self.model_runner.get_model()
         self._projection = attach(model, self._profile, max_tokens=max_tokens, slots=settings.slots)
-        batch = Batch(self._profile, self._projection, Slots(settings.slots))
-        follow_runner(self.model_runner, batch, v2=self.use_v2_model_runner)
+        self._batch = Batch(self._profile, self._projection, Slots(settings.slots))
+        follow_runner(self.model_runner, self._batch, v2=self.use_v2_model_runner)
 
     def compile_or_warm_up_model(self) -> Any:
         result = super().compile_or_warm_up_model()  # type: ignore[misc]
         self._prove()
         return result
+
+    def reload_weights(self, weights_iterator: Any = None, *args: Any, **kwargs: Any) -> None:
+        with self._weights_change():
+            super().reload_weights(weights_iterator, *args, **kwargs)  # type: ignore[misc]
+            if weights_iterator is None:  # they came from the disk, as at start-up
+                check_model(self._profile, self.model_runner.model_config)
+
+    def finish_weight_update(self, *args: Any, **kwargs: Any) -> None:
+        with self._weights_change():
+            super().finish_weight_update(*args, **kwargs)  # type: ignore[misc]
+
+    @contextlib.contextmanager
+    def _weights_change(self) -> Iterator[None]:
+        """Steer no more until the weights that have come are found to be the profile's.
+
+        Raises:
+            ProfileMismatchError: they are not. The engine lives on: requests without a steering are answered.
+        """
+        if self._projection is None:
+            yield
+            return
+        self._batch.weights_fit = False
+        yield
+        check_unchanged(self.model_runner.get_model(), self._profile, self._projection)
+        self._batch.weights_fit = True
 
     def _prove(self) -> None:
         """Steer dummy steps through the model as it will serve, compiled and captured, and look at what comes out.

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import copy
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ import prometheus_client
 import pytest
 import torch
 import vllm
-from vllm.engine.arg_utils import EngineArgs
+from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.exceptions import VLLMValidationError
 
 import confsteer
@@ -162,23 +165,28 @@ def test_tensor_parallel_and_processes_of_their_own(make: Make, monkeypatch: pyt
     parity.check(parity.compare(subject, asks, outputs), asks)
 
 
-def test_with_a_lora_adapter_on_the_projection_itself(make: Make, tmp_path: Path) -> None:
-    """As in transformers: the adapter sees the steered activations."""
+def test_with_lora_adapters_on_the_projection_itself(make: Make, tmp_path: Path) -> None:
+    """As in transformers: the adapter sees the steered activations. There is room for one, so the second unloads the first."""
     from peft import LoraConfig, get_peft_model
     from vllm.lora.request import LoRARequest
 
     subject = make("llama")
-    base = planted_model("llama", torch.ones(96), wide=True)
-    base.load_state_dict(subject.model.state_dict())
-    torch.manual_seed(0)
-    adapted = get_peft_model(base, LoraConfig(r=8, target_modules=["down_proj", "q_proj"], init_lora_weights=False)).eval()
-    adapted.save_pretrained(str(tmp_path))
+    adapted: dict[str, Any] = {}
+    for name in ("first", "second"):
+        base = planted_model("llama", torch.ones(96), wide=True)
+        base.load_state_dict(subject.model.state_dict())
+        torch.manual_seed(len(adapted))
+        config = LoraConfig(r=8, target_modules=["down_proj", "q_proj"], init_lora_weights=False)
+        adapted[name] = get_peft_model(base, config).eval()
+        adapted[name].save_pretrained(str(tmp_path / name))
     asks = parity.mixed(subject, 16)
-    with parity.engine(subject, enable_lora=True, max_lora_rank=8) as llm:
+    with parity.engine(subject, enable_lora=True, max_lora_rank=8, max_loras=1, max_cpu_loras=1) as llm:
         params = [parity.sampling(ask) for ask in asks]
         prompts = [{"prompt_token_ids": ask.prompt} for ask in asks]
-        outputs = llm.generate(prompts, params, lora_request=LoRARequest("adapter", 1, str(tmp_path)), use_tqdm=False)
-    parity.check(parity.compare(subject._replace(model=adapted), asks, outputs), asks)
+        for name in ("first", "second", "first"):
+            adapter = LoRARequest(name, 1 + list(adapted).index(name), str(tmp_path / name))
+            outputs = llm.generate(prompts, params, lora_request=adapter, use_tqdm=False)
+            parity.check(parity.compare(subject._replace(model=adapted[name]), asks, outputs), asks)
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "llama"])
@@ -295,6 +303,177 @@ def test_an_engine_that_would_not_steer_does_not_start(make: Make, monkeypatch: 
     monkeypatch.setattr(projection, "_steer", lambda module, args: None)
     with pytest.raises(confsteer.UnsupportedModelError, match="pushing the neurons changes nothing"), parity.engine(make("gpt2")):
         pass
+
+
+def test_weights_that_come_later_steer_only_if_they_are_the_profile_s(make: Make, tmp_path: Path) -> None:
+    """The same ones do; others are refused with the sentence, and answered with only where nothing is to be steered."""
+    subject = make("gpt2")
+    others = {"strangers": planted_model("gpt2", torch.ones(96), wide=True), "relatives": copy.deepcopy(subject.model)}
+    with torch.no_grad():
+        others["relatives"].transformer.h[-1].mlp.c_proj.weight[:, 3] *= 1.0001  # too little for the norms to tell
+    asks = parity.mixed(subject, 12)[1::3]
+    plain = [Ask(ask.prompt, None) for ask in asks]
+    with parity.engine(subject) as llm:
+
+        def reload(path: Path) -> None:
+            llm.collective_rpc("reload_weights", kwargs={"weights_path": str(path)})
+            llm.reset_prefix_cache()
+
+        before = worker_of(llm)._projection.table
+        for name, model in others.items():
+            model.save_pretrained(tmp_path / name)
+            with pytest.raises(ProfileMismatchError, match="other weights"):
+                reload(tmp_path / name)
+            llm.reset_prefix_cache()
+            with pytest.raises(VLLMValidationError, match="no longer steers"):
+                parity.ask_all(llm, asks)
+            outputs = parity.ask_all(llm, plain)
+            parity.check(parity.compare(subject._replace(model=model), plain, outputs), plain)
+        # Weights need not come from the disk.
+        for model, fits in ((others["relatives"], False), (subject.model, True)):
+            weights = [(name.removeprefix("transformer."), value) for name, value in model.state_dict().items()]
+            with contextlib.nullcontext() if fits else pytest.raises(ProfileMismatchError, match="nearly its own"):
+                llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        reload(subject.model_folder)
+        parity.check(parity.compare(subject, asks, parity.ask_all(llm, asks)), asks)
+        assert worker_of(llm)._projection.table is before
+        # A front process that has not heard of it.
+        worker_of(llm)._batch.weights_fit = False
+        with pytest.raises(ProfileMismatchError, match="no longer steers"):
+            parity.ask_all(llm, asks)
+
+
+def test_sleep_leaves_steering_as_it_was(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's workers do not sleep on a CPU: here its GPU worker's code runs, and memory that is lost is memory that is zeroed."""
+    from vllm.v1.worker.gpu_worker import Worker
+
+    subject = make("gpt2")
+    asks = parity.mixed(subject, 12)[1::3]
+    with parity.engine(subject) as llm:
+        worker = worker_of(llm)
+        model = worker.model_runner.get_model()
+
+        class Pool:
+            """Level 1 keeps what it frees, level 2 does not."""
+
+            def suspend(self, level: int) -> None:
+                tensors = [*model.parameters(), *model.buffers()]
+                self.kept = [(tensor, tensor.detach().clone()) for tensor in tensors] if level == 1 else []
+                for tensor in tensors:
+                    tensor.data.zero_()
+
+            def resume(self, tags: Any) -> None:
+                for tensor, value in self.kept:
+                    tensor.data.copy_(value)
+
+        monkeypatch.setattr(torch.accelerator, "synchronize", lambda: None)
+        monkeypatch.setattr(torch.accelerator, "get_memory_info", lambda: (0, 0), raising=False)
+        monkeypatch.setattr(Worker, "sleep_mode_backend", Pool())
+        for level in (1, 2):
+            outputs = parity.ask_all(llm, asks)
+            parity.check(parity.compare(subject, asks, outputs), asks)
+            Worker.sleep(worker, level)
+            assert not any(tensor.any() for tensor in model.parameters())
+            Worker.wake_up(worker)
+            if level == 2:
+                llm.collective_rpc("reload_weights")
+            llm.reset_prefix_cache()
+        outputs = parity.ask_all(llm, asks)
+    parity.check(parity.compare(subject, asks, outputs), asks)
+
+
+@pytest.mark.processes
+def test_a_server_s_engine_keeps_nothing_of_what_has_ended_and_refuses_other_weights(
+    make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # to look into the worker
+    planted_model("gpt2", torch.ones(96), wide=True).save_pretrained(tmp_path)
+    asyncio.run(_end_in_all_ways(make("gpt2"), others=tmp_path))
+
+
+async def _end_in_all_ways(subject: Subject, others: Path) -> None:
+    """Requests are read to the end, left, cancelled, or fed piece by piece by a client that ends, fails or never comes.
+
+    Then the weights in `others` are loaded, and the former ones again.
+    """
+    from vllm import SamplingParams
+    from vllm.engine.protocol import StreamingInput
+    from vllm.sampling_params import RequestOutputKind
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    args = AsyncEngineArgs(
+        model=str(subject.model_folder),
+        additional_config={"confsteer": {"profile": str(subject.profile_folder)}},
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=64,
+        max_num_seqs=4,
+    )
+    engine = AsyncLLM.from_engine_args(args)
+
+    def sampling(steering: Any, tokens: int) -> Any:
+        extra = {"confsteer": steering}
+        kind = RequestOutputKind.DELTA
+        return SamplingParams(max_tokens=tokens, ignore_eos=True, logprobs=5, extra_args=extra, output_kind=kind)
+
+    async def pieces(end: str) -> AsyncIterator[Any]:
+        if end == "nothing":
+            return
+        for _ in range(3):
+            yield StreamingInput(prompt={"prompt_token_ids": [1, 2, 3]})
+            await asyncio.sleep(0.02)
+        if end == "late":
+            await asyncio.sleep(1)
+        elif end == "failure":
+            raise RuntimeError("the client is broken")
+        elif end == "never":
+            await asyncio.sleep(60)
+
+    async def ask(number: int, steering: Any) -> None:
+        way = ["read", "left", "cancelled", "ends", "late", "nothing", "failure", "never"][number % 8]
+        prompt: Any = pieces(way) if number % 8 > 2 else {"prompt_token_ids": [5, 6, 7]}
+        stream = engine.generate(prompt, sampling(steering, 4 if number % 8 > 2 else 40), request_id=str(number))
+
+        async def read() -> None:
+            seen = 0
+            async for output in stream:
+                seen += len(output.outputs[0].token_ids)
+                if way == "left" and seen >= 3:
+                    break
+
+        limit = {"cancelled": 0.1, "never": 0.5}.get(way)
+        with (
+            contextlib.suppress(asyncio.TimeoutError),
+            pytest.raises(RuntimeError, match="the client is broken") if way == "failure" else contextlib.nullcontext(),
+        ):
+            await asyncio.wait_for(read(), limit)
+        await stream.aclose()
+
+    try:
+        asked = [steering for steering in parity.steerings(subject.profile) if steering is not None]
+        await asyncio.gather(*(ask(number, asked[number % len(asked)]) for number in range(24)))
+        deadline = time.monotonic() + 30
+        while engine.output_processor.request_states and time.monotonic() < deadline:
+            await asyncio.sleep(0.1)
+        assert not engine.output_processor.request_states
+        # What has ended is made known to the workers with the next step.
+        await ask(0, "{}")
+        assert await engine.collective_rpc(_steered_requests) == [[]]
+
+        with pytest.raises(Exception, match="other weights"):
+            await engine.collective_rpc("reload_weights", kwargs={"weights_path": str(others)})
+        with pytest.raises(VLLMValidationError, match="no longer steers"):
+            await ask(0, "entropy=0.1")
+        await ask(0, "{}")
+        await engine.collective_rpc("reload_weights", kwargs={"weights_path": str(subject.model_folder)})
+        await ask(0, "entropy=0.1")
+    finally:
+        engine.shutdown()
+
+
+def _steered_requests(worker: Any) -> list[str]:
+    return list(worker._batch._requests)
 
 
 def test_the_start_up_line_says_what_can_be_steered() -> None:

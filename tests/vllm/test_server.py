@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -17,12 +19,11 @@ from typing import Any, NamedTuple
 import httpx
 import openai
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from confsteer import Steering
 from confsteer.vllm.command import server_command
 from tests.vllm import parity
+from tests.vllm.fuzz import Fuzz, send_all, takes, unexpected
 from tests.vllm.parity import Subject
 
 pytestmark = pytest.mark.processes
@@ -242,23 +243,48 @@ def test_beams_and_a_steering_of_one_s_own_are_refused(server: Server) -> None:
     assert "use_beam_search" in answer.json()["error"]["message"]
 
 
-KEYS = st.sampled_from([*Steering.model_fields, "5", "x"])
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
-    max_leaves=8,
-)
-WORDS = st.lists(KEYS | st.sampled_from(["=", ".", "1e9", "-", ":", " "]), max_size=8).map("".join)
+def request_of(steering: Any) -> bytes:
+    body = {"model": "subject", "prompt": [1, 2, 3, 4], "max_tokens": 1, "temperature": 0}
+    return json.dumps(body | {"vllm_xargs": {"confsteer": steering}}).encode()
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.one_of(JSON.map(json.dumps), JSON, WORDS, st.text(max_size=30)))
-def test_whatever_is_sent_is_a_400_or_a_good_answer(server: Server, steering: Any) -> None:
-    answer = server.complete(steering, max_tokens=1, logprobs=None)
-    assert answer.status_code in (200, 400), answer.text
-    if answer.status_code == 200:
-        # It is one that transformers takes too, or null, which asks for nothing.
-        Steering.parse(steering)
+def test_whatever_is_sent_is_steered_or_refused_with_a_sentence(server: Server) -> None:
+    """And a good request gives to the last digit what it gave before. More of this: ``python eval/soak.py --minutes 0``."""
+    before = server.complete("entropy=-0.2").json()["choices"]
+    profile, fuzz = server.subject.profile, Fuzz(server.subject.profile, seed=0)
+    values = [fuzz.value() for _ in range(1000)]
+    good = [takes(profile, value) for value in values]
+    assert 100 < sum(good) < 400
+    for value, steers, answer in zip(values, good, send_all(server.url, map(request_of, values)), strict=True):
+        assert unexpected(answer.status_code, answer.json(), good=steers) is None, value
+    bodies = [fuzz.body(request_of("entropy=0.05")) for _ in range(300)]
+    for body, answer in zip(bodies, send_all(server.url, bodies), strict=True):
+        assert unexpected(answer.status_code, answer.json(), good=None) is None, body
+    assert server.get("/health").status_code == 200
+    assert server.complete("entropy=-0.2").json()["choices"] == before
+
+
+def test_clients_that_vanish_leave_nothing_behind(server: Server) -> None:
+    """In the middle of asking, before the answer, or in the middle of a stream."""
+    before = server.complete("entropy=-0.2").json()["choices"]
+    asked = [steering for steering in parity.steerings(server.subject.profile) if isinstance(steering, str)]
+    host, port = server.url.removeprefix("http://").split(":")
+    for i in range(36):
+        body = json.loads(request_of(asked[i % len(asked)])) | {"max_tokens": 50, "ignore_eos": True, "stream": i % 2 == 0}
+        content = json.dumps(body)
+        message = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+        message += f"Content-Length: {len(content)}\r\n\r\n{content}"
+        with socket.create_connection((host, int(port))) as client:
+            # Not even a goodbye.
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            client.sendall(message.encode()[: len(message) // 2 if i % 3 == 0 else None])
+            if i % 3 == 2:
+                client.recv(100)
+    deadline = time.monotonic() + 30
+    while left := re.findall(r"^vllm:num_requests_(?:running|waiting){.*} ([1-9].*)$", server.get("/metrics").text, re.MULTILINE):
+        assert time.monotonic() < deadline, left
+    assert "vllm:num_requests_running{" in server.get("/metrics").text
+    assert server.complete("entropy=-0.2").json()["choices"] == before
 
 
 def test_after_all_that_the_server_is_well_and_exact(server: Server) -> None:
