@@ -142,7 +142,9 @@ def send_all(url: str, bodies: Iterable[bytes], threads: int = 4) -> list[httpx.
     Raises:
         httpx.TransportError: the server hangs up, or does not answer within a minute.
     """
-    with httpx.Client(base_url=url, timeout=60, trust_env=False, limits=httpx.Limits(max_connections=threads)) as client:
+    # A server hangs up on connections that were idle for a while, and must not do so while one is taken up again.
+    limits = httpx.Limits(max_connections=threads, keepalive_expiry=1)
+    with httpx.Client(base_url=url, timeout=60, trust_env=False, limits=limits) as client:
 
         def send(body: bytes) -> httpx.Response:
             return client.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
