@@ -78,6 +78,54 @@ def test_each_effect_criterion_of_frequency_neurons_is_needed(name: str, value: 
     assert select.frequency_neurons(worse, cosine, 0.5, excluding=[]) == [50, 3]
 
 
+def test_percentiles_are_shares_at_or_below() -> None:
+    assert select.percentile(torch.tensor([3.0, 1.0, 2.0, 2.0])).tolist() == [100, 25, 75, 75]
+
+
+def ranked(rank: int, others: float) -> Tensor:
+    """1 to 100, neuron 8 with a rank from below, the other good ones at one end of all."""
+    values = torch.zeros(N, dtype=torch.float64)
+    values[8] = rank
+    values[[3, 50]] = torch.tensor([others, others], dtype=torch.float64)
+    rest = [i for i in range(N) if i not in GOOD]
+    taken = {rank, *((1, 2) if others < 1 else (99, 100))}
+    values[rest] = torch.tensor([float(r) for r in range(1, N + 1) if r not in taken], dtype=torch.float64)
+    return values
+
+
+@pytest.mark.parametrize(("rank", "found"), [(25, [50, 8, 3]), (26, [50, 3])])
+def test_a_low_variance_is_in_the_lowest_quarter(rank: int, found: list[int]) -> None:
+    weights, effects, _ = layer()
+    assert select.entropy_neurons(weights._replace(logit_variance=ranked(rank, 0.0)), effects) == found
+
+
+@pytest.mark.parametrize(("rank", "in_it"), [(75, True), (74, False)])
+def test_a_large_effect_is_in_the_highest_quarter(rank: int, in_it: bool) -> None:
+    weights, effects, cosine = layer()
+    effect = Estimate(ranked(rank, 1000.0), torch.zeros(N, dtype=torch.float64))
+    changed = effects._replace(entropy_abs=effect, frequency=effect)
+    assert (8 in select.entropy_neurons(weights, changed)) == in_it
+    assert (8 in select.frequency_neurons(changed, cosine, 0.5, excluding=[])) == in_it
+
+
+@pytest.mark.parametrize(
+    ("name", "inside", "outside"),
+    [
+        *(("mediation", 0.3021, 0.3019), ("entropy_slope", 0.0021, 0.0019)),
+        *(("frequency_mediation", 0.3021, 0.3019), ("unigram_slope", -0.0021, -0.0019)),
+    ],
+)
+def test_shares_and_slopes_exceed_their_bounds_by_two_standard_errors(name: str, inside: float, outside: float) -> None:
+    weights, effects, cosine = layer()
+    for value, found in ((inside, [50, 8, 3]), (outside, [50, 3])):
+        old = getattr(effects, name)
+        changed = effects._replace(**{name: old._replace(value=spoiled(old.value, value))})
+        if name.startswith(("mediation", "entropy")):
+            assert select.entropy_neurons(weights, changed) == found
+        else:
+            assert select.frequency_neurons(changed, cosine, 0.5, excluding=[]) == found
+
+
 def test_a_cosine_that_chance_reaches_is_not_enough() -> None:
     _, effects, cosine = layer()
     assert select.frequency_neurons(effects, spoiled(cosine, 0.5), 0.5, excluding=[]) == [50, 3]
