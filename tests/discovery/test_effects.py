@@ -10,7 +10,7 @@ from torch import Tensor
 from confsteer.anatomy import LastLayerStates, dissect
 from confsteer.discovery.effects import ablation_effects
 from confsteer.discovery.exact import TokenEffects, exact_effects
-from confsteer.discovery.frequency import Unigram
+from confsteer.discovery.frequency import Unigram, frequency_cosine
 from confsteer.discovery.readout import Outputs, Readout, TokenStates
 from confsteer.discovery.streaming import ActivationMoments, EffectMeans
 from tests.models import FAMILIES, VOCAB, TinyFamily, tiny_model
@@ -195,6 +195,31 @@ def test_slopes_are_derivatives_of_the_effects() -> None:
         for ours, quantity in ((slopes.entropy, entropy), (slopes.unigram_kl, unigram_kl)):
             (theirs,) = torch.autograd.grad(quantity, a, retain_graph=True)
             torch.testing.assert_close(ours[:, i].double(), theirs, atol=1e-5, rtol=1e-4)
+
+
+@KINDS
+def test_slopes_are_derivatives_of_what_steering_does(kind: dict[str, Any]) -> None:
+    readout = random_readout(**kind)
+    states, unigram = random_states(readout, tokens=12), random_unigram(readout.vocab_size)
+    _, slopes = ablation_effects(readout, states, random_mean(readout), unigram)
+    change = torch.zeros(12, readout.n_neurons, requires_grad=True)
+    state = readout.state(states.residual, states.mlp_output)
+    log_p = readout.logits(readout.residual_after(state, change)).log_softmax(-1)
+    entropy, unigram_kl = -(log_p.exp() * log_p).sum(), (log_p.exp() * (log_p - unigram.log_frequency)).sum()
+    for ours, quantity in ((slopes.entropy, entropy), (slopes.unigram_kl, unigram_kl)):
+        (theirs,) = torch.autograd.grad(quantity, change, retain_graph=True)
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
+
+
+def test_cosines_are_those_of_the_writes_to_the_logits() -> None:
+    readout, unigram = random_readout(centred=True, bias=False), random_unigram(300)
+    readout.w_out[3] = 0
+    writes = readout.w_out.double() @ readout.unembedding.double().T
+    v = unigram.direction.double()
+    for i, (ours, write) in enumerate(
+        zip(frequency_cosine(readout, unigram).tolist(), writes - writes.mean(1, keepdim=True), strict=True)
+    ):
+        assert ours == (0 if i == 3 else pytest.approx(float(write @ v / write.norm()), abs=1e-6))
 
 
 def test_chunking_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
