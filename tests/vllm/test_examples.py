@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import os
 import re
-import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
+
+from tests.vllm.serving import serving
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.processes
-START_LIMIT = 300
-"""Seconds."""
 
 
 @pytest.fixture(scope="module")
@@ -42,32 +38,9 @@ def test_one_batch_with_a_steering_per_request(environment: dict[str, str]) -> N
 @pytest.fixture
 def server(environment: dict[str, str], tmp_path: Path) -> Iterator[str]:
     """The address of what the example says to start first."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    options = ["--max-model-len", "512", "--host", "127.0.0.1", "--port", port, "--enforce-eager"]
-    command = [sys.executable, "-m", "confsteer", "serve", "--profile", "confsteer-demo", *options]
-    log = tmp_path / "log"
-    with log.open("w") as stream:
-        process = subprocess.Popen(command, env=environment, stdout=stream, stderr=stream, start_new_session=True)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + START_LIMIT
-        while True:
-            assert process.poll() is None, log.read_text()[-4000:]
-            assert time.monotonic() < deadline, log.read_text()[-4000:]
-            try:
-                if httpx.get(f"{url}/health").status_code == 200:
-                    break
-            except httpx.TransportError:
-                time.sleep(1)
+    arguments = ["-m", "confsteer", "serve", "--profile", "confsteer-demo", "--max-model-len", "512", "--enforce-eager"]
+    with serving(arguments, environment, tmp_path / "log") as url:
         yield url
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_two_clients_of_a_server(server: str, environment: dict[str, str]) -> None:

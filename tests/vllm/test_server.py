@@ -6,11 +6,8 @@ import asyncio
 import json
 import os
 import re
-import signal
 import socket
 import struct
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,10 +22,9 @@ from confsteer.vllm.command import server_command
 from tests.vllm import parity
 from tests.vllm.fuzz import Fuzz, send_all, takes, unexpected
 from tests.vllm.parity import Subject
+from tests.vllm.serving import serving
 
 pytestmark = pytest.mark.processes
-START_LIMIT = 300
-"""Seconds."""
 
 
 class Server(NamedTuple):
@@ -57,10 +53,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     subject = parity.subject("gpt2", folder)
     template = subject.model_folder / "template.jinja"
     template.write_text("{% for message in messages %}{{ message.content }} {% endfor %}")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    options = ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "subject", "--dtype", "float32"]
+    options = ["--served-model-name", "subject", "--dtype", "float32"]
     options += [
         "--max-model-len",
         "64",
@@ -75,33 +68,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     environment = {**os.environ, "VLLM_CACHE_ROOT": str(folder / "cache"), "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     environment["VLLM_LOGGING_LEVEL"] = "INFO"
     command = server_command(str(subject.model_folder), str(subject.profile_folder), "entropy=0.1", options, environment)
-    log = folder / "log"
-    with log.open("w") as stream:
-        process = subprocess.Popen(
-            [sys.executable, *command.arguments],
-            env=command.environment,
-            stdout=stream,
-            stderr=stream,
-            start_new_session=True,
-        )
-    running = Server(subject, f"http://127.0.0.1:{port}", log)
-    try:
-        deadline = time.monotonic() + START_LIMIT
-        while True:
-            assert process.poll() is None, log.read_text()[-4000:]
-            assert time.monotonic() < deadline, log.read_text()[-4000:]
-            try:
-                if running.get("/health").status_code == 200:
-                    break
-            except httpx.TransportError:
-                time.sleep(1)
-        yield running
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+    with serving(command.arguments, command.environment, folder / "log") as url:
+        yield Server(subject, url, folder / "log")
 
 
 def token_id(token: str) -> int:
