@@ -345,6 +345,7 @@ def test_weights_that_come_later_steer_only_if_they_are_the_profile_s(make: Make
 
 def test_sleep_leaves_steering_as_it_was(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM's workers do not sleep on a CPU: here its GPU worker's code runs, and memory that is lost is memory that is zeroed."""
+    from vllm.device_allocator.sleep_mode_backend import SleepModeBackendFactory
     from vllm.v1.worker.gpu_worker import Worker
 
     subject = make("gpt2")
@@ -368,7 +369,7 @@ def test_sleep_leaves_steering_as_it_was(make: Make, monkeypatch: pytest.MonkeyP
 
         monkeypatch.setattr(torch.accelerator, "synchronize", lambda: None)
         monkeypatch.setattr(torch.accelerator, "get_memory_info", lambda: (0, 0), raising=False)
-        monkeypatch.setattr(Worker, "sleep_mode_backend", Pool())
+        monkeypatch.setattr(SleepModeBackendFactory, "create_backend", lambda *_: Pool())
         for level in (1, 2):
             outputs = parity.ask_all(llm, asks)
             parity.check(parity.compare(subject, asks, outputs), asks)
