@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import os
 from collections.abc import Iterator, Sequence
@@ -196,6 +197,9 @@ def engine(subject: Subject, *, default: Any = None, **options: Any) -> Iterator
     """A vLLM engine with `subject`'s profile, in this process unless the options or the environment say otherwise."""
     from vllm import LLM
 
+    # The CPU build's handlers of matrices have finalisers that recurse without end, and leave torch in disorder, if those of an
+    # engine before this one run while this one is traced.
+    gc.collect()
     settings = {"profile": str(subject.profile_folder)} | ({} if default is None else {"default": default})
     options = {
         "model": str(subject.model_folder),
