@@ -51,7 +51,8 @@ class Fuzz:
                     b'"vllm_xargs"', pick([b'"vllm_xargs": null, "x"', b'"vllm_xargs": 1, "x"', b'"vllm_xargs": "y", "x"'])
                 ),
                 json.dumps({"model": "subject", "prompt": [1], "vllm_xargs": self._anything()}).encode(),
-                json.dumps(self._anything()).encode(),
+                # What is no object does not get as far as confsteer; vLLM 0.27.1 answers it with a 500 of its own and hangs up.
+                json.dumps({self._key(): self._anything()}).encode(),
                 deep,
                 b"",
             ]
