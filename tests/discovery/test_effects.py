@@ -328,9 +328,12 @@ def test_standard_errors_are_those_of_window_means() -> None:
     torch.testing.assert_close(result.mediation.standard_error, error, rtol=0.35, atol=0)
 
 
-def test_one_window_has_no_standard_error() -> None:
+def test_one_window_has_no_standard_error_and_two_have() -> None:
     readout = random_readout(centred=True, bias=False, neurons=3)
     effects, _ = ablation_effects(readout, random_states(readout), random_mean(readout), random_unigram(readout.vocab_size))
-    means = EffectMeans(3)
-    means.update(effects, torch.zeros(60, dtype=torch.long))
-    assert not torch.isfinite(means.result().total.standard_error).any()
+    one, two = EffectMeans(3), EffectMeans(3)
+    one.update(effects, torch.zeros(60, dtype=torch.long))
+    assert not torch.isfinite(one.result().total.standard_error).any()
+    two.update(effects, torch.arange(60) // 30)
+    per_window = effects.loss.double().view(2, 30, 3).mean(1)
+    torch.testing.assert_close(two.result().loss.standard_error, per_window.std(0) / 2**0.5)
