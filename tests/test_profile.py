@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from confsteer import (
     Neuron,
@@ -251,6 +252,12 @@ def test_a_profile_is_shown_in_a_line() -> None:
     profile = Profile.load("confsteer-demo")
     counts = f"{len(profile.entropy_neurons)} entropy and {len(profile.frequency_neurons)} token-frequency neurons in layer 3"
     assert repr(profile) == str(profile) == f"<Profile of confsteer-demo: {counts}>"
+
+
+def test_what_was_measured_cannot_be_changed(profile: Profile) -> None:
+    for part, field in ((profile, "seed"), (profile.layer, "null_dims"), (profile.entropy_neurons[0], "sign")):
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(part, field, getattr(part, field))
 
 
 def test_what_is_no_profile_says_what_would_be_one(tmp_path: Path) -> None:
