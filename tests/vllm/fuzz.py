@@ -18,8 +18,6 @@ from confsteer.vllm.settings import KEY
 KEYS = [*Steering.model_fields, "frequency", "", "x", "__class__", "entropy ", "ENTROPY", "entropy.entropy", "scale.scale"]
 CHARACTERS = "abc019 .:=-+{}[]\",'\\/\0\x7f\t\n\u00e9\u0660\u2028\U0001f600\ud800\udfff\ufeff\u202e"
 NUMBERS = ["0", "-0", "1", "0.05", "-0.01", "1e9", "1e999", "-1e-999", "nan", "inf", "-Infinity", "1_0", "٣", "0x1", "9" * 400]
-
-
 NAME = json.dumps(KEY).encode()
 
 
