@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from confsteer.errors import (
         ConfsteerError,
         CorpusError,
+        LoadError,
         NoNeuronsError,
         ProfileCorruptError,
         ProfileError,
@@ -35,6 +36,7 @@ __all__ = [
     "ConfsteerError",
     "CorpusError",
     "Evaluation",
+    "LoadError",
     "Neuron",
     "NoNeuronsError",
     "Profile",

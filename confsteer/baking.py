@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from confsteer.anatomy import Anatomy, dissect, dtype_name, unwrap, written_by
-from confsteer.edit import neuron_edit, resolve, steerable
-from confsteer.errors import ConfsteerError, SteeringError, UnsupportedModelError
+from confsteer.errors import ResultError, SteeringError, UnsupportedModelError
 from confsteer.files import draft, sync_folder
 from confsteer.hf import Request
 from confsteer.loading import LoadedModel
@@ -80,7 +79,7 @@ def bake(model: nn.Module, profile: Profile | str | os.PathLike[str], steering: 
     """
     if not isinstance(profile, Profile):
         profile = Profile.load(profile)
-    steering = resolve(Steering.parse(steering), profile)
+    steering = profile.resolve(Steering.parse(steering))
     gain, shift = _linear_rule(steering, profile)
     base = unwrap(model)
     if getattr(model, "_orig_mod", model) is not base or any(hasattr(module, "base_layer") for module in base.modules()):
@@ -92,7 +91,7 @@ def bake(model: nn.Module, profile: Profile | str | os.PathLike[str], steering: 
     profile.check_model(anatomy)
     _check_weights(base, anatomy)
     projection: Any = anatomy.down_proj
-    index = torch.tensor([neuron.index for neuron in steerable(profile)])
+    index = torch.tensor([neuron.index for neuron in profile.steerable])
     with torch.no_grad():
         # A view: what is written into it is written into the weight.
         w_out = written_by(projection)
@@ -140,13 +139,13 @@ def _linear_rule(steering: Steering, profile: Profile) -> tuple[Tensor, Tensor]:
     """
     if steering.positions != "all":
         raise SteeringError(f"positions={steering.positions}: weights are the same at all positions; bake it without")
-    gain, bias, low, high = (torch.from_numpy(column).double() for column in neuron_edit(steering, profile))
+    gain, bias, low, high = (torch.from_numpy(column).double() for column in profile.edit(steering))
     # A clamp to one value is linear.
     fixed = low == high
     gain, bias = torch.where(fixed, 0.0, gain), torch.where(fixed, low, bias)
     ranged = ~fixed & (low.isfinite() | high.isfinite())
     if ranged.any():
-        neurons = ", ".join(str(neuron.index) for neuron, is_ranged in zip(steerable(profile), ranged, strict=True) if is_ranged)
+        neurons = ", ".join(str(neuron.index) for neuron, is_ranged in zip(profile.steerable, ranged, strict=True) if is_ranged)
         raise SteeringError(
             f"{steering}: a range is not linear, so weights cannot keep neuron {neurons} in one; clamp to a single value, or "
             "steer while the model runs"
@@ -198,7 +197,7 @@ def _layers_of_mlp_bias(base: PreTrainedModel) -> list[nn.Linear]:
 
 
 def _no_place_for_a_constant(steering: Steering, profile: Profile) -> SteeringError:
-    neuron = steerable(profile)[0]
+    neuron = profile.steerable[0]
     cancelling = f"scale.{neuron.index}=0.5 shift.{neuron.index}={-0.5 * neuron.mean_activation!r}"
     return SteeringError(
         f"{steering}: adds a constant, and the last MLP projection of {profile.model.id} ({profile.model.model_type}) has no "
@@ -215,12 +214,12 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     removed by the next one that writes there.
 
     Raises:
-        ConfsteerError: there is something at `path` already, or it cannot be written to.
+        ResultError: there is something at `path` already, or it cannot be written to.
     """
     folder = Path(path).resolve()
     try:
         if folder.exists() and not (folder.is_dir() and next(folder.iterdir(), None) is None):
-            raise ConfsteerError(f"{folder} exists and is not an empty folder; nothing is written over: give another")
+            raise ResultError(f"{folder} exists and is not an empty folder; nothing is written over: give another")
         folder.parent.mkdir(parents=True, exist_ok=True)
         with draft(folder, folder=True) as written:
             yield written
@@ -234,7 +233,7 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             written.replace(folder)
         sync_folder(folder.parent)
     except OSError as error:
-        raise ConfsteerError(f"cannot write to {folder}: {error.strerror or error}") from error
+        raise ResultError(f"cannot write to {folder}: {error.strerror or error}") from error
 
 
 def save(loaded: LoadedModel, baked: Baked, profile: Profile, folder: Path) -> None:
@@ -242,7 +241,7 @@ def save(loaded: LoadedModel, baked: Baked, profile: Profile, folder: Path) -> N
 
     Raises:
         UnsupportedModelError: the model or its tokenizer brings code of its own.
-        ConfsteerError: it cannot be written.
+        ResultError: it cannot be written.
     """
     record = {
         "base_model": profile.model.id,
@@ -255,7 +254,7 @@ def save(loaded: LoadedModel, baked: Baked, profile: Profile, folder: Path) -> N
         loaded.tokenizer.save_pretrained(folder)
         (folder / RECORD_NAME).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     except (OSError, ValueError, SafetensorError) as error:
-        raise ConfsteerError(f"cannot save the baked model: {error}") from error
+        raise ResultError(f"cannot save the baked model: {error}") from error
     if code := sorted(file.name for file in folder.rglob("*.py")):
         raise UnsupportedModelError(
             f"{profile.model.id} runs code of its own ({', '.join(code)}), and a baked checkpoint holds none: load it without "

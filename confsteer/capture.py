@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from confsteer.anatomy import Anatomy, LastLayerStates, input_device
 from confsteer.corpus import Batch, Windows, check_ids
-from confsteer.discovery.readout import TokenStates
+from confsteer.discovery.readout import TokenStates, rows_of
 from confsteer.parallel import ALONE, Share
 
 BATCH_SIZE = 4
@@ -119,8 +119,7 @@ def _join(batches: list[TokenStates]) -> TokenStates:
 
 
 def _concatenate(batches: list[TokenStates]) -> TokenStates:
-    joined = (None if column[0] is None else torch.cat(column) for column in zip(*batches, strict=True))
-    return TokenStates(*joined)  # type: ignore[arg-type]
+    return TokenStates._make(None if column[0] is None else torch.cat(column) for column in zip(*batches, strict=True))
 
 
 def record(
@@ -213,5 +212,4 @@ def _continue(
 
 
 def _at(states: LastLayerStates, positions: Tensor) -> LastLayerStates:
-    positions = positions.to(states.residual.device)
-    return LastLayerStates(*(None if field is None else field[positions] for field in states))  # type: ignore[arg-type]
+    return rows_of(states, positions.to(states.residual.device))

@@ -20,7 +20,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 
 from confsteer.anatomy import Anatomy, dtype_name, locate
 from confsteer.discovery.weights import weight_statistics
-from confsteer.errors import ConfsteerError, UnsupportedModelError
+from confsteer.errors import ConfsteerError, LoadError, UnsupportedModelError
 from confsteer.loading import DEMO, DEMO_NAME, load_tokenizer, reason
 from confsteer.profile import WEIGHT_COLUMNS, Layer, ModelIdentity, Profile, library_versions
 
@@ -65,7 +65,7 @@ def scan(
         progress: whether to show a progress bar.
 
     Raises:
-        ConfsteerError: there is no such model, or its checkpoint is not one of whole float32, bfloat16 or float16 tensors in
+        LoadError: there is no such model, or its checkpoint is not one of whole float32, bfloat16 or float16 tensors in
             safetensors files.
         UnsupportedModelError: see `confsteer.anatomy.locate`.
         SettingError: `null_dims` is out of range.
@@ -126,7 +126,7 @@ def read_last_layer(source: str, *, revision: str | None = None, trust_remote_co
     """Read the unembedding, the final norm and the last MLP's output projection of a checkpoint, and nothing else of it.
 
     Raises:
-        ConfsteerError: as `scan`.
+        LoadError: as `scan`.
         UnsupportedModelError: see `confsteer.anatomy.locate`.
     """
     try:
@@ -135,7 +135,7 @@ def read_last_layer(source: str, *, revision: str | None = None, trust_remote_co
         revision = commit or revision
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many kinds
-        raise ConfsteerError(f"cannot load {source}: {reason(error)}") from error
+        raise LoadError(f"cannot load {source}: {reason(error)}") from error
     model, anatomy = _skeleton(config, trust_remote_code)
     shard_of, bytes_total = _shards(source, revision)
     return LastLayer(config, commit, anatomy, _fill(model, anatomy, source, revision, shard_of), bytes_total)
@@ -166,12 +166,12 @@ def _shards(source: str, revision: str | None) -> tuple[dict[str, str], int | No
             index = json.loads(_file(source, SAFE_WEIGHTS_INDEX_NAME, revision).read_bytes())
             return dict(index["weight_map"]), index.get("metadata", {}).get("total_size")
     except OSError as error:
-        raise ConfsteerError(
+        raise LoadError(
             f"{source} has no {SAFE_WEIGHTS_NAME} and no {SAFE_WEIGHTS_INDEX_NAME} within reach. Checkpoints of other formats "
             "are not read, because to unpickle one is to run its code: load and save it with transformers to convert it"
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfsteerError(f"{SAFE_WEIGHTS_INDEX_NAME} of {source} is not an index of safetensors files") from error
+        raise LoadError(f"{SAFE_WEIGHTS_INDEX_NAME} of {source} is not an index of safetensors files") from error
     with _opened(single) as file:
         return dict.fromkeys(file.keys(), SAFE_WEIGHTS_NAME), single.stat().st_size
 
@@ -193,25 +193,25 @@ def _fill(
         names = [own, *(path for path, p in model.named_parameters(remove_duplicate=False) if p is value)]
         found = next((stored[name] for name in names if name in stored), None)
         if found is None:
-            raise ConfsteerError(f"the checkpoint of {source} has no tensor for {own}: it is incomplete, or quantised")
+            raise LoadError(f"the checkpoint of {source} has no tensor for {own}: it is incomplete, or quantised")
         places[found] = module, parameter
     tensors: dict[str, Tensor] = {}
     for shard in sorted({shard_of[name] for name in places}):
         try:
             path = _file(source, shard, revision)
         except OSError as error:
-            raise ConfsteerError(f"cannot read {shard} of {source}: {reason(error)}") from error
+            raise LoadError(f"cannot read {shard} of {source}: {reason(error)}") from error
         with _opened(path) as file:
             tensors |= {name: file.get_tensor(name) for name in places if shard_of[name] == shard}
     for name, (module, parameter) in places.items():
         tensor, shape = tensors[name], module.get_parameter(parameter).shape
         if tensor.dtype not in READABLE_DTYPES or tensor.shape != shape:
-            raise ConfsteerError(
+            raise LoadError(
                 f"{name} of {source} is {dtype_name(tensor.dtype)} {list(tensor.shape)}; it should be {list(shape)} in float32, "
                 "bfloat16 or float16. If the checkpoint is quantised, scan the one it was made from"
             )
         if not tensor.isfinite().all():
-            raise ConfsteerError(f"{name} of {source} has numbers that are not finite: the checkpoint is damaged")
+            raise LoadError(f"{name} of {source} has numbers that are not finite: the checkpoint is damaged")
         setattr(module, parameter, nn.Parameter(tensor, requires_grad=False))
     return tensors
 
@@ -249,4 +249,4 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise ConfsteerError(f"{path} is not a whole safetensors file: {error}") from error
+        raise LoadError(f"{path} is not a whole safetensors file: {error}") from error

@@ -2,11 +2,12 @@
 
 ConfsteerError
 ├── UnsupportedServerError     this release of vLLM, or the way it is set up, is not one confsteer can steer
+├── LoadError                  a model, its tokenizer or its weights cannot be read
 ├── UnsupportedModelError      the model's last layer is not one confsteer can steer; the message names what failed
 ├── NoNeuronsError             the model (or profile) has no neurons of the kind asked for
 ├── CorpusError                the text cannot be used
 ├── SettingError               a setting of a measurement is out of its range
-├── ResultError                a file of results cannot be read or written
+├── ResultError                a file of results, or a baked checkpoint, cannot be read or written
 ├── ResumeError                a calibration cannot go on from what an interrupted one left
 ├── SteeringError              a steering request is wrong or out of reach
 └── ProfileError               a profile cannot be used
@@ -16,9 +17,20 @@ ConfsteerError
     └── ProfileMismatchError   a good profile, of another model
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
 
 class ConfsteerError(Exception):
     """Base of every error confsteer raises on purpose; the message is a sentence for the user."""
+
+
+class LoadError(ConfsteerError):
+    """A model, its tokenizer or its weights cannot be read."""
 
 
 class UnsupportedModelError(ConfsteerError):
@@ -42,7 +54,7 @@ class SettingError(ConfsteerError, ValueError):
 
 
 class ResultError(ConfsteerError):
-    """A file of results cannot be read or written."""
+    """A file of results, or a baked checkpoint, cannot be read or written."""
 
 
 class ResumeError(ConfsteerError):
@@ -71,3 +83,16 @@ class ProfileCorruptError(ProfileError):
 
 class ProfileMismatchError(ProfileError):
     """The profile belongs to another model."""
+
+
+def first_problem(error: ValidationError, *, whole: str, prefix: str = "") -> str:
+    """Say the first problem that pydantic found: ``layer.null_dims: Input should be greater than 0``.
+
+    Args:
+        error: what pydantic raised; one problem is enough for a sentence.
+        whole: what to call the document where the problem is in no key.
+        prefix: keys that lead to the document, to go before the problem's own.
+    """
+    first = error.errors()[0]
+    keys = [prefix, *(str(part) for part in first["loc"] if part != "[key]")]
+    return f"{'.'.join(filter(None, keys))[:80] or whole}: {first['msg']}"

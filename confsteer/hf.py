@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from confsteer.anatomy import dissect
-from confsteer.edit import edited, neuron_edit, resolve, steerable
+from confsteer.edit import edited
 from confsteer.errors import SteeringError
 from confsteer.profile import Profile
 from confsteer.steering import Steering, SteeringFields
@@ -37,7 +37,7 @@ class Steerer:
         self.positions = self.steerings[0].positions
         self.by_row = len(steerings) > 1 or self.positions == "generated"
         """Whether edits depend on the row of the batch, or on where in the text a pass is."""
-        self._neurons = torch.tensor([neuron.index for neuron in steerable(profile)])
+        self._neurons = torch.tensor([neuron.index for neuron in profile.steerable])
         self._table = self._build(self.steerings)  # [4, steerings, neurons]: gain, bias, low, high
         self._layer = profile.model.layer
         self._rows = 1
@@ -70,7 +70,7 @@ class Steerer:
         )
 
     def _build(self, steerings: Sequence[Steering]) -> Tensor:
-        edits = [neuron_edit(steering, self.profile) for steering in steerings]
+        edits = [self.profile.edit(steering) for steering in steerings]
         return torch.from_numpy(np.stack([np.stack(columns) for columns in zip(*edits, strict=True)]))
 
     def _note_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -173,7 +173,7 @@ def _as_steerings(steering: Request | Sequence[Request] | None, request: Steerin
 
 
 def _resolve(steerings: Sequence[Steering], profile: Profile) -> tuple[Steering, ...]:
-    resolved = tuple(resolve(steering, profile) for steering in steerings)
+    resolved = tuple(profile.resolve(steering) for steering in steerings)
     if len({steering.positions for steering in resolved}) > 1:
         raise SteeringError("all rows of a batch must have the same positions, 'all' or 'generated'")
     return resolved

@@ -18,7 +18,7 @@ from transformers import (
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file, extract_commit_hash
 
-from confsteer.errors import ConfsteerError, UnsupportedModelError
+from confsteer.errors import ConfsteerError, LoadError, UnsupportedModelError
 
 DEMO = Path(__file__).parent / "demo" / "model"
 """Folder of the bundled demonstration model."""
@@ -53,7 +53,7 @@ def load_model(
         trust_remote_code: run code that comes with the model.
 
     Raises:
-        ConfsteerError: there is no such model, or it cannot be loaded, or its checkpoint lacks weights.
+        LoadError: there is no such model, or it cannot be loaded, or its checkpoint lacks weights.
         UnsupportedModelError: it is an encoder-decoder.
     """
     source = str(DEMO) if name is None else name
@@ -81,10 +81,10 @@ def load_model(
     except ConfsteerError:
         raise
     except Exception as error:  # transformers raises many kinds: of a config alone TypeError, KeyError, ZeroDivisionError, …
-        raise ConfsteerError(f"cannot load {source}: {reason(error)}") from error
+        raise LoadError(f"cannot load {source}: {reason(error)}") from error
     if missing := sorted(found["missing_keys"]):
         # transformers fills them with random numbers.
-        raise ConfsteerError(
+        raise LoadError(
             f"the checkpoint of {source} is incomplete, or not of this kind of model: it lacks {len(missing)} of its weights, "
             f"such as {missing[0]}"
         )
@@ -97,14 +97,14 @@ def load_tokenizer(source: str, *, revision: str | None, trust_remote_code: bool
     """The tokenizer of a hub id or folder.
 
     Raises:
-        ConfsteerError: there is none, or it cannot be loaded.
+        LoadError: there is none, or it cannot be loaded.
     """
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             source, revision=revision, trust_remote_code=trust_remote_code
         )
     except Exception as error:  # as many kinds as of a model
-        raise ConfsteerError(f"cannot load the tokenizer of {source}: {reason(error)}") from error
+        raise LoadError(f"cannot load the tokenizer of {source}: {reason(error)}") from error
     return tokenizer
 
 

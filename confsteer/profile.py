@@ -23,7 +23,7 @@ from confsteer.anatomy import Anatomy, dtype_name
 from confsteer.corpus import vocabulary_size
 from confsteer.discovery.response import monotone_range
 from confsteer.discovery.weights import WeightStatistics
-from confsteer.edit import neuron_edit
+from confsteer.edit import NeuronEdit
 from confsteer.errors import (
     NoNeuronsError,
     ProfileCorruptError,
@@ -32,9 +32,10 @@ from confsteer.errors import (
     ProfileNotFoundError,
     ProfileVersionError,
     SteeringError,
+    first_problem,
 )
 from confsteer.files import made, read_at_most, shipped_profiles, write_atomically
-from confsteer.steering import DIALS, Dial, PresetName, Steering
+from confsteer.steering import DIALS, Dial, NeuronKey, PresetName, Steering
 
 FORMAT_VERSION = 1
 FILE_NAME = "profile.json"
@@ -284,7 +285,7 @@ class Profile(_Strict):
         for name, steering in presets.items():
             if steering.preset is not None:
                 raise SteeringError(f"preset {name!r} is made of another preset, {steering.preset!r}: write out what it does")
-            neuron_edit(steering, self)
+            self.edit(steering)
 
     def with_preset(self, name: str, steering: Steering) -> Profile:
         """A copy of the profile in which `steering` can be asked for as ``preset=name``.
@@ -347,17 +348,6 @@ class Profile(_Strict):
             raise self.no_neurons("entropy" if dial == "entropy" else "token-frequency")
         return self.response[dial]
 
-    @property
-    def text(self) -> CorpusIdentity:
-        """The text it was calibrated on.
-
-        Raises:
-            NoNeuronsError: none: only the weights were scanned.
-        """
-        if self.corpus is None:
-            raise self.no_neurons()
-        return self.corpus
-
     def no_neurons(self, *kinds: str) -> NoNeuronsError:
         """The error that says why there are no neurons of these kinds to steer."""
         if self.corpus is None:
@@ -398,6 +388,83 @@ class Profile(_Strict):
         changes = curve.change(dial)
         low, high = monotone_range(changes, curve.zero)
         return float(np.interp(change, changes[low : high + 1], curve.position[low : high + 1]))
+
+    @property
+    def steerable(self) -> tuple[Neuron, ...]:
+        """The neurons that steering can reach, in the order of every `NeuronEdit`.
+
+        Raises:
+            NoNeuronsError: there are none.
+        """
+        neurons = (*self.entropy_neurons, *self.frequency_neurons)
+        if not neurons:
+            raise self.no_neurons("entropy", "token-frequency")
+        return neurons
+
+    def resolve(self, steering: Steering) -> Steering:
+        """Write out the preset of `steering`: the preset's fields, and in place of them those that it gives itself.
+
+        Raises:
+            SteeringError: the profile has no such preset.
+        """
+        if steering.preset is None:
+            return steering
+        if steering.preset not in self.presets:
+            presets = ", ".join(self.presets) or "(none)"
+            raise SteeringError(f"preset {steering.preset!r}: not in the profile of {self.model.id}, which has {presets}")
+        given = {name: getattr(steering, name) for name in steering.model_fields_set if name != "preset"}
+        return self.presets[steering.preset].model_copy(update=given)
+
+    def edit(self, steering: Steering) -> NeuronEdit:
+        """Translate `steering` into what it does to each of the profile's neurons.
+
+        A neuron is first scaled about its mean, then shifted and pushed by the dials, then clamped.
+
+        Raises:
+            SteeringError: a dial is out of reach, or a neuron or preset is not in the profile.
+            NoNeuronsError: the model has no neurons of the kind asked for.
+        """
+        steering = self.resolve(steering)
+        neurons = self.steerable
+        mean = np.array([neuron.mean_activation for neuron in neurons])
+        gain, bias = np.ones(len(neurons)), np.zeros(len(neurons))
+        low, high = np.full(len(neurons), -np.inf), np.full(len(neurons), np.inf)
+        for key, factor in steering.scale.items():
+            gain[self._rows(key)] = factor
+        bias += (1 - gain) * mean
+        shift = np.zeros(len(neurons))
+        for key, change in steering.shift.items():
+            shift[self._rows(key)] = change
+        bias += shift
+        for dial in DIALS:
+            if change := getattr(steering, dial):
+                position = self.dial_position(dial, change)
+                for neuron in self.neurons(dial):
+                    bias[self._rows(neuron.index)] += position * neuron.sign * neuron.std_activation
+        for key, bounds in steering.clamp.items():
+            lower, upper = bounds if isinstance(bounds, tuple) else (bounds, bounds)
+            low[self._rows(key)] = -np.inf if lower is None else lower
+            high[self._rows(key)] = np.inf if upper is None else upper
+        with np.errstate(over="ignore"):
+            edit = NeuronEdit(*(column.astype(np.float32) for column in (gain, bias, low, high)))
+        if not (np.isfinite(edit.gain).all() and np.isfinite(edit.bias).all()):
+            raise SteeringError(f"{steering}: with the profile of {self.model.id} it adds more than a float32 holds")
+        return edit
+
+    def _rows(self, key: NeuronKey) -> list[int]:
+        """Positions in `steerable` of the neurons that a key of a steering means.
+
+        Raises:
+            SteeringError: the profile has none.
+        """
+        groups = {"entropy": self.entropy_neurons, "frequency": self.frequency_neurons}
+        meant = {neuron.index for neuron in groups[key]} if isinstance(key, str) else {key}
+        indices = [neuron.index for neuron in self.steerable]
+        rows = [row for row, index in enumerate(indices) if index in meant]
+        if not rows:
+            what = f"{key} neurons" if isinstance(key, str) else f"neuron {key}"
+            raise SteeringError(f"{what}: not in the profile of {self.model.id}, which has {', '.join(map(str, indices))}")
+        return rows
 
     def check_model(self, anatomy: Anatomy) -> None:
         """
@@ -470,9 +537,7 @@ class Profile(_Strict):
         try:
             profile = cls.model_validate_json(json.dumps(document))
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "profile"
-            raise ProfileCorruptError(f"{folder / FILE_NAME}: {where}: {first['msg']}") from error
+            raise ProfileCorruptError(f"{folder / FILE_NAME}: {first_problem(error, whole='profile')}") from error
         if checksum != _checksum(version, document):
             raise ProfileCorruptError(
                 f"{folder / FILE_NAME} was changed after it was written (its checksum does not fit). Calibrate again, or get "

@@ -18,8 +18,7 @@ from matplotlib.figure import Figure
 from pydantic import ValidationError
 
 from confsteer import plots
-from confsteer.errors import ProfileMismatchError, ResultError
-from confsteer.evaluation.bootstrap import RESAMPLES, Interval
+from confsteer.errors import ProfileMismatchError, ResultError, first_problem
 from confsteer.evaluation.choices import ChoiceComparison
 from confsteer.evaluation.comparison import COMPARED, ComparedRow, Kind, TextComparison
 from confsteer.evaluation.harness import Evaluation
@@ -27,6 +26,7 @@ from confsteer.evaluation.induction import InductionStudy
 from confsteer.evaluation.metrics import BINS, MASS_BINS, SELECTED
 from confsteer.files import read_at_most, write_result
 from confsteer.profile import Profile
+from confsteer.results.bootstrap import RESAMPLES, Interval
 from confsteer.steering import DIALS
 from confsteer.tuning import Tuning
 
@@ -186,10 +186,8 @@ def read_result(file: Path) -> Evaluation | Tuning:
     try:
         result = kind.model_validate_json(json.dumps(document))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the document"
-        name = kind.__name__.lower()
-        raise ResultError(f"{file} is not of this version's {name}: {where}: {first['msg']}. {way_out}") from error
+        problem = first_problem(error, whole="the document")
+        raise ResultError(f"{file} is not of this version's {kind.__name__.lower()}: {problem}. {way_out}") from error
     compared: list[TextComparison | ChoiceComparison] = [*result.texts]
     compared += result.left_out if isinstance(result, Tuning) else result.choices
     for one in compared:

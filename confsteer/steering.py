@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, TypedDict
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from confsteer.errors import SteeringError
+from confsteer.errors import SteeringError, first_problem
 
 Dial = Literal["entropy", "unigram"]
 DIALS: tuple[Dial, ...] = ("entropy", "unigram")
@@ -157,7 +157,5 @@ def _read_text(text: str) -> dict[str, Any]:
 
 def _sentence(error: ValidationError) -> str:
     """The first problem of a validation error, with the key it is about."""
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"] if part not in ("[key]",))[:80]
-    given = repr(first["input"])
-    return f"{where}: {first['msg']} (given {given[:60]})"
+    given = repr(error.errors()[0]["input"])
+    return f"{first_problem(error, whole='steering')} (given {given[:60]})"

@@ -13,7 +13,6 @@ from confsteer.printable import printable
 from confsteer.steering import DIALS
 
 if TYPE_CHECKING:
-    from confsteer.evaluation.bootstrap import Interval
     from confsteer.evaluation.choices import ChoiceComparison
     from confsteer.evaluation.comparison import ComparedRow, TextComparison
     from confsteer.evaluation.cumulative import CumulativeStudy
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from confsteer.evaluation.induction import InductionStudy
     from confsteer.evaluation.lm_eval_samples import TaskCalibration
     from confsteer.profile import Neuron, Profile
+    from confsteer.results.bootstrap import Interval
     from confsteer.tuning import Tuning
 
 LONGEST_NAME = 40

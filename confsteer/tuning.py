@@ -8,16 +8,13 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from confsteer.corpus import Windows, make_windows
 from confsteer.discovery.frequency import Unigram
-from confsteer.edit import neuron_edit, steerable
 from confsteer.errors import CorpusError
-from confsteer.evaluation.bootstrap import Blocks, Interval, mean
 from confsteer.evaluation.comparison import Method, Sample, TextComparison, compare
 from confsteer.evaluation.fit import (
     MOST_STEPS,
@@ -31,6 +28,8 @@ from confsteer.evaluation.fit import (
 from confsteer.evaluation.harness import Texts, named_texts, neutral_method, read_sample, with_matched_temperatures
 from confsteer.evaluation.last_layer import Intervention, Reader
 from confsteer.profile import Profile, library_versions
+from confsteer.results.bootstrap import Blocks, Interval, mean
+from confsteer.results.result import Result
 from confsteer.steering import DIALS, Dial, Steering
 
 DEFAULT_TOKENS = 40_000
@@ -46,10 +45,8 @@ FEWEST_BLOCKS = 20
 Parameters = Literal["neurons", "dials"]
 
 
-class Tuning(BaseModel):
+class Tuning(Result):
     """What tuning found, and what it does to text it has not seen."""
-
-    model_config = ConfigDict(frozen=True)
 
     model: str
     profile: str
@@ -190,7 +187,7 @@ def tune(
         tokens={
             part: sum(getattr(one, part).reading.tokens for one in splits) for part in ("train", "stop", "validation", "test")
         },
-        validation=_gain(objective, Intervention.of(neuron_edit(best.steering, profile)), [one.validation for one in splits]),
+        validation=_gain(objective, Intervention.of(profile.edit(best.steering)), [one.validation for one in splits]),
         texts=tuple(_report(one, best, *baselines) for one in splits),
         left_out=tuple(left_out),
         steps=best.steps,
@@ -257,7 +254,7 @@ def search(
     )
     steering = ways.steering(found.parameters)
     # What is reported is what the stored steering does, digits and all.
-    intervention = Intervention.of(neuron_edit(steering, profile))._replace(temperature=found.intervention.temperature)
+    intervention = Intervention.of(profile.edit(steering))._replace(temperature=found.intervention.temperature)
     return Tuned(steering, float(intervention.temperature) if with_temperature else None, intervention, found.steps)
 
 
@@ -265,7 +262,7 @@ class NeuronParameters:
     """A gain about the mean and a shift, in units of half its dial's reach, of each neuron: ``2 · neurons`` parameters."""
 
     def __init__(self, profile: Profile) -> None:
-        self.neurons = steerable(profile)
+        self.neurons = profile.steerable
         self.number = 2 * len(self.neurons)
         self._mean = torch.tensor([neuron.mean_activation for neuron in self.neurons])
         self._unit = torch.tensor(
@@ -307,7 +304,7 @@ class DialParameters:
         self.profile = profile
         self.dials: list[Dial] = [dial for dial in DIALS if dial in profile.response]
         self.number = len(self.dials)
-        neurons = steerable(profile)
+        neurons = profile.steerable
         # What position 1 of each dial adds to each activation, [dials, neurons].
         self._push = torch.tensor(
             [

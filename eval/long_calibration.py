@@ -166,9 +166,10 @@ def main(text: tuple[Path, ...], tokens: int, neurons: int, json_file: Path | No
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         found = differences(profile, diary)
         memory = {name: memory_by_tenth(diary.resident[name]) for name in PASSES}
+    assert profile.corpus is not None
     results: dict[str, Any] = {
         "tokens": windows.n_tokens,
-        "kept_tokens": profile.text.kept_tokens,
+        "kept_tokens": profile.corpus.kept_tokens,
         "windows": len(windows),
         "seconds": round(wall, 1),
         "processor_seconds": round(processor, 1),

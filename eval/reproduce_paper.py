@@ -21,13 +21,13 @@ from confsteer import ConfsteerError, Profile
 from confsteer.anatomy import dissect
 from confsteer.corpus import Document
 from confsteer.discovery.weights import weight_statistics
-from confsteer.evaluation.bootstrap import Interval
 from confsteer.evaluation.cumulative import CumulativeStudy, cumulative
 from confsteer.evaluation.heads import INDUCTION_SCORE, HeadStudy, bos_ablation
 from confsteer.evaluation.induction import InductionStudy, RepeatedSequences, induction
 from confsteer.loading import DEMO_NAME, load_model
 from confsteer.plots import plot_cumulative, plot_frequency_neurons, plot_induction, plot_neurons, plot_response
-from confsteer.profile import Measurement
+from confsteer.profile import CorpusIdentity, Measurement
+from confsteer.results.bootstrap import Interval
 from confsteer.steering import DIALS
 from confsteer.texts import python_docs, read_texts
 
@@ -126,8 +126,13 @@ def interval(value: Interval, sign: str = "+") -> str:
     return "{:{f}} ({:{f}} to {:{f}})".format(*value, f=f"{sign}.4f")
 
 
+def corpus_of(profile: Profile) -> CorpusIdentity:
+    assert profile.corpus is not None  # a scan has none, and this script calibrates
+    return profile.corpus
+
+
 def head(profile: Profile) -> str:
-    model, corpus = profile.model, profile.text
+    model, corpus = profile.model, corpus_of(profile)
     versions = ", ".join(f"{name} {version}" for name, version in profile.versions.items())
     return (
         "Made by `eval/reproduce_paper.py`; the paper is Stolfo et al. 2024, arXiv 2406.16254. Everything is in nats. The "
@@ -200,9 +205,10 @@ def effects(profile: Profile) -> str:
         (f"layer, {name}", *(f"{float(profile.columns[column].quantile(q)):.4f}" for column in MEANS), "")
         for name, q in (("median", 0.5), ("99th percentile", 0.99), ("largest", 1.0))
     ]
+    corpus = corpus_of(profile)
     return (
         "A neuron is set to its mean. Total effect: mean |Δloss|; direct effect: the same with the final norm frozen; mediation: "
-        f"1 − direct/total. {profile.text.kept_tokens:,} tokens; ± standard error over {profile.text.windows} windows.\n\n"
+        f"1 − direct/total. {corpus.kept_tokens:,} tokens; ± standard error over {corpus.windows} windows.\n\n"
         + table(["neuron", "total", "direct", "mediation", "Δentropy", "abs. Δentropy", "argmax changed"], [*rows, *quantiles])
     )
 
@@ -226,7 +232,7 @@ def frequency(profile: Profile) -> str:
         "![Mean |ΔKL| against frequency mediation](frequency_neurons.png)\n\n"
         "Frequency mediation: the share of a neuron's effect on the loss that is gone when the logits are held at their "
         "projection on the unigram direction. KL is KL(P_freq ‖ P_model), as in the paper's code. The unigram distribution was "
-        f"counted on {profile.text.unigram_tokens:,} tokens. The luckiest of as many random writes has a cosine beyond "
+        f"counted on {corpus_of(profile).unigram_tokens:,} tokens. The luckiest of as many random writes has a cosine beyond "
         f"{profile.layer.chance_frequency_cosine:.3f} with the unigram direction 1 time in 20. ± standard error over windows.\n\n"
         + (
             table(["neuron", "mean abs. ΔKL", "frequency mediation", "mean abs. Δloss", "cosine with unigram"], rows)
@@ -362,10 +368,11 @@ def response(profile: Profile) -> str:
     """What setting all neurons of a dial along their signs does."""
     if not profile.response:
         return "**Not measured: the model has no neurons to clamp.**"
+    corpus = corpus_of(profile)
     parts = [
         "![Response of the dials](response.png)",
         "All neurons of a kind are moved together, each by the dial's position in units of its own standard deviation. "
-        f"Means over {profile.text.kept_tokens:,} tokens in {profile.text.windows} windows; no intervals are kept of these.",
+        f"Means over {corpus.kept_tokens:,} tokens in {corpus.windows} windows; no intervals are kept of these.",
     ]
     for dial in DIALS:
         if dial in profile.response:

@@ -39,7 +39,6 @@ import torch
 from bench_serving import Server, machine, server_environment, serving
 
 from confsteer import Profile, Steering
-from confsteer.edit import steerable
 from confsteer.loading import DEMO_NAME
 from confsteer.vllm.command import server_command
 from confsteer.vllm.settings import KEY
@@ -79,7 +78,7 @@ class Load:
         self._fuzz = fuzz.Fuzz(profile, seed)
         self._model, self._profile, self._check_every = model, profile, check_every
         self._asked = itertools.count(1)
-        self._neurons = steerable(profile)
+        self._neurons = profile.steerable
         self._prompts: list[list[int]] = [[1]]
 
     def ask(self, *, streamed: bool) -> Ask:

@@ -19,7 +19,6 @@ import click
 import torch
 
 from confsteer import Profile
-from confsteer.edit import steerable
 from confsteer.evaluation.comparison import Method, compare
 from confsteer.evaluation.fit import fit_null_write, fit_temperature
 from confsteer.evaluation.harness import neutral_method, read_sample, with_matched_temperatures
@@ -51,7 +50,7 @@ class Fitted(NamedTuple):
 
 def control_profile(profile: Profile, seed: int) -> Profile:
     """The profile with as many other neurons of the layer, drawn at random, in place of its own."""
-    own = [neuron.index for neuron in steerable(profile)]
+    own = [neuron.index for neuron in profile.steerable]
     active = [i for i in range(profile.model.n_neurons) if i not in own and profile.columns["std_activation"][i] > 0]
     drawn = torch.tensor(active)[torch.randperm(len(active), generator=torch.Generator().manual_seed(seed))[: len(own)]].tolist()
     neurons = [
@@ -62,7 +61,7 @@ def control_profile(profile: Profile, seed: int) -> Profile:
                 "std_activation": float(profile.columns["std_activation"][i]),
             }
         )
-        for neuron, i in zip(steerable(profile), drawn, strict=True)
+        for neuron, i in zip(profile.steerable, drawn, strict=True)
     ]
     k = len(profile.entropy_neurons)
     return profile.model_copy(update={"entropy_neurons": tuple(neurons[:k]), "frequency_neurons": tuple(neurons[k:])})

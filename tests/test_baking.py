@@ -17,7 +17,6 @@ import confsteer
 from confsteer import ConfsteerError, NoNeuronsError, ProfileMismatchError, Steering, SteeringError, UnsupportedModelError
 from confsteer.baking import new_folder
 from confsteer.cli import main
-from confsteer.edit import neuron_edit, steerable
 from tests.planted import Planted, planted
 
 IDS = torch.randint(1, 96, (4, 10), generator=torch.Generator().manual_seed(5))
@@ -54,7 +53,7 @@ def with_constant(found: Planted) -> list[Steering]:
 
 
 def without_constant(found: Planted) -> Steering:
-    mean = next(neuron.mean_activation for neuron in steerable(found.profile) if neuron.index == 5)
+    mean = next(neuron.mean_activation for neuron in found.profile.steerable if neuron.index == 5)
     return Steering(scale={5: 30.0}, shift={5: -(1 - 30.0) * mean}, clamp={11: 0.0, 20: (0.0, 0.0)})
 
 
@@ -135,8 +134,8 @@ def test_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
     projection = model.transformer.h[-1].mlp.c_proj
     weight, bias = projection.weight.detach().double(), projection.bias.detach().double()
     steering = Steering(scale={5: 0.3}, entropy=0.1)
-    edit = neuron_edit(steering, found.profile)
-    for neuron, gain, shift in zip(steerable(found.profile), edit.gain, edit.bias, strict=True):
+    edit = found.profile.edit(steering)
+    for neuron, gain, shift in zip(found.profile.steerable, edit.gain, edit.bias, strict=True):
         bias += float(shift) * weight[neuron.index]
         weight[neuron.index] *= float(gain)
     confsteer.bake(model, found.profile, steering)
@@ -190,7 +189,7 @@ def test_too_small_and_too_large_for_half_precision_are_refused() -> None:
     found = planted("gpt2")
     model = copy.deepcopy(found.model).half()
     before = state(model)
-    mean = next(neuron.mean_activation for neuron in steerable(found.profile) if neuron.index == 5)
+    mean = next(neuron.mean_activation for neuron in found.profile.steerable if neuron.index == 5)
     with pytest.raises(SteeringError, match="changes nothing in the float16 weights"):
         confsteer.bake(model, found.profile, Steering(scale={5: 1.0001}, shift={5: -(1 - 1.0001) * mean}))
     with pytest.raises(SteeringError, match="float16 cannot hold"):

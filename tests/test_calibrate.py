@@ -191,7 +191,9 @@ def test_unigram_counts_may_be_given_and_are_checked() -> None:
     own = make_windows(found.texts, found.tokenizer, window=64).counts(96).numpy()
     assert calibrate([*own, 0, 0]).frequency_neurons == found.profile.frequency_neurons
     reversed_counts = calibrate(own[::-1])
-    assert reversed_counts.text.unigram_sha256 != found.profile.text.unigram_sha256
+    assert reversed_counts.corpus
+    assert found.profile.corpus
+    assert reversed_counts.corpus.unigram_sha256 != found.profile.corpus.unigram_sha256
     assert [n.index for n in reversed_counts.frequency_neurons] != [FREQUENCY_NEURON]
     for wrong, sentence in (
         ([1, 2], "for 2 tokens; the tokenizer has 96"),

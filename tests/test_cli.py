@@ -46,7 +46,8 @@ def test_calibrate_finds_saves_and_prints(folder: Path, tmp_path: Path) -> None:
     result = run("calibrate", folder / "model", "--text", folder / "text.txt", "--window", 64, "--out", tmp_path / "p")
     profile = Profile.load(tmp_path / "p")
     assert {n.index: n.sign for n in profile.entropy_neurons} == ENTROPY_NEURONS
-    assert profile.text.source == "text.txt"
+    assert profile.corpus
+    assert profile.corpus.source == "text.txt"
     for neuron in (*profile.entropy_neurons, *profile.frequency_neurons):
         assert f"{neuron.layer}.{neuron.index}" in result.output
     assert "Entropy neurons" in result.output
@@ -57,7 +58,9 @@ def test_calibrate_without_text_samples_it_and_says_so(folder: Path, tmp_path: P
     arguments = ("calibrate", folder / "model", "--window", 64, "--tokens", 2000, "--seed", 7)
     result = run(*arguments, "--out", tmp_path / "p")
     assert "No text given: the model writes its own, 2,000 tokens sampled at temperature 1 (seed 7)." in result.output
-    assert Profile.load(tmp_path / "p").text.source == "text sampled from the model itself (seed 7)"
+    corpus = Profile.load(tmp_path / "p").corpus
+    assert corpus
+    assert corpus.source == "text sampled from the model itself (seed 7)"
 
 
 def test_calibrate_on_conversations(folder: Path, tmp_path: Path) -> None:
@@ -66,7 +69,8 @@ def test_calibrate_on_conversations(folder: Path, tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path / "model")
     arguments = ("--text", folder / "chats.jsonl", "--chat", "--window", 64, "--out", tmp_path / "p")
     run("calibrate", tmp_path / "model", *arguments)
-    corpus = Profile.load(tmp_path / "p").text
+    corpus = Profile.load(tmp_path / "p").corpus
+    assert corpus
     served = [json.loads(line)["messages"] for line in (folder / "chats.jsonl").read_text().splitlines()]
     assert corpus.sha256 == make_windows(served, tokenizer, window=64).sha256
     assert corpus.source == "chats.jsonl (conversations)"
@@ -77,7 +81,8 @@ def test_windows_cross_documents_where_asked(folder: Path, tmp_path: Path) -> No
     (tmp_path / "texts.json").write_text(json.dumps([{"body": text} for text in texts]))
     arguments = ("--text", tmp_path, "--field", "body", "--join", "--window", 64, "--out", tmp_path / "p")
     run("calibrate", folder / "model", *arguments)
-    corpus = Profile.load(tmp_path / "p").text
+    corpus = Profile.load(tmp_path / "p").corpus
+    assert corpus
     assert corpus.tokens == 40 * 30 + 39
     assert corpus.windows == -(-corpus.tokens // 64)
 
@@ -87,7 +92,9 @@ def test_a_dataset_is_a_text(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "data" / "test.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in zipf_texts()))
     arguments = ("--dataset", tmp_path / "data", "--split", "test", "--window", 64, "--out", tmp_path / "p")
     result = run("calibrate", folder / "model", *arguments)
-    assert Profile.load(tmp_path / "p").text.source == f"dataset {tmp_path / 'data'} test"
+    corpus = Profile.load(tmp_path / "p").corpus
+    assert corpus
+    assert corpus.source == f"dataset {tmp_path / 'data'} test"
     assert "\nWarning: 960 tokens of text are too few to rank the tokenizer's 96 by frequency" in result.output
     assert "UserWarning" not in result.output
 

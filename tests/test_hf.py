@@ -20,7 +20,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, TextIteratorStre
 import confsteer
 from confsteer import NoNeuronsError, ProfileMismatchError, Steering, SteeringError
 from confsteer.anatomy import LastLayerStates, dissect
-from confsteer.edit import neuron_edit, steerable
 from tests.models import FAMILIES, TinyFamily, planted_model, tiny_model
 from tests.planted import Planted, planted
 
@@ -49,8 +48,8 @@ def by_the_rule(found: Planted, steering: Steering, ids: Tensor = IDS) -> Tensor
     states: list[LastLayerStates] = []
     with anatomy.recording(states.append):
         logits(found.model, ids, use_cache=False)
-    edit = neuron_edit(steering, found.profile)
-    index = [neuron.index for neuron in steerable(found.profile)]
+    edit = found.profile.edit(steering)
+    index = [neuron.index for neuron in found.profile.steerable]
     a = states[0].activations[:, index]
     gain, bias, low, high = map(torch.from_numpy, edit)
     change = (gain * a + bias).clamp(low, high) - a
@@ -355,8 +354,8 @@ def test_half_precision_rounds_the_edit_once(dtype: torch.dtype) -> None:
     with confsteer.steer(model, found.profile, steering):
         anatomy.down_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
         logits(model)
-    index = [neuron.index for neuron in steerable(found.profile)]
-    gain, bias, low, high = map(torch.from_numpy, neuron_edit(steering, found.profile))
+    index = [neuron.index for neuron in found.profile.steerable]
+    gain, bias, low, high = map(torch.from_numpy, found.profile.edit(steering))
     expected = (seen[0][..., index].float() * gain + bias).clamp(low, high).to(dtype)
     assert torch.equal(seen[1][..., index], expected)
 

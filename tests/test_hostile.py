@@ -25,7 +25,6 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGene
 from confsteer import CorpusError, NoNeuronsError, Profile, Steering, SteeringError, texts
 from confsteer.cli import main
 from confsteer.corpus import checked_counts, make_windows, read_counts
-from confsteer.edit import neuron_edit
 from confsteer.errors import ConfsteerError, SettingError
 from confsteer.evaluation.run import Run
 from confsteer.hub import card
@@ -433,7 +432,7 @@ def test_any_request_is_a_steering_of_finite_numbers_or_a_sentence() -> None:
         for request in requests(chance):
             cases += 1
             try:
-                edit = neuron_edit(Steering.parse(request), profile)
+                edit = profile.edit(Steering.parse(request))
             except (SteeringError, NoNeuronsError) as error:
                 assert str(error)
             else:

@@ -21,7 +21,6 @@ import pytest
 from rich.console import Console
 
 from confsteer import Profile, ProfileCorruptError, ProfileError, ProfileNotFoundError, Steering, SteeringError
-from confsteer.edit import neuron_edit
 from confsteer.profile import FILE_NAME, FORMAT_VERSION, MEASURED_COLUMNS, WEIGHT_COLUMNS
 from confsteer.steering import DIALS
 from confsteer.tables import print_profile
@@ -213,7 +212,7 @@ def use(profile: Profile, *, printed: bool) -> None:
         if profile.neurons(dial):
             for change in profile.reach(dial):
                 with contextlib.suppress(SteeringError):
-                    edit = neuron_edit(Steering.parse({dial: change}), profile)
+                    edit = profile.edit(Steering.parse({dial: change}))
                     assert np.isfinite(edit.gain).all()
                     assert np.isfinite(edit.bias).all()
 

@@ -79,7 +79,7 @@ def test_two_processes_make_the_profile_of_one(folder: Path, tmp_path: Path) -> 
     one = calibrate(folder, tmp_path / "one", [])
     assert one.returncode == 0, one.stderr
     ours, theirs = Profile.load(tmp_path / "two"), Profile.load(tmp_path / "one")
-    assert ours.text == theirs.text
+    assert ours.corpus == theirs.corpus
     assert [n.index for n in ours.entropy_neurons] == [n.index for n in theirs.entropy_neurons]
     assert [n.index for n in ours.frequency_neurons] == [n.index for n in theirs.frequency_neurons]
     for name, column in theirs.columns.items():

@@ -130,6 +130,7 @@ def test_calibration_without_text_is_on_the_models_own() -> None:
     model = planted_model("llama", counts + torch.arange(VOCAB))
     profile = confsteer.calibrate(model, TOKENIZER, tokens=2000, window=64, seed=5)
     windows = sample_windows(model, TOKENIZER, tokens=2000, window=64, seed=5)
-    assert profile.text.source == "text sampled from the model itself (seed 5)"
-    assert profile.text.sha256 == windows.sha256
+    assert profile.corpus
+    assert profile.corpus.source == "text sampled from the model itself (seed 5)"
+    assert profile.corpus.sha256 == windows.sha256
     assert confsteer.calibrate(model, TOKENIZER, windows, seed=5) == profile

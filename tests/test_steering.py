@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from confsteer import NoNeuronsError, Profile, Steering, SteeringError
 from confsteer.discovery.response import monotone_range
-from confsteer.edit import neuron_edit, resolve, steerable
 from confsteer.steering import DIALS, Dial, SteeringFields
 from tests.models import ENTROPY_NEURONS, FREQUENCY_NEURON
 from tests.planted import planted
@@ -41,8 +40,8 @@ def profile() -> Profile:
 
 def edit_of(profile: Profile, **request: Any) -> dict[int, Any]:
     """Neuron index -> (gain, bias, low, high)."""
-    edit = neuron_edit(Steering.parse(request), profile)
-    return {n.index: tuple(float(c[row]) for c in edit) for row, n in enumerate(steerable(profile))}
+    edit = profile.edit(Steering.parse(request))
+    return {n.index: tuple(float(c[row]) for c in edit) for row, n in enumerate(profile.steerable)}
 
 
 NEUTRAL = (1.0, 0.0, -np.inf, np.inf)
@@ -115,7 +114,7 @@ def test_a_preset_is_its_steering_and_what_is_given_beside_it_takes_its_place(pr
     assert edit_of(with_preset, preset="calm") == edit_of(profile, entropy=0.05, scale={5: 0.5})
     assert edit_of(with_preset, preset="calm", entropy=-0.02) == edit_of(profile, entropy=-0.02, scale={5: 0.5})
     assert edit_of(with_preset, preset="calm", scale={}) == edit_of(profile, entropy=0.05)
-    assert resolve(Steering(preset="calm", positions="generated"), with_preset).positions == "generated"
+    assert with_preset.resolve(Steering(preset="calm", positions="generated")).positions == "generated"
 
 
 def test_presets_that_do_not_work_are_refused(profile: Profile) -> None:
@@ -136,7 +135,7 @@ def test_a_dial_pushes_each_neuron_by_its_sign_and_deviation(profile: Profile, d
         position = profile.dial_position(dial, change)
         assert position * share > 0
         edit = edit_of(profile, **{dial: change})
-        for neuron in steerable(profile):
+        for neuron in profile.steerable:
             bias = position * neuron.sign * neuron.std_activation if neuron in profile.neurons(dial) else 0.0
             assert edit[neuron.index] == (1.0, pytest.approx(bias, rel=1e-5), -np.inf, np.inf)
 
@@ -225,7 +224,7 @@ JSON = st.recursive(
 def test_any_json_is_a_steering_or_a_clear_error(profile: Profile, request_: Any) -> None:
     for request in (request_, json.dumps(request_)):
         try:
-            edit = neuron_edit(Steering.parse(request), profile)
+            edit = profile.edit(Steering.parse(request))
         except (SteeringError, NoNeuronsError) as error:
             assert str(error)
         else:

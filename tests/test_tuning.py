@@ -9,10 +9,9 @@ import torch
 
 from confsteer import CorpusError, Profile, Steering
 from confsteer.corpus import make_windows
-from confsteer.edit import neuron_edit, steerable
-from confsteer.evaluation.bootstrap import Interval
 from confsteer.evaluation.harness import read_sample
 from confsteer.evaluation.last_layer import Intervention, Reader
+from confsteer.results.bootstrap import Interval
 from confsteer.tuning import DialParameters, NeuronParameters, Tuning, split, tune
 from tests.models import zipf_texts
 from tests.planted import Planted, planted, written_by
@@ -44,7 +43,7 @@ def test_a_temperature_tuned_along_is_not_part_of_what_is_stored_or_judged() -> 
     assert result.temperature != pytest.approx(1, abs=1e-3)
     windows = make_windows(texts, found.tokenizer, window=64)
     part = split(read_sample(Reader(found.model, found.profile), windows), windows, found.profile, seed=0).validation
-    alone = Intervention.of(neuron_edit(result.steering, found.profile))
+    alone = Intervention.of(found.profile.edit(result.steering))
     together = alone._replace(temperature=torch.tensor(result.temperature))
     neutral, judged, other = (
         float(part.reading.scores(one).nll.mean()) for one in (Intervention.neutral(len(alone.gain)), alone, together)
@@ -66,7 +65,7 @@ def test_what_is_reported_is_what_the_stored_preset_does() -> None:
     profile = found.profile.with_preset("calibrated", result.steering)
     windows = make_windows(written_by(Steering(entropy=0.6)), found.tokenizer, window=64, source="one")
     test_part = split(read_sample(Reader(found.model, found.profile), windows), windows, found.profile, seed=0).test
-    edit = neuron_edit(Steering(preset="calibrated"), profile)
+    edit = profile.edit(Steering(preset="calibrated"))
     scores = test_part.reading.scores(Intervention.of(edit))
     (row,) = result.texts[0].of_kind("steering")
     assert row.metrics["loss"].value == pytest.approx(float(scores.nll.double().mean()), abs=1e-6)
@@ -87,11 +86,11 @@ def test_parameters_are_the_steering_they_become(model_type: str) -> None:
     generator = torch.Generator().manual_seed(0)
     for ways in (NeuronParameters(profile), DialParameters(profile)):
         at = 0.2 * torch.randn(ways.number, generator=generator)
-        ours, stored = ways.intervention(at), Intervention.of(neuron_edit(ways.steering(at), profile))
+        ours, stored = ways.intervention(at), Intervention.of(profile.edit(ways.steering(at)))
         for name in ("gain", "bias", "low", "high"):
             torch.testing.assert_close(getattr(ours, name).float(), getattr(stored, name), atol=1e-4, rtol=1e-4)
         neutral = ways.intervention(torch.zeros(ways.number))
-        for name, expected in Intervention.neutral(len(steerable(profile)))._asdict().items():
+        for name, expected in Intervention.neutral(len(profile.steerable))._asdict().items():
             torch.testing.assert_close(getattr(neutral, name).float(), expected.float(), atol=1e-7, rtol=0)
 
 
@@ -104,7 +103,7 @@ def test_dials_stay_within_their_reach(model_type: str) -> None:
         steering = ways.steering(torch.full((ways.number,), far))
         low, high = profile.reach("entropy")
         assert low <= (steering.entropy or 0) <= high
-        neuron_edit(steering, profile)
+        profile.edit(steering)
 
 
 def parts_of(found: Planted, texts: list[str], window: int = 64) -> list[set[int]]:

@@ -23,7 +23,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,6 +34,14 @@ WORKING_SET = 2**23
 """Elements of the largest temporary tensors over the vocabulary (32 MiB in float32); there are about twenty."""
 CACHED_SET = 2**18
 """Elements of the temporaries of elementwise work (1 MiB in float32): in a core's cache it is ten times faster."""
+
+
+States = TypeVar("States", bound=NamedTuple)
+
+
+def rows_of(states: States, rows: slice | Tensor) -> States:
+    """Take some rows of every tensor in a named tuple; what is None stays None."""
+    return states._make(None if field is None else field[rows] for field in states)
 
 
 @dataclass(frozen=True)
@@ -61,9 +69,9 @@ class TokenStates(NamedTuple):
     window: Tensor
     """Which window each token is in, ``[tokens]``."""
 
-    def at(self, rows: slice) -> TokenStates:
+    def at(self, rows: slice | Tensor) -> TokenStates:
         """The states of some of the tokens."""
-        return TokenStates(*(field if field is None else field[rows] for field in self))  # type: ignore[arg-type]
+        return rows_of(self, rows)
 
 
 class ReadoutState(NamedTuple):
@@ -88,7 +96,7 @@ class ReadoutState(NamedTuple):
 
     def at(self, rows: slice | Tensor) -> ReadoutState:
         """The state of some of the tokens."""
-        return ReadoutState(*(field if field is None else field[rows] for field in self))  # type: ignore[arg-type]
+        return rows_of(self, rows)
 
 
 class Move(NamedTuple):

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -21,12 +20,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from confsteer.capture import record_continuations
 from confsteer.corpus import context_length
 from confsteer.errors import CorpusError
-from confsteer.evaluation.bootstrap import Blocks
 from confsteer.evaluation.comparison import ComparedRow, Kind, accuracy_at_coverages, paired_differences, reliability_bins
 from confsteer.evaluation.last_layer import Intervention, Reader, Reading, interventions_of
 from confsteer.evaluation.metrics import Estimates, answer_metrics
 from confsteer.profile import Profile
 from confsteer.questions import Question
+from confsteer.results.bootstrap import Blocks
+from confsteer.results.result import Result
 from confsteer.steering import Steering
 
 COLDEST, HOTTEST = 0.1, 1e4
@@ -35,13 +35,11 @@ HALVINGS = 60
 """Of the range of log-temperatures: more than its ends have digits."""
 
 
-class ChoiceComparison(BaseModel):
+class ChoiceComparison(Result):
     """Ways to answer the same questions. The first row is neutral.
 
     The values of a row of kind ``temperature`` or ``matched temperature`` divide the log-likelihoods of whole choices.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     source: str
     questions: int

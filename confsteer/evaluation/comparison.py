@@ -6,14 +6,15 @@ from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 from torch import Tensor
 
 from confsteer.discovery.frequency import Unigram
-from confsteer.evaluation.bootstrap import Blocks, Interval
 from confsteer.evaluation.last_layer import Intervention, Reading, UnigramDivergences
 from confsteer.evaluation.metrics import BINS, Estimates, equal_mass_bins, token_metrics, width_bins
 from confsteer.evaluation.scores import TokenScores
+from confsteer.results.bootstrap import Blocks, Interval
+from confsteer.results.result import Result
 from confsteer.steering import Steering
 
 Kind = Literal["neutral", "steering", "temperature", "null write", "matched temperature"]
@@ -27,11 +28,7 @@ COMPARED = (
 """Metrics whose paired differences are reported."""
 
 
-class _Result(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-
-class ReliabilityBin(_Result):
+class ReliabilityBin(Result):
     """Predictions whose confidence falls into ``[low, high)``."""
 
     low: float
@@ -43,7 +40,7 @@ class ReliabilityBin(_Result):
     """Share of right top predictions; the interval over resampled blocks."""
 
 
-class FrequencyGroup(_Result):
+class FrequencyGroup(Result):
     """Tokens that came and are about equally frequent in the unigram distribution: a tenth of the text."""
 
     low: float
@@ -56,7 +53,7 @@ class FrequencyGroup(_Result):
     accuracy: float
 
 
-class ComparedRow(_Result):
+class ComparedRow(Result):
     """One way to predict, held against others."""
 
     name: str
@@ -67,7 +64,7 @@ class ComparedRow(_Result):
     """The temperature, or the constant written along the null direction (in units of the residual); one per fold."""
     metrics: dict[str, Interval]
     """By the names in `confsteer.evaluation.metrics`."""
-    minus: dict[Kind, dict[str, Interval]] = {}
+    minus: dict[Kind, dict[str, Interval]] = Field(default_factory=dict)
     """Paired differences: this row's metric less that of the row of a kind (of its own matched temperature)."""
     reliability: tuple[ReliabilityBin, ...]
     """Equal-width bins that hold predictions."""
@@ -84,7 +81,7 @@ class Row(ComparedRow):
     """The rarest tokens first."""
 
 
-class TextComparison(_Result):
+class TextComparison(Result):
     """Ways to predict one text. The first row is neutral."""
 
     source: str

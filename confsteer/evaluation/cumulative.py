@@ -10,7 +10,6 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,19 +18,16 @@ from confsteer.anatomy import dissect
 from confsteer.capture import Recording
 from confsteer.corpus import Document, Windows, check_context, make_windows
 from confsteer.errors import SettingError
-from confsteer.evaluation.bootstrap import Change, Interval, ratio_interval
 from confsteer.evaluation.scores import TokenScores
 from confsteer.profile import Profile
+from confsteer.results.bootstrap import Change, Interval, ratio_interval
+from confsteer.results.result import Result
 
 CANDIDATES = 10
 """A control is drawn from this many neurons nearest in norm."""
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-
-class Controls(_Frozen):
+class Controls(Result):
     """Random neurons in the place of entropy neurons: the mean over draws, and the lowest and the highest draw, in nats."""
 
     mean_norm: float
@@ -42,7 +38,7 @@ class Controls(_Frozen):
     loss_abs: Interval
 
 
-class CumulativeStep(_Frozen):
+class CumulativeStep(Result):
     """The strongest entropy neurons set to their means together."""
 
     neurons: tuple[int, ...]
@@ -58,7 +54,7 @@ class CumulativeStep(_Frozen):
     controls: Controls
 
 
-class CumulativeStudy(_Frozen):
+class CumulativeStudy(Result):
     """Ablation of 1, 2, … entropy neurons together and of as many random ones."""
 
     model: str

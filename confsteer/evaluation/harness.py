@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -18,6 +17,7 @@ from confsteer.evaluation.fit import fit_null_write, fit_temperature, match_entr
 from confsteer.evaluation.induction import InductionStudy
 from confsteer.evaluation.last_layer import Intervention, Reader, interventions_of
 from confsteer.profile import Profile, library_versions
+from confsteer.results.result import Result
 from confsteer.steering import Steering
 
 FIT_TOKENS = 10_000
@@ -27,10 +27,8 @@ MOST_SWEPT = 100
 Texts = Iterable[Document] | Windows | Mapping[str, Iterable[Document] | Windows]
 
 
-class Evaluation(BaseModel):
+class Evaluation(Result):
     """Steerings compared on texts."""
-
-    model_config = ConfigDict(frozen=True)
 
     model: str
     profile: str

@@ -15,7 +15,6 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,10 +24,11 @@ from confsteer.anatomy import Anatomy, dissect, input_device, unwrap
 from confsteer.capture import BATCH_SIZE, Recording
 from confsteer.corpus import FIRST_POSITIONS, Windows
 from confsteer.errors import UnsupportedModelError
-from confsteer.evaluation.bootstrap import Change, Interval, ratio_interval
 from confsteer.evaluation.induction import check_repetition, random_stretches, read_twice
 from confsteer.evaluation.scores import TokenScores
 from confsteer.profile import Profile
+from confsteer.results.bootstrap import Change, Interval, ratio_interval
+from confsteer.results.result import Result
 
 INDUCTION_SCORE = 0.7
 """Heads above it count as induction heads, as in the paper."""
@@ -36,11 +36,7 @@ Head = tuple[int, int]
 """Layer and number of an attention head."""
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-
-class DrivenNeuron(_Frozen):
+class DrivenNeuron(Result):
     """An entropy neuron's mean activation, and what the ablation changes of it."""
 
     index: int
@@ -52,7 +48,7 @@ class DrivenNeuron(_Frozen):
     """Of the second reading's mean by the ablation."""
 
 
-class HeadStudy(_Frozen):
+class HeadStudy(Result):
     """Induction heads, and BOS ablation of all of them together. Intervals are over sequences, of paired differences."""
 
     model: str

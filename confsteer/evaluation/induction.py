@@ -15,7 +15,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -34,32 +33,29 @@ from confsteer.corpus import (
 )
 from confsteer.discovery.readout import Readout, TokenStates
 from confsteer.errors import CorpusError, SettingError
-from confsteer.evaluation.bootstrap import Change, Interval, ratio_interval
 from confsteer.evaluation.scores import TokenScores
 from confsteer.profile import Profile
+from confsteer.results.bootstrap import Change, Interval, ratio_interval
+from confsteer.results.result import Result
 
 Kind = Literal["random", "natural"]
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-
-class Curve(_Frozen):
+class Curve(Result):
     """A mean over sequences at each position, with its standard error over sequences."""
 
     mean: tuple[float, ...]
     standard_error: tuple[float, ...]
 
 
-class Reading(_Frozen):
+class Reading(Result):
     """Means over the positions of one reading of the stretch, in nats."""
 
     entropy: Interval
     loss: Interval
 
 
-class ClippedNeuron(_Frozen):
+class ClippedNeuron(Result):
     """A neuron's activation, and the clip that follows from it."""
 
     index: int
@@ -73,7 +69,7 @@ class ClippedNeuron(_Frozen):
     """Above if the mean rises from the first reading to the second."""
 
 
-class ClipEffect(_Frozen):
+class ClipEffect(Result):
     """What clipping one or more neurons does."""
 
     neurons: tuple[int, ...]
@@ -88,7 +84,7 @@ class ClipEffect(_Frozen):
     second_loss: Change
 
 
-class RepeatedSequences(_Frozen):
+class RepeatedSequences(Result):
     """What was measured on one kind of repeated sequences. Intervals and errors are over sequences, for the clips as they are."""
 
     kind: Kind
@@ -109,7 +105,7 @@ class RepeatedSequences(_Frozen):
     """Each neuron alone, then, if there are several, all together."""
 
 
-class InductionStudy(_Frozen):
+class InductionStudy(Result):
     """Repeated sequences, unsteered and with the entropy neurons clipped."""
 
     model: str

@@ -23,7 +23,7 @@ from confsteer.corpus import Windows, check_context
 from confsteer.discovery.frequency import Unigram
 from confsteer.discovery.readout import Readout, TokenStates
 from confsteer.discovery.weights import unembedding_spectrum
-from confsteer.edit import NeuronEdit, edited, neuron_edit, resolve, steerable
+from confsteer.edit import NeuronEdit, edited
 from confsteer.errors import SteeringError
 from confsteer.evaluation.scores import TokenScores
 from confsteer.profile import Profile
@@ -42,7 +42,7 @@ class Intervention(NamedTuple):
     """
 
     gain: Tensor
-    """``[neurons]``, as the next three; in the order of `confsteer.edit.steerable`."""
+    """``[neurons]``, as the next three; in the order of `Profile.steerable`."""
     bias: Tensor
     low: Tensor
     high: Tensor
@@ -69,11 +69,11 @@ def interventions_of(steerings: Sequence[Steering], profile: Profile) -> tuple[l
     Raises:
         SteeringError: one cannot be done, or not in an evaluation.
     """
-    resolved = [resolve(steering, profile) for steering in steerings]
+    resolved = [profile.resolve(steering) for steering in steerings]
     for steering in resolved:
         if steering.positions != "all":
             raise SteeringError(f"{steering}: an evaluation scores text that is given, and steers every position of it")
-    return resolved, [Intervention.of(neuron_edit(steering, profile)) for steering in resolved]
+    return resolved, [Intervention.of(profile.edit(steering)) for steering in resolved]
 
 
 class UnigramDivergences(NamedTuple):
@@ -115,8 +115,7 @@ class Reading:
 
     def at(self, rows: Tensor) -> Reading:
         """Some of the tokens, by index or by mask."""
-        states = TokenStates(*(field if field is None else field[rows] for field in self.states))  # type: ignore[arg-type]
-        return Reading(self.readout, states, self.null_direction)
+        return Reading(self.readout, self.states.at(rows), self.null_direction)
 
     def chunks(self) -> Iterator[Reading]:
         """A few tokens at a time, in order, as slices."""
@@ -167,7 +166,7 @@ class Reader:
             UnsupportedModelError: see `confsteer.anatomy.dissect`.
         """
         model.eval()
-        neurons = torch.tensor([neuron.index for neuron in steerable(profile)])
+        neurons = torch.tensor([neuron.index for neuron in profile.steerable])
         self.model, self.profile, self.anatomy = model, profile, dissect(model)
         profile.check_model(self.anatomy)
         readout = self.anatomy.readout(profile.model.tokenizer_size)

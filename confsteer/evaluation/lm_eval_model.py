@@ -25,8 +25,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel
 
-from confsteer.edit import neuron_edit, resolve
-from confsteer.errors import ConfsteerError, SteeringError
+from confsteer.errors import LoadError, SteeringError
 from confsteer.evaluation.lm_eval_samples import TaskCalibration, calibrations
 from confsteer.files import write_result
 from confsteer.hf import Request, steer
@@ -63,19 +62,19 @@ class SteeredLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
             NoNeuronsError: the profile has no neurons to turn.
             ProfileError: there is no such profile, or it is of another model.
             UnsupportedModelError: see `confsteer.anatomy.dissect`.
-            ConfsteerError: there is no such model.
+            LoadError: there is no such model.
         """
         self.steering = Steering.parse({} if steering is None else steering)
         self.profile = Profile.load(profile) if isinstance(profile, str | os.PathLike) else profile
         if self.profile is not None:
-            self.steering = resolve(self.steering, self.profile)
-            neuron_edit(self.steering, self.profile)
+            self.steering = self.profile.resolve(self.steering)
+            self.profile.edit(self.steering)
         elif self.steering != Steering():
             raise SteeringError(f"steering {self.steering} needs the model's profile: give profile=PROFILE too")
         try:
             super().__init__(str(DEMO) if pretrained == DEMO_NAME else pretrained, **settings)
         except OSError as error:
-            raise ConfsteerError(f"cannot load {pretrained}: {error}") from error
+            raise LoadError(f"cannot load {pretrained}: {error}") from error
         # A profile of another model is refused now, not after the tasks have been loaded.
         with self._steered():
             pass

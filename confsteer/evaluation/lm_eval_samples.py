@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from confsteer.evaluation.bootstrap import Blocks, Interval
 from confsteer.evaluation.metrics import answer_metrics
+from confsteer.results.bootstrap import Blocks, Interval
 
 
 class Answers(NamedTuple):

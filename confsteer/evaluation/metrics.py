@@ -27,8 +27,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from confsteer.evaluation.bootstrap import Blocks, Estimate
 from confsteer.evaluation.scores import TokenScores
+from confsteer.results.bootstrap import Blocks, Estimate
 
 BINS = 15
 MASS_BINS = 10

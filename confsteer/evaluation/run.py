@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from confsteer.corpus import checked_counts, leading_ids, read_counts
-from confsteer.errors import SettingError
+from confsteer.errors import SettingError, first_problem
 from confsteer.evaluation.choices import ChoiceComparison, evaluate_choices
 from confsteer.evaluation.harness import Evaluation, evaluate, sweep
 from confsteer.evaluation.induction import check_repetition, induction
@@ -74,9 +74,8 @@ class Run(BaseModel):
         try:
             return cls.model_validate(content)._beside(file.parent)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "the whole"
-            raise SettingError(f"{file}: {where}: {first['msg']}; a run has {', '.join(cls.model_fields)}") from error
+            problem = first_problem(error, whole="the whole")
+            raise SettingError(f"{file}: {problem}; a run has {', '.join(cls.model_fields)}") from error
 
     def _beside(self, folder: Path) -> Run:
         """With its files and folders where they are."""

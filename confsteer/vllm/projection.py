@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
 from confsteer.anatomy import FAMILIES, UNITS_AT_ONCE, NormParameters, read_norm
-from confsteer.edit import steerable
 from confsteer.errors import ProfileMismatchError, UnsupportedModelError
 from confsteer.profile import Profile
 from confsteer.vllm.table import SteeringTable
@@ -32,7 +31,7 @@ class SteeredProjection(NamedTuple):
     table: SteeringTable
     """What its tokens follow."""
     neurons: list[int]
-    """Positions in `confsteer.edit.steerable` of the neurons that this rank holds, in the order of the table's."""
+    """Positions in `Profile.steerable` of the neurons that this rank holds, in the order of the table's."""
     writes: Tensor
     """What the profile's neurons write to the residual, zero for those of other ranks; float32 ``[neurons, d_model]``."""
     norms: Tensor
@@ -66,7 +65,7 @@ def attach(model: nn.Module, profile: Profile, *, max_tokens: int, slots: int) -
     if hasattr(layer, "requires_unquantized_input"):
         # Otherwise a fused activation may hand over what is already quantised.
         layer.requires_unquantized_input = True
-    columns = [neuron.index - first for neuron in steerable(profile)]
+    columns = [neuron.index - first for neuron in profile.steerable]
     local = [i for i, column in enumerate(columns) if 0 <= column < len(writes)]
     own = torch.tensor([columns[i] for i in local], dtype=torch.int64, device=writes.device)
     profile_writes = torch.zeros(len(columns), writes.shape[1], device=writes.device)

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from confsteer.errors import ProfileError, SettingError
+from confsteer.errors import ProfileError, SettingError, first_problem
 from confsteer.profile import Profile
 
 KEY = "confsteer"
@@ -41,11 +41,9 @@ class Settings(BaseModel):
         try:
             return cls.model_validate(additional_config[KEY])
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join((KEY, *map(str, first["loc"])))
             raise SettingError(
-                f'additional_config: {where}: {first["msg"]}. It should be {{"{KEY}": {{"profile": PROFILE}}}}, and may have a '
-                '"default" steering'
+                f"additional_config: {first_problem(error, whole=KEY, prefix=KEY)}. It should be "
+                f'{{"{KEY}": {{"profile": PROFILE}}}}, and may have a "default" steering'
             ) from error
 
     def load_profile(self) -> Profile:

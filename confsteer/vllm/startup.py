@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
-import logging
 from typing import Any
 
-from confsteer.checkpoint import read_last_layer
-from confsteer.errors import ConfsteerError, ProfileMismatchError
-from confsteer.profile import Profile
 from confsteer.vllm.admission import Admission, admission_of, install
 from confsteer.vllm.release import WORKERS, check_features
 from confsteer.vllm.settings import KEY, Settings
-
-logger = logging.getLogger("vllm.confsteer")
-"""Below vLLM's own, so that its handlers and levels apply."""
+from confsteer.vllm.weights import check_model
 
 
 def prepare(config: Any) -> None:
@@ -43,25 +37,3 @@ def prepare(config: Any) -> None:
     parallel.worker_cls = WORKERS.get(parallel.worker_cls, parallel.worker_cls)
     install(settings)
     admission_of(settings).weights_fit = True  # whatever became of an engine before it in this process
-
-
-def check_model(profile: Profile, model: Any) -> None:
-    """
-    Args:
-        profile: to steer with.
-        model: the engine's ``ModelConfig``.
-
-    Raises:
-        ProfileMismatchError: the profile is of another model, by the sizes in its config or by its weights on disk.
-    """
-    text = model.hf_text_config
-    expected = {"num_hidden_layers": profile.model.layer + 1, "hidden_size": profile.model.d_model}
-    for name, value in expected.items():
-        if (actual := getattr(text, name, value)) != value:
-            raise ProfileMismatchError(f"the profile is of {profile.model.id} with {name} {value}; {model.model} has {actual}")
-    try:
-        last = read_last_layer(model.model, revision=model.revision, trust_remote_code=model.trust_remote_code)
-    except ConfsteerError as error:
-        logger.info("confsteer: the checkpoint's fingerprint was not compared (%s); the loaded weights will be.", error)
-        return
-    profile.check_model(last.anatomy)

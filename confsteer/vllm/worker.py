@@ -13,7 +13,6 @@ from torch import Tensor
 from vllm.distributed import get_pp_group, get_tp_group
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
-from confsteer.edit import steerable
 from confsteer.profile import Profile
 from confsteer.vllm.batch import Batch, follow_runner
 from confsteer.vllm.projection import SteeredProjection, attach, check_unchanged
@@ -21,7 +20,7 @@ from confsteer.vllm.proof import PUSHES, Outputs, prove
 from confsteer.vllm.release import WORKERS
 from confsteer.vllm.settings import Settings
 from confsteer.vllm.slots import Slots
-from confsteer.vllm.startup import check_model
+from confsteer.vllm.weights import check_model
 
 logger = logging.getLogger("vllm.confsteer")
 
@@ -89,7 +88,7 @@ class _SteeringWorker:
         Raises:
             UnsupportedModelError: it is not what steering should do.
         """
-        deviation = torch.tensor([neuron.std_activation for neuron in steerable(self._profile)])
+        deviation = torch.tensor([neuron.std_activation for neuron in self._profile.steerable])
         push = deviation.maximum(deviation.median())
         push[1::2] *= -1
         dtype = self.vllm_config.model_config.dtype

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from confsteer.evaluation.bootstrap import RESAMPLES, Blocks, Estimate, bootstrap_weights, mean, ratio_interval
+from confsteer.results.bootstrap import RESAMPLES, Blocks, Estimate, bootstrap_weights, mean, ratio_interval
 
 
 def test_a_resample_is_of_whole_blocks() -> None:

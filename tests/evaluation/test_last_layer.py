@@ -11,7 +11,6 @@ from confsteer import Profile, Steering
 from confsteer.anatomy import dissect
 from confsteer.corpus import Windows, make_windows
 from confsteer.discovery.frequency import Unigram
-from confsteer.edit import neuron_edit
 from confsteer.evaluation.fit import fit, fit_null_write, fit_temperature, match_entropy
 from confsteer.evaluation.last_layer import Intervention, Reader, Reading
 from confsteer.evaluation.scores import TokenScores
@@ -53,7 +52,7 @@ def test_predictions_are_those_of_the_steered_model(model_type: str) -> None:
     layer, _ = text(model_type)
     profile = planted(model_type).profile
     steering = request(profile)
-    ours = torch.cat([chunk.logits(Intervention.of(neuron_edit(steering, profile))) for chunk in layer.chunks()])
+    ours = torch.cat([chunk.logits(Intervention.of(profile.edit(steering))) for chunk in layer.chunks()])
     theirs = model_logits(model_type, steering)
     torch.testing.assert_close(ours.log_softmax(-1), theirs.log_softmax(-1), atol=1e-4, rtol=0)
     unsteered = torch.cat([chunk.logits(Intervention.neutral(layer.readout.n_neurons)) for chunk in layer.chunks()])

@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from confsteer.evaluation.bootstrap import Blocks
 from confsteer.evaluation.metrics import (
     BINS,
     MASS_BINS,
@@ -22,6 +21,7 @@ from confsteer.evaluation.metrics import (
     width_calibration_error,
 )
 from confsteer.evaluation.scores import TokenScores
+from confsteer.results.bootstrap import Blocks
 
 items = st.lists(st.tuples(st.integers(0, 40).map(lambda i: i / 40), st.booleans()), min_size=2, max_size=60)
 

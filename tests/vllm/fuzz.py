@@ -11,7 +11,6 @@ from typing import Any
 import httpx
 
 from confsteer import ConfsteerError, Profile, Steering
-from confsteer.edit import neuron_edit, steerable
 from confsteer.steering import DIALS, MAX_CHARACTERS
 from confsteer.vllm.settings import KEY
 
@@ -26,7 +25,7 @@ class Fuzz:
 
     def __init__(self, profile: Profile, seed: int) -> None:
         self._random = random.Random(seed)
-        self._neurons = [str(neuron.index) for neuron in steerable(profile)]
+        self._neurons = [str(neuron.index) for neuron in profile.steerable]
         self._presets = [*profile.presets, "loud", "../calm", "a" * 101]
 
     def value(self) -> Any:
@@ -135,7 +134,7 @@ def takes(profile: Profile, value: Any) -> bool:
     if not isinstance(value, str):
         return False
     try:
-        neuron_edit(Steering.parse(value), profile)
+        profile.edit(Steering.parse(value))
     except ConfsteerError:
         return False
     return True

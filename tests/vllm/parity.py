@@ -15,7 +15,6 @@ from torch import Tensor
 
 import confsteer
 from confsteer import Profile, Steering, demo
-from confsteer.edit import steerable
 from confsteer.loading import DEMO
 from tests.planted import planted
 
@@ -58,7 +57,7 @@ class Difference(NamedTuple):
 def subject(model_type: str, folder: Path) -> Subject:
     """A tiny model with planted neurons, saved with its profile, which has a preset."""
     found = planted(model_type, wide=True, tied=model_type in TIED)
-    neuron = steerable(found.profile)[0]
+    neuron = found.profile.steerable[0]
     profile = found.profile.with_preset(
         "calm", Steering(scale={neuron.index: 0.0}, shift={neuron.index: 8 * neuron.std_activation})
     )
@@ -76,7 +75,7 @@ def steerings(profile: Profile) -> list[Any]:
         asked += [{dial: 0.8 * high}, f'{{"{dial}": {0.5 * high}}}', {dial: 0.5 * high, "positions": "generated"}]
         if low < -0.01:
             asked.append(f"{dial}={0.8 * low}")
-    for neuron in steerable(profile):
+    for neuron in profile.steerable:
         mean, deviation = neuron.mean_activation, neuron.std_activation
         asked += [
             f"scale.{neuron.index}=-4",
