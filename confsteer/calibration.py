@@ -20,7 +20,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from confsteer.anatomy import dissect
 from confsteer.capture import BATCH_SIZE, Recording, regroup
-from confsteer.corpus import Document, Windows, check_context, check_ids, checked_counts, make_windows
 from confsteer.discovery import select
 from confsteer.discovery.effects import ablation_effects
 from confsteer.discovery.exact import TokenEffects, exact_effects
@@ -45,6 +44,8 @@ from confsteer.profile import (
 from confsteer.resuming import Checkpoint, sample_of_weights
 from confsteer.sampling import sample_windows
 from confsteer.steering import DIALS, Dial
+from confsteer.text.counts import checked_counts
+from confsteer.text.windows import Document, Windows, check_context, check_ids, make_windows
 
 DEFAULT_TOKENS = 25_600
 CURVE_TOKENS = 4096
@@ -82,7 +83,7 @@ def calibrate(
     Args:
         model: a loaded causal language model; it is put in evaluation mode.
         tokenizer: its tokenizer.
-        texts: one string per document, or conversations (see `confsteer.corpus.make_windows`), or windows already made, for
+        texts: one string per document, or conversations (see `confsteer.text.windows.make_windows`), or windows already made, for
             which `tokens`, `window` and `source` are not used; sampled from the model itself if None.
         tokens: read at most this many; all if None.
         window: tokens per window, windows do not cross documents.

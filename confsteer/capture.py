@@ -12,9 +12,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from confsteer.anatomy import Anatomy, LastLayerStates, input_device
-from confsteer.corpus import Batch, Windows, check_ids
 from confsteer.discovery.readout import TokenStates, rows_of
 from confsteer.parallel import ALONE, Share
+from confsteer.text.windows import Batch, Windows, check_ids
 
 BATCH_SIZE = 4
 """Windows per forward pass: about a thousand tokens, enough to keep matrix products busy."""

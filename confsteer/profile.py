@@ -20,7 +20,6 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from confsteer.anatomy import Anatomy, dtype_name
-from confsteer.corpus import vocabulary_size
 from confsteer.discovery.response import monotone_range
 from confsteer.discovery.weights import WeightStatistics
 from confsteer.edit import NeuronEdit
@@ -36,6 +35,7 @@ from confsteer.errors import (
 )
 from confsteer.files import made, read_at_most, shipped_profiles, write_atomically
 from confsteer.steering import DIALS, Dial, NeuronKey, PresetName, Steering
+from confsteer.text.windows import vocabulary_size
 
 FORMAT_VERSION = 1
 FILE_NAME = "profile.json"

@@ -10,8 +10,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from confsteer.anatomy import input_device
-from confsteer.corpus import SHORTEST_WINDOW, TokenizedDocument, Windows, check_context, cut_windows, vocabulary_size
 from confsteer.errors import CorpusError
+from confsteer.text.windows import SHORTEST_WINDOW, TokenizedDocument, Windows, check_context, cut_windows, vocabulary_size
 
 BATCH_SIZE = 32
 """Documents sampled at a time."""

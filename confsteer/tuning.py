@@ -12,7 +12,6 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from confsteer.corpus import Windows, make_windows
 from confsteer.discovery.frequency import Unigram
 from confsteer.errors import CorpusError
 from confsteer.evaluation.comparison import Method, Sample, TextComparison, compare
@@ -31,6 +30,7 @@ from confsteer.profile import Profile, library_versions
 from confsteer.results.bootstrap import Blocks, Interval, mean
 from confsteer.results.result import Result
 from confsteer.steering import DIALS, Dial, Steering
+from confsteer.text.windows import Windows, make_windows
 
 DEFAULT_TOKENS = 40_000
 RIDGE = 2e-5

@@ -28,11 +28,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from confsteer.anatomy import dissect
 from confsteer.capture import Recording, regroup
-from confsteer.corpus import make_windows
 from confsteer.discovery.effects import EXACT_ABOVE, ablation_effects
 from confsteer.discovery.exact import TokenEffects
 from confsteer.discovery.frequency import Unigram
 from confsteer.discovery.readout import Readout, TokenStates
+from confsteer.text.windows import make_windows
 
 
 class Shape(NamedTuple):

@@ -28,12 +28,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from confsteer import Profile, calibration
-from confsteer.corpus import read_counts
 from confsteer.discovery.effects import TokenSlopes
 from confsteer.discovery.exact import TokenEffects
 from confsteer.discovery.streaming import ActivationMoments, EffectMeans, NeuronEffects
 from confsteer.loading import DEMO_UNIGRAM, load_model
-from confsteer.texts import TextSource
+from confsteer.text.counts import read_counts
+from confsteer.text.sources import TextSource
 
 PASSES = ("activations", "effects", "responses")
 

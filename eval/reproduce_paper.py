@@ -19,7 +19,6 @@ import click
 import confsteer
 from confsteer import ConfsteerError, Profile
 from confsteer.anatomy import dissect
-from confsteer.corpus import Document
 from confsteer.discovery.weights import weight_statistics
 from confsteer.evaluation.cumulative import CumulativeStudy, cumulative
 from confsteer.evaluation.heads import INDUCTION_SCORE, HeadStudy, bos_ablation
@@ -29,7 +28,8 @@ from confsteer.plots import plot_cumulative, plot_frequency_neurons, plot_induct
 from confsteer.profile import CorpusIdentity, Measurement
 from confsteer.results.bootstrap import Interval
 from confsteer.steering import DIALS
-from confsteer.texts import python_docs, read_texts
+from confsteer.text.sources import python_docs, read_texts
+from confsteer.text.windows import Document
 
 PUBLISHED = Path(__file__).with_name("gpt2_small_published.json")
 GPT2_SMALL = ("gpt2", "openai-community/gpt2")

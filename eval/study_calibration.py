@@ -25,7 +25,7 @@ from confsteer.evaluation.harness import neutral_method, read_sample, with_match
 from confsteer.evaluation.last_layer import Intervention, Reader
 from confsteer.loading import load_model
 from confsteer.profile import library_versions
-from confsteer.texts import TextSource
+from confsteer.text.sources import TextSource
 from confsteer.tuning import Split, Tuned, search, split
 
 WINDOW = 256

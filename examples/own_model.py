@@ -9,9 +9,9 @@ from pathlib import Path
 
 import confsteer
 from confsteer import Steering
-from confsteer.corpus import read_counts
 from confsteer.loading import DEMO_UNIGRAM, load_model
-from confsteer.texts import python_docs, read_texts
+from confsteer.text.counts import read_counts
+from confsteer.text.sources import python_docs, read_texts
 
 name = sys.argv[1] if len(sys.argv) > 1 else None
 model, tokenizer = load_model(name)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import confsteer
 from confsteer.loading import load_model
-from confsteer.texts import python_docs, read_texts
+from confsteer.text.sources import python_docs, read_texts
 
 if len(sys.argv) > 4:
     name, profile_name, out, *files = sys.argv[1:]

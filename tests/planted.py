@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 import confsteer
 from confsteer import Profile, Steering
-from confsteer.corpus import make_windows
+from confsteer.text.windows import make_windows
 from tests.models import VOCAB, planted_model, tiny_tokenizer, zipf_texts
 
 

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import confsteer
 from confsteer import CorpusError, NoNeuronsError, ProfileMismatchError, SettingError
 from confsteer.anatomy import dissect
-from confsteer.corpus import make_windows
 from confsteer.steering import DIALS, Dial
+from confsteer.text.windows import make_windows
 from tests.models import (
     ENTROPY_NEURONS,
     FREQUENCY_NEURON,

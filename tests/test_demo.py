@@ -7,12 +7,13 @@ import torch
 
 import confsteer
 from confsteer import Steering, demo
-from confsteer.corpus import make_windows, read_counts
 from confsteer.demo import Demo
 from confsteer.evaluation.harness import Evaluation, evaluate
 from confsteer.evaluation.scores import TokenScores
 from confsteer.loading import DEMO_UNIGRAM
-from confsteer.texts import python_docs
+from confsteer.text.counts import read_counts
+from confsteer.text.sources import python_docs
+from confsteer.text.windows import make_windows
 
 ASKED = (-0.15, 0.15, 0.3, 0.6)
 

@@ -12,9 +12,9 @@ import torch
 
 import confsteer
 from confsteer import Profile
-from confsteer.corpus import read_counts
 from confsteer.loading import DEMO_UNIGRAM, load_model
-from confsteer.texts import TextSource
+from confsteer.text.counts import read_counts
+from confsteer.text.sources import TextSource
 from tests.planted import planted
 
 TOKENS = 1280

@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import load_file
 
 from confsteer import Profile, Steering
-from confsteer.texts import python_docs
+from confsteer.text.sources import python_docs
 from confsteer.vllm.settings import Settings
 from tests.planted import planted, written_by
 

@@ -22,17 +22,19 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
-from confsteer import CorpusError, NoNeuronsError, Profile, Steering, SteeringError, texts
+from confsteer import CorpusError, NoNeuronsError, Profile, Steering, SteeringError
 from confsteer.cli import main
-from confsteer.corpus import checked_counts, make_windows, read_counts
 from confsteer.errors import ConfsteerError, SettingError
 from confsteer.evaluation.run import Run
 from confsteer.hub import card
 from confsteer.plots import plot_neurons, plot_response
-from confsteer.questions import read_questions
 from confsteer.report import read_result
 from confsteer.tables import print_profile
-from confsteer.texts import TextSource, read_texts
+from confsteer.text import sources as texts
+from confsteer.text.counts import checked_counts, read_counts
+from confsteer.text.questions import read_questions
+from confsteer.text.sources import TextSource, read_texts
+from confsteer.text.windows import make_windows
 from tests.models import FAMILIES, tiny_model, tiny_tokenizer
 from tests.planted import planted
 from tests.test_hostile_profiles import little_memory

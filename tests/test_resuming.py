@@ -13,10 +13,10 @@ from click.testing import CliRunner, Result
 import confsteer
 from confsteer import Profile, ResumeError, SettingError, capture, resuming
 from confsteer.cli import main
-from confsteer.corpus import Windows, make_windows
 from confsteer.files import write_atomically
 from confsteer.parallel import Share
 from confsteer.resuming import FILE_NAME
+from confsteer.text.windows import Windows, make_windows
 from tests.planted import planted
 
 BATCHES = 5

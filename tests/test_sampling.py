@@ -8,8 +8,8 @@ import torch
 
 import confsteer
 from confsteer import CorpusError, SettingError
-from confsteer.corpus import Windows
 from confsteer.sampling import sample_windows
+from confsteer.text.windows import Windows
 from tests.models import FAMILIES, VOCAB, TinyFamily, planted_model, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from confsteer import CorpusError, Profile, Steering
-from confsteer.corpus import make_windows
 from confsteer.evaluation.harness import read_sample
 from confsteer.evaluation.last_layer import Intervention, Reader
 from confsteer.results.bootstrap import Interval
+from confsteer.text.windows import make_windows
 from confsteer.tuning import DialParameters, NeuronParameters, Tuning, split, tune
 from tests.models import zipf_texts
 from tests.planted import Planted, planted, written_by

@@ -81,11 +81,11 @@ def calibrate(
     What was added up so far is written to the folder every minute (by a single process). Killed or interrupted, the same
     command with --resume goes on from there and ends with the same profile.
     """
-    from confsteer.corpus import read_counts
     from confsteer.loading import DEMO_UNIGRAM
     from confsteer.parallel import join
     from confsteer.profile import model_id
     from confsteer.resuming import FILE_NAME
+    from confsteer.text.counts import read_counts
 
     me = join()
     first = me.rank == 0

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from confsteer.evaluation.harness import Evaluation
     from confsteer.profile import Profile
-    from confsteer.texts import TextSource
+    from confsteer.text.sources import TextSource
     from confsteer.tuning import Tuning
 
 EXIT_NO_NEURONS = 3
@@ -115,7 +115,7 @@ class TextOptions:
 
     def sources(self, model: str | None, part: Literal["calibration", "held-out"]) -> list[TextSource]:
         """Each --text for itself, or the dataset; the bundled model has a text of its own, others have none if none is given."""
-        from confsteer.texts import TextSource
+        from confsteer.text.sources import TextSource
 
         if self.texts and self.dataset:
             raise click.UsageError("give --text or --dataset, not both")

@@ -39,10 +39,10 @@ def generate(
     """
     import torch
 
-    from confsteer.corpus import check_ids
     from confsteer.errors import CorpusError
     from confsteer.hf import steer
     from confsteer.steering import Steering
+    from confsteer.text.windows import check_ids
 
     steerings = [Steering(), *map(Steering.parse, steers)]
     loaded = load(model, loading)

@@ -62,8 +62,8 @@ def induction(
     confsteer study induction -p confsteer-demo --plot induction.png
     confsteer study induction openai-community/gpt2 -p my-profile --text book.txt --sequences 1000
     """
-    from confsteer.corpus import leading_ids
     from confsteer.evaluation.induction import induction as run
+    from confsteer.text.windows import leading_ids
 
     loaded_profile = confsteer.Profile.load(profile)
     source = text.source(model, "held-out")

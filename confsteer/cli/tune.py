@@ -92,7 +92,7 @@ def tune(
     \b
     Afterwards:  confsteer eval ... -s preset=calibrated    confsteer serve ... --default preset=calibrated
     """
-    from confsteer.texts import by_title
+    from confsteer.text.sources import by_title
 
     Steering.parse({"preset": name})
     if report:

@@ -18,16 +18,16 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from confsteer.capture import record_continuations
-from confsteer.corpus import context_length
 from confsteer.errors import CorpusError
 from confsteer.evaluation.comparison import ComparedRow, Kind, accuracy_at_coverages, paired_differences, reliability_bins
 from confsteer.evaluation.last_layer import Intervention, Reader, Reading, interventions_of
 from confsteer.evaluation.metrics import Estimates, answer_metrics
 from confsteer.profile import Profile
-from confsteer.questions import Question
 from confsteer.results.bootstrap import Blocks
 from confsteer.results.result import Result
 from confsteer.steering import Steering
+from confsteer.text.questions import Question
+from confsteer.text.windows import context_length
 
 COLDEST, HOTTEST = 0.1, 1e4
 """Temperatures between which fits look. Answers no better than chance are best at the hottest, where all choices are alike."""
@@ -129,7 +129,7 @@ def evaluate_choices(
     Args:
         model: the profile's model.
         tokenizer: its tokenizer.
-        questions: by the name of where they are from; see `confsteer.questions.read_questions`.
+        questions: by the name of where they are from; see `confsteer.text.questions.read_questions`.
         profile: see `confsteer.steer`.
         steerings: to compare with the unsteered model; all for every position.
         progress: whether to show progress bars.

@@ -16,12 +16,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from confsteer.anatomy import dissect
 from confsteer.capture import Recording
-from confsteer.corpus import Document, Windows, check_context, make_windows
 from confsteer.errors import SettingError
 from confsteer.evaluation.scores import TokenScores
 from confsteer.profile import Profile
 from confsteer.results.bootstrap import Change, Interval, ratio_interval
 from confsteer.results.result import Result
+from confsteer.text.windows import Document, Windows, check_context, make_windows
 
 CANDIDATES = 10
 """A control is drawn from this many neurons nearest in norm."""
@@ -91,7 +91,7 @@ def cumulative(
     Args:
         model: the profile's model; it is put in evaluation mode.
         tokenizer: its tokenizer.
-        texts: what `confsteer.corpus.make_windows` takes.
+        texts: what `confsteer.text.windows.make_windows` takes.
         profile: gives the order of the neurons, and norms and mean activations of all.
         k: at most this many; all of the profile's if None.
         repeats: draws of random neurons.

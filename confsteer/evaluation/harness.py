@@ -8,7 +8,6 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from confsteer.corpus import Document, Windows, make_windows
 from confsteer.discovery.frequency import Unigram
 from confsteer.errors import CorpusError, SteeringError
 from confsteer.evaluation.choices import ChoiceComparison
@@ -19,6 +18,7 @@ from confsteer.evaluation.last_layer import Intervention, Reader, interventions_
 from confsteer.profile import Profile, library_versions
 from confsteer.results.result import Result
 from confsteer.steering import Steering
+from confsteer.text.windows import Document, Windows, make_windows
 
 FIT_TOKENS = 10_000
 """A baseline is one number: that many tokens fit it."""
@@ -66,7 +66,7 @@ def evaluate(
     Args:
         model: the profile's model.
         tokenizer: its tokenizer.
-        texts: one string per document, or conversations (see `confsteer.corpus.make_windows`), or windows already made, for
+        texts: one string per document, or conversations (see `confsteer.text.windows.make_windows`), or windows already made, for
             which `tokens`, `window` and `source` are not used; or several of these by name.
         profile: see `confsteer.steer`.
         steerings: to compare with the unsteered model; all for every position.

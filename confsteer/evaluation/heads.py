@@ -22,13 +22,13 @@ from transformers.pytorch_utils import Conv1D
 
 from confsteer.anatomy import Anatomy, dissect, input_device, unwrap
 from confsteer.capture import BATCH_SIZE, Recording
-from confsteer.corpus import FIRST_POSITIONS, Windows
 from confsteer.errors import UnsupportedModelError
 from confsteer.evaluation.induction import check_repetition, random_stretches, read_twice
 from confsteer.evaluation.scores import TokenScores
 from confsteer.profile import Profile
 from confsteer.results.bootstrap import Change, Interval, ratio_interval
 from confsteer.results.result import Result
+from confsteer.text.windows import FIRST_POSITIONS, Windows
 
 INDUCTION_SCORE = 0.7
 """Heads above it count as induction heads, as in the paper."""

@@ -21,7 +21,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from confsteer.anatomy import Anatomy, dissect
 from confsteer.capture import Recording
-from confsteer.corpus import (
+from confsteer.discovery.readout import Readout, TokenStates
+from confsteer.errors import CorpusError, SettingError
+from confsteer.evaluation.scores import TokenScores
+from confsteer.profile import Profile
+from confsteer.results.bootstrap import Change, Interval, ratio_interval
+from confsteer.results.result import Result
+from confsteer.text.windows import (
     FIRST_POSITIONS,
     SHORTEST_WINDOW,
     Document,
@@ -31,12 +37,6 @@ from confsteer.corpus import (
     leading_ids,
     make_windows,
 )
-from confsteer.discovery.readout import Readout, TokenStates
-from confsteer.errors import CorpusError, SettingError
-from confsteer.evaluation.scores import TokenScores
-from confsteer.profile import Profile
-from confsteer.results.bootstrap import Change, Interval, ratio_interval
-from confsteer.results.result import Result
 
 Kind = Literal["random", "natural"]
 

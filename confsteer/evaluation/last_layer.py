@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 
 from confsteer.anatomy import dissect
 from confsteer.capture import record
-from confsteer.corpus import Windows, check_context
 from confsteer.discovery.frequency import Unigram
 from confsteer.discovery.readout import Readout, TokenStates
 from confsteer.discovery.weights import unembedding_spectrum
@@ -28,6 +27,7 @@ from confsteer.errors import SteeringError
 from confsteer.evaluation.scores import TokenScores
 from confsteer.profile import Profile
 from confsteer.steering import Steering
+from confsteer.text.windows import Windows, check_context
 
 FEWEST_ROWS = 128
 CHUNK = 2**20

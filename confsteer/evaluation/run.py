@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from confsteer.corpus import checked_counts, leading_ids, read_counts
 from confsteer.errors import SettingError, first_problem
 from confsteer.evaluation.choices import ChoiceComparison, evaluate_choices
 from confsteer.evaluation.harness import Evaluation, evaluate, sweep
@@ -17,9 +16,11 @@ from confsteer.evaluation.last_layer import interventions_of
 from confsteer.files import read_at_most
 from confsteer.loading import DEMO_UNIGRAM, LoadedModel
 from confsteer.profile import Profile
-from confsteer.questions import Question, read_questions
 from confsteer.steering import Steering
-from confsteer.texts import TextSource, by_title
+from confsteer.text.counts import checked_counts, read_counts
+from confsteer.text.questions import Question, read_questions
+from confsteer.text.sources import TextSource, by_title
+from confsteer.text.windows import leading_ids
 
 MAX_BYTES = 1_000_000
 """Of a run file."""
@@ -51,7 +52,7 @@ class Run(BaseModel):
     unigram: Path | None = None
     """``.npy`` file with token counts; counted in each text if None."""
     choices: tuple[Path, ...] = ()
-    """Files of multiple-choice questions, see `confsteer.questions`."""
+    """Files of multiple-choice questions, see `confsteer.text.questions`."""
     smooth_ece: bool = False
     """Whether to compute smooth ECE too, which is slow."""
     induction: bool = False

@@ -26,7 +26,7 @@ from confsteer.evaluation.choices import (
     read_choices,
 )
 from confsteer.evaluation.last_layer import Intervention, Reader
-from confsteer.questions import Question
+from confsteer.text.questions import Question
 from tests.models import tiny_tokenizer
 from tests.planted import planted
 

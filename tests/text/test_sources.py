@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from confsteer import CorpusError
-from confsteer.texts import python_docs, read_dataset, read_texts
+from confsteer.text.sources import python_docs, read_dataset, read_texts
 
 CORPORA = Path(__file__).parents[2] / "shared" / "corpora"
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]

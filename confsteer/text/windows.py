@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -17,7 +15,6 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from confsteer.errors import CorpusError, SettingError
-from confsteer.files import read_at_most
 
 FIRST_POSITIONS = 3
 """Positions at the start of a window that are left out: with so little context they are unlike the rest."""
@@ -27,10 +24,6 @@ FEWEST_DOCUMENTS = 20
 PART_CHARACTERS = 1_000_000
 """A longer text is tokenized in parts: a tokenizer needs about a hundred bytes per token of what it is given at once."""
 
-MAX_COUNTS_BYTES = 100_000_000
-"""Of a file of token counts: twelve million tokens fit."""
-MOST_COUNTED = 1e18
-"""Tokens that counts add up to; more do not fit an int64."""
 
 Conversation = Sequence[Mapping[str, Any]]
 """Messages with ``role`` and ``content``, as a chat template takes them."""
@@ -311,31 +304,3 @@ def _apply_chat_template(conversation: Conversation, tokenizer: PreTrainedTokeni
         return str(tokenizer.apply_chat_template([dict(message) for message in conversation], tokenize=False))
     except (TemplateError, TypeError, ValueError) as error:
         raise CorpusError(f"the chat template refuses conversation {number}: {error}") from error
-
-
-def read_counts(path: Path) -> NDArray[np.integer]:
-    """Token counts by id, from a ``.npy`` file.
-
-    Raises:
-        CorpusError: it is missing or no such file.
-    """
-    try:
-        counts = np.load(io.BytesIO(read_at_most(path, MAX_COUNTS_BYTES)), allow_pickle=False)
-    except OSError as error:
-        raise CorpusError(f"cannot read {path}: {error.strerror}") from error
-    except Exception as error:  # numpy reads the header as Python, which can be wrong in many ways
-        raise CorpusError(f"{path} is not a .npy file of numbers") from error
-    if not isinstance(counts, np.ndarray):
-        raise CorpusError(f"{path} holds several arrays; give a .npy file of one")
-    return counts
-
-
-def checked_counts(counts: NDArray[np.integer], tokenizer_size: int) -> Tensor:
-    """Counts ``[tokenizer_size]`` int64; longer arrays must have nothing in their padding."""
-    if counts.ndim != 1 or not np.issubdtype(counts.dtype, np.integer) or (counts < 0).any():
-        raise CorpusError(f"unigram counts must be a row of integers from 0 up, not {counts.dtype} of shape {counts.shape}")
-    if len(counts) < tokenizer_size or counts[tokenizer_size:].any():
-        raise CorpusError(f"there are unigram counts for {len(counts)} tokens; the tokenizer has {tokenizer_size}")
-    if counts.sum(dtype=np.float64) > MOST_COUNTED:
-        raise CorpusError(f"the unigram counts add up to more than {MOST_COUNTED:.0e}: they are no counts of a text")
-    return torch.from_numpy(counts[:tokenizer_size].astype(np.int64))

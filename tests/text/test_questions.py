@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from confsteer import CorpusError
-from confsteer.questions import Question, read_questions
+from confsteer.text.questions import Question, read_questions
 
 CORPORA = Path(__file__).parents[2] / "shared" / "corpora"
 PLAIN = {"question": "Which?", "choices": ["red", "green", "blue"], "answer": 1}

@@ -13,9 +13,10 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from confsteer import CorpusError, SettingError
-from confsteer.corpus import FIRST_POSITIONS, SHORTEST_WINDOW, Windows, control_ids, make_windows, read_counts
 from confsteer.loading import DEMO
-from confsteer.texts import python_docs
+from confsteer.text.counts import read_counts
+from confsteer.text.sources import python_docs
+from confsteer.text.windows import FIRST_POSITIONS, SHORTEST_WINDOW, Windows, control_ids, make_windows
 from tests.models import CHAT_TEMPLATE, VOCAB, chat_tokenizer, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -136,7 +137,7 @@ def test_a_long_text_is_tokenized_in_parts_that_change_nothing(monkeypatch: pyte
     tokenizer = AutoTokenizer.from_pretrained(DEMO)
     text = max(python_docs("calibration"), key=len)[:20_000]
     whole = tokenizer(text, verbose=False)["input_ids"]
-    monkeypatch.setattr("confsteer.corpus.PART_CHARACTERS", characters)
+    monkeypatch.setattr("confsteer.text.windows.PART_CHARACTERS", characters)
     in_parts = make_windows([text], tokenizer, window=len(whole)).token_ids
     if characters >= 100:  # longer than the words
         assert in_parts.tolist() == whole

@@ -15,8 +15,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, model_validator
 from transformers import PreTrainedTokenizerBase
 
-from confsteer.corpus import Document, Windows, make_windows
 from confsteer.errors import CorpusError
+from confsteer.text.windows import Document, Windows, make_windows
 
 TEXT_SUFFIXES = (".txt", ".md")
 JSON_LINES_SUFFIXES = (".jsonl", ".ndjson")
@@ -86,7 +86,7 @@ class TextSource(BaseModel):
         return read_texts(self.text, field=self.field, chat=self.chat)
 
     def windows(self, tokenizer: PreTrainedTokenizerBase, window: int, tokens: int | None) -> Windows:
-        """Its windows; see `confsteer.corpus.make_windows`."""
+        """Its windows; see `confsteer.text.windows.make_windows`."""
         return make_windows(
             self.documents(), tokenizer, window=window, max_tokens=tokens, cross_documents=self.join, source=self.title
         )

@@ -9,7 +9,7 @@ from string import ascii_uppercase
 from typing import Any, NamedTuple
 
 from confsteer.errors import CorpusError
-from confsteer.texts import json_kind, read_records
+from confsteer.text.sources import json_kind, read_records
 
 FIELDS = {
     "question": ("question",),
@@ -54,7 +54,7 @@ def read_questions(paths: Sequence[Path]) -> list[Question]:
     letter would stand for nothing in it. lm-eval's ARC has its choices without them as well.
 
     Args:
-        paths: see `confsteer.texts.read_texts`.
+        paths: see `confsteer.text.sources.read_texts`.
 
     Raises:
         CorpusError: a file is missing or no JSON, or a record is not a question; it says which and why.
