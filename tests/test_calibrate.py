@@ -25,10 +25,11 @@ from tests.models import (
     zipf_texts,
 )
 from tests.models import FAMILIES as TINY_FAMILIES
+from tests.paths import SHARED
 from tests.planted import Planted, planted
 
-STORIES = Path(__file__).parents[2] / "shared" / "models" / "stories260K" / "hf"
-STORIES_TEXT = Path(__file__).parents[2] / "shared" / "corpora" / "tinystories" / "tinystories_1000.json"
+STORIES = SHARED / "models" / "stories260K" / "hf"
+STORIES_TEXT = SHARED / "corpora" / "tinystories" / "tinystories_1000.json"
 
 
 @pytest.fixture(params=["gpt2", "llama", "gemma2", "olmo2"])

@@ -17,9 +17,8 @@ from safetensors.torch import load_file
 from confsteer import Profile, Steering
 from confsteer.text.sources import python_docs
 from confsteer.vllm.settings import Settings
+from tests.paths import ROOT
 from tests.planted import planted, written_by
-
-ROOT = Path(__file__).parents[1]
 
 
 def run(example: str, *arguments: object, folder: Path) -> str:

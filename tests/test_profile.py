@@ -31,9 +31,10 @@ from confsteer.discovery.response import monotone_range
 from confsteer.files import shipped_profiles
 from confsteer.profile import FILE_NAME, Measurement, find, schema
 from confsteer.steering import Steering
+from tests.paths import ROOT
 from tests.planted import planted
 
-SCHEMA = Path(__file__).parents[1] / "calibrations" / "profile.schema.json"
+SCHEMA = ROOT / "calibrations" / "profile.schema.json"
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,7 @@ from pathlib import Path
 
 import pytest
 
-import confsteer
-
-ROOT = Path(confsteer.__file__).parents[1]
+from tests.paths import ROOT
 
 
 def build(source: Path, target: str, folder: Path) -> Path:

@@ -14,9 +14,10 @@ import confsteer
 from confsteer.evaluation.cumulative import CumulativeStudy
 from confsteer.evaluation.induction import InductionStudy
 from tests.models import ENTROPY_NEURONS, FAMILIES, FREQUENCY_NEURON, tiny_model, tiny_tokenizer, zipf_texts
+from tests.paths import ROOT
 from tests.planted import planted
 
-SCRIPT = Path(__file__).parents[2] / "eval" / "reproduce_paper.py"
+SCRIPT = ROOT / "eval" / "reproduce_paper.py"
 
 
 @pytest.fixture(scope="module")

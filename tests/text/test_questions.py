@@ -8,8 +8,9 @@ import pytest
 
 from confsteer import CorpusError
 from confsteer.text.questions import Question, read_questions
+from tests.paths import SHARED
 
-CORPORA = Path(__file__).parents[2] / "shared" / "corpora"
+CORPORA = SHARED / "corpora"
 PLAIN = {"question": "Which?", "choices": ["red", "green", "blue"], "answer": 1}
 
 

@@ -9,8 +9,9 @@ import pytest
 
 from confsteer import CorpusError
 from confsteer.text.sources import python_docs, read_dataset, read_texts
+from tests.paths import SHARED
 
-CORPORA = Path(__file__).parents[2] / "shared" / "corpora"
+CORPORA = SHARED / "corpora"
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.paths import ROOT
 from tests.vllm.serving import serving
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.processes
 
 
