@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from confsteer.discovery.readout import Readout
 from confsteer.errors import UnsupportedModelError
+from confsteer.last_layer.readout import Readout
 
 UNITS_AT_ONCE = 1024
 """Rows of the identity that a quantised layer is asked for at a time."""

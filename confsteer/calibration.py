@@ -23,13 +23,14 @@ from confsteer.capture import BATCH_SIZE, Recording, regroup
 from confsteer.discovery import select
 from confsteer.discovery.effects import ablation_effects
 from confsteer.discovery.exact import TokenEffects, exact_effects
-from confsteer.discovery.frequency import Unigram, chance_frequency_cosine, frequency_cosine, ranks_tokens
+from confsteer.discovery.frequency import chance_frequency_cosine, frequency_cosine, ranks_tokens
 from confsteer.discovery.moments import tokens_at_once
-from confsteer.discovery.readout import Outputs, Readout
 from confsteer.discovery.response import ResponseCurve, choose_positions
 from confsteer.discovery.streaming import ActivationMoments, EffectMeans, Estimate, NeuronEffects
 from confsteer.discovery.weights import weight_statistics
 from confsteer.errors import CorpusError, ProfileMismatchError, SettingError, UnsupportedModelError
+from confsteer.last_layer.readout import Outputs, Readout
+from confsteer.last_layer.unigram import Unigram
 from confsteer.parallel import all_sum, of_first, share
 from confsteer.profile import (
     CorpusIdentity,

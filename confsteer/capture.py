@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from confsteer.anatomy import Anatomy, LastLayerStates, input_device
-from confsteer.discovery.readout import TokenStates, rows_of
+from confsteer.last_layer.states import TokenStates, rows_of
 from confsteer.parallel import ALONE, Share
 from confsteer.text.windows import Batch, Windows, check_ids
 

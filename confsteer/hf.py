@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from confsteer.anatomy import dissect
-from confsteer.edit import edited
 from confsteer.errors import SteeringError
+from confsteer.last_layer.edit import edited
 from confsteer.profile import Profile
 from confsteer.steering import Steering, SteeringFields
 

@@ -22,7 +22,6 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from confsteer.anatomy import Anatomy, dtype_name
 from confsteer.discovery.response import monotone_range
 from confsteer.discovery.weights import WeightStatistics
-from confsteer.edit import NeuronEdit
 from confsteer.errors import (
     NoNeuronsError,
     ProfileCorruptError,
@@ -34,6 +33,7 @@ from confsteer.errors import (
     first_problem,
 )
 from confsteer.files import made, read_at_most, shipped_profiles, write_atomically
+from confsteer.last_layer.edit import NeuronEdit
 from confsteer.steering import DIALS, Dial, NeuronKey, PresetName, Steering
 from confsteer.text.windows import vocabulary_size
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from confsteer.capture import Recording, regroup
-from confsteer.discovery.readout import TokenStates
 from confsteer.errors import ResumeError
 from confsteer.files import made, write_atomically
+from confsteer.last_layer.states import TokenStates
 
 FILE_NAME = ".calibration.safetensors"
 """In the folder that the profile is to be written to."""

@@ -12,7 +12,6 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from confsteer.discovery.frequency import Unigram
 from confsteer.errors import CorpusError
 from confsteer.evaluation.comparison import Method, Sample, TextComparison, compare
 from confsteer.evaluation.fit import (
@@ -25,7 +24,9 @@ from confsteer.evaluation.fit import (
     temperature,
 )
 from confsteer.evaluation.harness import Texts, named_texts, neutral_method, read_sample, with_matched_temperatures
-from confsteer.evaluation.last_layer import Intervention, Reader
+from confsteer.evaluation.reader import Reader
+from confsteer.last_layer.intervention import Intervention
+from confsteer.last_layer.unigram import Unigram
 from confsteer.profile import Profile, library_versions
 from confsteer.results.bootstrap import Blocks, Interval, mean
 from confsteer.results.result import Result

@@ -30,8 +30,9 @@ from confsteer.anatomy import dissect
 from confsteer.capture import Recording, regroup
 from confsteer.discovery.effects import EXACT_ABOVE, ablation_effects
 from confsteer.discovery.exact import TokenEffects
-from confsteer.discovery.frequency import Unigram
-from confsteer.discovery.readout import Readout, TokenStates
+from confsteer.last_layer.readout import Readout
+from confsteer.last_layer.states import TokenStates
+from confsteer.last_layer.unigram import Unigram
 from confsteer.text.windows import make_windows
 
 

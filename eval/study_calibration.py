@@ -22,7 +22,8 @@ from confsteer import Profile
 from confsteer.evaluation.comparison import Method, compare
 from confsteer.evaluation.fit import fit_null_write, fit_temperature
 from confsteer.evaluation.harness import neutral_method, read_sample, with_matched_temperatures
-from confsteer.evaluation.last_layer import Intervention, Reader
+from confsteer.evaluation.reader import Reader
+from confsteer.last_layer.intervention import Intervention
 from confsteer.loading import load_model
 from confsteer.profile import library_versions
 from confsteer.text.sources import TextSource

@@ -5,7 +5,7 @@ import torch
 
 from confsteer.anatomy import dissect
 from confsteer.capture import BATCH_SIZE, Recording, _forward, record_continuations, regroup
-from confsteer.discovery.readout import TokenStates
+from confsteer.last_layer.states import TokenStates
 from confsteer.parallel import ALONE, Share
 from confsteer.text.windows import make_windows
 from tests.models import FAMILIES, VOCAB, TinyFamily, tiny_model

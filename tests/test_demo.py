@@ -9,7 +9,7 @@ import confsteer
 from confsteer import Steering, demo
 from confsteer.demo import Demo
 from confsteer.evaluation.harness import Evaluation, evaluate
-from confsteer.evaluation.scores import TokenScores
+from confsteer.last_layer.scores import TokenScores
 from confsteer.loading import DEMO_UNIGRAM
 from confsteer.text.counts import read_counts
 from confsteer.text.sources import python_docs

@@ -9,7 +9,8 @@ import torch
 
 from confsteer import CorpusError, Profile, Steering
 from confsteer.evaluation.harness import read_sample
-from confsteer.evaluation.last_layer import Intervention, Reader
+from confsteer.evaluation.reader import Reader
+from confsteer.last_layer.intervention import Intervention
 from confsteer.results.bootstrap import Interval
 from confsteer.text.windows import make_windows
 from confsteer.tuning import DialParameters, NeuronParameters, Tuning, split, tune

@@ -5,7 +5,7 @@ Ablating neuron ``i`` at a token sets its activation ``a`` to its mean ``μ``: i
     Δ = Σ_k η_k x_k + β u_i
 
 where ``u_i = W_U w_i``, ``x_k`` are the logits along the token's own directions (mostly just one, ``x = W_U h/σ``) and the
-coefficients have closed forms (`confsteer.discovery.readout`). The direct effect freezes the final norm. The frequency
+coefficients have closed forms (`confsteer.last_layer.readout`). The direct effect freezes the final norm. The frequency
 effect moves ``z' = z + Δ`` back along the unigram direction ``v`` to its projection before the ablation. (Stolfo et al.
 2024, arXiv 2406.16254, sections 2–4.)
 
@@ -37,9 +37,10 @@ import torch
 from torch import Tensor
 
 from confsteer.discovery.exact import TokenEffects, evaluate_pairs
-from confsteer.discovery.frequency import Unigram
 from confsteer.discovery.moments import Moments, Tokens, blocks, tokens_at_once
-from confsteer.discovery.readout import Readout, TokenStates
+from confsteer.last_layer.readout import Readout
+from confsteer.last_layer.states import TokenStates
+from confsteer.last_layer.unigram import Unigram
 
 EXACT_ABOVE = 5e-3
 """Pairs with ``Var_p[Δ]`` above this (in nats²) are evaluated exactly; `tests/discovery/test_effects.py` holds the result."""

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from confsteer.discovery.frequency import Unigram
 from confsteer.discovery.moments import Chunk, Moments, Tokens, blocks, vocabulary_chunks
-from confsteer.discovery.readout import CACHED_SET, Move, Outputs, Readout, products
+from confsteer.last_layer.readout import CACHED_SET, Move, Outputs, Readout, products
+from confsteer.last_layer.unigram import Unigram
 
 
 class TokenEffects(NamedTuple):

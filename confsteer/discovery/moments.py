@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from confsteer.discovery.frequency import Unigram
-from confsteer.discovery.readout import CACHED_SET, WORKING_SET, Readout, ReadoutState, TokenStates, products
+from confsteer.last_layer.readout import CACHED_SET, WORKING_SET, Readout, ReadoutState, products
+from confsteer.last_layer.states import TokenStates
+from confsteer.last_layer.unigram import Unigram
 
 MOST_TOKENS = 4096
 """More tokens at once than this are no faster."""

@@ -2,7 +2,7 @@
 
 A dial at position ``s`` adds ``s · sign_i · std_i`` to the activation of each of its neurons. Together they act as one
 neuron that writes ``Σ sign_i std_i w_i`` and is turned up by ``s``, so the logits at every position have the closed form of
-`confsteer.discovery.readout`.
+`confsteer.last_layer.readout`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from confsteer.discovery.frequency import Unigram
-from confsteer.discovery.readout import CACHED_SET, Outputs, Readout, TokenStates
+from confsteer.last_layer.readout import CACHED_SET, Outputs, Readout
+from confsteer.last_layer.states import TokenStates
+from confsteer.last_layer.unigram import Unigram
 
 POINTS_PER_SIDE = 12
 LARGEST_POSITION = 64.0

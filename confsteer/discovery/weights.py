@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from confsteer.discovery.readout import ROWS_PER_CHUNK, Readout
 from confsteer.errors import SettingError
+from confsteer.last_layer.readout import ROWS_PER_CHUNK, Readout
 
 
 class UnembeddingSpectrum(NamedTuple):

@@ -2,7 +2,7 @@
 
 An answer is the choice that the model finds likeliest after the question, and the confidence in it is its share of the
 probability of all choices. Log-likelihoods are those of lm-eval's ``multiple_choice``. The model runs once over the questions;
-every steering and every temperature follows in closed form (`confsteer.evaluation.last_layer`).
+every steering and every temperature follows in closed form (`confsteer.last_layer.intervention`).
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from confsteer.capture import record_continuations
 from confsteer.errors import CorpusError
 from confsteer.evaluation.comparison import ComparedRow, Kind, accuracy_at_coverages, paired_differences, reliability_bins
-from confsteer.evaluation.last_layer import Intervention, Reader, Reading, interventions_of
 from confsteer.evaluation.metrics import Estimates, answer_metrics
+from confsteer.evaluation.reader import Reader, interventions_of
+from confsteer.last_layer.intervention import Intervention, Reading
 from confsteer.profile import Profile
 from confsteer.results.bootstrap import Blocks
 from confsteer.results.result import Result

@@ -9,10 +9,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from confsteer.discovery.frequency import Unigram
-from confsteer.evaluation.last_layer import Intervention, Reading, UnigramDivergences
 from confsteer.evaluation.metrics import BINS, Estimates, equal_mass_bins, token_metrics, width_bins
-from confsteer.evaluation.scores import TokenScores
+from confsteer.last_layer.intervention import Intervention, Reading, UnigramDivergences
+from confsteer.last_layer.scores import TokenScores
+from confsteer.last_layer.unigram import Unigram
 from confsteer.results.bootstrap import Blocks, Interval
 from confsteer.results.result import Result
 from confsteer.steering import Steering

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from confsteer.anatomy import dissect
 from confsteer.capture import Recording
 from confsteer.errors import SettingError
-from confsteer.evaluation.scores import TokenScores
+from confsteer.last_layer.scores import TokenScores
 from confsteer.profile import Profile
 from confsteer.results.bootstrap import Change, Interval, ratio_interval
 from confsteer.results.result import Result

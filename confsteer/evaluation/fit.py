@@ -8,9 +8,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from confsteer.evaluation.last_layer import Intervention, Reading
 from confsteer.evaluation.metrics import BINS, width_bins, width_calibration_error
-from confsteer.evaluation.scores import TokenScores
+from confsteer.last_layer.intervention import Intervention, Reading
+from confsteer.last_layer.scores import TokenScores
 from confsteer.results.bootstrap import Blocks, Estimate
 
 Objective = Literal["nll", "brier", "ece"]

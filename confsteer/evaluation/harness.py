@@ -8,13 +8,14 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from confsteer.discovery.frequency import Unigram
 from confsteer.errors import CorpusError, SteeringError
 from confsteer.evaluation.choices import ChoiceComparison
 from confsteer.evaluation.comparison import Method, Sample, TextComparison, compare
 from confsteer.evaluation.fit import fit_null_write, fit_temperature, match_entropy
 from confsteer.evaluation.induction import InductionStudy
-from confsteer.evaluation.last_layer import Intervention, Reader, interventions_of
+from confsteer.evaluation.reader import Reader, interventions_of
+from confsteer.last_layer.intervention import Intervention
+from confsteer.last_layer.unigram import Unigram
 from confsteer.profile import Profile, library_versions
 from confsteer.results.result import Result
 from confsteer.steering import Steering
@@ -61,7 +62,7 @@ def evaluate(
     the unsteered model has the same mean entropy. What remains of a difference to that one is what neurons know beyond a
     temperature.
 
-    The model runs once over each text (see `confsteer.evaluation.last_layer`), on the same positions as calibration uses.
+    The model runs once over each text (see `confsteer.last_layer.intervention`), on the same positions as calibration uses.
 
     Args:
         model: the profile's model.

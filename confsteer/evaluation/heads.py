@@ -24,7 +24,7 @@ from confsteer.anatomy import Anatomy, dissect, input_device, unwrap
 from confsteer.capture import BATCH_SIZE, Recording
 from confsteer.errors import UnsupportedModelError
 from confsteer.evaluation.induction import check_repetition, random_stretches, read_twice
-from confsteer.evaluation.scores import TokenScores
+from confsteer.last_layer.scores import TokenScores
 from confsteer.profile import Profile
 from confsteer.results.bootstrap import Change, Interval, ratio_interval
 from confsteer.results.result import Result

@@ -21,9 +21,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from confsteer.anatomy import Anatomy, dissect
 from confsteer.capture import Recording
-from confsteer.discovery.readout import Readout, TokenStates
 from confsteer.errors import CorpusError, SettingError
-from confsteer.evaluation.scores import TokenScores
+from confsteer.last_layer.readout import Readout
+from confsteer.last_layer.scores import TokenScores
+from confsteer.last_layer.states import TokenStates
 from confsteer.profile import Profile
 from confsteer.results.bootstrap import Change, Interval, ratio_interval
 from confsteer.results.result import Result

@@ -27,7 +27,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from confsteer.evaluation.scores import TokenScores
+from confsteer.last_layer.scores import TokenScores
 from confsteer.results.bootstrap import Blocks, Estimate
 
 BINS = 15

@@ -12,7 +12,7 @@ from confsteer.errors import SettingError, first_problem
 from confsteer.evaluation.choices import ChoiceComparison, evaluate_choices
 from confsteer.evaluation.harness import Evaluation, evaluate, sweep
 from confsteer.evaluation.induction import check_repetition, induction
-from confsteer.evaluation.last_layer import interventions_of
+from confsteer.evaluation.reader import interventions_of
 from confsteer.files import read_at_most
 from confsteer.loading import DEMO_UNIGRAM, LoadedModel
 from confsteer.profile import Profile

@@ -16,8 +16,8 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.llm_engine import LLMEngine
 
-from confsteer.edit import NEUTRAL_RULE
 from confsteer.errors import NoNeuronsError, ProfileMismatchError, SteeringError
+from confsteer.last_layer.edit import NEUTRAL_RULE
 from confsteer.profile import Profile
 from confsteer.steering import Steering
 from confsteer.vllm import metrics

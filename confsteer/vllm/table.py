@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from confsteer.edit import NEUTRAL_RULE, edited
+from confsteer.last_layer.edit import NEUTRAL_RULE, edited
 from confsteer.vllm.slots import NEUTRAL
 
 

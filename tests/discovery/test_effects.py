@@ -10,9 +10,11 @@ from torch import Tensor
 from confsteer.anatomy import LastLayerStates, dissect
 from confsteer.discovery.effects import ablation_effects
 from confsteer.discovery.exact import TokenEffects, exact_effects
-from confsteer.discovery.frequency import Unigram, frequency_cosine
-from confsteer.discovery.readout import Outputs, Readout, TokenStates
+from confsteer.discovery.frequency import frequency_cosine
 from confsteer.discovery.streaming import ActivationMoments, EffectMeans
+from confsteer.last_layer.readout import Outputs, Readout
+from confsteer.last_layer.states import TokenStates
+from confsteer.last_layer.unigram import Unigram
 from tests.models import FAMILIES, VOCAB, TinyFamily, tiny_model
 
 

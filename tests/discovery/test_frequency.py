@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from confsteer.discovery.frequency import Unigram, ranks_tokens
+from confsteer.discovery.frequency import ranks_tokens
+from confsteer.last_layer.unigram import Unigram
 
 VOCAB = 4096
 

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from confsteer import CorpusError, SettingError
-from confsteer.discovery.frequency import Unigram, chance_frequency_cosine, frequency_cosine
-from confsteer.discovery.readout import Readout
+from confsteer.discovery.frequency import chance_frequency_cosine, frequency_cosine
 from confsteer.discovery.select import percentile
 from confsteer.discovery.weights import (
     _left_out_error,
@@ -20,6 +19,8 @@ from confsteer.discovery.weights import (
     unembedding_spectrum,
     weight_statistics,
 )
+from confsteer.last_layer.readout import Readout
+from confsteer.last_layer.unigram import Unigram
 from tests.discovery.test_effects import random_readout, random_unigram
 
 

@@ -25,7 +25,8 @@ from confsteer.evaluation.choices import (
     question_blocks,
     read_choices,
 )
-from confsteer.evaluation.last_layer import Intervention, Reader
+from confsteer.evaluation.reader import Reader
+from confsteer.last_layer.intervention import Intervention
 from confsteer.text.questions import Question
 from tests.models import tiny_tokenizer
 from tests.planted import planted

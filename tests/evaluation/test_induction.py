@@ -10,7 +10,7 @@ import torch
 import confsteer
 from confsteer import CorpusError, NoNeuronsError, Profile, SettingError, demo
 from confsteer.evaluation.induction import InductionStudy, RepeatedSequences, induction, natural_stretches, random_stretches
-from confsteer.evaluation.scores import TokenScores
+from confsteer.last_layer.scores import TokenScores
 from confsteer.text.windows import make_windows
 from tests.models import ENTROPY_NEURONS, FAMILIES, VOCAB, tiny_model, tiny_tokenizer, zipf_texts
 from tests.planted import planted

@@ -20,7 +20,7 @@ from confsteer.evaluation.metrics import (
     token_metrics,
     width_calibration_error,
 )
-from confsteer.evaluation.scores import TokenScores
+from confsteer.last_layer.scores import TokenScores
 from confsteer.results.bootstrap import Blocks
 
 items = st.lists(st.tuples(st.integers(0, 40).map(lambda i: i / 40), st.booleans()), min_size=2, max_size=60)

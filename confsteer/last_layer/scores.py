@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from confsteer.discovery.readout import WORKING_SET, Readout
+from confsteer.last_layer.readout import WORKING_SET, Readout
 
 
 class TokenScores(NamedTuple):

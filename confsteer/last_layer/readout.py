@@ -23,10 +23,12 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from confsteer.last_layer.states import TokenStates, rows_of
 
 ROWS_PER_CHUNK = 8192
 """Rows of a weight matrix converted to float64 at a time."""
@@ -34,14 +36,6 @@ WORKING_SET = 2**23
 """Elements of the largest temporary tensors over the vocabulary (32 MiB in float32); there are about twenty."""
 CACHED_SET = 2**18
 """Elements of the temporaries of elementwise work (1 MiB in float32): in a core's cache it is ten times faster."""
-
-
-States = TypeVar("States", bound=NamedTuple)
-
-
-def rows_of(states: States, rows: slice | Tensor) -> States:
-    """Take some rows of every tensor in a named tuple; what is None stays None."""
-    return states._make(None if field is None else field[rows] for field in states)
 
 
 @dataclass(frozen=True)
@@ -53,25 +47,6 @@ class WriteNorm:
     epsilon: float
     inputs: Tensor
     """What each neuron adds to the norm's input per unit of activation, ``[n_neurons, d_model]``."""
-
-
-class TokenStates(NamedTuple):
-    """What a model left in its last layer at some tokens."""
-
-    activations: Tensor
-    """Input of the last MLP's output projection, ``[tokens, n_neurons]``."""
-    residual: Tensor
-    """Input of the final norm, ``[tokens, d_model]``."""
-    mlp_output: Tensor | None
-    """Input of the write norm, ``[tokens, d_model]``, in a model that has one."""
-    targets: Tensor
-    """Ids of the tokens that follow, ``[tokens]``."""
-    window: Tensor
-    """Which window each token is in, ``[tokens]``."""
-
-    def at(self, rows: slice | Tensor) -> TokenStates:
-        """The states of some of the tokens."""
-        return rows_of(self, rows)
 
 
 class ReadoutState(NamedTuple):

@@ -2,32 +2,24 @@
 
 The model runs over the text once. What it leaves at the input of the final norm, and the activations of the neurons that
 steering can reach, decide every prediction that any steering of them, any temperature and any constant added to the residual
-would have made (`confsteer.discovery.readout`). So steerings are compared, and chosen by gradient, without running the model
+would have made (`confsteer.last_layer.readout`). So steerings are compared, and chosen by gradient, without running the model
 again.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
-from transformers import PreTrainedModel
 
-from confsteer.anatomy import dissect
-from confsteer.capture import record
-from confsteer.discovery.frequency import Unigram
-from confsteer.discovery.readout import Readout, TokenStates
-from confsteer.discovery.weights import unembedding_spectrum
-from confsteer.edit import NeuronEdit, edited
-from confsteer.errors import SteeringError
-from confsteer.evaluation.scores import TokenScores
-from confsteer.profile import Profile
-from confsteer.steering import Steering
-from confsteer.text.windows import Windows, check_context
+from confsteer.last_layer.edit import NeuronEdit, edited
+from confsteer.last_layer.readout import Readout
+from confsteer.last_layer.scores import TokenScores
+from confsteer.last_layer.states import TokenStates
+from confsteer.last_layer.unigram import Unigram
 
 FEWEST_ROWS = 128
 CHUNK = 2**20
@@ -61,19 +53,6 @@ class Intervention(NamedTuple):
     def of(cls, edit: NeuronEdit) -> Intervention:
         """A steering alone."""
         return cls.neutral(len(edit.gain))._replace(**{n: torch.from_numpy(c) for n, c in edit._asdict().items()})
-
-
-def interventions_of(steerings: Sequence[Steering], profile: Profile) -> tuple[list[Steering], list[Intervention]]:
-    """Steerings with their presets written out, and what each does.
-
-    Raises:
-        SteeringError: one cannot be done, or not in an evaluation.
-    """
-    resolved = [profile.resolve(steering) for steering in steerings]
-    for steering in resolved:
-        if steering.positions != "all":
-            raise SteeringError(f"{steering}: an evaluation scores text that is given, and steers every position of it")
-    return resolved, [Intervention.of(profile.edit(steering)) for steering in resolved]
 
 
 class UnigramDivergences(NamedTuple):
@@ -148,52 +127,3 @@ class Reading:
             divergences.append(UnigramDivergences.of(log_p, log_frequency))
         joined = UnigramDivergences.join(divergences)
         return TokenScores(*(field.cpu() for field in TokenScores.join(scores))), UnigramDivergences(*(d.cpu() for d in joined))
-
-
-class Reader:
-    """Reads texts with one model: what all of them share is made once."""
-
-    @torch.no_grad()
-    def __init__(self, model: PreTrainedModel, profile: Profile) -> None:
-        """
-        Args:
-            model: the profile's model; it is put in evaluation mode.
-            profile: which neurons steering can reach.
-
-        Raises:
-            NoNeuronsError: the profile has no neurons to steer.
-            ProfileMismatchError: it is of another model.
-            UnsupportedModelError: see `confsteer.anatomy.dissect`.
-        """
-        model.eval()
-        neurons = torch.tensor([neuron.index for neuron in profile.steerable])
-        self.model, self.profile, self.anatomy = model, profile, dissect(model)
-        profile.check_model(self.anatomy)
-        readout = self.anatomy.readout(profile.model.tokenizer_size)
-        self.device = readout.unembedding.device
-        self.neurons = neurons.to(self.device)
-        self.readout = readout.select(self.neurons)
-        self._null_direction = unembedding_spectrum(readout).directions[:, 0].float()
-
-    @torch.no_grad()
-    def read(self, windows: Windows, *, progress: bool = False) -> Reading:
-        """Run the model over a text once and keep what decides its predictions: ``d_model`` numbers a token.
-
-        In half precision the model rounds its logits and this does not: predictions are those of the same weights computed in
-        float32 from the final norm on.
-
-        Args:
-            windows: the text.
-            progress: whether to show a progress bar.
-
-        Raises:
-            SettingError: the windows are longer than the model's context.
-        """
-        check_context(windows.window, self.model.config)
-        label = f"read {windows.source}"[:40]
-        with tqdm(total=windows.n_tokens, desc=label, unit="tok", unit_scale=True, disable=not progress) as bar:
-            return self.reading(record(self.model, self.anatomy, windows, self.neurons, self.device, bar.update))
-
-    def reading(self, states: TokenStates) -> Reading:
-        """From what the model left at some tokens, the activations those of `neurons`."""
-        return Reading(self.readout, states, self._null_direction)

@@ -1,0 +1,81 @@
+"""Texts read with a model once, for any number of interventions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from confsteer.anatomy import dissect
+from confsteer.capture import record
+from confsteer.discovery.weights import unembedding_spectrum
+from confsteer.errors import SteeringError
+from confsteer.last_layer.intervention import Intervention, Reading
+from confsteer.last_layer.states import TokenStates
+from confsteer.profile import Profile
+from confsteer.steering import Steering
+from confsteer.text.windows import Windows, check_context
+
+
+def interventions_of(steerings: Sequence[Steering], profile: Profile) -> tuple[list[Steering], list[Intervention]]:
+    """Steerings with their presets written out, and what each does.
+
+    Raises:
+        SteeringError: one cannot be done, or not in an evaluation.
+    """
+    resolved = [profile.resolve(steering) for steering in steerings]
+    for steering in resolved:
+        if steering.positions != "all":
+            raise SteeringError(f"{steering}: an evaluation scores text that is given, and steers every position of it")
+    return resolved, [Intervention.of(profile.edit(steering)) for steering in resolved]
+
+
+class Reader:
+    """Reads texts with one model: what all of them share is made once."""
+
+    @torch.no_grad()
+    def __init__(self, model: PreTrainedModel, profile: Profile) -> None:
+        """
+        Args:
+            model: the profile's model; it is put in evaluation mode.
+            profile: which neurons steering can reach.
+
+        Raises:
+            NoNeuronsError: the profile has no neurons to steer.
+            ProfileMismatchError: it is of another model.
+            UnsupportedModelError: see `confsteer.anatomy.dissect`.
+        """
+        model.eval()
+        neurons = torch.tensor([neuron.index for neuron in profile.steerable])
+        self.model, self.profile, self.anatomy = model, profile, dissect(model)
+        profile.check_model(self.anatomy)
+        readout = self.anatomy.readout(profile.model.tokenizer_size)
+        self.device = readout.unembedding.device
+        self.neurons = neurons.to(self.device)
+        self.readout = readout.select(self.neurons)
+        self._null_direction = unembedding_spectrum(readout).directions[:, 0].float()
+
+    @torch.no_grad()
+    def read(self, windows: Windows, *, progress: bool = False) -> Reading:
+        """Run the model over a text once and keep what decides its predictions: ``d_model`` numbers a token.
+
+        In half precision the model rounds its logits and this does not: predictions are those of the same weights computed in
+        float32 from the final norm on.
+
+        Args:
+            windows: the text.
+            progress: whether to show a progress bar.
+
+        Raises:
+            SettingError: the windows are longer than the model's context.
+        """
+        check_context(windows.window, self.model.config)
+        label = f"read {windows.source}"[:40]
+        with tqdm(total=windows.n_tokens, desc=label, unit="tok", unit_scale=True, disable=not progress) as bar:
+            return self.reading(record(self.model, self.anatomy, windows, self.neurons, self.device, bar.update))
+
+    def reading(self, states: TokenStates) -> Reading:
+        """From what the model left at some tokens, the activations those of `neurons`."""
+        return Reading(self.readout, states, self._null_direction)

@@ -1,0 +1,9 @@
+"""The last layer in closed form: what any change at the end of a model does to its predictions. Tensors only.
+
+states.py         what a model leaves in its last layer at some tokens
+readout.py        from the last MLP's activations to the logits, norms and softcap included
+unigram.py        the unigram distribution as a direction in logit space
+edit.py           the rule of steering: clip(gain · a + bias, low, high)
+intervention.py   a steering with the baselines beside it, and a text under any of them
+scores.py         what was predicted of each next token, in a few numbers
+"""

@@ -1,0 +1,33 @@
+"""What a model leaves in its last layer at some tokens."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, TypeVar
+
+from torch import Tensor
+
+States = TypeVar("States", bound=NamedTuple)
+
+
+def rows_of(states: States, rows: slice | Tensor) -> States:
+    """Take some rows of every tensor in a named tuple; what is None stays None."""
+    return states._make(None if field is None else field[rows] for field in states)
+
+
+class TokenStates(NamedTuple):
+    """What a model left in its last layer at some tokens."""
+
+    activations: Tensor
+    """Input of the last MLP's output projection, ``[tokens, n_neurons]``."""
+    residual: Tensor
+    """Input of the final norm, ``[tokens, d_model]``."""
+    mlp_output: Tensor | None
+    """Input of the write norm, ``[tokens, d_model]``, in a model that has one."""
+    targets: Tensor
+    """Ids of the tokens that follow, ``[tokens]``."""
+    window: Tensor
+    """Which window each token is in, ``[tokens]``."""
+
+    def at(self, rows: slice | Tensor) -> TokenStates:
+        """The states of some of the tokens."""
+        return rows_of(self, rows)
