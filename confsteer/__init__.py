@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from confsteer.baking import Baked, bake
     from confsteer.calibration import calibrate
-    from confsteer.checkpoint import Scan, scan
     from confsteer.errors import (
         ConfsteerError,
         CorpusError,
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from confsteer.evaluation.harness import Evaluation, evaluate
     from confsteer.hf import Steerer, steer
     from confsteer.profile import Neuron, Profile, Response
+    from confsteer.scanning import Scan, scan
     from confsteer.steering import Steering
     from confsteer.tuning import Tuning, tune
 
@@ -70,14 +70,14 @@ _MODULES = {
     "Neuron": "profile",
     "Profile": "profile",
     "Response": "profile",
-    "Scan": "checkpoint",
+    "Scan": "scanning",
     "Steerer": "hf",
     "Steering": "steering",
     "Tuning": "tuning",
     "bake": "baking",
     "calibrate": "calibration",
     "evaluate": "evaluation.harness",
-    "scan": "checkpoint",
+    "scan": "scanning",
     "steer": "hf",
     "tune": "tuning",
 }

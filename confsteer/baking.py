@@ -19,11 +19,14 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from confsteer.anatomy import Anatomy, dissect, dtype_name, unwrap, written_by
 from confsteer.errors import ResultError, SteeringError, UnsupportedModelError
 from confsteer.files import draft, sync_folder
 from confsteer.hf import Request
-from confsteer.loading import LoadedModel
+from confsteer.model.anatomy import Anatomy
+from confsteer.model.dissect import dissect
+from confsteer.model.layers import dtype_name, written_by
+from confsteer.model.loading import LoadedModel
+from confsteer.model.locate import unwrap
 from confsteer.profile import Profile
 from confsteer.steering import Steering
 
@@ -75,7 +78,7 @@ def bake(model: nn.Module, profile: Profile | str | os.PathLike[str], steering: 
             positions; or it has a constant part and the projection has no bias.
         NoNeuronsError: the profile has no neurons to turn.
         ProfileMismatchError: the profile is of another model.
-        UnsupportedModelError: see `confsteer.anatomy.dissect`; or weights are quantised, shared, offloaded or under adapters.
+        UnsupportedModelError: see `confsteer.model.dissect`; or weights are quantised, shared, offloaded or under adapters.
     """
     if not isinstance(profile, Profile):
         profile = Profile.load(profile)

@@ -18,8 +18,6 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from confsteer.anatomy import dissect
-from confsteer.capture import BATCH_SIZE, Recording, regroup
 from confsteer.discovery import select
 from confsteer.discovery.effects import ablation_effects
 from confsteer.discovery.exact import TokenEffects, exact_effects
@@ -31,6 +29,9 @@ from confsteer.discovery.weights import weight_statistics
 from confsteer.errors import CorpusError, ProfileMismatchError, SettingError, UnsupportedModelError
 from confsteer.last_layer.readout import Outputs, Readout
 from confsteer.last_layer.unigram import Unigram
+from confsteer.model.dissect import dissect
+from confsteer.model.sampling import sample_windows
+from confsteer.model.states import BATCH_SIZE, Recording, regroup
 from confsteer.parallel import all_sum, of_first, share
 from confsteer.profile import (
     CorpusIdentity,
@@ -43,7 +44,6 @@ from confsteer.profile import (
     library_versions,
 )
 from confsteer.resuming import Checkpoint, sample_of_weights
-from confsteer.sampling import sample_windows
 from confsteer.steering import DIALS, Dial
 from confsteer.text.counts import checked_counts
 from confsteer.text.windows import Document, Windows, check_context, check_ids, make_windows
@@ -75,7 +75,7 @@ def calibrate(
     """Find a model's entropy and token-frequency neurons and measure what turning them does.
 
     Three passes over the text: mean activations; effects of every neuron; exact effects of the selected neurons and the
-    response curves. The model runs once over as much of it as `confsteer.capture.KEPT_BYTES` hold, and again in every pass
+    response curves. The model runs once over as much of it as `confsteer.model.states.KEPT_BYTES` hold, and again in every pass
     over the rest: memory does not grow with the text, but for four bytes per token.
 
     In several processes that have met (`confsteer.parallel.join`) each reads its share of the text, and all return the same
@@ -105,7 +105,7 @@ def calibrate(
         The profile; its lists are empty if the model has no such neurons.
 
     Raises:
-        UnsupportedModelError: see `confsteer.anatomy.dissect`.
+        UnsupportedModelError: see `confsteer.model.dissect`.
         CorpusError: the text is too short, or not of this model's tokenizer.
         SettingError: the window is too short or longer than the model's context, `null_dims` is out of range or given beside
             `scanned`, or there are more processes than batches of text, or several with a checkpoint.

@@ -15,9 +15,9 @@ import torch._dynamo
 from torch import Tensor, nn
 from transformers import Cache
 
-from confsteer.anatomy import dissect
 from confsteer.errors import SteeringError
 from confsteer.last_layer.edit import edited
+from confsteer.model.dissect import dissect
 from confsteer.profile import Profile
 from confsteer.steering import Steering, SteeringFields
 
@@ -139,7 +139,7 @@ def steer(
         SteeringError: the request is malformed or out of reach, or the model is being steered already.
         NoNeuronsError: the profile has no neurons to turn.
         ProfileMismatchError: the profile is of another model.
-        UnsupportedModelError: see `confsteer.anatomy.dissect`.
+        UnsupportedModelError: see `confsteer.model.dissect`.
     """
     if not isinstance(profile, Profile):
         profile = Profile.load(profile)

@@ -19,7 +19,6 @@ from pydantic import BaseModel, ConfigDict, FailFast, Field, PrivateAttr, Valida
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from confsteer.anatomy import Anatomy, dtype_name
 from confsteer.discovery.response import monotone_range
 from confsteer.discovery.weights import WeightStatistics
 from confsteer.errors import (
@@ -34,6 +33,8 @@ from confsteer.errors import (
 )
 from confsteer.files import made, read_at_most, shipped_profiles, write_atomically
 from confsteer.last_layer.edit import NeuronEdit
+from confsteer.model.anatomy import Anatomy
+from confsteer.model.layers import dtype_name
 from confsteer.steering import DIALS, Dial, NeuronKey, PresetName, Steering
 from confsteer.text.windows import vocabulary_size
 

@@ -15,10 +15,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from confsteer.capture import Recording, regroup
 from confsteer.errors import ResumeError
 from confsteer.files import made, write_atomically
 from confsteer.last_layer.states import TokenStates
+from confsteer.model.states import Recording, regroup
 
 FILE_NAME = ".calibration.safetensors"
 """In the folder that the profile is to be written to."""

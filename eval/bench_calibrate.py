@@ -26,13 +26,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from confsteer.anatomy import dissect
-from confsteer.capture import Recording, regroup
 from confsteer.discovery.effects import EXACT_ABOVE, ablation_effects
 from confsteer.discovery.exact import TokenEffects
 from confsteer.last_layer.readout import Readout
 from confsteer.last_layer.states import TokenStates
 from confsteer.last_layer.unigram import Unigram
+from confsteer.model.dissect import dissect
+from confsteer.model.states import Recording, regroup
 from confsteer.text.windows import make_windows
 
 

@@ -23,8 +23,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import confsteer
 from confsteer import Profile, Steering
-from confsteer.anatomy import dissect
-from confsteer.loading import DEMO_NAME
+from confsteer.model.dissect import dissect
+from confsteer.model.loading import DEMO_NAME
 
 
 def profile_for(model: GPT2LMHeadModel) -> Profile:

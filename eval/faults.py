@@ -33,11 +33,11 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 import confsteer.calibration
-import confsteer.loading
+import confsteer.model.loading
 import confsteer.tuning
 from confsteer import Profile, hub, resuming
 from confsteer.cli import main
-from confsteer.loading import LoadedModel
+from confsteer.model.loading import LoadedModel
 from confsteer.profile import library_versions
 from tests.models import zipf_texts
 from tests.planted import planted

@@ -31,7 +31,7 @@ from confsteer import Profile, calibration
 from confsteer.discovery.effects import TokenSlopes
 from confsteer.discovery.exact import TokenEffects
 from confsteer.discovery.streaming import ActivationMoments, EffectMeans, NeuronEffects
-from confsteer.loading import DEMO_UNIGRAM, load_model
+from confsteer.model.loading import DEMO_UNIGRAM, load_model
 from confsteer.text.counts import read_counts
 from confsteer.text.sources import TextSource
 

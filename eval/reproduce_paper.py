@@ -18,12 +18,12 @@ import click
 
 import confsteer
 from confsteer import ConfsteerError, Profile
-from confsteer.anatomy import dissect
 from confsteer.discovery.weights import weight_statistics
 from confsteer.evaluation.cumulative import CumulativeStudy, cumulative
 from confsteer.evaluation.heads import INDUCTION_SCORE, HeadStudy, bos_ablation
 from confsteer.evaluation.induction import InductionStudy, RepeatedSequences, induction
-from confsteer.loading import DEMO_NAME, load_model
+from confsteer.model.dissect import dissect
+from confsteer.model.loading import DEMO_NAME, load_model
 from confsteer.plots import plot_cumulative, plot_frequency_neurons, plot_induction, plot_neurons, plot_response
 from confsteer.profile import CorpusIdentity, Measurement
 from confsteer.results.bootstrap import Interval

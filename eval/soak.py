@@ -39,7 +39,7 @@ import torch
 from bench_serving import Server, machine, server_environment, serving
 
 from confsteer import Profile, Steering
-from confsteer.loading import DEMO_NAME
+from confsteer.model.loading import DEMO_NAME
 from confsteer.vllm.command import server_command
 from confsteer.vllm.settings import KEY
 from tests.vllm import fuzz, parity

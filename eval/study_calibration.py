@@ -24,7 +24,7 @@ from confsteer.evaluation.fit import fit_null_write, fit_temperature
 from confsteer.evaluation.harness import neutral_method, read_sample, with_matched_temperatures
 from confsteer.evaluation.reader import Reader
 from confsteer.last_layer.intervention import Intervention
-from confsteer.loading import load_model
+from confsteer.model.loading import load_model
 from confsteer.profile import library_versions
 from confsteer.text.sources import TextSource
 from confsteer.tuning import Split, Tuned, search, split

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import confsteer
 from confsteer import Steering
-from confsteer.loading import DEMO_UNIGRAM, load_model
+from confsteer.model.loading import DEMO_UNIGRAM, load_model
 from confsteer.text.counts import read_counts
 from confsteer.text.sources import python_docs, read_texts
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import confsteer
-from confsteer.loading import load_model
+from confsteer.model.loading import load_model
 from confsteer.text.sources import python_docs, read_texts
 
 if len(sys.argv) > 4:

@@ -7,7 +7,7 @@ import os
 
 from vllm import LLM, SamplingParams
 
-from confsteer.loading import DEMO
+from confsteer.model.loading import DEMO
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; read by the CPU build only
 

@@ -10,7 +10,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
-from confsteer.anatomy import Anatomy, locate, read_norm
+from confsteer.model.anatomy import Anatomy
+from confsteer.model.layers import read_norm
+from confsteer.model.locate import locate
 
 VOCAB = 96
 

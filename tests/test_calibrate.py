@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import confsteer
 from confsteer import CorpusError, NoNeuronsError, ProfileMismatchError, SettingError
-from confsteer.anatomy import dissect
+from confsteer.model.dissect import dissect
 from confsteer.steering import DIALS, Dial
 from confsteer.text.windows import make_windows
 from tests.models import (

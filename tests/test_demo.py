@@ -10,7 +10,7 @@ from confsteer import Steering, demo
 from confsteer.demo import Demo
 from confsteer.evaluation.harness import Evaluation, evaluate
 from confsteer.last_layer.scores import TokenScores
-from confsteer.loading import DEMO_UNIGRAM
+from confsteer.model.loading import DEMO_UNIGRAM
 from confsteer.text.counts import read_counts
 from confsteer.text.sources import python_docs
 from confsteer.text.windows import make_windows
@@ -88,7 +88,7 @@ def test_its_shipped_profile_is_what_calibration_gives(bundled: Demo) -> None:
 
 
 def test_it_is_small_enough_to_ship() -> None:
-    from confsteer.loading import DEMO
+    from confsteer.model.loading import DEMO
 
     assert sum(file.stat().st_size for file in DEMO.rglob("*") if file.is_file()) <= 15e6
 

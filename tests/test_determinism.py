@@ -12,7 +12,7 @@ import torch
 
 import confsteer
 from confsteer import Profile
-from confsteer.loading import DEMO_UNIGRAM, load_model
+from confsteer.model.loading import DEMO_UNIGRAM, load_model
 from confsteer.text.counts import read_counts
 from confsteer.text.sources import TextSource
 from tests.planted import planted
@@ -75,7 +75,7 @@ def test_threads_change_nothing_but_rounding(alone: Profile) -> None:
 
 @pytest.mark.parametrize("size", [1, 16])
 def test_the_batch_size_changes_nothing_but_rounding(alone: Profile, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
-    monkeypatch.setattr("confsteer.capture.BATCH_SIZE", size)
+    monkeypatch.setattr("confsteer.model.states.BATCH_SIZE", size)
     agree(alone, calibrated(), effects=1e-5, nats=1e-5)
 
 

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from confsteer import Profile, Steering, baking, resuming
 from confsteer.cli import main
 from confsteer.files import write_atomically
-from confsteer.loading import LoadedModel
+from confsteer.model.loading import LoadedModel
 from tests.models import zipf_texts
 from tests.planted import planted
 

@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, TextIteratorStre
 
 import confsteer
 from confsteer import NoNeuronsError, ProfileMismatchError, Steering, SteeringError
-from confsteer.anatomy import LastLayerStates, dissect
+from confsteer.model.anatomy import LastLayerStates
+from confsteer.model.dissect import dissect
 from tests.models import FAMILIES, TinyFamily, planted_model, tiny_model
 from tests.planted import Planted, planted
 

@@ -11,9 +11,10 @@ import torch
 from click.testing import CliRunner, Result
 
 import confsteer
-from confsteer import Profile, ResumeError, SettingError, capture, resuming
+from confsteer import Profile, ResumeError, SettingError, resuming
 from confsteer.cli import main
 from confsteer.files import write_atomically
+from confsteer.model import states as capture
 from confsteer.parallel import Share
 from confsteer.resuming import FILE_NAME
 from confsteer.text.windows import Windows, make_windows

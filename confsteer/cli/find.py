@@ -81,7 +81,7 @@ def calibrate(
     What was added up so far is written to the folder every minute (by a single process). Killed or interrupted, the same
     command with --resume goes on from there and ends with the same profile.
     """
-    from confsteer.loading import DEMO_UNIGRAM
+    from confsteer.model.loading import DEMO_UNIGRAM
     from confsteer.parallel import join
     from confsteer.profile import model_id
     from confsteer.resuming import FILE_NAME

@@ -222,6 +222,6 @@ def write_html(console: Console, result: Evaluation | Tuning, file: Path | None,
 
 def load(model: str | None, loading: dict[str, Any]) -> Any:
     """The model that `model_options` name."""
-    from confsteer.loading import load_model
+    from confsteer.model.loading import load_model
 
     return load_model(model, **loading)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
-from confsteer.loading import DEMO_NAME, load_model
+from confsteer.model.loading import DEMO_NAME, load_model
 from confsteer.profile import Profile
 
 

@@ -17,12 +17,12 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from confsteer.capture import record_continuations
 from confsteer.errors import CorpusError
 from confsteer.evaluation.comparison import ComparedRow, Kind, accuracy_at_coverages, paired_differences, reliability_bins
 from confsteer.evaluation.metrics import Estimates, answer_metrics
 from confsteer.evaluation.reader import Reader, interventions_of
 from confsteer.last_layer.intervention import Intervention, Reading
+from confsteer.model.states import record_continuations
 from confsteer.profile import Profile
 from confsteer.results.bootstrap import Blocks
 from confsteer.results.result import Result

@@ -14,10 +14,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from confsteer.anatomy import dissect
-from confsteer.capture import Recording
 from confsteer.errors import SettingError
 from confsteer.last_layer.scores import TokenScores
+from confsteer.model.dissect import dissect
+from confsteer.model.states import Recording
 from confsteer.profile import Profile
 from confsteer.results.bootstrap import Change, Interval, ratio_interval
 from confsteer.results.result import Result

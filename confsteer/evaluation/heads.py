@@ -20,11 +20,13 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from confsteer.anatomy import Anatomy, dissect, input_device, unwrap
-from confsteer.capture import BATCH_SIZE, Recording
 from confsteer.errors import UnsupportedModelError
 from confsteer.evaluation.induction import check_repetition, random_stretches, read_twice
 from confsteer.last_layer.scores import TokenScores
+from confsteer.model.anatomy import Anatomy
+from confsteer.model.dissect import dissect
+from confsteer.model.locate import input_device, unwrap
+from confsteer.model.states import BATCH_SIZE, Recording
 from confsteer.profile import Profile
 from confsteer.results.bootstrap import Change, Interval, ratio_interval
 from confsteer.results.result import Result

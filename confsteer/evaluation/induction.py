@@ -19,12 +19,13 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from confsteer.anatomy import Anatomy, dissect
-from confsteer.capture import Recording
 from confsteer.errors import CorpusError, SettingError
 from confsteer.last_layer.readout import Readout
 from confsteer.last_layer.scores import TokenScores
 from confsteer.last_layer.states import TokenStates
+from confsteer.model.anatomy import Anatomy
+from confsteer.model.dissect import dissect
+from confsteer.model.states import Recording
 from confsteer.profile import Profile
 from confsteer.results.bootstrap import Change, Interval, ratio_interval
 from confsteer.results.result import Result

@@ -29,7 +29,7 @@ from confsteer.errors import LoadError, SteeringError
 from confsteer.evaluation.lm_eval_samples import TaskCalibration, calibrations
 from confsteer.files import write_result
 from confsteer.hf import Request, steer
-from confsteer.loading import DEMO, DEMO_NAME
+from confsteer.model.loading import DEMO, DEMO_NAME
 from confsteer.profile import Profile
 from confsteer.steering import Steering
 
@@ -61,7 +61,7 @@ class SteeredLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
             SteeringError: the steering is malformed, out of reach, or lacks a profile.
             NoNeuronsError: the profile has no neurons to turn.
             ProfileError: there is no such profile, or it is of another model.
-            UnsupportedModelError: see `confsteer.anatomy.dissect`.
+            UnsupportedModelError: see `confsteer.model.dissect`.
             LoadError: there is no such model.
         """
         self.steering = Steering.parse({} if steering is None else steering)

@@ -8,12 +8,12 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from confsteer.anatomy import dissect
-from confsteer.capture import record
 from confsteer.discovery.weights import unembedding_spectrum
 from confsteer.errors import SteeringError
 from confsteer.last_layer.intervention import Intervention, Reading
 from confsteer.last_layer.states import TokenStates
+from confsteer.model.dissect import dissect
+from confsteer.model.states import record
 from confsteer.profile import Profile
 from confsteer.steering import Steering
 from confsteer.text.windows import Windows, check_context
@@ -45,7 +45,7 @@ class Reader:
         Raises:
             NoNeuronsError: the profile has no neurons to steer.
             ProfileMismatchError: it is of another model.
-            UnsupportedModelError: see `confsteer.anatomy.dissect`.
+            UnsupportedModelError: see `confsteer.model.dissect`.
         """
         model.eval()
         neurons = torch.tensor([neuron.index for neuron in profile.steerable])

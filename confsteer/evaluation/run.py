@@ -14,7 +14,7 @@ from confsteer.evaluation.harness import Evaluation, evaluate, sweep
 from confsteer.evaluation.induction import check_repetition, induction
 from confsteer.evaluation.reader import interventions_of
 from confsteer.files import read_at_most
-from confsteer.loading import DEMO_UNIGRAM, LoadedModel
+from confsteer.model.loading import DEMO_UNIGRAM, LoadedModel
 from confsteer.profile import Profile
 from confsteer.steering import Steering
 from confsteer.text.counts import checked_counts, read_counts

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from confsteer.errors import SettingError, UnsupportedServerError
-from confsteer.loading import DEMO, DEMO_NAME
+from confsteer.model.loading import DEMO, DEMO_NAME
 from confsteer.profile import Profile
 from confsteer.steering import Steering
 from confsteer.vllm.release import check_release

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
-from confsteer.anatomy import FAMILIES, UNITS_AT_ONCE, NormParameters, read_norm
 from confsteer.errors import ProfileMismatchError, UnsupportedModelError
+from confsteer.model.families import FAMILIES
+from confsteer.model.layers import UNITS_AT_ONCE, NormParameters, read_norm
 from confsteer.profile import Profile
 from confsteer.vllm.table import SteeringTable
 

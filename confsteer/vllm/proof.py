@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from confsteer.anatomy import NormParameters
 from confsteer.errors import UnsupportedModelError
+from confsteer.model.layers import NormParameters
 
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 1e-1, torch.float16: 5e-2}
 """Relative error that rounding in each precision explains."""

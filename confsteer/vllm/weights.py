@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from confsteer.checkpoint import read_last_layer
 from confsteer.errors import ConfsteerError, ProfileMismatchError
+from confsteer.model.checkpoint import read_last_layer
 from confsteer.profile import Profile
 
 logger = logging.getLogger("vllm.confsteer")

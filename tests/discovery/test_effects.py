@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from confsteer.anatomy import LastLayerStates, dissect
 from confsteer.discovery.effects import ablation_effects
 from confsteer.discovery.exact import TokenEffects, exact_effects
 from confsteer.discovery.frequency import frequency_cosine
@@ -15,6 +14,8 @@ from confsteer.discovery.streaming import ActivationMoments, EffectMeans
 from confsteer.last_layer.readout import Outputs, Readout
 from confsteer.last_layer.states import TokenStates
 from confsteer.last_layer.unigram import Unigram
+from confsteer.model.anatomy import LastLayerStates
+from confsteer.model.dissect import dissect
 from tests.models import FAMILIES, VOCAB, TinyFamily, tiny_model
 
 

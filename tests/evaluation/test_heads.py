@@ -10,9 +10,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from confsteer import NoNeuronsError, Profile, demo
-from confsteer.anatomy import dissect
 from confsteer.evaluation.heads import HeadStudy, ablated, bos_ablation, induction_scores
 from confsteer.evaluation.induction import random_stretches, read_twice
+from confsteer.model.dissect import dissect
 from tests.models import FAMILIES, VOCAB, TinyFamily, tiny_model, tiny_tokenizer
 from tests.planted import planted
 

@@ -8,12 +8,12 @@ from torch import Tensor
 
 import confsteer
 from confsteer import Profile, Steering
-from confsteer.anatomy import dissect
 from confsteer.evaluation.fit import fit, fit_null_write, fit_temperature, match_entropy
 from confsteer.evaluation.reader import Reader
 from confsteer.last_layer.intervention import Intervention, Reading
 from confsteer.last_layer.scores import TokenScores
 from confsteer.last_layer.unigram import Unigram
+from confsteer.model.dissect import dissect
 from confsteer.text.windows import Windows, make_windows
 from tests.models import VOCAB, zipf_texts
 from tests.planted import planted

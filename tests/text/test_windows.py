@@ -13,7 +13,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from confsteer import CorpusError, SettingError
-from confsteer.loading import DEMO
+from confsteer.model.loading import DEMO
 from confsteer.text.counts import read_counts
 from confsteer.text.sources import python_docs
 from confsteer.text.windows import FIRST_POSITIONS, SHORTEST_WINDOW, Windows, control_ids, make_windows

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import confsteer
 from confsteer import Profile, Steering, demo
-from confsteer.loading import DEMO
+from confsteer.model.loading import DEMO
 from tests.planted import planted
 
 V2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from confsteer import ProfileNotFoundError, SettingError, SteeringError, UnsupportedServerError
 from confsteer.cli import main
-from confsteer.loading import DEMO
+from confsteer.model.loading import DEMO
 from confsteer.vllm import command
 from confsteer.vllm.command import server_command
 

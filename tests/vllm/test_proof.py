@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from confsteer.anatomy import NormParameters
 from confsteer.errors import UnsupportedModelError
+from confsteer.model.layers import NormParameters
 from confsteer.vllm.proof import PUSHES, Outputs, prove, unexplained
 
 TOKENS, D = 4, 48

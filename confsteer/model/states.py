@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from confsteer.anatomy import Anatomy, LastLayerStates, input_device
 from confsteer.last_layer.states import TokenStates, rows_of
+from confsteer.model.anatomy import Anatomy, LastLayerStates
+from confsteer.model.locate import input_device
 from confsteer.parallel import ALONE, Share
 from confsteer.text.windows import Batch, Windows, check_ids
 

@@ -8,7 +8,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from confsteer import UnsupportedModelError
-from confsteer.anatomy import FAMILIES, LastLayerStates, dissect, locate, read_norm
+from confsteer.model.anatomy import LastLayerStates
+from confsteer.model.dissect import dissect
+from confsteer.model.families import FAMILIES
+from confsteer.model.layers import read_norm
+from confsteer.model.locate import locate
 from tests.models import FAMILIES as TINY_FAMILIES
 from tests.models import VOCAB, TinyFamily, tiny_model
 
@@ -73,7 +77,7 @@ def test_every_neuron_moves_the_logits_by_the_closed_form(family: TinyFamily) ->
 def test_the_structural_search_finds_what_the_table_says(family: TinyFamily, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(*family)
     from_table = locate(model)
-    monkeypatch.setattr("confsteer.anatomy.FAMILIES", {})
+    monkeypatch.setattr("confsteer.model.families.FAMILIES", {})
     assert locate(model) == from_table
 
 

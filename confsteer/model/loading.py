@@ -20,10 +20,10 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 
 from confsteer.errors import ConfsteerError, LoadError, UnsupportedModelError
 
-DEMO = Path(__file__).parent / "demo" / "model"
+DEMO = Path(__file__).parents[1] / "demo" / "model"
 """Folder of the bundled demonstration model."""
 DEMO_NAME = "confsteer-demo"
-DEMO_UNIGRAM = Path(__file__).parent / "demo" / "unigram.npy"
+DEMO_UNIGRAM = Path(__file__).parents[1] / "demo" / "unigram.npy"
 """Token counts of the text it was trained on."""
 
 

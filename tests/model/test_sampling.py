@@ -8,7 +8,7 @@ import torch
 
 import confsteer
 from confsteer import CorpusError, SettingError
-from confsteer.sampling import sample_windows
+from confsteer.model.sampling import sample_windows
 from confsteer.text.windows import Windows
 from tests.models import FAMILIES, VOCAB, TinyFamily, planted_model, tiny_model, tiny_tokenizer
 

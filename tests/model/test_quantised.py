@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import confsteer
-from confsteer.anatomy import dissect, written_by
+from confsteer.model.dissect import dissect
+from confsteer.model.layers import written_by
 from tests.models import ENTROPY_NEURONS, FREQUENCY_NEURON, FREQUENCY_SIGN
 from tests.planted import planted
 

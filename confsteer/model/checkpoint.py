@@ -11,101 +11,19 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, extract_commit_hash
 
-from confsteer.anatomy import Anatomy, dtype_name, locate
-from confsteer.discovery.weights import weight_statistics
 from confsteer.errors import ConfsteerError, LoadError, UnsupportedModelError
-from confsteer.loading import DEMO, DEMO_NAME, load_tokenizer, reason
-from confsteer.profile import WEIGHT_COLUMNS, Layer, ModelIdentity, Profile, library_versions
+from confsteer.model.anatomy import Anatomy
+from confsteer.model.layers import dtype_name
+from confsteer.model.loading import reason
+from confsteer.model.locate import locate
 
 READABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-class Scan(NamedTuple):
-    """What `scan` found, and what it read for that."""
-
-    profile: Profile
-    """Of the weights alone: no corpus, no neurons, no dials."""
-    tensors: tuple[str, ...]
-    """Names of the tensors read, as in the checkpoint."""
-    bytes_read: int
-    """Size of these tensors."""
-    bytes_total: int | None
-    """Size of the whole checkpoint; None where its index does not say."""
-
-
-def scan(
-    name: str | None,
-    *,
-    revision: str | None = None,
-    null_dims: int | None = None,
-    seed: int = 0,
-    trust_remote_code: bool = False,
-    progress: bool = False,
-) -> Scan:
-    """What a model's weights alone say about the neurons of its last MLP, without building the model.
-
-    Of the checkpoint only the unembedding, the final norm and the last MLP's output projection are read. Where they are is
-    known from the table of families or from the structure of the model, which is laid out without weights; the numerical
-    check that `confsteer.calibrate` makes needs the whole model and is not made here.
-
-    Args:
-        name: hub id or folder; the bundled demonstration model if None. From the hub, only files with a tensor that is
-            needed are downloaded.
-        revision: branch, tag or commit on the hub.
-        null_dims: directions counted as the unembedding's effective null space; read off its spectrum if None.
-        seed: of the random directions that give the chance level.
-        trust_remote_code: run code that comes with the model.
-        progress: whether to show a progress bar.
-
-    Raises:
-        LoadError: there is no such model, or its checkpoint is not one of whole float32, bfloat16 or float16 tensors in
-            safetensors files.
-        UnsupportedModelError: see `confsteer.anatomy.locate`.
-        SettingError: `null_dims` is out of range.
-    """
-    source = str(DEMO) if name is None else name
-    with tqdm(total=3, desc="reading", unit="step", disable=not progress) as bar, torch.no_grad():
-        last = read_last_layer(source, revision=revision, trust_remote_code=trust_remote_code)
-        tokenizer = load_tokenizer(source, revision=last.commit or revision, trust_remote_code=trust_remote_code)
-        bytes_read = sum(tensor.nbytes for tensor in last.tensors.values())
-        bytes_total, names = last.bytes_total, tuple(last.tensors)
-        bar.update()
-        bar.set_description("hashing")
-        if name is None:
-            last.config.name_or_path = DEMO_NAME
-        identity = ModelIdentity.of(last.config, tokenizer, last.anatomy, revision=last.commit)
-        bar.update()
-        bar.set_description("statistics")
-        readout = last.anatomy.readout(identity.tokenizer_size)
-        # The raw weights make room for the float64 copies of the folded ones.
-        del last
-        weights = weight_statistics(readout, null_dims=null_dims, seed=seed)
-        bar.update()
-    profile = Profile.create(
-        model=identity,
-        corpus=None,
-        seed=seed,
-        versions=library_versions(),
-        layer=Layer(
-            null_dims=weights.null_dims,
-            chance_null_fraction=weights.chance_null_fraction,
-            chance_frequency_cosine=None,
-            entropy=None,
-            loss=None,
-        ),
-        entropy_neurons=(),
-        frequency_neurons=(),
-        response={},
-        columns={name: getattr(weights, name) for name in WEIGHT_COLUMNS},
-    )
-    return Scan(profile, names, bytes_read, bytes_total)
 
 
 class LastLayer(NamedTuple):
@@ -127,7 +45,7 @@ def read_last_layer(source: str, *, revision: str | None = None, trust_remote_co
 
     Raises:
         LoadError: as `scan`.
-        UnsupportedModelError: see `confsteer.anatomy.locate`.
+        UnsupportedModelError: see `confsteer.model.locate`.
     """
     try:
         # Whatever the branch moves to meanwhile, all files are of one commit.

@@ -9,8 +9,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from confsteer.anatomy import input_device
 from confsteer.errors import CorpusError
+from confsteer.model.locate import input_device
 from confsteer.text.windows import SHORTEST_WINDOW, TokenizedDocument, Windows, check_context, cut_windows, vocabulary_size
 
 BATCH_SIZE = 32

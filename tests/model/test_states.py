@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from confsteer.anatomy import dissect
-from confsteer.capture import BATCH_SIZE, Recording, _forward, record_continuations, regroup
 from confsteer.last_layer.states import TokenStates
+from confsteer.model.dissect import dissect
+from confsteer.model.states import BATCH_SIZE, Recording, _forward, record_continuations, regroup
 from confsteer.parallel import ALONE, Share
 from confsteer.text.windows import make_windows
 from tests.models import FAMILIES, VOCAB, TinyFamily, tiny_model

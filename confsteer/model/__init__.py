@@ -1,0 +1,12 @@
+"""A transformers model, in memory or on disk: where its last layer is, and what it leaves there on a text.
+
+families.py     the one table of model families: where each keeps its last MLP, norms and unembedding
+layers.py       any linear layer or norm, plain, quantised, offloaded or under an adapter, as tensors
+anatomy.py      the modules at the end of a model, folded into a Readout
+locate.py       finds them: by the table, or by the model's structure
+dissect.py      proves numerically that the model at hand is what was found
+states.py       forward passes over windows, and over answers to questions
+sampling.py     text that the model writes itself
+loading.py      models and tokenizers by hub id, by folder, or the bundled ones
+checkpoint.py   the last layer of a model on disk, without the rest
+"""

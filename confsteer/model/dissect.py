@@ -1,0 +1,105 @@
+"""The numerical check that a model's last layer is what was found, on the model at hand.
+
+A table of families is the fast path and a structural search covers the rest. Neither is trusted: `dissect` checks that
+the logits are ``unembed(norm(residual))`` and that an activation moves the residual by its neuron's write, and refuses the
+model otherwise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from confsteer.errors import UnsupportedModelError
+from confsteer.model.anatomy import Anatomy, LastLayerStates
+from confsteer.model.locate import locate, probe_ids, probe_logits, unwrap
+
+_verified: weakref.WeakKeyDictionary[nn.Module, Anatomy] = weakref.WeakKeyDictionary()
+
+
+def dissect(model: nn.Module) -> Anatomy:
+    """The `Anatomy` of a loaded causal language model, checked numerically (two short forward passes, once per model).
+
+    A PEFT-wrapped model is checked without its adapters.
+
+    Raises:
+        UnsupportedModelError: with what does not fit.
+    """
+    anatomy = locate(model)
+    base = unwrap(model)
+    if _verified.get(base) != anatomy:
+        verify(model, anatomy)
+        _verified[base] = anatomy
+    return _verified[base]
+
+
+def verify(model: nn.Module, anatomy: Anatomy) -> None:
+    """Check on the model at hand that its last layer is what `anatomy` says.
+
+    Raises:
+        UnsupportedModelError: logits are not ``unembed(norm(residual))``, or an activation does not move the residual by
+            its neuron's write.
+    """
+    base = unwrap(model)
+    name = base.config.model_type
+    tolerance = 1e-3 if anatomy.dtype == torch.float32 else 5e-2
+    ids = probe_ids(anatomy.vocab_size)
+    states: list[LastLayerStates] = []
+    # PEFT's own switch where the model has one; elsewhere there is nothing to switch off.
+    without_adapters = getattr(model, "disable_adapter", contextlib.nullcontext)
+    with without_adapters(), anatomy.recording(states.append):
+        logits = probe_logits(base, ids)
+        if len(states) != 1:
+            raise UnsupportedModelError(
+                f"{name}: the last MLP projection and the final norm should run once, in this order, in a forward pass; "
+                f"they ran {len(states)} times"
+            )
+        before = states.pop()
+        readout = anatomy.readout()
+        device = readout.w_out.device
+        mlp_output = None if before.mlp_output is None else before.mlp_output.to(device)
+        state = readout.state(before.residual.to(device), mlp_output)
+        neurons = torch.linspace(0, anatomy.n_neurons - 1, steps=min(4, anatomy.n_neurons)).long()
+        chosen = torch.zeros(1, anatomy.n_neurons, device=device)
+        chosen[:, neurons] = 1
+        # A push as large as what it is added to, so that rounding in half precision stays small beside it.
+        write, onto = readout.w_out, state.residual
+        if readout.write_norm is not None and state.mlp_output is not None:
+            write, onto = readout.write_norm.inputs, state.mlp_output
+        push = float(onto.norm(dim=-1).mean() / (chosen @ write).norm().clamp_min(1e-12))
+
+        def push_activations(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            pushed = args[0].clone()
+            pushed[..., neurons.to(pushed.device)] += push
+            return (pushed, *args[1:])
+
+        handle = anatomy.down_proj.register_forward_pre_hook(push_activations, prepend=True)
+        try:
+            probe_logits(base, ids)
+        finally:
+            handle.remove()
+        after = states.pop()
+    if not torch.isfinite(logits).all():
+        raise UnsupportedModelError(f"{name}: the model's logits are not finite; its weights may be damaged")
+    ours, theirs = readout.logits(state.residual), logits.flatten(0, -2).float().to(device)
+    error = _relative_error(ours - ours.mean(dim=-1, keepdim=True), theirs - theirs.mean(dim=-1, keepdim=True))
+    if not error < tolerance:
+        raise UnsupportedModelError(
+            f"{name}: its logits are not its unembedding applied to its final norm (relative error {error:.1e}, at most "
+            f"{tolerance:.0e}); something else happens to them"
+        )
+    moved = readout.centre(after.residual.to(device)) - state.residual
+    error = _relative_error(moved, readout.residual_after(state, push * chosen) - state.residual)
+    if not error < tolerance:
+        raise UnsupportedModelError(
+            f"{name}: a neuron of the last MLP does not move the residual by its output weights (relative error {error:.1e}, "
+            f"at most {tolerance:.0e}); something else happens to the MLP's output before it is added"
+        )
+
+
+def _relative_error(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours - theirs).norm() / theirs.norm().clamp_min(1e-12))

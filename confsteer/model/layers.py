@@ -1,0 +1,127 @@
+"""Any linear layer or norm as tensors: plain, quantised, offloaded or under an adapter."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from confsteer.errors import UnsupportedModelError
+
+UNITS_AT_ONCE = 1024
+"""Rows of the identity that a quantised layer is asked for at a time."""
+
+
+class NormParameters(NamedTuple):
+    """The final norm as ``gain * (h − mean(h) if centred) / sqrt(mean(h²) + epsilon) + bias``."""
+
+    gain: Tensor
+    bias: Tensor | None
+    epsilon: float
+    centred: bool
+
+
+def read_norm(norm: nn.Module, d_model: int) -> NormParameters:
+    """Kind, gain, bias and epsilon of a norm, decided by what it computes rather than by what it is called.
+
+    LayerNorm and RMSNorm, with gain ``weight``, ``1 + weight`` (Gemma) or none, are tried against the module itself.
+
+    Raises:
+        UnsupportedModelError: it computes none of these.
+    """
+    with on_device(norm), torch.no_grad():
+        weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+        like = weight if weight is not None else torch.ones(d_model)
+        generator = torch.Generator().manual_seed(0)
+        probe = torch.randn(4, d_model, generator=generator) + 0.5
+        # The small rows make epsilon count; float16 would underflow their squares in some implementations.
+        probe[2:] *= 1e-2
+        probe = probe.to(like.device, like.dtype)
+        answer = norm(probe)
+        # Norms of vLLM that also add the residual give it back beside.
+        expected = (answer[0] if isinstance(answer, tuple) else answer).float()
+        epsilon = next((float(getattr(norm, n)) for n in ("eps", "variance_epsilon") if hasattr(norm, n)), 1e-5)
+        gains = [torch.ones(d_model, device=like.device)] if weight is None else [weight.float(), 1 + weight.float()]
+        tolerance = 1e-4 if like.dtype == torch.float32 else 2e-2
+        for centred in (True, False):
+            x = probe.float()
+            x = x - x.mean(dim=-1, keepdim=True) if centred else x
+            x = x / (x.square().mean(dim=-1, keepdim=True) + epsilon).sqrt()
+            for gain in gains:
+                ours = x * gain + (0 if bias is None else bias.float())
+                if float((ours - expected).norm()) <= tolerance * float(expected.norm()):
+                    return NormParameters(gain.clone(), None if bias is None else bias.float().clone(), epsilon, centred)
+    raise UnsupportedModelError(f"the final norm {type(norm).__name__} is neither a LayerNorm nor an RMSNorm")
+
+
+def written_by(projection: nn.Module) -> Tensor:
+    """What a unit of each input adds to the output of a linear layer, ``[inputs, outputs]``.
+
+    Quantised weights come in many layouts. All of them can be asked: the layer's answer to each unit input, less its answer
+    to none, is the row as the model itself uses it.
+    """
+    projection = without_adapter(projection)
+    if is_plain(projection):
+        weight = weight_of(projection).detach()
+        return weight if isinstance(projection, Conv1D) else weight.T
+    inputs, _ = sizes(projection)
+    like = next((t for t in (*projection.parameters(), *projection.buffers()) if t.is_floating_point()), torch.ones(()))
+    with torch.no_grad():
+        nothing = projection(torch.zeros(1, inputs, device=like.device, dtype=like.dtype))
+        units = torch.eye(inputs, device=like.device, dtype=like.dtype).split(UNITS_AT_ONCE)
+        return torch.cat([projection(rows) - nothing for rows in units])
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether its weight is an ordinary matrix."""
+    weight = getattr(without_adapter(module), "weight", None)
+    return isinstance(weight, Tensor) and type(weight.data) is Tensor and weight.is_floating_point()
+
+
+def sizes(module: nn.Module) -> tuple[int, int]:
+    """Inputs and outputs of a linear layer."""
+    module = without_adapter(module)
+    if isinstance(module, Conv1D):
+        return module.weight.shape[0], module.weight.shape[1]
+    inputs, outputs = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if isinstance(inputs, int) and isinstance(outputs, int):
+        return inputs, outputs
+    raise UnsupportedModelError(f"{type(module).__name__} is not a linear layer that says its sizes")
+
+
+def weights_version(module: nn.Module) -> tuple[Any, ...]:
+    """Changes when the weights of a layer do."""
+    module = without_adapter(module)
+    tensors = (*module.parameters(), *module.buffers())
+    return tuple((id(t), None if t.is_inference() else t._version) for t in tensors)
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def without_adapter(module: nn.Module) -> nn.Module:
+    """The layer inside a PEFT adapter layer, or the layer itself."""
+    inner = getattr(module, "base_layer", module)
+    assert isinstance(inner, nn.Module)
+    return inner
+
+
+def on_device(module: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """Weights that accelerate has offloaded are on the meta device; this brings them back for the time of the context."""
+    if not hasattr(module, "_hf_hook"):
+        return contextlib.nullcontext()
+    from accelerate.utils import align_module_device
+
+    aligned: contextlib.AbstractContextManager[Any] = align_module_device(module)
+    return aligned
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``"float32"`` for ``torch.float32``."""
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,163 @@
+"""The search for the modules at the end of a model: by the table of families, or by the model's structure."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from confsteer.errors import UnsupportedModelError
+from confsteer.model.anatomy import Anatomy
+from confsteer.model.families import FAMILIES, Family
+from confsteer.model.layers import sizes
+
+
+def locate(model: nn.Module) -> Anatomy:
+    """Find the modules by the table of families, or by their structure; nothing is checked numerically here.
+
+    Raises:
+        UnsupportedModelError: the model has no such structure, or one that is known not to fit.
+    """
+    base = unwrap(model)
+    config = base.config.get_text_config() if hasattr(base.config, "get_text_config") else base.config
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{config.model_type} is an encoder-decoder; confsteer steers decoder-only causal language models"
+        )
+    unembedding = base.get_output_embeddings()
+    if unembedding is None:
+        raise UnsupportedModelError(f"{type(base).__name__} has no unembedding: it is not a causal language model")
+    layers = _last_layers(base, FAMILIES.get(config.model_type))
+    last_layer = layers[-1]
+    for name, module in last_layer.named_modules():
+        if name.split(".")[-1] == "experts" or type(module).__name__.endswith("Experts"):
+            raise UnsupportedModelError(
+                f"the last layer of {config.model_type} is a mixture of experts ({name}): its neurons are active only on the "
+                "tokens routed to them, which confsteer does not support"
+            )
+    family = FAMILIES.get(config.model_type)
+    if family is not None:
+        down_proj = _submodule(last_layer, family.down_proj)
+        final_norm = _submodule(base, family.final_norm)
+        write_norm = None if family.write_norm is None else _submodule(last_layer, family.write_norm)
+    else:
+        down_proj, write_norm, final_norm = _search(base, last_layer, unembedding)
+    return Anatomy(
+        layer=len(layers) - 1,
+        last_layer=last_layer,
+        down_proj=down_proj,
+        final_norm=final_norm,
+        unembedding=unembedding,
+        logit_scale=getattr(config, "logit_scale", None) or 1.0 / getattr(config, "logits_scaling", 1.0),
+        residual_multiplier=getattr(config, "residual_multiplier", 1.0),
+        softcap=getattr(config, "final_logit_softcapping", None),
+        write_norm=write_norm,
+    )
+
+
+def unwrap(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside a PEFT or `torch.compile` wrapper, or the model itself.
+
+    Raises:
+        UnsupportedModelError: there is none.
+    """
+    inner: Any = getattr(model, "_orig_mod", model)
+    if not isinstance(inner, PreTrainedModel) and hasattr(inner, "get_base_model"):
+        inner = inner.get_base_model()
+    if not isinstance(inner, PreTrainedModel):
+        raise UnsupportedModelError(f"{type(model).__name__} is not a transformers model")
+    return inner
+
+
+def input_device(base: PreTrainedModel) -> torch.device:
+    """Where token ids go; weights that accelerate has offloaded are on the meta device, their inputs are not."""
+    hook = getattr(base.get_input_embeddings(), "_hf_hook", None)
+    return torch.device(getattr(hook, "execution_device", None) or base.device)
+
+
+def _submodule(parent: nn.Module, path: str) -> nn.Module:
+    try:
+        return parent.get_submodule(path)
+    except AttributeError as error:
+        raise UnsupportedModelError(f"{type(parent).__name__} has no {path}") from error
+
+
+def _last_layers(base: PreTrainedModel, family: Family | None) -> nn.ModuleList:
+    """The stack of transformer layers: by the table, or the longest list of modules."""
+    if family is not None:
+        layers = _submodule(base, family.layers)
+        if len(layers) == 0:  # type: ignore[arg-type]
+            raise UnsupportedModelError(f"{type(base).__name__} has no layers")
+    else:
+        stacks = [m for m in base.modules() if isinstance(m, nn.ModuleList) and len(m) > 0]
+        if not stacks:
+            raise UnsupportedModelError(f"{type(base).__name__} has no list of transformer layers")
+        layers = max(stacks, key=len)
+    assert isinstance(layers, nn.ModuleList)
+    return layers
+
+
+def _search(
+    base: PreTrainedModel, last_layer: nn.Module, unembedding: nn.Module
+) -> tuple[nn.Module, nn.Module | None, nn.Module]:
+    """The last projection, the norm on its output and the final norm of a model not in the table, by the order of calls.
+
+    The final norm is the last module before the unembedding that is callable on the residual as a norm; the projection
+    is the last ``Linear`` of the last layer that maps a wider space to ``d_model``. A norm of the layer that is called
+    after the projection stands between it and the residual.
+    """
+    d_model, vocab_size = sizes(unembedding)
+    calls: list[nn.Module] = []
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        calls.append(module)
+
+    with contextlib.ExitStack() as stack:
+        for module in base.modules():
+            if next(module.children(), None) is None or isinstance(module, Conv1D | nn.Linear):
+                stack.callback(module.register_forward_hook(note).remove)
+        probe_logits(base, probe_ids(vocab_size))
+    in_last_layer = set(last_layer.modules())
+    projections = [m for m in calls if m in in_last_layer and _maps_to(m, d_model)]
+    norms = [m for m in calls if m not in in_last_layer and m is not unembedding and _is_norm(m)]
+    if not projections or not norms:
+        missing = "MLP output projection" if not projections else "final norm"
+        raise UnsupportedModelError(
+            f"{base.config.model_type} is not a family confsteer knows, and no {missing} was found in its structure"
+        )
+    last = max(i for i, module in enumerate(calls) if module is projections[-1])
+    write_norm = next((m for m in calls[last + 1 :] if m in in_last_layer and _is_norm(m)), None)
+    return projections[-1], write_norm, norms[-1]
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower()
+
+
+def _maps_to(module: nn.Module, d_model: int) -> bool:
+    return isinstance(module, Conv1D | nn.Linear) and sizes(module)[1] == d_model < sizes(module)[0]
+
+
+def probe_ids(vocab_size: int) -> Tensor:
+    return torch.randint(0, vocab_size, (2, 8), generator=torch.Generator().manual_seed(0))
+
+
+def probe_logits(base: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Logits ``[batch, positions, vocab]`` in evaluation mode; every module's mode is put back.
+
+    The mask says what models otherwise look for in the ids, which have no values on the meta device.
+    """
+    modes = [(module, module.training) for module in base.modules()]
+    base.eval()
+    try:
+        with torch.no_grad():
+            ids = ids.to(input_device(base))
+            logits: Tensor = base(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+        return logits
+    finally:
+        for module, mode in modes:
+            module.training = mode
