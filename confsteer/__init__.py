@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     )
     from confsteer.evaluation.harness import Evaluation, evaluate
     from confsteer.hf import Steerer, steer
-    from confsteer.profile import Neuron, Profile, Response
+    from confsteer.profile.profile import Profile
+    from confsteer.profile.schema import Neuron, Response
     from confsteer.scanning import Scan, scan
     from confsteer.steering import Steering
     from confsteer.tuning import Tuning, tune
@@ -67,9 +68,9 @@ __all__ = [
 _MODULES = {
     "Baked": "baking",
     "Evaluation": "evaluation.harness",
-    "Neuron": "profile",
-    "Profile": "profile",
-    "Response": "profile",
+    "Neuron": "profile.schema",
+    "Profile": "profile.profile",
+    "Response": "profile.schema",
     "Scan": "scanning",
     "Steerer": "hf",
     "Steering": "steering",

@@ -27,7 +27,7 @@ from confsteer.model.dissect import dissect
 from confsteer.model.layers import dtype_name, written_by
 from confsteer.model.loading import LoadedModel
 from confsteer.model.locate import unwrap
-from confsteer.profile import Profile
+from confsteer.profile.profile import Profile
 from confsteer.steering import Steering
 
 RECORD_NAME = "confsteer.json"

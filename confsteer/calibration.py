@@ -33,16 +33,8 @@ from confsteer.model.dissect import dissect
 from confsteer.model.sampling import sample_windows
 from confsteer.model.states import BATCH_SIZE, Recording, regroup
 from confsteer.parallel import all_sum, of_first, share
-from confsteer.profile import (
-    CorpusIdentity,
-    Layer,
-    Measurement,
-    ModelIdentity,
-    Neuron,
-    Profile,
-    Response,
-    library_versions,
-)
+from confsteer.profile.profile import Profile
+from confsteer.profile.schema import CorpusIdentity, Layer, Measurement, ModelIdentity, Neuron, Response, library_versions
 from confsteer.resuming import Checkpoint, sample_of_weights
 from confsteer.steering import DIALS, Dial
 from confsteer.text.counts import checked_counts

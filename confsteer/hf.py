@@ -18,7 +18,7 @@ from transformers import Cache
 from confsteer.errors import SteeringError
 from confsteer.last_layer.edit import edited
 from confsteer.model.dissect import dissect
-from confsteer.profile import Profile
+from confsteer.profile.profile import Profile
 from confsteer.steering import Steering, SteeringFields
 
 Request = Steering | dict[str, Any] | str

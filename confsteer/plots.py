@@ -16,7 +16,7 @@ from confsteer.evaluation.cumulative import CumulativeStudy
 from confsteer.evaluation.harness import Evaluation
 from confsteer.evaluation.induction import Curve, InductionStudy, RepeatedSequences
 from confsteer.printable import printable
-from confsteer.profile import Profile
+from confsteer.profile.profile import Profile
 from confsteer.steering import DIALS, Dial, Steering
 
 GREY, ENTROPY, FREQUENCY = "#9aa0a6", "#c5221f", "#1967d2"

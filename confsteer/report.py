@@ -25,7 +25,7 @@ from confsteer.evaluation.harness import Evaluation
 from confsteer.evaluation.induction import InductionStudy
 from confsteer.evaluation.metrics import BINS, MASS_BINS, SELECTED
 from confsteer.files import read_at_most, write_result
-from confsteer.profile import Profile
+from confsteer.profile.profile import Profile
 from confsteer.results.bootstrap import RESAMPLES, Interval
 from confsteer.steering import DIALS
 from confsteer.tuning import Tuning

@@ -10,7 +10,9 @@ from tqdm import tqdm
 from confsteer.discovery.weights import weight_statistics
 from confsteer.model.checkpoint import read_last_layer
 from confsteer.model.loading import DEMO, DEMO_NAME, load_tokenizer
-from confsteer.profile import WEIGHT_COLUMNS, Layer, ModelIdentity, Profile, library_versions
+from confsteer.profile.profile import Profile
+from confsteer.profile.schema import Layer, ModelIdentity, library_versions
+from confsteer.profile.store import WEIGHT_COLUMNS
 
 
 class Scan(NamedTuple):

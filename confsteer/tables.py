@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from confsteer.evaluation.harness import Evaluation
     from confsteer.evaluation.induction import InductionStudy
     from confsteer.evaluation.lm_eval_samples import TaskCalibration
-    from confsteer.profile import Neuron, Profile
+    from confsteer.profile.profile import Profile
+    from confsteer.profile.schema import Neuron
     from confsteer.results.bootstrap import Interval
     from confsteer.tuning import Tuning
 

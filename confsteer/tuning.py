@@ -27,7 +27,8 @@ from confsteer.evaluation.harness import Texts, named_texts, neutral_method, rea
 from confsteer.evaluation.reader import Reader
 from confsteer.last_layer.intervention import Intervention
 from confsteer.last_layer.unigram import Unigram
-from confsteer.profile import Profile, library_versions
+from confsteer.profile.profile import Profile
+from confsteer.profile.schema import library_versions
 from confsteer.results.bootstrap import Blocks, Interval, mean
 from confsteer.results.result import Result
 from confsteer.steering import DIALS, Dial, Steering

@@ -59,7 +59,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import confsteer
 from confsteer import Neuron, Profile, Response
 from confsteer.discovery.select import percentile
-from confsteer.profile import Measurement, library_versions
+from confsteer.profile.schema import Measurement, library_versions
 from confsteer.vllm.command import CONFIG_OPTIONS, Command, server_command
 from confsteer.vllm.settings import KEY
 

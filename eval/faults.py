@@ -35,10 +35,11 @@ from transformers import AutoModelForCausalLM
 import confsteer.calibration
 import confsteer.model.loading
 import confsteer.tuning
-from confsteer import Profile, hub, resuming
+from confsteer import Profile, resuming
 from confsteer.cli import main
 from confsteer.model.loading import LoadedModel
-from confsteer.profile import library_versions
+from confsteer.profile import hub
+from confsteer.profile.schema import library_versions
 from tests.models import zipf_texts
 from tests.planted import planted
 

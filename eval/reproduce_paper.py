@@ -25,7 +25,7 @@ from confsteer.evaluation.induction import InductionStudy, RepeatedSequences, in
 from confsteer.model.dissect import dissect
 from confsteer.model.loading import DEMO_NAME, load_model
 from confsteer.plots import plot_cumulative, plot_frequency_neurons, plot_induction, plot_neurons, plot_response
-from confsteer.profile import CorpusIdentity, Measurement
+from confsteer.profile.schema import CorpusIdentity, Measurement
 from confsteer.results.bootstrap import Interval
 from confsteer.steering import DIALS
 from confsteer.text.sources import python_docs, read_texts

@@ -25,7 +25,7 @@ from confsteer.evaluation.harness import neutral_method, read_sample, with_match
 from confsteer.evaluation.reader import Reader
 from confsteer.last_layer.intervention import Intervention
 from confsteer.model.loading import load_model
-from confsteer.profile import library_versions
+from confsteer.profile.schema import library_versions
 from confsteer.text.sources import TextSource
 from confsteer.tuning import Split, Tuned, search, split
 

@@ -15,9 +15,9 @@ from confsteer import ConfsteerError, NoNeuronsError, Profile, ProfileMismatchEr
 from confsteer.cli.options import EXIT_NO_NEURONS
 from confsteer.discovery.select import candidates
 from confsteer.discovery.weights import WeightStatistics, weight_statistics
-from confsteer.hub import card
 from confsteer.model.dissect import dissect
-from confsteer.profile import WEIGHT_COLUMNS
+from confsteer.profile.hub import card
+from confsteer.profile.store import WEIGHT_COLUMNS
 from confsteer.scanning import scan
 from tests.models import ENTROPY_NEURONS, FAMILIES, NULL_DIMS, TinyFamily, tiny_model, tiny_tokenizer
 from tests.planted import planted

@@ -26,8 +26,8 @@ from confsteer import CorpusError, NoNeuronsError, Profile, Steering, SteeringEr
 from confsteer.cli import main
 from confsteer.errors import ConfsteerError, SettingError
 from confsteer.evaluation.run import Run
-from confsteer.hub import card
 from confsteer.plots import plot_neurons, plot_response
+from confsteer.profile.hub import card
 from confsteer.report import read_result
 from confsteer.tables import print_profile
 from confsteer.text import sources as texts
@@ -37,7 +37,7 @@ from confsteer.text.sources import TextSource, read_texts
 from confsteer.text.windows import make_windows
 from tests.models import FAMILIES, tiny_model, tiny_tokenizer
 from tests.planted import planted
-from tests.test_hostile_profiles import little_memory
+from tests.profile.test_hostile_profiles import little_memory
 
 
 def run(*arguments: object, code: int | None = 1) -> str:

@@ -86,6 +86,13 @@ def test_the_science_does_not_know_of_models_or_files() -> None:
     package = Path(confsteer.__file__).parent
     for file in (package / "discovery").glob("*.py"):
         text = file.read_text()
-        for other in ("transformers", "pathlib", "safetensors", "confsteer.model.anatomy", "confsteer.profile", "pydantic"):
+        for other in (
+            "transformers",
+            "pathlib",
+            "safetensors",
+            "confsteer.model.anatomy",
+            "confsteer.profile.profile",
+            "pydantic",
+        ):
             assert f"import {other}" not in text
             assert f"from {other}" not in text

@@ -189,7 +189,7 @@ def test_the_command_says_how_to_go_on_and_does(tmp_path: Path, monkeypatch: pyt
         assert len(list((tmp_path / folder).iterdir())) == 2
     assert "from the beginning" in run("--resume").output
     with monkeypatch.context() as patch:
-        patch.setattr("confsteer.profile.write_atomically", no_room)
+        patch.setattr("confsteer.profile.profile.write_atomically", no_room)
         result = run("--seed", "1", code=1)
     assert "What was measured is kept" in result.output
     assert result.output.splitlines()[-1].endswith("No space left on device")

@@ -83,7 +83,7 @@ def calibrate(
     """
     from confsteer.model.loading import DEMO_UNIGRAM
     from confsteer.parallel import join
-    from confsteer.profile import model_id
+    from confsteer.profile.schema import model_id
     from confsteer.resuming import FILE_NAME
     from confsteer.text.counts import read_counts
 
@@ -202,7 +202,7 @@ def show(profile: str, plot: Path | None, response: Path | None) -> None:
 @click.option("--private", is_flag=True, help="Make a new repository private.")
 def push(profile: str, repo: str, private: bool) -> None:
     """Upload PROFILE to a hub repository, with a card."""
-    from confsteer.hub import push as run
+    from confsteer.profile.hub import push as run
 
     click.echo(run(confsteer.Profile.load(profile), repo, private=private))
 

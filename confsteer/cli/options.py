@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
     from confsteer.evaluation.harness import Evaluation
-    from confsteer.profile import Profile
+    from confsteer.profile.profile import Profile
     from confsteer.text.sources import TextSource
     from confsteer.tuning import Tuning
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from confsteer.model.loading import DEMO_NAME, load_model
-from confsteer.profile import Profile
+from confsteer.profile.profile import Profile
 
 
 class Demo(NamedTuple):

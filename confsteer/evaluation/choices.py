@@ -23,7 +23,7 @@ from confsteer.evaluation.metrics import Estimates, answer_metrics
 from confsteer.evaluation.reader import Reader, interventions_of
 from confsteer.last_layer.intervention import Intervention, Reading
 from confsteer.model.states import record_continuations
-from confsteer.profile import Profile
+from confsteer.profile.profile import Profile
 from confsteer.results.bootstrap import Blocks
 from confsteer.results.result import Result
 from confsteer.steering import Steering

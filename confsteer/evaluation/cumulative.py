@@ -18,7 +18,7 @@ from confsteer.errors import SettingError
 from confsteer.last_layer.scores import TokenScores
 from confsteer.model.dissect import dissect
 from confsteer.model.states import Recording
-from confsteer.profile import Profile
+from confsteer.profile.profile import Profile
 from confsteer.results.bootstrap import Change, Interval, ratio_interval
 from confsteer.results.result import Result
 from confsteer.text.windows import Document, Windows, check_context, make_windows

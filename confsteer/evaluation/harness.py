@@ -16,7 +16,8 @@ from confsteer.evaluation.induction import InductionStudy
 from confsteer.evaluation.reader import Reader, interventions_of
 from confsteer.last_layer.intervention import Intervention
 from confsteer.last_layer.unigram import Unigram
-from confsteer.profile import Profile, library_versions
+from confsteer.profile.profile import Profile
+from confsteer.profile.schema import library_versions
 from confsteer.results.result import Result
 from confsteer.steering import Steering
 from confsteer.text.windows import Document, Windows, make_windows

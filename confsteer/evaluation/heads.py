@@ -27,7 +27,7 @@ from confsteer.model.anatomy import Anatomy
 from confsteer.model.dissect import dissect
 from confsteer.model.locate import input_device, unwrap
 from confsteer.model.states import BATCH_SIZE, Recording
-from confsteer.profile import Profile
+from confsteer.profile.profile import Profile
 from confsteer.results.bootstrap import Change, Interval, ratio_interval
 from confsteer.results.result import Result
 from confsteer.text.windows import FIRST_POSITIONS, Windows

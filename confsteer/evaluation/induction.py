@@ -26,7 +26,7 @@ from confsteer.last_layer.states import TokenStates
 from confsteer.model.anatomy import Anatomy
 from confsteer.model.dissect import dissect
 from confsteer.model.states import Recording
-from confsteer.profile import Profile
+from confsteer.profile.profile import Profile
 from confsteer.results.bootstrap import Change, Interval, ratio_interval
 from confsteer.results.result import Result
 from confsteer.text.windows import (

@@ -30,7 +30,7 @@ from confsteer.evaluation.lm_eval_samples import TaskCalibration, calibrations
 from confsteer.files import write_result
 from confsteer.hf import Request, steer
 from confsteer.model.loading import DEMO, DEMO_NAME
-from confsteer.profile import Profile
+from confsteer.profile.profile import Profile
 from confsteer.steering import Steering
 
 

@@ -14,7 +14,7 @@ from confsteer.last_layer.intervention import Intervention, Reading
 from confsteer.last_layer.states import TokenStates
 from confsteer.model.dissect import dissect
 from confsteer.model.states import record
-from confsteer.profile import Profile
+from confsteer.profile.profile import Profile
 from confsteer.steering import Steering
 from confsteer.text.windows import Windows, check_context
 

@@ -15,7 +15,7 @@ from confsteer.evaluation.induction import check_repetition, induction
 from confsteer.evaluation.reader import interventions_of
 from confsteer.files import read_at_most
 from confsteer.model.loading import DEMO_UNIGRAM, LoadedModel
-from confsteer.profile import Profile
+from confsteer.profile.profile import Profile
 from confsteer.steering import Steering
 from confsteer.text.counts import checked_counts, read_counts
 from confsteer.text.questions import Question, read_questions

@@ -1,6 +1,6 @@
 """The rule that every runtime shares: an activation ``a`` becomes ``clip(gain · a + bias, low, high)``.
 
-`confsteer.profile.Profile.edit` turns a steering into the four numbers of each neuron.
+`confsteer.profile.profile.Profile.edit` turns a steering into the four numbers of each neuron.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A model on disk: the few tensors of its last layer, read without the rest, and what they say."""
+"""A model on disk: the few tensors of its last layer, read without the rest."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 
 from confsteer.errors import NoNeuronsError, ProfileMismatchError, SteeringError
 from confsteer.last_layer.edit import NEUTRAL_RULE
-from confsteer.profile import Profile
+from confsteer.profile.profile import Profile
 from confsteer.steering import Steering
 from confsteer.vllm import metrics
 from confsteer.vllm.settings import KEY, Settings

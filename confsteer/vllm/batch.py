@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from confsteer.errors import ProfileMismatchError
-from confsteer.profile import Profile
+from confsteer.profile.profile import Profile
 from confsteer.steering import Steering
 from confsteer.vllm.projection import SteeredProjection
 from confsteer.vllm.settings import KEY

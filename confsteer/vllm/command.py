@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from confsteer.errors import SettingError, UnsupportedServerError
 from confsteer.model.loading import DEMO, DEMO_NAME
-from confsteer.profile import Profile
+from confsteer.profile.profile import Profile
 from confsteer.steering import Steering
 from confsteer.vllm.release import check_release
 from confsteer.vllm.settings import KEY

@@ -17,7 +17,7 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 from confsteer.errors import ProfileMismatchError, UnsupportedModelError
 from confsteer.model.families import FAMILIES
 from confsteer.model.layers import UNITS_AT_ONCE, NormParameters, read_norm
-from confsteer.profile import Profile
+from confsteer.profile.profile import Profile
 from confsteer.vllm.table import SteeringTable
 
 TABLE = "confsteer"

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from confsteer.errors import ProfileError, SettingError, first_problem
-from confsteer.profile import Profile
+from confsteer.profile.profile import Profile
 
 KEY = "confsteer"
 """Of vLLM's ``additional_config``, and of a request's ``vllm_xargs`` or ``extra_args``."""

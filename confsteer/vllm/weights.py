@@ -7,7 +7,7 @@ from typing import Any
 
 from confsteer.errors import ConfsteerError, ProfileMismatchError
 from confsteer.model.checkpoint import read_last_layer
-from confsteer.profile import Profile
+from confsteer.profile.profile import Profile
 
 logger = logging.getLogger("vllm.confsteer")
 """Below vLLM's own, so that its handlers and levels apply."""

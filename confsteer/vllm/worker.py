@@ -13,7 +13,7 @@ from torch import Tensor
 from vllm.distributed import get_pp_group, get_tp_group
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
-from confsteer.profile import Profile
+from confsteer.profile.profile import Profile
 from confsteer.vllm.batch import Batch, follow_runner
 from confsteer.vllm.projection import SteeredProjection, attach, check_unchanged
 from confsteer.vllm.proof import PUSHES, Outputs, prove

@@ -29,7 +29,9 @@ from confsteer import (
 )
 from confsteer.discovery.response import monotone_range
 from confsteer.files import shipped_profiles
-from confsteer.profile import FILE_NAME, Measurement, find, schema
+from confsteer.profile.profile import schema
+from confsteer.profile.schema import Measurement
+from confsteer.profile.store import FILE_NAME, find
 from confsteer.steering import Steering
 from tests.paths import ROOT
 from tests.planted import planted
@@ -237,7 +239,7 @@ def test_a_place_that_cannot_be_written_is_a_clear_error(profile: Profile, tmp_p
 
 
 def test_the_checked_in_schema_is_the_current_one() -> None:
-    """To renew: python -c "import json, confsteer.profile as p; print(json.dumps(p.schema(), indent=1))"."""
+    """To renew: python -c "import json, confsteer.profile.profile as p; print(json.dumps(p.schema(), indent=1))"."""
     assert json.loads(SCHEMA.read_text()) == schema()
 
 
@@ -370,7 +372,7 @@ def test_a_profile_is_pushed_with_a_card_and_loaded_by_its_repository(
 
 
 def test_a_card_is_plain_text_whatever_the_profile_says(profile: Profile) -> None:
-    from confsteer.hub import card
+    from confsteer.profile.hub import card
 
     assert profile.corpus is not None
     hostile = profile.model_copy(update={"corpus": profile.corpus.model_copy(update={"source": "<script>\n---\n# `x` [y](z)"})})

@@ -10,7 +10,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
 from confsteer.errors import ProfileError
-from confsteer.profile import Profile
+from confsteer.profile.profile import Profile
 from confsteer.steering import DIALS
 
 

@@ -21,7 +21,7 @@ import pytest
 from rich.console import Console
 
 from confsteer import Profile, ProfileCorruptError, ProfileError, ProfileNotFoundError, Steering, SteeringError
-from confsteer.profile import FILE_NAME, FORMAT_VERSION, MEASURED_COLUMNS, WEIGHT_COLUMNS
+from confsteer.profile.store import FILE_NAME, FORMAT_VERSION, MEASURED_COLUMNS, WEIGHT_COLUMNS
 from confsteer.steering import DIALS
 from confsteer.tables import print_profile
 from tests.planted import planted

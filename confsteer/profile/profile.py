@@ -1,0 +1,337 @@
+"""What calibration found in one model, and a steering as an edit of its neurons."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import safetensors.torch
+from pydantic import FailFast, Field, PrivateAttr, ValidationError, model_validator
+from torch import Tensor
+
+from confsteer.discovery.response import monotone_range
+from confsteer.discovery.weights import WeightStatistics
+from confsteer.errors import (
+    NoNeuronsError,
+    ProfileCorruptError,
+    ProfileMismatchError,
+    SteeringError,
+    first_problem,
+)
+from confsteer.last_layer.edit import NeuronEdit
+from confsteer.model.anatomy import Anatomy
+from confsteer.profile import store
+from confsteer.profile.schema import ColumnsFile, CorpusIdentity, Layer, ModelIdentity, Neuron, Response, Strict
+from confsteer.steering import DIALS, Dial, NeuronKey, PresetName, Steering
+
+MAX_PRESETS = 100
+
+
+class Profile(Strict):
+    """What calibration found in one model, or what a scan found in its weights alone."""
+
+    model: ModelIdentity
+    corpus: CorpusIdentity | None
+    """None: of the weights alone, without neurons and dials."""
+    seed: int
+    """Of the random directions behind the chance levels."""
+    versions: dict[str, str]
+    """Of the libraries that made it."""
+    layer: Layer
+    entropy_neurons: Annotated[tuple[Neuron, ...], FailFast()]
+    """Largest mean |Δentropy| first."""
+    frequency_neurons: Annotated[tuple[Neuron, ...], FailFast()]
+    """Largest mean |ΔKL(P_freq ‖ P_model)| first."""
+    response: dict[Dial, Response]
+    """One curve per dial that has neurons."""
+    presets: dict[PresetName, Steering] = Field(default={})
+    """Steerings worth a name."""
+    columns_file: ColumnsFile
+    _columns: dict[str, Tensor] = PrivateAttr(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """One line: all of it is in `model_dump`, and in what ``confsteer show`` prints."""
+        kinds = f"{len(self.entropy_neurons)} entropy and {len(self.frequency_neurons)} token-frequency neurons"
+        found = "scanned by its weights alone" if self.corpus is None else f"{kinds} in layer {self.model.layer}"
+        return f"<Profile of {self.model.id}: {found}>"
+
+    __str__ = __repr__
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Profile:
+        neurons = (*self.entropy_neurons, *self.frequency_neurons)
+        indices = [neuron.index for neuron in neurons]
+        if len(set(indices)) != len(indices):
+            raise ValueError("a neuron is listed twice")
+        if any(index >= self.model.n_neurons for index in indices):
+            raise ValueError(f"a neuron's index is beyond the layer's {self.model.n_neurons} neurons")
+        if any(neuron.layer != self.model.layer for neuron in neurons):
+            raise ValueError(f"a neuron is not in layer {self.model.layer}")
+        for dial in DIALS:
+            if bool(self.neurons(dial)) != (dial in self.response):
+                raise ValueError(f"the {dial} dial must have a response curve if and only if it has neurons")
+        for name in ("chance_frequency_cosine", "entropy", "loss"):
+            if (getattr(self.layer, name) is None) != (self.corpus is None):
+                raise ValueError(f"layer.{name} must be given if and only if there is a corpus")
+        if self.corpus is None and neurons:
+            raise ValueError("neurons are measured on a corpus, and there is none")
+        self._check_presets(self.presets)
+        return self
+
+    def _check_presets(self, presets: Mapping[str, Steering]) -> None:
+        if len(presets) > MAX_PRESETS:
+            raise SteeringError(f"{len(presets)} presets; a profile has at most {MAX_PRESETS}")
+        for name, steering in presets.items():
+            if steering.preset is not None:
+                raise SteeringError(f"preset {name!r} is made of another preset, {steering.preset!r}: write out what it does")
+            self.edit(steering)
+
+    def with_preset(self, name: str, steering: Steering) -> Profile:
+        """A copy of the profile in which `steering` can be asked for as ``preset=name``.
+
+        Raises:
+            SteeringError: the name is not letters, digits, ``.``, ``_`` and ``-``; or the steering names another preset, or is
+                nothing this profile can do; or there are `MAX_PRESETS` already.
+            NoNeuronsError: there are no neurons to steer.
+        """
+        Steering.parse({"preset": name})
+        presets = {**self.presets, name: steering}
+        self._check_presets(presets)
+        return self.model_copy(update={"presets": presets})
+
+    @classmethod
+    def create(cls, *, columns: Mapping[str, Tensor], **fields: Any) -> Profile:
+        """A profile with its columns, ``[n_neurons]`` or ``[d]`` tensors by name."""
+        payload = safetensors.torch.save(dict(columns))
+        digest = hashlib.sha256(payload).hexdigest()
+        profile = cls(columns_file=ColumnsFile(file=f"columns-{digest[:12]}.safetensors", sha256=digest), **fields)
+        profile._columns.update(columns)
+        return profile
+
+    def __eq__(self, other: object) -> bool:
+        """The hash of the columns is a field, so fields alone decide."""
+        return isinstance(other, Profile) and self.model_dump() == other.model_dump()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def checksum(self) -> str:
+        """SHA-256 of ``profile.json``'s contents, the hash of the columns among them."""
+        return store.checksum(self.model_dump(mode="json"))
+
+    @property
+    def columns(self) -> Mapping[str, Tensor]:
+        """Statistics of every neuron of the layer, ``[n_neurons]`` each, and the unembedding's ``singular_values``."""
+        return self._columns
+
+    @property
+    def weights(self) -> WeightStatistics:
+        """What the weights alone say, as `confsteer.discovery.weights.weight_statistics` gave it."""
+        return WeightStatistics(
+            **{name: self._columns[name] for name in store.WEIGHT_COLUMNS},
+            null_dims=self.layer.null_dims,
+            chance_null_fraction=self.layer.chance_null_fraction,
+        )
+
+    def neurons(self, dial: Dial) -> tuple[Neuron, ...]:
+        """The neurons on a dial."""
+        return self.entropy_neurons if dial == "entropy" else self.frequency_neurons
+
+    def require_neurons(self, dial: Dial) -> Response:
+        """The dial's response curve.
+
+        Raises:
+            NoNeuronsError: the model has no neurons of this kind.
+        """
+        if dial not in self.response:
+            raise self.no_neurons("entropy" if dial == "entropy" else "token-frequency")
+        return self.response[dial]
+
+    def no_neurons(self, *kinds: str) -> NoNeuronsError:
+        """The error that says why there are no neurons of these kinds to steer."""
+        if self.corpus is None:
+            return NoNeuronsError(
+                f"this profile of {self.model.id} is a scan of its weights alone: there is nothing to steer before the neurons' "
+                "effects are measured. Run confsteer calibrate on the model"
+            )
+        missing = " and ".join(f"no {kind} neurons" for kind in kinds)
+        return NoNeuronsError(
+            f"{self.model.id} has {missing} (profile from {self.corpus.kept_tokens:,} tokens of "
+            f"{self.corpus.source}): there is nothing to steer"
+        )
+
+    def reach(self, dial: Dial) -> tuple[float, float]:
+        """Lowest and highest change the dial can make, in nats.
+
+        Raises:
+            NoNeuronsError: the model has no neurons of this kind.
+        """
+        curve = self.require_neurons(dial)
+        change = curve.change(dial)
+        low, high = monotone_range(change, curve.zero)
+        return change[low], change[high]
+
+    def dial_position(self, dial: Dial, change: float) -> float:
+        """The dial position that makes `change` nats, by the response curve.
+
+        Raises:
+            NoNeuronsError: the model has no neurons of this kind.
+            SteeringError: out of reach.
+        """
+        curve = self.require_neurons(dial)
+        lowest, highest = self.reach(dial)
+        if not lowest <= change <= highest:
+            raise SteeringError(
+                f"{dial}={change:+g} is out of reach: on this model it can go from {lowest:+.3f} to {highest:+.3f} nats"
+            )
+        changes = curve.change(dial)
+        low, high = monotone_range(changes, curve.zero)
+        return float(np.interp(change, changes[low : high + 1], curve.position[low : high + 1]))
+
+    @property
+    def steerable(self) -> tuple[Neuron, ...]:
+        """The neurons that steering can reach, in the order of every `NeuronEdit`.
+
+        Raises:
+            NoNeuronsError: there are none.
+        """
+        neurons = (*self.entropy_neurons, *self.frequency_neurons)
+        if not neurons:
+            raise self.no_neurons("entropy", "token-frequency")
+        return neurons
+
+    def resolve(self, steering: Steering) -> Steering:
+        """Write out the preset of `steering`: the preset's fields, and in place of them those that it gives itself.
+
+        Raises:
+            SteeringError: the profile has no such preset.
+        """
+        if steering.preset is None:
+            return steering
+        if steering.preset not in self.presets:
+            presets = ", ".join(self.presets) or "(none)"
+            raise SteeringError(f"preset {steering.preset!r}: not in the profile of {self.model.id}, which has {presets}")
+        given = {name: getattr(steering, name) for name in steering.model_fields_set if name != "preset"}
+        return self.presets[steering.preset].model_copy(update=given)
+
+    def edit(self, steering: Steering) -> NeuronEdit:
+        """Translate `steering` into what it does to each of the profile's neurons.
+
+        A neuron is first scaled about its mean, then shifted and pushed by the dials, then clamped.
+
+        Raises:
+            SteeringError: a dial is out of reach, or a neuron or preset is not in the profile.
+            NoNeuronsError: the model has no neurons of the kind asked for.
+        """
+        steering = self.resolve(steering)
+        neurons = self.steerable
+        mean = np.array([neuron.mean_activation for neuron in neurons])
+        gain, bias = np.ones(len(neurons)), np.zeros(len(neurons))
+        low, high = np.full(len(neurons), -np.inf), np.full(len(neurons), np.inf)
+        for key, factor in steering.scale.items():
+            gain[self._rows(key)] = factor
+        bias += (1 - gain) * mean
+        shift = np.zeros(len(neurons))
+        for key, change in steering.shift.items():
+            shift[self._rows(key)] = change
+        bias += shift
+        for dial in DIALS:
+            if change := getattr(steering, dial):
+                position = self.dial_position(dial, change)
+                for neuron in self.neurons(dial):
+                    bias[self._rows(neuron.index)] += position * neuron.sign * neuron.std_activation
+        for key, bounds in steering.clamp.items():
+            lower, upper = bounds if isinstance(bounds, tuple) else (bounds, bounds)
+            low[self._rows(key)] = -np.inf if lower is None else lower
+            high[self._rows(key)] = np.inf if upper is None else upper
+        with np.errstate(over="ignore"):
+            edit = NeuronEdit(*(column.astype(np.float32) for column in (gain, bias, low, high)))
+        if not (np.isfinite(edit.gain).all() and np.isfinite(edit.bias).all()):
+            raise SteeringError(f"{steering}: with the profile of {self.model.id} it adds more than a float32 holds")
+        return edit
+
+    def _rows(self, key: NeuronKey) -> list[int]:
+        """Positions in `steerable` of the neurons that a key of a steering means.
+
+        Raises:
+            SteeringError: the profile has none.
+        """
+        groups = {"entropy": self.entropy_neurons, "frequency": self.frequency_neurons}
+        meant = {neuron.index for neuron in groups[key]} if isinstance(key, str) else {key}
+        indices = [neuron.index for neuron in self.steerable]
+        rows = [row for row, index in enumerate(indices) if index in meant]
+        if not rows:
+            what = f"{key} neurons" if isinstance(key, str) else f"neuron {key}"
+            raise SteeringError(f"{what}: not in the profile of {self.model.id}, which has {', '.join(map(str, indices))}")
+        return rows
+
+    def check_model(self, anatomy: Anatomy) -> None:
+        """
+        Raises:
+            ProfileMismatchError: the profile belongs to another model.
+        """
+        expected = {"layer": self.model.layer, "n_neurons": self.model.n_neurons, "d_model": self.model.d_model}
+        expected["vocab_size"] = self.model.vocab_size
+        for name, value in expected.items():
+            if (actual := getattr(anatomy, name)) != value:
+                raise ProfileMismatchError(
+                    f"the profile is of {self.model.id} with {name} {value}; this model has {name} {actual}"
+                )
+        if not anatomy.matches(self.model.fingerprints):
+            raise ProfileMismatchError(
+                f"the profile is of {self.model.id}; this model has the same shape but other weights. Calibrate it: "
+                "confsteer calibrate MODEL"
+            )
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the profile to a folder, whole or not at all, and return the folder.
+
+        Raises:
+            ProfileError: it cannot be written.
+        """
+        folder = Path(path)
+        store.write(folder, self.model_dump(mode="json"), self.columns_file.file, self._columns)
+        return folder
+
+    @classmethod
+    def load(cls, source: str | os.PathLike[str]) -> Profile:
+        """A profile from a folder, by the name of one in ``calibrations/``, or from a hub repository.
+
+        Raises:
+            ProfileNotFoundError: it is none of these.
+            ProfileVersionError: its format is unknown.
+            ProfileCorruptError: it is truncated, tampered with, or not a profile.
+        """
+        stored = store.read(store.find(source) / store.FILE_NAME)
+        try:
+            profile = cls.model_validate_json(json.dumps(stored.fields))
+        except ValidationError as error:
+            raise ProfileCorruptError(f"{stored.file}: {first_problem(error, whole='profile')}") from error
+        stored.check()
+        profile._columns.update(
+            store.read_columns(
+                stored.file.parent / profile.columns_file.file,
+                profile.columns_file.sha256,
+                n_neurons=profile.model.n_neurons,
+                null_dims=profile.layer.null_dims,
+                measured=profile.corpus is not None,
+            )
+        )
+        return profile
+
+
+def schema() -> dict[str, Any]:
+    """JSON schema of ``profile.json``."""
+    described = Profile.model_json_schema()
+    described["properties"] = {
+        "format_version": {"const": store.FORMAT_VERSION},
+        **described["properties"],
+        "checksum": {"type": "string", "description": "SHA-256 of the rest, keys sorted."},
+    }
+    described["required"] = ["format_version", *described["required"], "checksum"]
+    return described

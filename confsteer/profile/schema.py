@@ -1,0 +1,203 @@
+"""What ``profile.json`` holds, field by field; ``calibrations/profile.schema.json`` is made of it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, FailFast, Field, model_validator
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from confsteer.model.anatomy import Anatomy
+from confsteer.model.layers import dtype_name
+from confsteer.steering import Dial
+from confsteer.text.windows import vocabulary_size
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Share = Annotated[float, Field(ge=0, le=1)]
+Percent = Annotated[float, Field(ge=0, le=100)]
+NonNegative = Annotated[float, Field(ge=0)]
+# The first wrong item is enough: every further one would be a line of the error, and there may be very many.
+Curve = Annotated[tuple[float, ...], FailFast()]
+
+
+class Strict(BaseModel):
+    """A frozen record that takes no other types, no further keys and no infinity."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Measurement(Strict):
+    """A mean over the corpus's tokens with its standard error over windows."""
+
+    value: float
+    standard_error: NonNegative | None
+    """None if the corpus was a single window."""
+
+
+class Neuron(Strict):
+    """A neuron of the last MLP. Effects are those of setting it to its mean activation, in nats."""
+
+    layer: Annotated[int, Field(ge=0)]
+    index: Annotated[int, Field(ge=0)]
+    sign: Literal[-1, 1]
+    """Which way its activation goes when its dial goes up."""
+    norm: NonNegative
+    norm_percentile: Percent
+    """Within the layer, as all percentiles."""
+    logit_variance: NonNegative
+    logit_variance_percentile: Percent
+    null_fraction: Share
+    """Share of its write in the unembedding's effective null space."""
+    mean_activation: float
+    std_activation: NonNegative
+    total_effect: Measurement
+    """Mean |Δloss|."""
+    direct_effect: Measurement
+    """Mean |Δloss| with the final norm frozen."""
+    mediation: Measurement
+    """1 − direct/total."""
+    loss_effect: Measurement
+    """Mean Δloss."""
+    entropy_effect: Measurement
+    """Mean Δentropy."""
+    entropy_effect_abs: Measurement
+    """Mean |Δentropy|."""
+    frequency_effect: Measurement
+    """Mean |ΔKL(P_freq ‖ P_model)|."""
+    frequency_mediation: Measurement
+    """1 − (mean |Δloss| with the logits held along the unigram direction)/total."""
+    frequency_cosine: Annotated[float, Field(ge=-1, le=1)]
+    """Cosine of its write to the logits with the unigram direction."""
+    argmax_changed: Share
+    """Share of tokens whose most likely next token changes."""
+    total_effect_uncapped: Measurement | None = None
+    """Mean |Δloss| of the logits before the model's softcap; None in models that have none, as the next."""
+    entropy_effect_abs_uncapped: Measurement | None = None
+    """Mean |Δentropy| before the softcap."""
+
+
+class Response(Strict):
+    """What one dial does: means over the corpus (over an even sample of a long one) at each of its positions, in nats."""
+
+    position: Curve
+    """Dial positions, ascending, 0 among them; each neuron is pushed by position · sign · its standard deviation."""
+    entropy: Curve
+    kl_model_unigram: Curve
+    """KL(P_model ‖ P_freq)"""
+    kl_unigram_model: Curve
+    """KL(P_freq ‖ P_model)"""
+    loss: Curve
+    argmax_changed: Annotated[tuple[Share, ...], FailFast()]
+
+    @model_validator(mode="after")
+    def _is_a_curve(self) -> Response:
+        columns = {name: len(getattr(self, name)) for name in type(self).model_fields}
+        if len(set(columns.values())) != 1:
+            raise ValueError(f"columns differ in length: {columns}")
+        if 0.0 not in self.position or any(b <= a for a, b in zip(self.position, self.position[1:], strict=False)):
+            raise ValueError("positions must rise and have 0 among them")
+        return self
+
+    @property
+    def zero(self) -> int:
+        """Index of position 0."""
+        return self.position.index(0.0)
+
+    def change(self, dial: Dial) -> tuple[float, ...]:
+        """What each position does in the units of `dial`, in nats, relative to position 0.
+
+        ``entropy``: change of the mean entropy. ``unigram``: how much closer to the unigram distribution the output comes.
+        """
+        values = self.entropy if dial == "entropy" else tuple(-kl for kl in self.kl_model_unigram)
+        return tuple(value - values[self.zero] for value in values)
+
+
+class ModelIdentity(Strict):
+    """The model a profile belongs to."""
+
+    id: str
+    """Hub id or folder it was loaded from."""
+    revision: str | None
+    """Commit on the hub, where there is one."""
+    model_type: str
+    layer: Annotated[int, Field(ge=0)]
+    n_neurons: Annotated[int, Field(gt=0)]
+    d_model: Annotated[int, Field(gt=0)]
+    vocab_size: Annotated[int, Field(gt=0)]
+    """Rows of the unembedding, padding included."""
+    tokenizer_size: Annotated[int, Field(gt=0)]
+    """Rows the tokenizer has ids for; the others are left out of every statistic."""
+    dtype: str
+    """Precision it was calibrated in."""
+    fingerprints: dict[str, Sha256]
+    """SHA-256 of the unembedding and the last projection, rounded to each precision."""
+
+    @classmethod
+    def of(
+        cls, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, anatomy: Anatomy, *, revision: str | None = None
+    ) -> ModelIdentity:
+        """The identity of the model that these are of."""
+        return cls(
+            id=model_id(config),
+            revision=revision,
+            model_type=config.model_type,
+            layer=anatomy.layer,
+            n_neurons=anatomy.n_neurons,
+            d_model=anatomy.d_model,
+            vocab_size=anatomy.vocab_size,
+            tokenizer_size=min(vocabulary_size(tokenizer), anatomy.vocab_size),
+            dtype=dtype_name(anatomy.dtype),
+            fingerprints=anatomy.fingerprints(),
+        )
+
+
+class CorpusIdentity(Strict):
+    """The text a profile was calibrated on."""
+
+    source: str
+    sha256: Sha256
+    """Of the token ids and where the windows start."""
+    tokens: Annotated[int, Field(gt=0)]
+    kept_tokens: Annotated[int, Field(gt=0)]
+    """Tokens that count: without the first positions and the last of each window, BOS, EOS and the token after these."""
+    windows: Annotated[int, Field(gt=0)]
+    window: Annotated[int, Field(gt=0)]
+    """Tokens per window."""
+    unigram_tokens: Annotated[int, Field(ge=0)]
+    """Tokens that the unigram distribution was counted on: those of the text, or of counts given."""
+    unigram_sha256: Sha256
+    """Of the counts."""
+
+
+class Layer(Strict):
+    """What the neurons were held against."""
+
+    null_dims: Annotated[int, Field(gt=0)]
+    """Directions counted as the unembedding's effective null space."""
+    chance_null_fraction: Share
+    """Exceeded by the luckiest of as many random directions as the layer has neurons 1 time in 20."""
+    chance_frequency_cosine: Share | None
+    """The same for the cosine with the unigram direction; this and what follows is None without a corpus."""
+    entropy: NonNegative | None
+    """Mean output entropy of the unsteered model on the corpus, in nats."""
+    loss: NonNegative | None
+    """Mean next-token loss of the unsteered model on the corpus, in nats."""
+
+
+class ColumnsFile(Strict):
+    """The safetensors file with the statistics of every neuron of the layer."""
+
+    file: Annotated[str, Field(pattern=r"^columns-[0-9a-f]{12}\.safetensors$")]
+    sha256: Sha256
+
+
+def model_id(config: PretrainedConfig) -> str:
+    """What a profile calls the model of `config`."""
+    # A folder's name need not be UTF-8.
+    return str(config.name_or_path or config.model_type).encode(errors="replace").decode()
+
+
+def library_versions() -> dict[str, str]:
+    """Of the libraries that a profile's numbers depend on."""
+    return {name: importlib.metadata.version(name) for name in ("confsteer", "torch", "transformers")}
