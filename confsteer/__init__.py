@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from confsteer.baking import Baked, bake
-    from confsteer.calibration import calibrate
+    from confsteer.calibration.calibrate import calibrate
+    from confsteer.calibration.scan import Scan, scan
     from confsteer.errors import (
         ConfsteerError,
         CorpusError,
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from confsteer.hf import Steerer, steer
     from confsteer.profile.profile import Profile
     from confsteer.profile.schema import Neuron, Response
-    from confsteer.scanning import Scan, scan
     from confsteer.steering import Steering
     from confsteer.tuning import Tuning, tune
 
@@ -71,14 +71,14 @@ _MODULES = {
     "Neuron": "profile.schema",
     "Profile": "profile.profile",
     "Response": "profile.schema",
-    "Scan": "scanning",
+    "Scan": "calibration.scan",
     "Steerer": "hf",
     "Steering": "steering",
     "Tuning": "tuning",
     "bake": "baking",
-    "calibrate": "calibration",
+    "calibrate": "calibration.calibrate",
     "evaluate": "evaluation.harness",
-    "scan": "scanning",
+    "scan": "calibration.scan",
     "steer": "hf",
     "tune": "tuning",
 }

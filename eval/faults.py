@@ -32,10 +32,11 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-import confsteer.calibration
+import confsteer.calibration.calibrate
 import confsteer.model.loading
 import confsteer.tuning
-from confsteer import Profile, resuming
+from confsteer import Profile
+from confsteer.calibration import passes as resuming
 from confsteer.cli import main
 from confsteer.model.loading import LoadedModel
 from confsteer.profile import hub
@@ -203,7 +204,7 @@ def kill_calibrate(root: Path, chance: random.Random, kills: int, *, resume: boo
 
 def every_batch() -> None:
     resuming.EVERY = 0.0
-    confsteer.calibration.tokens_at_once = lambda n_neurons: 300  # type: ignore[attr-defined]
+    confsteer.calibration.calibrate.tokens_at_once = lambda n_neurons: 300  # type: ignore[attr-defined]
 
 
 def kill_tune(root: Path, chance: random.Random, kills: int) -> dict[str, Any]:

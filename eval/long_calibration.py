@@ -27,7 +27,8 @@ import transformers
 from numpy.typing import NDArray
 from torch import Tensor
 
-from confsteer import Profile, calibration
+from confsteer import Profile
+from confsteer.calibration import calibrate as calibration
 from confsteer.discovery.effects import TokenSlopes
 from confsteer.discovery.exact import TokenEffects
 from confsteer.discovery.streaming import ActivationMoments, EffectMeans, NeuronEffects

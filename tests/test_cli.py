@@ -203,7 +203,7 @@ def test_interrupted_calibration_leaves_nothing_behind(
     def interrupt(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"confsteer.calibration.{stage}", interrupt, raising=True)
+    monkeypatch.setattr(f"confsteer.calibration.calibrate.{stage}", interrupt, raising=True)
     run("calibrate", folder / "model", "--text", folder / "text.txt", "--window", 64, "--out", tmp_path / "p", code=1)
     assert not (tmp_path / "p").exists()
 

@@ -21,7 +21,8 @@ from click.testing import CliRunner
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-from confsteer import Profile, Steering, baking, resuming
+from confsteer import Profile, Steering, baking
+from confsteer.calibration import passes as resuming
 from confsteer.cli import main
 from confsteer.files import write_atomically
 from confsteer.model.loading import LoadedModel

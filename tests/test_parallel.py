@@ -96,7 +96,7 @@ def test_more_processes_than_text_is_a_sentence(monkeypatch: pytest.MonkeyPatch)
     import confsteer
     from confsteer.parallel import Share
 
-    monkeypatch.setattr("confsteer.calibration.share", lambda: Share(0, 100))
+    monkeypatch.setattr("confsteer.calibration.calibrate.share", lambda: Share(0, 100))
     model, tokenizer, texts, _ = planted("gpt2")
     with pytest.raises(SettingError, match="too few for 100 processes"):
         confsteer.calibrate(model, tokenizer, texts, window=64)

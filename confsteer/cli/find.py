@@ -81,10 +81,10 @@ def calibrate(
     What was added up so far is written to the folder every minute (by a single process). Killed or interrupted, the same
     command with --resume goes on from there and ends with the same profile.
     """
+    from confsteer.calibration.passes import FILE_NAME
     from confsteer.model.loading import DEMO_UNIGRAM
     from confsteer.parallel import join
     from confsteer.profile.schema import model_id
-    from confsteer.resuming import FILE_NAME
     from confsteer.text.counts import read_counts
 
     me = join()

@@ -231,8 +231,8 @@ def test_chunking_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     whole, _ = ablation_effects(readout, states, mean, unigram)
     ((outputs, _),) = Outputs.stream(readout, states)
     exact = exact_effects(readout, outputs, mean - states.activations, unigram)
-    for module in ("readout", "moments"):
-        monkeypatch.setattr(f"confsteer.discovery.{module}.WORKING_SET", 7 * readout.vocab_size)
+    for module in ("last_layer.readout", "discovery.moments"):
+        monkeypatch.setattr(f"confsteer.{module}.WORKING_SET", 7 * readout.vocab_size)
     for module in ("moments", "exact"):
         monkeypatch.setattr(f"confsteer.discovery.{module}.CACHED_SET", 5 * 64)
     parts, _ = ablation_effects(readout, states, mean, unigram)

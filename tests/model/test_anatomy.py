@@ -77,7 +77,7 @@ def test_every_neuron_moves_the_logits_by_the_closed_form(family: TinyFamily) ->
 def test_the_structural_search_finds_what_the_table_says(family: TinyFamily, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(*family)
     from_table = locate(model)
-    monkeypatch.setattr("confsteer.model.families.FAMILIES", {})
+    monkeypatch.setattr("confsteer.model.locate.FAMILIES", {})
     assert locate(model) == from_table
 
 

@@ -12,13 +12,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, T5Config
 
 import confsteer
 from confsteer import ConfsteerError, NoNeuronsError, Profile, ProfileMismatchError, UnsupportedModelError
+from confsteer.calibration.scan import scan
 from confsteer.cli.options import EXIT_NO_NEURONS
 from confsteer.discovery.select import candidates
 from confsteer.discovery.weights import WeightStatistics, weight_statistics
 from confsteer.model.dissect import dissect
 from confsteer.profile.hub import card
 from confsteer.profile.store import WEIGHT_COLUMNS
-from confsteer.scanning import scan
 from tests.models import ENTROPY_NEURONS, FAMILIES, NULL_DIMS, TinyFamily, tiny_model, tiny_tokenizer
 from tests.planted import planted
 from tests.test_cli import run

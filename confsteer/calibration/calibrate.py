@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from confsteer.calibration.passes import Checkpoint, sample_of_weights
 from confsteer.discovery import select
 from confsteer.discovery.effects import ablation_effects
 from confsteer.discovery.exact import TokenEffects, exact_effects
@@ -35,7 +36,6 @@ from confsteer.model.states import BATCH_SIZE, Recording, regroup
 from confsteer.parallel import all_sum, of_first, share
 from confsteer.profile.profile import Profile
 from confsteer.profile.schema import CorpusIdentity, Layer, Measurement, ModelIdentity, Neuron, Response, library_versions
-from confsteer.resuming import Checkpoint, sample_of_weights
 from confsteer.steering import DIALS, Dial
 from confsteer.text.counts import checked_counts
 from confsteer.text.windows import Document, Windows, check_context, check_ids, make_windows

@@ -11,12 +11,13 @@ import torch
 from click.testing import CliRunner, Result
 
 import confsteer
-from confsteer import Profile, ResumeError, SettingError, resuming
+from confsteer import Profile, ResumeError, SettingError
+from confsteer.calibration import passes as resuming
+from confsteer.calibration.passes import FILE_NAME
 from confsteer.cli import main
 from confsteer.files import write_atomically
 from confsteer.model import states as capture
 from confsteer.parallel import Share
-from confsteer.resuming import FILE_NAME
 from confsteer.text.windows import Windows, make_windows
 from tests.planted import planted
 
@@ -28,8 +29,8 @@ BATCHES = 5
 def every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Checkpoints after every batch, of which there are several in every pass; curves on a sample."""
     monkeypatch.setattr(resuming, "EVERY", 0.0)
-    monkeypatch.setattr("confsteer.calibration.tokens_at_once", lambda n_neurons: 300)
-    monkeypatch.setattr("confsteer.calibration.CURVE_TOKENS", 400)
+    monkeypatch.setattr("confsteer.calibration.calibrate.tokens_at_once", lambda n_neurons: 300)
+    monkeypatch.setattr("confsteer.calibration.calibrate.CURVE_TOKENS", 400)
 
 
 def text(model_type: str = "gpt2") -> Windows:
@@ -151,7 +152,7 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path, monkeypatch: 
 
 
 def test_several_processes_keep_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("confsteer.calibration.share", lambda: Share(0, 2))
+    monkeypatch.setattr("confsteer.calibration.calibrate.share", lambda: Share(0, 2))
     with pytest.raises(SettingError, match="2 processes keep no checkpoint"):
         calibrate(checkpoint=tmp_path / FILE_NAME, resume=True)
 
@@ -189,7 +190,7 @@ def test_the_command_says_how_to_go_on_and_does(tmp_path: Path, monkeypatch: pyt
         assert len(list((tmp_path / folder).iterdir())) == 2
     assert "from the beginning" in run("--resume").output
     with monkeypatch.context() as patch:
-        patch.setattr("confsteer.profile.profile.write_atomically", no_room)
+        patch.setattr("confsteer.profile.store.write_atomically", no_room)
         result = run("--seed", "1", code=1)
     assert "What was measured is kept" in result.output
     assert result.output.splitlines()[-1].endswith("No space left on device")
