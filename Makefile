@@ -12,7 +12,7 @@ VLLM_NEWEST = 0.32.0
 FEWER = not mistral and not qwen2
 # What the worker does is the same whichever model runner it has.
 WORKER = not come_later and not sleep
-VLLM_TESTS = tests/vllm/test_engine.py tests/vllm/test_server.py tests/vllm/test_examples.py
+VLLM_TESTS = tests/runtimes/vllm/test_engine.py tests/runtimes/vllm/test_server.py tests/runtimes/vllm/test_examples.py
 
 .PHONY: demo test serve install-vllm test-vllm lint docs
 .DEFAULT_GOAL := demo
@@ -72,11 +72,11 @@ test-vllm: export HF_HUB_OFFLINE = 1
 test-vllm:
 	$(call install_vllm,$(VLLM_OLDEST))
 	@echo "== Testing vLLM $(VLLM_OLDEST): engines in this process, and a server"
-	$(VLLM_VENV)/bin/python -m pytest tests/vllm/test_engine.py -m "not processes" -k "$(FEWER)"
-	$(VLLM_VENV)/bin/python -m pytest tests/vllm/test_server.py
+	$(VLLM_VENV)/bin/python -m pytest tests/runtimes/vllm/test_engine.py -m "not processes" -k "$(FEWER)"
+	$(VLLM_VENV)/bin/python -m pytest tests/runtimes/vllm/test_server.py
 	$(call install_vllm,$(VLLM_NEWEST))
 	@echo "== Testing vLLM $(VLLM_NEWEST), second model runner"
-	VLLM_USE_V2_MODEL_RUNNER=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm/test_engine.py -m "not processes" -k "$(FEWER) and $(WORKER)"
+	VLLM_USE_V2_MODEL_RUNNER=1 $(VLLM_VENV)/bin/python -m pytest tests/runtimes/vllm/test_engine.py -m "not processes" -k "$(FEWER) and $(WORKER)"
 	@echo "== Testing vLLM $(VLLM_NEWEST)"
 	$(VLLM_VENV)/bin/python -m pytest $(VLLM_TESTS)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from confsteer.baking import Baked, bake
     from confsteer.calibration.calibrate import calibrate
     from confsteer.calibration.scan import Scan, scan
     from confsteer.errors import (
@@ -26,9 +25,10 @@ if TYPE_CHECKING:
         UnsupportedServerError,
     )
     from confsteer.evaluation.harness import Evaluation, evaluate
-    from confsteer.hf import Steerer, steer
     from confsteer.profile.profile import Profile
     from confsteer.profile.schema import Neuron, Response
+    from confsteer.runtimes.baking import Baked, bake
+    from confsteer.runtimes.transformers import Steerer, steer
     from confsteer.steering import Steering
     from confsteer.tuning import Tuning, tune
 
@@ -66,20 +66,20 @@ __all__ = [
 ]
 
 _MODULES = {
-    "Baked": "baking",
+    "Baked": "runtimes.baking",
     "Evaluation": "evaluation.harness",
     "Neuron": "profile.schema",
     "Profile": "profile.profile",
     "Response": "profile.schema",
     "Scan": "calibration.scan",
-    "Steerer": "hf",
+    "Steerer": "runtimes.transformers",
     "Steering": "steering",
     "Tuning": "tuning",
-    "bake": "baking",
+    "bake": "runtimes.baking",
     "calibrate": "calibration.calibrate",
     "evaluate": "evaluation.harness",
     "scan": "calibration.scan",
-    "steer": "hf",
+    "steer": "runtimes.transformers",
     "tune": "tuning",
 }
 """Where a name is; the others are errors."""

@@ -60,8 +60,8 @@ import confsteer
 from confsteer import Neuron, Profile, Response
 from confsteer.discovery.select import percentile
 from confsteer.profile.schema import Measurement, library_versions
-from confsteer.vllm.command import CONFIG_OPTIONS, Command, server_command
-from confsteer.vllm.settings import KEY
+from confsteer.runtimes.vllm.front.command import CONFIG_OPTIONS, Command, server_command
+from confsteer.runtimes.vllm.settings import KEY
 
 VARIANTS = ("plain", "idle", "steered")
 RATIOS = (("idle", "plain"), ("steered", "plain"), ("steered", "idle"))

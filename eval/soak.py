@@ -1,7 +1,7 @@
 """Whether a server stays right: mixed requests for half an hour, some of them checked against transformers.
 
 ``confsteer serve`` runs the bundled model, compiled, in float32, with a KV cache too small for the requests at hand, so that they
-preempt each other. First come wrong requests (`tests/vllm/fuzz.py`); then clients ask for random steerings, lengths,
+preempt each other. First come wrong requests (`tests/runtimes/vllm/fuzz.py`); then clients ask for random steerings, lengths,
 log-probabilities and completions, whole and streamed; some cut their stream off, vanish after asking, or vanish in the middle of
 asking; some ask wrongly. Now and then generation is paused and resumed, or the prefix cache is reset under running requests.
 
@@ -40,9 +40,9 @@ from bench_serving import Server, machine, server_environment, serving
 
 from confsteer import Profile, Steering
 from confsteer.model.loading import DEMO_NAME
-from confsteer.vllm.command import server_command
-from confsteer.vllm.settings import KEY
-from tests.vllm import fuzz, parity
+from confsteer.runtimes.vllm.front.command import server_command
+from confsteer.runtimes.vllm.settings import KEY
+from tests.runtimes.vllm import fuzz, parity
 
 CLIENTS = 40
 """More than the KV cache has room for."""

@@ -15,8 +15,8 @@ import yaml
 from safetensors.torch import load_file
 
 from confsteer import Profile, Steering
+from confsteer.runtimes.vllm.settings import Settings
 from confsteer.text.sources import python_docs
-from confsteer.vllm.settings import Settings
 from tests.paths import ROOT
 from tests.planted import planted, written_by
 

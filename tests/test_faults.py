@@ -21,11 +21,12 @@ from click.testing import CliRunner
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-from confsteer import Profile, Steering, baking
+from confsteer import Profile, Steering
 from confsteer.calibration import passes as resuming
 from confsteer.cli import main
 from confsteer.files import write_atomically
 from confsteer.model.loading import LoadedModel
+from confsteer.runtimes import baking
 from tests.models import zipf_texts
 from tests.planted import planted
 

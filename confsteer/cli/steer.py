@@ -40,7 +40,7 @@ def generate(
     import torch
 
     from confsteer.errors import CorpusError
-    from confsteer.hf import steer
+    from confsteer.runtimes.transformers import steer
     from confsteer.steering import Steering
     from confsteer.text.windows import check_ids
 
@@ -86,7 +86,7 @@ def bake(model: str | None, profile: str, steers: tuple[str, ...], out: Path, **
     Ranges (clamp.N=LOW:HIGH) and positions=generated are not linear and cannot be baked. Most steerings add a constant, which
     needs a bias in the last MLP: GPT-2, OPT, Pythia, Phi and others have one, Llama, Granite and SmolLM3 are given one.
     """
-    from confsteer import baking
+    from confsteer.runtimes import baking
     from confsteer.steering import Steering
 
     if len(steers) != 1:
@@ -128,8 +128,8 @@ def serve(model: str | None, options: tuple[str, ...], profile: str, default: st
             "prompt": "It was", "vllm_xargs": {"confsteer": "entropy=0.3"}}'
     See:  curl localhost:8000/confsteer
     """
-    from confsteer.vllm.command import serve as run
-    from confsteer.vllm.command import server_command
+    from confsteer.runtimes.vllm.front.command import serve as run
+    from confsteer.runtimes.vllm.front.command import server_command
 
     words = [*filter(None, [model]), *options]
     named = bool(words) and not words[0].startswith("-")

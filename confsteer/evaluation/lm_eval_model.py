@@ -28,9 +28,9 @@ from transformers import PreTrainedModel
 from confsteer.errors import LoadError, SteeringError
 from confsteer.evaluation.lm_eval_samples import TaskCalibration, calibrations
 from confsteer.files import write_result
-from confsteer.hf import Request, steer
 from confsteer.model.loading import DEMO, DEMO_NAME
 from confsteer.profile.profile import Profile
+from confsteer.runtimes.transformers import Request, steer
 from confsteer.steering import Steering
 
 

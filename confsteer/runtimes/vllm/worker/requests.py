@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from confsteer.errors import ProfileMismatchError
 from confsteer.profile.profile import Profile
+from confsteer.runtimes.vllm.settings import KEY
+from confsteer.runtimes.vllm.weights import OTHER_WEIGHTS
+from confsteer.runtimes.vllm.worker.projection import SteeredProjection
+from confsteer.runtimes.vllm.worker.slots import NEUTRAL, Slots, token_rows
 from confsteer.steering import Steering
-from confsteer.vllm.projection import SteeredProjection
-from confsteer.vllm.settings import KEY
-from confsteer.vllm.slots import NEUTRAL, Slots, token_rows
-from confsteer.vllm.weights import OTHER_WEIGHTS
 
 
 class _Rule(NamedTuple):
@@ -28,7 +28,7 @@ class _Rule(NamedTuple):
 
 class _Request(NamedTuple):
     steering: str
-    """Canonical, see `confsteer.vllm.admission`."""
+    """Canonical, see `confsteer.runtimes.vllm.front.admission`."""
     first: int
     """Position at which it begins."""
 

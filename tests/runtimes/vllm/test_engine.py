@@ -21,8 +21,8 @@ from vllm.exceptions import VLLMValidationError
 import confsteer
 from confsteer import ConfsteerError, Profile, ProfileMismatchError, UnsupportedServerError
 from tests.models import planted_model
-from tests.vllm import parity
-from tests.vllm.parity import V2, Ask, Subject
+from tests.runtimes.vllm import parity
+from tests.runtimes.vllm.parity import V2, Ask, Subject
 
 FAMILIES = ["gpt2", "llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2"]
 
@@ -298,7 +298,7 @@ def test_loaded_weights_that_are_not_the_profile_s_are_refused(make: Make) -> No
 
 def test_an_engine_that_would_not_steer_does_not_start(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if a compiled graph without the edit had been taken from a cache."""
-    from confsteer.vllm import projection
+    from confsteer.runtimes.vllm.worker import projection
 
     monkeypatch.setattr(projection, "_steer", lambda module, args: None)
     with pytest.raises(confsteer.UnsupportedModelError, match="pushing the neurons changes nothing"), parity.engine(make("gpt2")):
@@ -478,7 +478,7 @@ def _steered_requests(worker: Any) -> list[str]:
 
 
 def test_the_start_up_line_says_what_can_be_steered() -> None:
-    from confsteer.vllm.worker import start_up_line
+    from confsteer.runtimes.vllm.worker.steering_worker import start_up_line
 
     line = start_up_line(Profile.load("confsteer-demo"))
     assert line.startswith("steering confsteer-demo, layer 3: entropy -0.22 to +1.79 nats (767, ")

@@ -13,8 +13,8 @@ OLDEST, NEXT = "0.27.1", "0.33"
 """The releases whose internals are known: from the first up to, and without, the second."""
 
 WORKERS = {
-    "vllm.v1.worker.gpu_worker.Worker": "confsteer.vllm.worker.SteeringGPUWorker",
-    "vllm.v1.worker.cpu_worker.CPUWorker": "confsteer.vllm.worker.SteeringCPUWorker",
+    "vllm.v1.worker.gpu_worker.Worker": "confsteer.runtimes.vllm.worker.gpu.SteeringGPUWorker",
+    "vllm.v1.worker.cpu_worker.CPUWorker": "confsteer.runtimes.vllm.worker.cpu.SteeringCPUWorker",
 }
 """vLLM's worker class -> ours."""
 

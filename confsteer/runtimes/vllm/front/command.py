@@ -13,9 +13,9 @@ from typing import NamedTuple
 from confsteer.errors import SettingError, UnsupportedServerError
 from confsteer.model.loading import DEMO, DEMO_NAME
 from confsteer.profile.profile import Profile
+from confsteer.runtimes.vllm.release import check_release
+from confsteer.runtimes.vllm.settings import KEY
 from confsteer.steering import Steering
-from confsteer.vllm.release import check_release
-from confsteer.vllm.settings import KEY
 
 CONFIG_OPTIONS = ("--additional-config", "--additional_config")
 

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import confsteer
 from confsteer import ConfsteerError, NoNeuronsError, ProfileMismatchError, Steering, SteeringError, UnsupportedModelError
-from confsteer.baking import new_folder
 from confsteer.cli import main
+from confsteer.runtimes.baking import new_folder
 from tests.planted import Planted, planted
 
 IDS = torch.randint(1, 96, (4, 10), generator=torch.Generator().manual_seed(5))

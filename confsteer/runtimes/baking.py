@@ -21,13 +21,13 @@ from transformers import PreTrainedModel
 
 from confsteer.errors import ResultError, SteeringError, UnsupportedModelError
 from confsteer.files import draft, sync_folder
-from confsteer.hf import Request
 from confsteer.model.anatomy import Anatomy
 from confsteer.model.dissect import dissect
 from confsteer.model.layers import dtype_name, written_by
 from confsteer.model.loading import LoadedModel
 from confsteer.model.locate import unwrap
 from confsteer.profile.profile import Profile
+from confsteer.runtimes.transformers import Request
 from confsteer.steering import Steering
 
 RECORD_NAME = "confsteer.json"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from confsteer.errors import UnsupportedModelError
 from confsteer.model.layers import NormParameters
-from confsteer.vllm.proof import PUSHES, Outputs, prove, unexplained
+from confsteer.runtimes.vllm.worker.proof import PUSHES, Outputs, prove, unexplained
 
 TOKENS, D = 4, 48
 

@@ -18,11 +18,11 @@ import openai
 import pytest
 
 from confsteer import Steering
-from confsteer.vllm.command import server_command
-from tests.vllm import parity
-from tests.vllm.fuzz import Fuzz, send_all, takes, unexpected
-from tests.vllm.parity import Subject
-from tests.vllm.serving import serving
+from confsteer.runtimes.vllm.front.command import server_command
+from tests.runtimes.vllm import parity
+from tests.runtimes.vllm.fuzz import Fuzz, send_all, takes, unexpected
+from tests.runtimes.vllm.parity import Subject
+from tests.runtimes.vllm.serving import serving
 
 pytestmark = pytest.mark.processes
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from confsteer.last_layer.edit import NEUTRAL_RULE, edited
-from confsteer.vllm.slots import NEUTRAL
+from confsteer.runtimes.vllm.worker.slots import NEUTRAL
 
 
 class SteeringTable(nn.Module):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 from typing import Any
 
-from confsteer.vllm.admission import Admission, admission_of, install
-from confsteer.vllm.release import WORKERS, check_features
-from confsteer.vllm.settings import KEY, Settings
-from confsteer.vllm.weights import check_model
+from confsteer.runtimes.vllm.front.admission import Admission, admission_of, install
+from confsteer.runtimes.vllm.release import WORKERS, check_features
+from confsteer.runtimes.vllm.settings import KEY, Settings
+from confsteer.runtimes.vllm.weights import check_model
 
 
 def prepare(config: Any) -> None:

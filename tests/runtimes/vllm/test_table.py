@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from confsteer.vllm.table import SteeringTable
+from confsteer.runtimes.vllm.worker.table import SteeringTable
 
 NEURONS = [5, 2, 30]
 

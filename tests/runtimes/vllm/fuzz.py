@@ -11,8 +11,8 @@ from typing import Any
 import httpx
 
 from confsteer import ConfsteerError, Profile, Steering
+from confsteer.runtimes.vllm.settings import KEY
 from confsteer.steering import DIALS, MAX_CHARACTERS
-from confsteer.vllm.settings import KEY
 
 KEYS = [*Steering.model_fields, "frequency", "", "x", "__class__", "entropy ", "ENTROPY", "entropy.entropy", "scale.scale"]
 CHARACTERS = "abc019 .:=-+{}[]\",'\\/\0\x7f\t\n\u00e9\u0660\u2028\U0001f600\ud800\udfff\ufeff\u202e"

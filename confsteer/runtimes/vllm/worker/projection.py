@@ -18,7 +18,7 @@ from confsteer.errors import ProfileMismatchError, UnsupportedModelError
 from confsteer.model.families import FAMILIES
 from confsteer.model.layers import UNITS_AT_ONCE, NormParameters, read_norm
 from confsteer.profile.profile import Profile
-from confsteer.vllm.table import SteeringTable
+from confsteer.runtimes.vllm.worker.table import SteeringTable
 
 TABLE = "confsteer"
 """Name of the table among the modules of the projection."""

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from confsteer import UnsupportedServerError
-from confsteer.vllm.release import check_features, check_release
+from confsteer.runtimes.vllm.release import check_features, check_release
 
 
 @pytest.mark.parametrize("version", ["0.27.1", "0.28.0", "0.32.0", "0.32.1+cpu", "0.32.0.dev3+g12"])
@@ -43,7 +43,7 @@ def config(**changed: Any) -> Any:
 def test_ordinary_features_are_accepted() -> None:
     check_features(config())
     check_features(config(speculative_config={"enable_adaptive_verification": False}))
-    check_features(config(parallel_config={"worker_cls": "confsteer.vllm.worker.SteeringCPUWorker"}))
+    check_features(config(parallel_config={"worker_cls": "confsteer.runtimes.vllm.worker.cpu.SteeringCPUWorker"}))
 
 
 @pytest.mark.parametrize(

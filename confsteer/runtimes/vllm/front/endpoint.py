@@ -6,7 +6,7 @@ from typing import Any
 
 from fastapi import FastAPI, HTTPException
 
-from confsteer.vllm.settings import Settings
+from confsteer.runtimes.vllm.settings import Settings
 
 
 def describe(settings: Settings) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.paths import ROOT
-from tests.vllm.serving import serving
+from tests.runtimes.vllm.serving import serving
 
 pytestmark = pytest.mark.processes
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from confsteer.vllm.slots import NEUTRAL, Slots, token_rows
+from confsteer.runtimes.vllm.worker.slots import NEUTRAL, Slots, token_rows
 
 CAPACITY = 3
 BATCHES = st.lists(st.lists(st.sampled_from("abcdefg"), max_size=CAPACITY), max_size=20)

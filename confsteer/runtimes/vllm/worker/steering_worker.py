@@ -11,23 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.distributed import get_pp_group, get_tp_group
-from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from confsteer.profile.profile import Profile
-from confsteer.vllm.batch import Batch, follow_runner
-from confsteer.vllm.projection import SteeredProjection, attach, check_unchanged
-from confsteer.vllm.proof import PUSHES, Outputs, prove
-from confsteer.vllm.release import WORKERS
-from confsteer.vllm.settings import Settings
-from confsteer.vllm.slots import Slots
-from confsteer.vllm.weights import check_model
+from confsteer.runtimes.vllm.settings import Settings
+from confsteer.runtimes.vllm.weights import check_model
+from confsteer.runtimes.vllm.worker.projection import SteeredProjection, attach, check_unchanged
+from confsteer.runtimes.vllm.worker.proof import PUSHES, Outputs, prove
+from confsteer.runtimes.vllm.worker.requests import Batch, follow_runner
+from confsteer.runtimes.vllm.worker.slots import Slots
 
 logger = logging.getLogger("vllm.confsteer")
 
 PROOF_TOKENS = 4
 
 
-class _SteeringWorker:
+class SteeringWorker:
     """What is put in front of a worker class of vLLM."""
 
     vllm_config: Any
@@ -153,11 +151,3 @@ def start_up_line(profile: Profile) -> str:
         for low, high in [profile.reach(dial)]
     ]
     return f"steering {profile.model.id}, layer {profile.model.layer}: {'; '.join(dials)}"
-
-
-def __getattr__(name: str) -> Any:
-    """``Steering…`` in front of each of vLLM's workers; vLLM asks for them by name, and not all can be imported everywhere."""
-    for theirs, ours in WORKERS.items():
-        if ours == f"{__name__}.{name}":
-            return type(name, (_SteeringWorker, resolve_obj_by_qualname(theirs)), {"__module__": __name__})
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

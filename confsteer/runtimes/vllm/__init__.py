@@ -1,0 +1,57 @@
+"""Steering inside vLLM, per request, in the compiled graph.
+
+vLLM calls `register` in each of its processes (entry-point group ``vllm.general_plugins``). Nothing more happens until an engine
+is configured with ``additional_config={"confsteer": {"profile": ...}}``. Then, in the order of things:
+
+release.py               which vLLM this is, and which of its features steering does not go together with
+settings.py              what the engine was configured with
+weights.py               whether a checkpoint has the weights that the profile is of
+
+front/                   the front process
+    command.py           ``confsteer serve``
+    startup.py           settings, profile and model are checked, the worker class is chosen
+    admission.py         a request's steering is checked and written in one canonical way, or refused
+    counters.py          Prometheus counters
+    endpoint.py          GET /confsteer
+
+worker/                  the worker process, which imports nothing of the front, nor the front of it
+    steering_worker.py   the model is steered, and proved to be before it serves
+    gpu.py, cpu.py       that in front of vLLM's own worker classes
+    projection.py        where the last MLP's output projection is in vLLM's model, and the edit on its input
+    requests.py          which token of a step belongs to which request, in both of vLLM's model runners
+    table.py             the steerings of a step on the device: what becomes part of the graph
+    slots.py             which row of the table holds which steering; it knows nothing of vLLM
+    proof.py             what steering must do to the model's output, numerically
+"""
+
+from __future__ import annotations
+
+import functools
+
+
+@functools.cache
+def register() -> None:
+    """Entry point of ``vllm.general_plugins``: look at each engine's configuration when it is made."""
+    from vllm.config import VllmConfig
+
+    complete = VllmConfig.__post_init__
+
+    @functools.wraps(complete)
+    def complete_and_prepare(self: VllmConfig) -> None:
+        complete(self)
+        if isinstance(self.additional_config, dict) and "confsteer" in self.additional_config:
+            import vllm
+
+            from confsteer.errors import ConfsteerError
+            from confsteer.runtimes.vllm.release import check_release
+
+            try:
+                # Before anything that relies on vLLM's internals is imported.
+                check_release(vllm.__version__)
+                from confsteer.runtimes.vllm.front.startup import prepare
+
+                prepare(self)
+            except ValueError as error:  # pydantic would wrap the sentence in one of its own
+                raise ConfsteerError(str(error)) from error
+
+    VllmConfig.__post_init__ = complete_and_prepare
