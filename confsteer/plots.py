@@ -12,12 +12,12 @@ from matplotlib.figure import Figure
 from confsteer.discovery.response import monotone_range
 from confsteer.discovery.select import candidates
 from confsteer.evaluation.comparison import COVERAGES, ENTROPY_BINS, ComparedRow, Row, TextComparison
-from confsteer.evaluation.cumulative import CumulativeStudy
 from confsteer.evaluation.harness import Evaluation
-from confsteer.evaluation.induction import Curve, InductionStudy, RepeatedSequences
 from confsteer.printable import printable
 from confsteer.profile.profile import Profile
 from confsteer.steering import DIALS, Dial, Steering
+from confsteer.studies.cumulative import CumulativeStudy
+from confsteer.studies.induction import Curve, InductionStudy, RepeatedSequences
 
 GREY, ENTROPY, FREQUENCY = "#9aa0a6", "#c5221f", "#1967d2"
 """The layer, its entropy neurons, its token-frequency neurons."""

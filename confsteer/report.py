@@ -22,12 +22,12 @@ from confsteer.errors import ProfileMismatchError, ResultError, first_problem
 from confsteer.evaluation.choices import ChoiceComparison
 from confsteer.evaluation.comparison import COMPARED, ComparedRow, Kind, TextComparison
 from confsteer.evaluation.harness import Evaluation
-from confsteer.evaluation.induction import InductionStudy
 from confsteer.evaluation.metrics import BINS, MASS_BINS, SELECTED
 from confsteer.files import read_at_most, write_result
 from confsteer.profile.profile import Profile
 from confsteer.results.bootstrap import RESAMPLES, Interval
 from confsteer.steering import DIALS
+from confsteer.studies.induction import InductionStudy
 from confsteer.tuning import Tuning
 
 STYLE: Any = {

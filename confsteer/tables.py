@@ -15,13 +15,13 @@ from confsteer.steering import DIALS
 if TYPE_CHECKING:
     from confsteer.evaluation.choices import ChoiceComparison
     from confsteer.evaluation.comparison import ComparedRow, TextComparison
-    from confsteer.evaluation.cumulative import CumulativeStudy
     from confsteer.evaluation.harness import Evaluation
-    from confsteer.evaluation.induction import InductionStudy
     from confsteer.evaluation.lm_eval_samples import TaskCalibration
     from confsteer.profile.profile import Profile
     from confsteer.profile.schema import Neuron
     from confsteer.results.bootstrap import Interval
+    from confsteer.studies.cumulative import CumulativeStudy
+    from confsteer.studies.induction import InductionStudy
     from confsteer.tuning import Tuning
 
 LONGEST_NAME = 40

@@ -19,15 +19,15 @@ import click
 import confsteer
 from confsteer import ConfsteerError, Profile
 from confsteer.discovery.weights import weight_statistics
-from confsteer.evaluation.cumulative import CumulativeStudy, cumulative
-from confsteer.evaluation.heads import INDUCTION_SCORE, HeadStudy, bos_ablation
-from confsteer.evaluation.induction import InductionStudy, RepeatedSequences, induction
 from confsteer.model.dissect import dissect
 from confsteer.model.loading import DEMO_NAME, load_model
 from confsteer.plots import plot_cumulative, plot_frequency_neurons, plot_induction, plot_neurons, plot_response
 from confsteer.profile.schema import CorpusIdentity, Measurement
 from confsteer.results.bootstrap import Interval
 from confsteer.steering import DIALS
+from confsteer.studies.cumulative import CumulativeStudy, cumulative
+from confsteer.studies.heads import INDUCTION_SCORE, HeadStudy, bos_ablation
+from confsteer.studies.induction import InductionStudy, RepeatedSequences, induction
 from confsteer.text.sources import python_docs, read_texts
 from confsteer.text.windows import Document
 

@@ -12,10 +12,10 @@ import confsteer
 from confsteer import CorpusError, Profile, SettingError
 from confsteer.cli import main
 from confsteer.cli.options import EXIT_NO_NEURONS, EXIT_NOTHING_GAINED
-from confsteer.evaluation.cumulative import CumulativeStudy
 from confsteer.evaluation.harness import Evaluation
-from confsteer.evaluation.induction import InductionStudy
 from confsteer.evaluation.run import Run
+from confsteer.studies.cumulative import CumulativeStudy
+from confsteer.studies.induction import InductionStudy
 from confsteer.text.windows import make_windows
 from confsteer.tuning import Tuning
 from tests.models import ENTROPY_NEURONS, FAMILIES, chat_tokenizer, tiny_model, tiny_tokenizer, zipf_texts

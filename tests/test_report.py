@@ -19,9 +19,9 @@ from confsteer.cli import main
 from confsteer.evaluation.choices import ChoiceComparison, evaluate_choices
 from confsteer.evaluation.comparison import COMPARED, Kind, TextComparison
 from confsteer.evaluation.harness import Evaluation, evaluate
-from confsteer.evaluation.induction import induction
 from confsteer.report import METRICS, beyond, read_result, render, write_report
 from confsteer.results.bootstrap import Interval
+from confsteer.studies.induction import induction
 from confsteer.text.questions import Question
 from confsteer.tuning import Tuning
 from tests.models import zipf_texts

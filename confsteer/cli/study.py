@@ -62,7 +62,7 @@ def induction(
     confsteer study induction -p confsteer-demo --plot induction.png
     confsteer study induction openai-community/gpt2 -p my-profile --text book.txt --sequences 1000
     """
-    from confsteer.evaluation.induction import induction as run
+    from confsteer.studies.induction import induction as run
     from confsteer.text.windows import leading_ids
 
     loaded_profile = confsteer.Profile.load(profile)
@@ -114,7 +114,7 @@ def cumulative(
     confsteer study cumulative -p confsteer-demo --plot cumulative.png
     confsteer study cumulative openai-community/gpt2 -p my-profile --text book.txt -k 6
     """
-    from confsteer.evaluation.cumulative import cumulative as run
+    from confsteer.studies.cumulative import cumulative as run
 
     loaded_profile = confsteer.Profile.load(profile)
     source = text.source(model, "held-out")

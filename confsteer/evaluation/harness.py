@@ -12,7 +12,6 @@ from confsteer.errors import CorpusError, SteeringError
 from confsteer.evaluation.choices import ChoiceComparison
 from confsteer.evaluation.comparison import Method, Sample, TextComparison, compare
 from confsteer.evaluation.fit import fit_null_write, fit_temperature, match_entropy
-from confsteer.evaluation.induction import InductionStudy
 from confsteer.evaluation.reader import Reader, interventions_of
 from confsteer.last_layer.intervention import Intervention
 from confsteer.last_layer.unigram import Unigram
@@ -20,6 +19,7 @@ from confsteer.profile.profile import Profile
 from confsteer.profile.schema import library_versions
 from confsteer.results.result import Result
 from confsteer.steering import Steering
+from confsteer.studies.induction import InductionStudy
 from confsteer.text.windows import Document, Windows, make_windows
 
 FIT_TOKENS = 10_000

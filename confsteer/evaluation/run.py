@@ -11,12 +11,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from confsteer.errors import SettingError, first_problem
 from confsteer.evaluation.choices import ChoiceComparison, evaluate_choices
 from confsteer.evaluation.harness import Evaluation, evaluate, sweep
-from confsteer.evaluation.induction import check_repetition, induction
 from confsteer.evaluation.reader import interventions_of
 from confsteer.files import read_at_most
 from confsteer.model.loading import DEMO_UNIGRAM, LoadedModel
 from confsteer.profile.profile import Profile
 from confsteer.steering import Steering
+from confsteer.studies.induction import check_repetition, induction
 from confsteer.text.counts import checked_counts, read_counts
 from confsteer.text.questions import Question, read_questions
 from confsteer.text.sources import TextSource, by_title

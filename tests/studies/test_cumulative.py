@@ -9,8 +9,8 @@ import torch
 
 import confsteer
 from confsteer import NoNeuronsError, SettingError
-from confsteer.evaluation.cumulative import CANDIDATES, CumulativeStudy, cumulative, draw_controls
 from confsteer.last_layer.scores import TokenScores
+from confsteer.studies.cumulative import CANDIDATES, CumulativeStudy, cumulative, draw_controls
 from confsteer.text.windows import make_windows
 from tests.models import ENTROPY_NEURONS, FAMILIES, tiny_model, tiny_tokenizer, zipf_texts
 from tests.planted import planted

@@ -10,9 +10,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from confsteer import NoNeuronsError, Profile, demo
-from confsteer.evaluation.heads import HeadStudy, ablated, bos_ablation, induction_scores
-from confsteer.evaluation.induction import random_stretches, read_twice
 from confsteer.model.dissect import dissect
+from confsteer.studies.heads import HeadStudy, ablated, bos_ablation, induction_scores
+from confsteer.studies.induction import random_stretches, read_twice
 from tests.models import FAMILIES, VOCAB, TinyFamily, tiny_model, tiny_tokenizer
 from tests.planted import planted
 
@@ -100,7 +100,7 @@ def test_the_bundled_models_neurons_hear_of_repetition_through_its_induction_hea
 
 
 def test_means_are_those_of_the_induction_study() -> None:
-    from confsteer.evaluation.induction import induction
+    from confsteer.studies.induction import induction
 
     model, tokenizer, profile = copied("gpt2")
     study = bos_ablation(model, tokenizer, profile, sequences=4, half=20)

@@ -9,8 +9,8 @@ import torch
 
 import confsteer
 from confsteer import CorpusError, NoNeuronsError, Profile, SettingError, demo
-from confsteer.evaluation.induction import InductionStudy, RepeatedSequences, induction, natural_stretches, random_stretches
 from confsteer.last_layer.scores import TokenScores
+from confsteer.studies.induction import InductionStudy, RepeatedSequences, induction, natural_stretches, random_stretches
 from confsteer.text.windows import make_windows
 from tests.models import ENTROPY_NEURONS, FAMILIES, VOCAB, tiny_model, tiny_tokenizer, zipf_texts
 from tests.planted import planted
@@ -119,7 +119,7 @@ def test_neurons_may_be_named() -> None:
 
 def test_a_bos_comes_first_where_the_tokenizer_puts_one(monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer, _, profile = planted("llama")
-    monkeypatch.setattr("confsteer.evaluation.induction.leading_ids", lambda tokenizer: [0])
+    monkeypatch.setattr("confsteer.studies.induction.leading_ids", lambda tokenizer: [0])
     (kind,) = induction(model, tokenizer, profile, sequences=SEQUENCES, half=HALF).kinds
     ids = torch.from_numpy(random_stretches(tokenizer, VOCAB, SEQUENCES, HALF)).long()
     entropy, _ = run_model(model, torch.cat([torch.zeros(SEQUENCES, 1, dtype=torch.long), ids, ids], dim=1))

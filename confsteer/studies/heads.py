@@ -21,7 +21,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from confsteer.errors import UnsupportedModelError
-from confsteer.evaluation.induction import check_repetition, random_stretches, read_twice
 from confsteer.last_layer.scores import TokenScores
 from confsteer.model.anatomy import Anatomy
 from confsteer.model.dissect import dissect
@@ -30,6 +29,7 @@ from confsteer.model.states import BATCH_SIZE, Recording
 from confsteer.profile.profile import Profile
 from confsteer.results.bootstrap import Change, Interval, ratio_interval
 from confsteer.results.result import Result
+from confsteer.studies.induction import check_repetition, random_stretches, read_twice
 from confsteer.text.windows import FIRST_POSITIONS, Windows
 
 INDUCTION_SCORE = 0.7

@@ -11,8 +11,8 @@ import pytest
 from click.testing import CliRunner
 
 import confsteer
-from confsteer.evaluation.cumulative import CumulativeStudy
-from confsteer.evaluation.induction import InductionStudy
+from confsteer.studies.cumulative import CumulativeStudy
+from confsteer.studies.induction import InductionStudy
 from tests.models import ENTROPY_NEURONS, FAMILIES, FREQUENCY_NEURON, tiny_model, tiny_tokenizer, zipf_texts
 from tests.paths import ROOT
 from tests.planted import planted

@@ -1,0 +1,6 @@
+"""The paper's measurements beyond calibration (Stolfo et al. 2024, arXiv 2406.16254).
+
+induction.py     entropy neurons when a text repeats itself
+cumulative.py    entropy neurons ablated one after another, against random ones
+heads.py         induction heads, and the entropy neurons they drive
+"""
