@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         UnsupportedModelError,
         UnsupportedServerError,
     )
-    from confsteer.evaluation.harness import Evaluation, evaluate
+    from confsteer.evaluation.evaluate import Evaluation, evaluate
     from confsteer.profile.profile import Profile
     from confsteer.profile.schema import Neuron, Response
     from confsteer.runtimes.baking import Baked, bake
@@ -67,7 +67,7 @@ __all__ = [
 
 _MODULES = {
     "Baked": "runtimes.baking",
-    "Evaluation": "evaluation.harness",
+    "Evaluation": "evaluation.evaluate",
     "Neuron": "profile.schema",
     "Profile": "profile.profile",
     "Response": "profile.schema",
@@ -77,7 +77,7 @@ _MODULES = {
     "Tuning": "tuning",
     "bake": "runtimes.baking",
     "calibrate": "calibration.calibrate",
-    "evaluate": "evaluation.harness",
+    "evaluate": "evaluation.evaluate",
     "scan": "calibration.scan",
     "steer": "runtimes.transformers",
     "tune": "tuning",

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from confsteer.discovery.response import monotone_range
 from confsteer.discovery.select import candidates
 from confsteer.evaluation.comparison import COVERAGES, ENTROPY_BINS, ComparedRow, Row, TextComparison
-from confsteer.evaluation.harness import Evaluation
+from confsteer.evaluation.evaluate import Evaluation
 from confsteer.printable import printable
 from confsteer.profile.profile import Profile
 from confsteer.steering import DIALS, Dial, Steering

@@ -21,7 +21,7 @@ from confsteer import plots
 from confsteer.errors import ProfileMismatchError, ResultError, first_problem
 from confsteer.evaluation.choices import ChoiceComparison
 from confsteer.evaluation.comparison import COMPARED, ComparedRow, Kind, TextComparison
-from confsteer.evaluation.harness import Evaluation
+from confsteer.evaluation.evaluate import Evaluation
 from confsteer.evaluation.metrics import BINS, MASS_BINS, SELECTED
 from confsteer.files import read_at_most, write_result
 from confsteer.profile.profile import Profile
@@ -207,7 +207,7 @@ def write_report(result: Evaluation | Tuning, file: Path, profile: Profile | Non
     """Write the report of a result, atomically.
 
     Args:
-        result: what `confsteer.evaluation.harness.evaluate` or the tuner returned.
+        result: what `confsteer.evaluation.evaluate.evaluate` or the tuner returned.
         file: to write.
         profile: of the same model, whose neurons and dials are drawn; None: they are not.
 

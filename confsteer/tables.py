@@ -15,7 +15,7 @@ from confsteer.steering import DIALS
 if TYPE_CHECKING:
     from confsteer.evaluation.choices import ChoiceComparison
     from confsteer.evaluation.comparison import ComparedRow, TextComparison
-    from confsteer.evaluation.harness import Evaluation
+    from confsteer.evaluation.evaluate import Evaluation
     from confsteer.evaluation.lm_eval_samples import TaskCalibration
     from confsteer.profile.profile import Profile
     from confsteer.profile.schema import Neuron

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from confsteer.errors import CorpusError
 from confsteer.evaluation.comparison import Method, Sample, TextComparison, compare
+from confsteer.evaluation.evaluate import Texts, named_texts, neutral_method, read_sample, with_matched_temperatures
 from confsteer.evaluation.fit import (
     MOST_STEPS,
     Objective,
@@ -23,7 +24,6 @@ from confsteer.evaluation.fit import (
     objective_estimate,
     temperature,
 )
-from confsteer.evaluation.harness import Texts, named_texts, neutral_method, read_sample, with_matched_temperatures
 from confsteer.evaluation.reader import Reader
 from confsteer.last_layer.intervention import Intervention
 from confsteer.last_layer.unigram import Unigram
@@ -130,7 +130,7 @@ def tune(
     Args:
         model: the profile's model.
         tokenizer: its tokenizer.
-        texts: as `confsteer.evaluation.harness.evaluate` takes them; several by name count equally. What is tuned on one kind
+        texts: as `confsteer.evaluation.evaluate.evaluate` takes them; several by name count equally. What is tuned on one kind
             of text can do harm on another, so give all kinds that the model will see.
         profile: whose neurons to tune.
         parameters: ``neurons``: a gain and a shift of each of the profile's neurons; ``dials``: the positions of both dials.

@@ -20,8 +20,8 @@ import torch
 
 from confsteer import Profile
 from confsteer.evaluation.comparison import Method, compare
+from confsteer.evaluation.evaluate import neutral_method, read_sample, with_matched_temperatures
 from confsteer.evaluation.fit import fit_null_write, fit_temperature
-from confsteer.evaluation.harness import neutral_method, read_sample, with_matched_temperatures
 from confsteer.evaluation.reader import Reader
 from confsteer.last_layer.intervention import Intervention
 from confsteer.model.loading import load_model

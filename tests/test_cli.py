@@ -12,8 +12,8 @@ import confsteer
 from confsteer import CorpusError, Profile, SettingError
 from confsteer.cli import main
 from confsteer.cli.options import EXIT_NO_NEURONS, EXIT_NOTHING_GAINED
-from confsteer.evaluation.harness import Evaluation
-from confsteer.evaluation.run import Run
+from confsteer.evaluation.evaluate import Evaluation
+from confsteer.evaluation.run_file import Run
 from confsteer.studies.cumulative import CumulativeStudy
 from confsteer.studies.induction import InductionStudy
 from confsteer.text.windows import make_windows

@@ -8,7 +8,7 @@ import torch
 import confsteer
 from confsteer import Steering, demo
 from confsteer.demo import Demo
-from confsteer.evaluation.harness import Evaluation, evaluate
+from confsteer.evaluation.evaluate import Evaluation, evaluate
 from confsteer.last_layer.scores import TokenScores
 from confsteer.model.loading import DEMO_UNIGRAM
 from confsteer.text.counts import read_counts

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGene
 from confsteer import CorpusError, NoNeuronsError, Profile, Steering, SteeringError
 from confsteer.cli import main
 from confsteer.errors import ConfsteerError, SettingError
-from confsteer.evaluation.run import Run
+from confsteer.evaluation.run_file import Run
 from confsteer.plots import plot_neurons, plot_response
 from confsteer.profile.hub import card
 from confsteer.report import read_result

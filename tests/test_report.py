@@ -18,7 +18,7 @@ from confsteer import ConfsteerError, ProfileMismatchError, Steering
 from confsteer.cli import main
 from confsteer.evaluation.choices import ChoiceComparison, evaluate_choices
 from confsteer.evaluation.comparison import COMPARED, Kind, TextComparison
-from confsteer.evaluation.harness import Evaluation, evaluate
+from confsteer.evaluation.evaluate import Evaluation, evaluate
 from confsteer.report import METRICS, beyond, read_result, render, write_report
 from confsteer.results.bootstrap import Interval
 from confsteer.studies.induction import induction

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from confsteer import CorpusError, Profile, Steering
-from confsteer.evaluation.harness import read_sample
+from confsteer.evaluation.evaluate import read_sample
 from confsteer.evaluation.reader import Reader
 from confsteer.last_layer.intervention import Intervention
 from confsteer.results.bootstrap import Interval

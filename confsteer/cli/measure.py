@@ -84,7 +84,7 @@ def evaluate(
     Each --text is a text of its own. Beside a steering stands the temperature at which the unsteered model has the same mean
     entropy: what is left of a difference to that is what neurons know beyond a temperature.
     """
-    from confsteer.evaluation.run import Run, run
+    from confsteer.evaluation.run_file import Run, run
 
     if report:
         from confsteer.report import write_report  # noqa: F401  what it needs is missed now, not after the work

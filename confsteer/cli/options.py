@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pydantic import BaseModel
 
-    from confsteer.evaluation.harness import Evaluation
+    from confsteer.evaluation.evaluate import Evaluation
     from confsteer.profile.profile import Profile
     from confsteer.text.sources import TextSource
     from confsteer.tuning import Tuning

@@ -1,0 +1,12 @@
+"""What steering does to calibration, loss and entropy, beside the baselines it has to beat.
+
+metrics.py            every metric: what it is, how it is shown, which way is better
+reader.py             a model reads each text once, for any number of steerings
+fit.py                baselines and steerings fitted by gradient
+comparison.py         ways to predict the same text, held against each other
+evaluate.py           `confsteer.evaluate`
+choices.py            multiple-choice questions
+run_file.py           an evaluation as a file
+lm_eval_model.py      a model of lm-eval that is steered
+lm_eval_samples.py    the calibration of answers that lm-eval logged
+"""

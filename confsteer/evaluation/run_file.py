@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from confsteer.errors import SettingError, first_problem
 from confsteer.evaluation.choices import ChoiceComparison, evaluate_choices
-from confsteer.evaluation.harness import Evaluation, evaluate, sweep
+from confsteer.evaluation.evaluate import Evaluation, evaluate, sweep
 from confsteer.evaluation.reader import interventions_of
 from confsteer.files import read_at_most
 from confsteer.model.loading import DEMO_UNIGRAM, LoadedModel
@@ -45,7 +45,7 @@ class Run(BaseModel):
     steerings: tuple[str, ...] = ()
     """As `Steering.parse` takes them."""
     sweeps: tuple[str, ...] = ()
-    """As `confsteer.evaluation.harness.sweep` takes them."""
+    """As `confsteer.evaluation.evaluate.sweep` takes them."""
     tokens: Annotated[int, Field(ge=1)] | None = None
     """Of each text; all if None."""
     window: int = 256

@@ -5,7 +5,7 @@ import torch
 
 import confsteer
 from confsteer import CorpusError, Steering, SteeringError
-from confsteer.evaluation.harness import evaluate, sweep
+from confsteer.evaluation.evaluate import evaluate, sweep
 from confsteer.last_layer.scores import TokenScores
 from confsteer.text.windows import make_windows
 from tests.models import zipf_texts
