@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from confsteer.runtimes.baking import Baked, bake
     from confsteer.runtimes.transformers import Steerer, steer
     from confsteer.steering import Steering
-    from confsteer.tuning import Tuning, tune
+    from confsteer.tuning.tune import Tuning, tune
 
 __all__ = [
     "Baked",
@@ -74,13 +74,13 @@ _MODULES = {
     "Scan": "calibration.scan",
     "Steerer": "runtimes.transformers",
     "Steering": "steering",
-    "Tuning": "tuning",
+    "Tuning": "tuning.tune",
     "bake": "runtimes.baking",
     "calibrate": "calibration.calibrate",
     "evaluate": "evaluation.evaluate",
     "scan": "calibration.scan",
     "steer": "runtimes.transformers",
-    "tune": "tuning",
+    "tune": "tuning.tune",
 }
 """Where a name is; the others are errors."""
 

@@ -28,7 +28,7 @@ from confsteer.profile.profile import Profile
 from confsteer.results.bootstrap import RESAMPLES, Interval
 from confsteer.steering import DIALS
 from confsteer.studies.induction import InductionStudy
-from confsteer.tuning import Tuning
+from confsteer.tuning.tune import Tuning
 
 STYLE: Any = {
     "font.size": 9,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from confsteer.results.bootstrap import Interval
     from confsteer.studies.cumulative import CumulativeStudy
     from confsteer.studies.induction import InductionStudy
-    from confsteer.tuning import Tuning
+    from confsteer.tuning.tune import Tuning
 
 LONGEST_NAME = 40
 """Characters of a steering in a table: one that sets every neuron has thousands."""

@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM
 
 import confsteer.calibration.calibrate
 import confsteer.model.loading
-import confsteer.tuning
+import confsteer.tuning.tune
 from confsteer import Profile
 from confsteer.calibration import passes as resuming
 from confsteer.cli import main
@@ -214,7 +214,7 @@ def kill_tune(root: Path, chance: random.Random, kills: int) -> dict[str, Any]:
     FOUND.profile.save(folder)
 
     def prepare() -> None:
-        confsteer.tuning.Tuning.gained = True  # type: ignore[assignment, method-assign]
+        confsteer.tuning.tune.Tuning.gained = True  # type: ignore[assignment, method-assign]
 
     seconds, changes = whole(root, command, prepare)
     new = Profile.load(folder)

@@ -27,7 +27,8 @@ from confsteer.last_layer.intervention import Intervention
 from confsteer.model.loading import load_model
 from confsteer.profile.schema import library_versions
 from confsteer.text.sources import TextSource
-from confsteer.tuning import Split, Tuned, search, split
+from confsteer.tuning.splits import Split, split
+from confsteer.tuning.tune import Tuned, search
 
 WINDOW = 256
 """Tokens per window, as calibration and tuning have it."""

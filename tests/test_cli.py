@@ -17,7 +17,7 @@ from confsteer.evaluation.run_file import Run
 from confsteer.studies.cumulative import CumulativeStudy
 from confsteer.studies.induction import InductionStudy
 from confsteer.text.windows import make_windows
-from confsteer.tuning import Tuning
+from confsteer.tuning.tune import Tuning
 from tests.models import ENTROPY_NEURONS, FAMILIES, chat_tokenizer, tiny_model, tiny_tokenizer, zipf_texts
 from tests.planted import planted
 

@@ -180,7 +180,7 @@ def test_a_full_disk_is_a_sentence_and_changes_nothing(folder: Path, command: li
     import confsteer.plots
     import confsteer.report
 
-    monkeypatch.setattr(confsteer.tuning.Tuning, "gained", True)
+    monkeypatch.setattr(confsteer.Tuning, "gained", True)
     monkeypatch.setattr(resuming, "EVERY", 0.0)
     before = {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
     with full_disk():

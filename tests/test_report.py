@@ -23,7 +23,7 @@ from confsteer.report import METRICS, beyond, read_result, render, write_report
 from confsteer.results.bootstrap import Interval
 from confsteer.studies.induction import induction
 from confsteer.text.questions import Question
-from confsteer.tuning import Tuning
+from confsteer.tuning.tune import Tuning
 from tests.models import zipf_texts
 from tests.planted import planted
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from confsteer.evaluation.evaluate import Evaluation
     from confsteer.profile.profile import Profile
     from confsteer.text.sources import TextSource
-    from confsteer.tuning import Tuning
+    from confsteer.tuning.tune import Tuning
 
 EXIT_NO_NEURONS = 3
 EXIT_NOTHING_GAINED = 4

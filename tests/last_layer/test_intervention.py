@@ -157,7 +157,7 @@ def test_matched_temperatures_have_the_entropy_asked_for() -> None:
 def test_the_gradient_is_the_slope(objective: str) -> None:
     """Of the objective in each direction, by central differences; of ECE it is that of the squared gaps of its bins."""
     from confsteer.evaluation.fit import _value_and_gradient
-    from confsteer.tuning import NeuronParameters
+    from confsteer.tuning.parameters import NeuronParameters
 
     layer, _ = text("llama")
     ways = NeuronParameters(planted("llama").profile)

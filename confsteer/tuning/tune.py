@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from confsteer.errors import CorpusError
 from confsteer.evaluation.comparison import Method, Sample, TextComparison, compare
 from confsteer.evaluation.evaluate import Texts, named_texts, neutral_method, read_sample, with_matched_temperatures
 from confsteer.evaluation.fit import (
@@ -26,23 +24,18 @@ from confsteer.evaluation.fit import (
 )
 from confsteer.evaluation.reader import Reader
 from confsteer.last_layer.intervention import Intervention
-from confsteer.last_layer.unigram import Unigram
 from confsteer.profile.profile import Profile
 from confsteer.profile.schema import library_versions
 from confsteer.results.bootstrap import Blocks, Interval, mean
 from confsteer.results.result import Result
-from confsteer.steering import DIALS, Dial, Steering
-from confsteer.text.windows import Windows, make_windows
+from confsteer.steering import Steering
+from confsteer.text.windows import make_windows
+from confsteer.tuning.parameters import DialParameters, NeuronParameters
+from confsteer.tuning.splits import Split, split
 
 DEFAULT_TOKENS = 40_000
 RIDGE = 2e-5
 """Part of the unsteered objective that is the penalty for a gain that is one off, or a shift by half of what its dial can do."""
-SPLITS = (0.5, 0.15, 0.15, 0.2)
-"""Of a text: what is tuned on, what says when to stop, what says whether anything was gained, what is reported on.
-
-What chose when to stop would find a gain where there is none."""
-FEWEST_BLOCKS = 20
-"""Documents or windows that can be shared out in this way."""
 
 Parameters = Literal["neurons", "dials"]
 
@@ -75,19 +68,6 @@ class Tuning(Result):
     def gained(self) -> bool:
         """Whether it beats neutral on the validation split beyond the interval."""
         return self.validation.high < 0
-
-
-class Split(NamedTuple):
-    """A text in four parts."""
-
-    train: Sample
-    stop: Sample
-    """What says when to stop."""
-    validation: Sample
-    """What says whether anything was gained."""
-    test: Sample
-    unigram: Unigram
-    """Of the whole text."""
 
 
 class Tuned(NamedTuple):
@@ -197,37 +177,6 @@ def tune(
     )
 
 
-def split(sample: Sample, windows: Windows, profile: Profile, seed: int) -> Split:
-    """A text in four parts that share no document; a text of few documents in four stretches.
-
-    Raises:
-        CorpusError: it is too short.
-    """
-    ids = sample.block.unique()
-    if len(ids) < FEWEST_BLOCKS:
-        raise CorpusError(
-            f"{sample.source}: {len(ids)} {sample.unit} are too few to tune on, to stop by, to validate and "
-            f"to report on; give text of at least {FEWEST_BLOCKS} windows of {windows.window} tokens"
-        )
-    if sample.unit == "documents":
-        ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))]
-    numbers = torch.bincount(sample.block, minlength=int(ids.max()) + 1)[ids]
-    # The part of the text that comes before the middle of each block says which part the block is in.
-    middle = (numbers.cumsum(dim=0) - numbers / 2) / numbers.sum()
-    part = torch.bucketize(middle, torch.tensor(SPLITS[:-1]).cumsum(dim=0))
-    part[-1] = len(SPLITS) - 1  # however long the last document is
-    of_block = torch.zeros(int(ids.max()) + 1, dtype=torch.long)
-    of_block[ids] = part
-    parts = []
-    for which in range(len(SPLITS)):
-        rows = (of_block[sample.block] == which).nonzero()[:, 0]
-        if len(sample.block[rows].unique()) < 2:
-            raise CorpusError(f"{sample.source}: its documents are too unequal to be shared out; give more of them")
-        parts.append(sample._replace(reading=sample.reading.at(rows), block=sample.block[rows]))
-    train, stop, validation, test = parts
-    return Split(train, stop, validation, test, Unigram.from_counts(windows.counts(profile.model.tokenizer_size)))
-
-
 def search(
     profile: Profile,
     splits: Sequence[Split],
@@ -258,88 +207,6 @@ def search(
     # What is reported is what the stored steering does, digits and all.
     intervention = Intervention.of(profile.edit(steering))._replace(temperature=found.intervention.temperature)
     return Tuned(steering, float(intervention.temperature) if with_temperature else None, intervention, found.steps)
-
-
-class NeuronParameters:
-    """A gain about the mean and a shift, in units of half its dial's reach, of each neuron: ``2 · neurons`` parameters."""
-
-    def __init__(self, profile: Profile) -> None:
-        self.neurons = profile.steerable
-        self.number = 2 * len(self.neurons)
-        self._mean = torch.tensor([neuron.mean_activation for neuron in self.neurons])
-        self._unit = torch.tensor(
-            [neuron.std_activation * _half_reach(profile, dial) for dial in DIALS for neuron in profile.neurons(dial)]
-        )
-
-    def intervention(self, at: Tensor) -> Intervention:
-        """What parameters ``[number, …]`` do; zero is neutral, what comes after them is not read."""
-        gain, shift = self._gain_and_shift(at)
-        return Intervention.neutral(len(self.neurons))._replace(gain=gain, bias=(1 - gain) * self._mean + shift)
-
-    def steering(self, at: Tensor) -> Steering:
-        """The same as a request."""
-        gain, shift = self._gain_and_shift(at)
-        return Steering(
-            scale={neuron.index: _short(value) for neuron, value in zip(self.neurons, gain, strict=True)},
-            shift={neuron.index: _short(value) for neuron, value in zip(self.neurons, shift, strict=True)},
-        )
-
-    def _gain_and_shift(self, at: Tensor) -> tuple[Tensor, Tensor]:
-        return 1 + at[: len(self.neurons)], at[len(self.neurons) : self.number] * self._unit
-
-
-def _reach(profile: Profile, dial: Dial) -> tuple[float, float]:
-    """Lowest and highest position."""
-    low, high = (profile.dial_position(dial, change) for change in profile.reach(dial))
-    return low, high
-
-
-def _half_reach(profile: Profile, dial: Dial) -> float:
-    low, high = _reach(profile, dial)
-    return (high - low) / 2
-
-
-class DialParameters:
-    """The positions of the profile's dials, in units of half their reach and within it."""
-
-    def __init__(self, profile: Profile) -> None:
-        self.profile = profile
-        self.dials: list[Dial] = [dial for dial in DIALS if dial in profile.response]
-        self.number = len(self.dials)
-        neurons = profile.steerable
-        # What position 1 of each dial adds to each activation, [dials, neurons].
-        self._push = torch.tensor(
-            [
-                [neuron.sign * neuron.std_activation * (neuron in profile.neurons(dial)) for neuron in neurons]
-                for dial in self.dials
-            ]
-        )
-        self._low, self._high = torch.tensor([_reach(profile, dial) for dial in self.dials]).T
-
-    def _positions(self, at: Tensor) -> Tensor:
-        unit = (self._high - self._low) / 2
-        positions: Tensor = (at[: self.number] * unit).maximum(self._low).minimum(self._high)
-        return positions
-
-    def intervention(self, at: Tensor) -> Intervention:
-        """See `NeuronParameters`."""
-        return Intervention.neutral(self._push.shape[1])._replace(bias=self._positions(at) @ self._push)
-
-    def steering(self, at: Tensor) -> Steering:
-        """See `NeuronParameters`."""
-        changes: dict[str, Any] = {}
-        for dial, position in zip(self.dials, self._positions(at).tolist(), strict=True):
-            low, high = self.profile.reach(dial)
-            curve = self.profile.response[dial]
-            change = _short(float(np.interp(position, curve.position, curve.change(dial))))
-            # After rounding, which may go beyond.
-            changes[dial] = min(max(change, low), high)
-        return Steering.parse(changes)
-
-
-def _short(value: float | Tensor) -> float:
-    """Six digits are more than the text can tell apart."""
-    return float(f"{float(value):.6g}")
 
 
 def _gain(objective: Objective, intervention: Intervention, samples: Sequence[Sample]) -> Interval:

@@ -13,7 +13,9 @@ from confsteer.evaluation.reader import Reader
 from confsteer.last_layer.intervention import Intervention
 from confsteer.results.bootstrap import Interval
 from confsteer.text.windows import make_windows
-from confsteer.tuning import DialParameters, NeuronParameters, Tuning, split, tune
+from confsteer.tuning.parameters import DialParameters, NeuronParameters
+from confsteer.tuning.splits import split
+from confsteer.tuning.tune import Tuning, tune
 from tests.models import zipf_texts
 from tests.planted import Planted, planted, written_by
 

@@ -1,0 +1,6 @@
+"""The steering that suits a text.
+
+tune.py          `confsteer.tune`
+splits.py        a text in four parts: to tune on, to stop by, to validate and to report on
+parameters.py    what is tuned, as a steering and as tensors
+"""

@@ -1,0 +1,95 @@
+"""What is tuned: numbers that are zero where nothing is steered, as an intervention and as a steering."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from confsteer.last_layer.intervention import Intervention
+from confsteer.profile.profile import Profile
+from confsteer.steering import DIALS, Dial, Steering
+
+
+class NeuronParameters:
+    """A gain about the mean and a shift, in units of half its dial's reach, of each neuron: ``2 · neurons`` parameters."""
+
+    def __init__(self, profile: Profile) -> None:
+        self.neurons = profile.steerable
+        self.number = 2 * len(self.neurons)
+        self._mean = torch.tensor([neuron.mean_activation for neuron in self.neurons])
+        self._unit = torch.tensor(
+            [neuron.std_activation * _half_reach(profile, dial) for dial in DIALS for neuron in profile.neurons(dial)]
+        )
+
+    def intervention(self, at: Tensor) -> Intervention:
+        """What parameters ``[number, …]`` do; zero is neutral, what comes after them is not read."""
+        gain, shift = self._gain_and_shift(at)
+        return Intervention.neutral(len(self.neurons))._replace(gain=gain, bias=(1 - gain) * self._mean + shift)
+
+    def steering(self, at: Tensor) -> Steering:
+        """The same as a request."""
+        gain, shift = self._gain_and_shift(at)
+        return Steering(
+            scale={neuron.index: _short(value) for neuron, value in zip(self.neurons, gain, strict=True)},
+            shift={neuron.index: _short(value) for neuron, value in zip(self.neurons, shift, strict=True)},
+        )
+
+    def _gain_and_shift(self, at: Tensor) -> tuple[Tensor, Tensor]:
+        return 1 + at[: len(self.neurons)], at[len(self.neurons) : self.number] * self._unit
+
+
+def _reach(profile: Profile, dial: Dial) -> tuple[float, float]:
+    """Lowest and highest position."""
+    low, high = (profile.dial_position(dial, change) for change in profile.reach(dial))
+    return low, high
+
+
+def _half_reach(profile: Profile, dial: Dial) -> float:
+    low, high = _reach(profile, dial)
+    return (high - low) / 2
+
+
+class DialParameters:
+    """The positions of the profile's dials, in units of half their reach and within it."""
+
+    def __init__(self, profile: Profile) -> None:
+        self.profile = profile
+        self.dials: list[Dial] = [dial for dial in DIALS if dial in profile.response]
+        self.number = len(self.dials)
+        neurons = profile.steerable
+        # What position 1 of each dial adds to each activation, [dials, neurons].
+        self._push = torch.tensor(
+            [
+                [neuron.sign * neuron.std_activation * (neuron in profile.neurons(dial)) for neuron in neurons]
+                for dial in self.dials
+            ]
+        )
+        self._low, self._high = torch.tensor([_reach(profile, dial) for dial in self.dials]).T
+
+    def _positions(self, at: Tensor) -> Tensor:
+        unit = (self._high - self._low) / 2
+        positions: Tensor = (at[: self.number] * unit).maximum(self._low).minimum(self._high)
+        return positions
+
+    def intervention(self, at: Tensor) -> Intervention:
+        """See `NeuronParameters`."""
+        return Intervention.neutral(self._push.shape[1])._replace(bias=self._positions(at) @ self._push)
+
+    def steering(self, at: Tensor) -> Steering:
+        """See `NeuronParameters`."""
+        changes: dict[str, Any] = {}
+        for dial, position in zip(self.dials, self._positions(at).tolist(), strict=True):
+            low, high = self.profile.reach(dial)
+            curve = self.profile.response[dial]
+            change = _short(float(np.interp(position, curve.position, curve.change(dial))))
+            # After rounding, which may go beyond.
+            changes[dial] = min(max(change, low), high)
+        return Steering.parse(changes)
+
+
+def _short(value: float | Tensor) -> float:
+    """Six digits are more than the text can tell apart."""
+    return float(f"{float(value):.6g}")

@@ -1,0 +1,64 @@
+"""A text in four parts: to tune on, to stop by, to validate and to report on."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from confsteer.errors import CorpusError
+from confsteer.evaluation.comparison import Sample
+from confsteer.last_layer.unigram import Unigram
+from confsteer.profile.profile import Profile
+from confsteer.text.windows import Windows
+
+SPLITS = (0.5, 0.15, 0.15, 0.2)
+"""Of a text: what is tuned on, what says when to stop, what says whether anything was gained, what is reported on.
+
+What chose when to stop would find a gain where there is none."""
+FEWEST_BLOCKS = 20
+"""Documents or windows that can be shared out in this way."""
+
+
+class Split(NamedTuple):
+    """A text in four parts."""
+
+    train: Sample
+    stop: Sample
+    """What says when to stop."""
+    validation: Sample
+    """What says whether anything was gained."""
+    test: Sample
+    unigram: Unigram
+    """Of the whole text."""
+
+
+def split(sample: Sample, windows: Windows, profile: Profile, seed: int) -> Split:
+    """A text in four parts that share no document; a text of few documents in four stretches.
+
+    Raises:
+        CorpusError: it is too short.
+    """
+    ids = sample.block.unique()
+    if len(ids) < FEWEST_BLOCKS:
+        raise CorpusError(
+            f"{sample.source}: {len(ids)} {sample.unit} are too few to tune on, to stop by, to validate and "
+            f"to report on; give text of at least {FEWEST_BLOCKS} windows of {windows.window} tokens"
+        )
+    if sample.unit == "documents":
+        ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))]
+    numbers = torch.bincount(sample.block, minlength=int(ids.max()) + 1)[ids]
+    # The part of the text that comes before the middle of each block says which part the block is in.
+    middle = (numbers.cumsum(dim=0) - numbers / 2) / numbers.sum()
+    part = torch.bucketize(middle, torch.tensor(SPLITS[:-1]).cumsum(dim=0))
+    part[-1] = len(SPLITS) - 1  # however long the last document is
+    of_block = torch.zeros(int(ids.max()) + 1, dtype=torch.long)
+    of_block[ids] = part
+    parts = []
+    for which in range(len(SPLITS)):
+        rows = (of_block[sample.block] == which).nonzero()[:, 0]
+        if len(sample.block[rows].unique()) < 2:
+            raise CorpusError(f"{sample.source}: its documents are too unequal to be shared out; give more of them")
+        parts.append(sample._replace(reading=sample.reading.at(rows), block=sample.block[rows]))
+    train, stop, validation, test = parts
+    return Split(train, stop, validation, test, Unigram.from_counts(windows.counts(profile.model.tokenizer_size)))
