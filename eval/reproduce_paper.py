@@ -21,8 +21,8 @@ from confsteer import ConfsteerError, Profile
 from confsteer.discovery.weights import weight_statistics
 from confsteer.model.dissect import dissect
 from confsteer.model.loading import DEMO_NAME, load_model
-from confsteer.plots import plot_cumulative, plot_frequency_neurons, plot_induction, plot_neurons, plot_response
 from confsteer.profile.schema import CorpusIdentity, Measurement
+from confsteer.report.plots import plot_cumulative, plot_frequency_neurons, plot_induction, plot_neurons, plot_response
 from confsteer.results.bootstrap import Interval
 from confsteer.steering import DIALS
 from confsteer.studies.cumulative import CumulativeStudy, cumulative

@@ -211,7 +211,7 @@ def test_interrupted_calibration_leaves_nothing_behind(
 def test_a_missing_extra_is_named(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
-    monkeypatch.delitem(sys.modules, "confsteer.plots", raising=False)
+    monkeypatch.delitem(sys.modules, "confsteer.report.plots", raising=False)
     result = run("show", folder / "profile", "--plot", tmp_path / "n.png", code=1)
     assert "pip install 'confsteer[eval]'" in result.output
 

@@ -177,8 +177,8 @@ PROFILE = ["-p", "{root}/profile"]
     ids=lambda command: f"{command[0]} {command[-2]} {Path(command[-1]).name}",
 )
 def test_a_full_disk_is_a_sentence_and_changes_nothing(folder: Path, command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    import confsteer.plots
-    import confsteer.report
+    import confsteer.report.page
+    import confsteer.report.plots
 
     monkeypatch.setattr(confsteer.Tuning, "gained", True)
     monkeypatch.setattr(resuming, "EVERY", 0.0)

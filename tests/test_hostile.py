@@ -26,10 +26,10 @@ from confsteer import CorpusError, NoNeuronsError, Profile, Steering, SteeringEr
 from confsteer.cli import main
 from confsteer.errors import ConfsteerError, SettingError
 from confsteer.evaluation.run_file import Run
-from confsteer.plots import plot_neurons, plot_response
 from confsteer.profile.hub import card
-from confsteer.report import read_result
-from confsteer.tables import print_profile
+from confsteer.report.plots import plot_neurons, plot_response
+from confsteer.report.results import read_result
+from confsteer.report.tables import print_profile
 from confsteer.text import sources as texts
 from confsteer.text.counts import checked_counts, read_counts
 from confsteer.text.questions import read_questions

@@ -32,7 +32,7 @@ def test_a_wheel_holds_the_package_and_what_it_needs_to_run(wheel: Path) -> None
     modules = {str(file.relative_to(ROOT)) for file in package.rglob("*.py")}
     model = {str(file.relative_to(ROOT)) for file in (package / "demo" / "model").iterdir()}
     profiles = {f"confsteer/{file.relative_to(ROOT)}" for file in (ROOT / "calibrations").rglob("*") if file.is_file()}
-    others = {"confsteer/demo/unigram.npy", "confsteer/py.typed", "confsteer/report.html.j2"}
+    others = {"confsteer/demo/unigram.npy", "confsteer/py.typed", "confsteer/report/page.html.j2"}
     assert "confsteer/demo/model/model.safetensors" in model
     assert "confsteer/calibrations/confsteer-demo/profile.json" in profiles
     assert names == modules | model | profiles | others

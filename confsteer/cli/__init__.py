@@ -10,7 +10,7 @@ import click
 
 from confsteer.cli import find, measure, steer, study, tune
 from confsteer.errors import ConfsteerError
-from confsteer.printable import printable
+from confsteer.report.printable import printable
 
 EXTRAS = {
     **dict.fromkeys(("datasets", "jinja2", "matplotlib", "yaml"), "eval"),

@@ -9,7 +9,6 @@ from typing import Any
 import click
 
 import confsteer
-from confsteer import tables
 from confsteer.cli.options import (
     EXIT_NO_NEURONS,
     PICTURE_FILE,
@@ -23,6 +22,7 @@ from confsteer.cli.options import (
     write_picture,
 )
 from confsteer.errors import ProfileError
+from confsteer.report import tables
 
 
 @click.command()
@@ -167,7 +167,7 @@ def scan(model: str | None, out: Path | None, plot: Path | None, **settings: Any
     console = tables.console()
     console.print(f"Read: {tables.escape(', '.join(result.tensors))}: {result.bytes_read / 1e6:,.1f} MB{share}.")
     if plot:
-        from confsteer.plots import plot_neurons
+        from confsteer.report.plots import plot_neurons
 
         write_picture(console, plot_neurons(profile), plot)
     console.print(f"Profile of the weights written to {tables.escape(str(folder))}")
@@ -189,7 +189,7 @@ def show(profile: str, plot: Path | None, response: Path | None) -> None:
     loaded = confsteer.Profile.load(profile)
     tables.print_profile(tables.console(), loaded)
     if plot or response:
-        from confsteer.plots import plot_neurons, plot_response
+        from confsteer.report.plots import plot_neurons, plot_response
 
         for file, draw in ((plot, plot_neurons), (response, plot_response)):
             if file is not None:

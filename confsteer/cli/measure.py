@@ -9,7 +9,6 @@ import click
 from click.core import ParameterSource
 
 import confsteer
-from confsteer import tables
 from confsteer.cli.options import (
     NO_TEXT,
     OUTPUT_FILE,
@@ -27,6 +26,7 @@ from confsteer.cli.options import (
     write,
     write_html,
 )
+from confsteer.report import tables
 
 BESIDE_A_RUN_FILE = ("run_file", "as_json", "plot", "report", "device", "dtype", "revision", "trust_remote_code")
 
@@ -87,7 +87,7 @@ def evaluate(
     from confsteer.evaluation.run_file import Run, run
 
     if report:
-        from confsteer.report import write_report  # noqa: F401  what it needs is missed now, not after the work
+        from confsteer.report.page import write_report  # noqa: F401  what it needs is missed now, not after the work
     if smooth_ece:
         import relplot  # noqa: F401
     if run_file:
@@ -143,7 +143,8 @@ def report(results: Path, profile: str | None, out: Path | None) -> None:
     confsteer eval -p confsteer-demo -s entropy=0.3 --json results.json
     confsteer report results.json -p confsteer-demo
     """
-    from confsteer.report import read_result, write_report
+    from confsteer.report.page import write_report
+    from confsteer.report.results import read_result
 
     file = out or results.with_suffix(".html")
     write_report(read_result(results), file, confsteer.Profile.load(profile) if profile else None)

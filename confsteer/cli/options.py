@@ -14,7 +14,7 @@ from click.shell_completion import CompletionItem
 from rich.console import Console
 
 from confsteer.files import shipped_profiles, write_result
-from confsteer.tables import escape
+from confsteer.report.tables import escape
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -191,7 +191,7 @@ def write(console: Console, result: BaseModel, as_json: Path | None, plot: Path 
     """What the options `json_option` and `plot_option` ask for."""
     write_json(console, result, as_json)
     if plot:
-        from confsteer import plots
+        from confsteer.report import plots
 
         write_picture(console, getattr(plots, draw)(result), plot)
 
@@ -214,7 +214,7 @@ def write_json(console: Console, result: BaseModel, file: Path | None) -> None:
 def write_html(console: Console, result: Evaluation | Tuning, file: Path | None, profile: Profile) -> None:
     """What the option `report_option` asks for."""
     if file:
-        from confsteer.report import write_report
+        from confsteer.report.page import write_report
 
         write_report(result, file, profile)
         console.print(f"Written: {escape(str(file))}")

@@ -9,9 +9,9 @@ import click
 from rich.table import Table
 
 import confsteer
-from confsteer import tables
 from confsteer.cli.options import PROFILE, STEERING, load, model_options, profile_option, steer_option
-from confsteer.printable import printable
+from confsteer.report import tables
+from confsteer.report.printable import printable
 
 
 @click.command()

@@ -8,7 +8,6 @@ from typing import Any
 import click
 
 import confsteer
-from confsteer import tables
 from confsteer.cli.options import (
     NO_TEXT,
     TextOptions,
@@ -21,6 +20,7 @@ from confsteer.cli.options import (
     window_option,
     write,
 )
+from confsteer.report import tables
 
 
 @click.group()

@@ -10,7 +10,6 @@ from typing import Any
 import click
 
 import confsteer
-from confsteer import tables
 from confsteer.cli.options import (
     EXIT_NOTHING_GAINED,
     NO_TEXT,
@@ -25,6 +24,7 @@ from confsteer.cli.options import (
     write_html,
     write_json,
 )
+from confsteer.report import tables
 from confsteer.steering import Steering
 
 
@@ -96,7 +96,7 @@ def tune(
 
     Steering.parse({"preset": name})
     if report:
-        from confsteer.report import write_report  # noqa: F401  what it needs is missed now, not after the work
+        from confsteer.report.page import write_report  # noqa: F401  what it needs is missed now, not after the work
     sources = by_title(text.sources(model, "calibration"))
     if not sources:
         raise click.UsageError(NO_TEXT)

@@ -24,6 +24,8 @@ right is that this token came; of an answer it is the top choice's share. None o
 
 from __future__ import annotations
 
+from typing import Literal, NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -39,6 +41,44 @@ SMOOTH_RESAMPLES = 100
 """Smooth ECE is slow: that many of the resamples give its interval."""
 
 Estimates = dict[str, Estimate]
+
+
+class Metric(NamedTuple):
+    """How a metric is shown."""
+
+    label: str
+    digits: int = 4
+    better: Literal["lower", "higher"] | None = None
+    """None where neither is good or bad in itself."""
+    percent: bool = False
+
+    def number(self, value: float, *, sign: bool = False) -> str:
+        """With a true minus sign."""
+        if self.percent:
+            return f"{value:.{self.digits}%}".replace("-", "−")
+        return f"{value:{'+' if sign else ''}.{self.digits}f}".replace("-", "−")
+
+
+METRICS = {
+    "loss": Metric("loss", better="lower"),
+    "perplexity": Metric("perplexity", 1, "lower"),
+    "entropy": Metric("entropy"),
+    "ece": Metric("ECE", better="lower"),
+    "ece_equal_mass": Metric("equal-mass ECE", better="lower"),
+    "mce": Metric("MCE", better="lower"),
+    "smooth_ece": Metric("smooth ECE", better="lower"),
+    "brier": Metric("Brier score", better="lower"),
+    "brier_multiclass": Metric("multi-class Brier score", better="lower"),
+    "accuracy": Metric("accuracy", better="higher"),
+    "accuracy_normalised": Metric("accuracy by length", better="higher"),
+    "auroc": Metric("AUROC", better="higher"),
+    "selective_accuracy": Metric("selective accuracy", better="higher"),
+    "coverage_area": Metric("coverage area", better="higher"),
+    "kl_model_unigram": Metric("KL(model ‖ unigram)", 3),
+    "kl_unigram_model": Metric("KL(unigram ‖ model)", 3),
+    "argmax_changed": Metric("argmax changed", 1, percent=True),
+}
+"""In the order of the tables, by the names in `confsteer.evaluation.metrics`."""
 
 
 def token_metrics(scores: TokenScores, blocks: Blocks, *, unsteered: TokenScores, smooth: bool = False) -> Estimates:

@@ -235,7 +235,7 @@ def test_the_matched_temperature_is_the_one_that_was_applied(seed: int, scale: f
 def test_the_table_has_a_line_per_way_but_matched_temperatures() -> None:
     from rich.console import Console
 
-    from confsteer.tables import print_choices
+    from confsteer.report.tables import print_choices
 
     model, tokenizer, _, profile = planted("llama")
     steerings = [Steering(entropy=0.4), Steering(unigram=0.1)]

@@ -22,8 +22,8 @@ from rich.console import Console
 
 from confsteer import Profile, ProfileCorruptError, ProfileError, ProfileNotFoundError, Steering, SteeringError
 from confsteer.profile.store import FILE_NAME, FORMAT_VERSION, MEASURED_COLUMNS, WEIGHT_COLUMNS
+from confsteer.report.tables import print_profile
 from confsteer.steering import DIALS
-from confsteer.tables import print_profile
 from tests.planted import planted
 
 BATCHES, CASES = 10, 1_000

@@ -19,7 +19,10 @@ from confsteer.cli import main
 from confsteer.evaluation.choices import ChoiceComparison, evaluate_choices
 from confsteer.evaluation.comparison import COMPARED, Kind, TextComparison
 from confsteer.evaluation.evaluate import Evaluation, evaluate
-from confsteer.report import METRICS, beyond, read_result, render, write_report
+from confsteer.evaluation.metrics import METRICS
+from confsteer.report.findings import beyond
+from confsteer.report.page import render, write_report
+from confsteer.report.results import read_result
 from confsteer.results.bootstrap import Interval
 from confsteer.studies.induction import induction
 from confsteer.text.questions import Question

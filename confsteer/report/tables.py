@@ -9,7 +9,7 @@ from rich import markup
 from rich.console import Console
 from rich.table import Table
 
-from confsteer.printable import printable
+from confsteer.report.printable import printable
 from confsteer.steering import DIALS
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from confsteer.discovery.response import monotone_range
 from confsteer.discovery.select import candidates
 from confsteer.evaluation.comparison import COVERAGES, ENTROPY_BINS, ComparedRow, Row, TextComparison
 from confsteer.evaluation.evaluate import Evaluation
-from confsteer.printable import printable
 from confsteer.profile.profile import Profile
+from confsteer.report.printable import printable
 from confsteer.steering import DIALS, Dial, Steering
 from confsteer.studies.cumulative import CumulativeStudy
 from confsteer.studies.induction import Curve, InductionStudy, RepeatedSequences

@@ -1,0 +1,10 @@
+"""What people see: tables in a terminal, pictures, one HTML file.
+
+printable.py    strings from anyone, for a terminal or a picture
+tables.py       tables of profiles, scans, evaluations and studies
+plots.py        pictures
+results.py      the files that ``--json`` wrote, read back
+findings.py     what the numbers say, in words that go no further than the intervals
+figures.py      pictures for the page, with what they say to whom does not see them
+page.py         the page
+"""

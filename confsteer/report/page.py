@@ -1,0 +1,168 @@
+"""An evaluation or a tuning as one HTML file: no script, no request to anywhere, nothing beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import NamedTuple
+
+from jinja2 import Environment, StrictUndefined
+
+from confsteer.errors import ProfileMismatchError
+from confsteer.evaluation.choices import ChoiceComparison
+from confsteer.evaluation.comparison import COMPARED, ComparedRow, Kind, TextComparison
+from confsteer.evaluation.evaluate import Evaluation
+from confsteer.evaluation.metrics import BINS, MASS_BINS, METRICS, SELECTED
+from confsteer.files import write_result
+from confsteer.profile.profile import Profile
+from confsteer.report.figures import Figures, compared_figures, induction_figures, profile_figures, text_figures
+from confsteer.report.findings import AGAINST, OBJECTIVES, Finding, beyond, findings, tuning_finding
+from confsteer.results.bootstrap import RESAMPLES, Interval
+from confsteer.tuning.tune import Tuning
+
+
+class Cell(NamedTuple):
+    """A number and its interval, as they are written."""
+
+    value: str
+    interval: str
+    verdict: str = ""
+    """Of a difference: better or worse, if it is beyond its interval."""
+
+
+class TableRow(NamedTuple):
+    """A way to predict; None where a metric could not be computed."""
+
+    name: str
+    note: str
+    cells: list[Cell | None]
+
+
+class Table(NamedTuple):
+    """Ways to predict by metrics."""
+
+    title: str
+    columns: list[str]
+    rows: list[TableRow]
+
+
+class Section(NamedTuple):
+    """What the report says of one text, or of one set of questions."""
+
+    anchor: str
+    title: str
+    size: str
+    """What was scored."""
+    resampled: str
+    """What is resampled for the intervals."""
+    findings: list[Finding]
+    metrics: Table
+    differences: list[Table]
+    figures: list[Figures]
+
+
+def write_report(result: Evaluation | Tuning, file: Path, profile: Profile | None) -> None:
+    """Write the report of a result, atomically.
+
+    Args:
+        result: what `confsteer.evaluation.evaluate.evaluate` or the tuner returned.
+        file: to write.
+        profile: of the same model, whose neurons and dials are drawn; None: they are not.
+
+    Raises:
+        ProfileMismatchError: the profile is of another model.
+        ResultError: the file cannot be written.
+    """
+    write_result(file, render(result, profile).encode())
+
+
+def render(result: Evaluation | Tuning, profile: Profile | None) -> str:
+    """The page of a result; the arguments are those of `write_report`."""
+    if profile is not None and profile.model.id != result.model:
+        raise ProfileMismatchError(
+            f"the result is of {result.model}, the profile of {profile.model.id}: give the result's profile"
+        )
+    tuning = result if isinstance(result, Tuning) else None
+    left_out = () if tuning is None else tuning.left_out
+    choices, induction = (result.choices, result.induction) if isinstance(result, Evaluation) else ((), None)
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(resources.files("confsteer.report").joinpath("page.html.j2").read_text("utf-8"))
+    return template.render(
+        result=result,
+        tuning=tuning,
+        objectives=OBJECTIVES,
+        gain=None if tuning is None else tuning_finding(tuning),
+        sections=[_text_section(text, f"text-{i}") for i, text in enumerate(result.texts, 1)]
+        + [_choice_section(asked, f"choices-{i}") for i, asked in enumerate(choices, 1)],
+        left_out=[_text_section(text, f"left-out-{i}", ", fitted without it") for i, text in enumerate(left_out, 1)],
+        profile=profile,
+        profile_figures=None if profile is None else profile_figures(profile),
+        induction_figures=None if induction is None else induction_figures(induction),
+        bins=BINS,
+        mass_bins=MASS_BINS,
+        selected=f"{SELECTED:.0%}",
+        resamples=f"{RESAMPLES:,}",
+    )
+
+
+def _text_section(text: TextComparison, anchor: str, note: str = "") -> Section:
+    size = f"{text.tokens:,} tokens in {text.windows:,} windows"
+    return _section(text, anchor, text.source + note, size, text_figures(text))
+
+
+def _choice_section(choices: ChoiceComparison, anchor: str) -> Section:
+    size = f"{choices.questions:,} multiple-choice questions"
+    if choices.truncated:
+        size += f", {choices.truncated:,} of them cut to fit the model's context"
+    return _section(choices, anchor, choices.source, size, compared_figures(choices.rows, "questions"))
+
+
+def _section(compared: TextComparison | ChoiceComparison, anchor: str, title: str, size: str, figures: list[Figures]) -> Section:
+    return Section(
+        anchor=anchor,
+        title=title,
+        size=size,
+        resampled=f"{compared.blocks:,} {compared.unit}",
+        findings=findings(compared.rows),
+        metrics=_metrics_table(compared.rows),
+        differences=[table for kind in AGAINST if (table := _difference_table(compared.rows, kind)).rows],
+        figures=figures,
+    )
+
+
+def _metrics_table(rows: Sequence[ComparedRow]) -> Table:
+    names = [name for name in METRICS if any(name in row.metrics for row in rows)]
+    return Table(
+        "All metrics",
+        [METRICS[name].label for name in names],
+        [TableRow(row.name, _note(row), [_cell(name, row.metrics.get(name)) for name in names]) for row in rows],
+    )
+
+
+def _difference_table(rows: Sequence[ComparedRow], kind: Kind) -> Table:
+    """Of every row that is compared with the row of a kind."""
+    compared = [row for row in rows if kind in row.minus]
+    names = [name for name in COMPARED if any(name in row.minus[kind] for row in compared)]
+    return Table(
+        f"Difference to {AGAINST[kind]}",
+        [f"Δ {METRICS[name].label}" for name in names],
+        [TableRow(row.name, "", [_cell(name, row.minus[kind].get(name), difference=True) for name in names]) for row in compared],
+    )
+
+
+def _note(row: ComparedRow) -> str:
+    """The one number of a baseline, per fold."""
+    if not row.values:
+        return ""
+    return ("c = " if row.kind == "null write" else "T = ") + ", ".join(f"{value:.3f}" for value in row.values)
+
+
+def _cell(name: str, interval: Interval | None, *, difference: bool = False) -> Cell | None:
+    if interval is None:
+        return None
+    metric = METRICS[name]
+    value, low, high = (metric.number(number, sign=difference) for number in interval)
+    way = beyond(interval) if difference else None
+    verdict = "" if way is None or metric.better is None else "better" if way == metric.better else "worse"
+    return Cell(value, f"{low} … {high}", verdict)

@@ -1,0 +1,56 @@
+"""The files that ``confsteer eval --json`` and ``confsteer tune --json`` wrote, read back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from confsteer.errors import ResultError, first_problem
+from confsteer.evaluation.choices import ChoiceComparison
+from confsteer.evaluation.comparison import TextComparison
+from confsteer.evaluation.evaluate import Evaluation
+from confsteer.files import read_at_most
+from confsteer.report.findings import JUDGED
+from confsteer.tuning.tune import Tuning
+
+MAX_BYTES = 100_000_000
+"""Of results: those of a hundred texts with a hundred steerings each fit."""
+
+
+def read_result(file: Path) -> Evaluation | Tuning:
+    """The evaluation or the tuning that ``confsteer eval --json`` or ``confsteer tune --json`` wrote.
+
+    Raises:
+        ResultError: the file is neither.
+    """
+    way_out = "Write one with confsteer eval … --json FILE or confsteer tune … --json FILE"
+    try:
+        document = json.loads(read_at_most(file, MAX_BYTES))
+    except OSError as error:
+        raise ResultError(f"cannot read {file}: {error.strerror}. {way_out}") from error
+    except (ValueError, RecursionError) as error:
+        raise ResultError(f"{file} is not JSON: {error}. {way_out}") from error
+    if not isinstance(document, dict):
+        raise ResultError(f"{file} is JSON, but a list or a value where an evaluation or a tuning is an object. {way_out}")
+    # Only a tuning has an objective; the class then says what is wrong with the rest.
+    kind: type[Evaluation] | type[Tuning] = Tuning if "objective" in document else Evaluation
+    try:
+        result = kind.model_validate_json(json.dumps(document))
+    except ValidationError as error:
+        problem = first_problem(error, whole="the document")
+        raise ResultError(f"{file} is not of this version's {kind.__name__.lower()}: {problem}. {way_out}") from error
+    compared: list[TextComparison | ChoiceComparison] = [*result.texts]
+    compared += result.left_out if isinstance(result, Tuning) else result.choices
+    for one in compared:
+        if not one.rows or one.rows[0].kind != "neutral":
+            raise ResultError(f"{file}: the first row of {one.source!r} is not neutral, which all others are compared with")
+        for row in one.rows:
+            needed = {*JUDGED, "argmax_changed", "kl_model_unigram"} if isinstance(one, TextComparison) else {*JUDGED}
+            missing = needed - row.metrics.keys()
+            if row.kind == "steering":
+                missing |= {f"{name} less neutral's" for name in {"entropy", *JUDGED} - row.minus.get("neutral", {}).keys()}
+            if missing:
+                raise ResultError(f"{file}: {row.name!r} on {one.source!r} has no {', '.join(sorted(missing))}. {way_out}")
+    return result
