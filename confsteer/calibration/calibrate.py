@@ -27,13 +27,13 @@ from confsteer.discovery.moments import tokens_at_once
 from confsteer.discovery.response import ResponseCurve, choose_positions
 from confsteer.discovery.streaming import ActivationMoments, EffectMeans, Estimate, NeuronEffects
 from confsteer.discovery.weights import weight_statistics
+from confsteer.distributed import all_reduce, broadcast, this_process
 from confsteer.errors import CorpusError, ProfileMismatchError, SettingError, UnsupportedModelError
 from confsteer.last_layer.readout import Outputs, Readout
 from confsteer.last_layer.unigram import Unigram
 from confsteer.model.dissect import dissect
 from confsteer.model.sampling import sample_windows
 from confsteer.model.states import BATCH_SIZE, Recording, regroup
-from confsteer.parallel import all_sum, of_first, share
 from confsteer.profile.profile import Profile
 from confsteer.profile.schema import CorpusIdentity, Layer, Measurement, ModelIdentity, Neuron, Response, library_versions
 from confsteer.steering import DIALS, Dial
@@ -70,7 +70,7 @@ def calibrate(
     response curves. The model runs once over as much of it as `confsteer.model.states.KEPT_BYTES` hold, and again in every pass
     over the rest: memory does not grow with the text, but for four bytes per token.
 
-    In several processes that have met (`confsteer.parallel.join`) each reads its share of the text, and all return the same
+    In several processes (`confsteer.distributed.init_distributed`) each reads its share of the text, and all return the same
     profile.
 
     Args:
@@ -117,11 +117,13 @@ def calibrate(
     windows = make_windows(texts, tokenizer, window=window, max_tokens=tokens, source=source)
     check_context(windows.window, model.config)
     check_ids(windows.token_ids, anatomy.vocab_size)
-    mine = share()
-    if mine.of > 1 and (checkpoint or resume):
-        raise SettingError(f"{mine.of} processes keep no checkpoint: their passes end together, their files would not")
-    if len(windows) <= BATCH_SIZE * (mine.of - 1):
-        raise SettingError(f"{len(windows)} windows are too few for {mine.of} processes, which read {BATCH_SIZE} at a time")
+    process = this_process()
+    if process.world_size > 1 and (checkpoint or resume):
+        raise SettingError(f"{process.world_size} processes keep no checkpoint: their passes end together, their files would not")
+    if len(windows) <= BATCH_SIZE * (process.world_size - 1):
+        raise SettingError(
+            f"{len(windows)} windows are too few for {process.world_size} processes, which read {BATCH_SIZE} at a time"
+        )
     identity = ModelIdentity.of(model.config, tokenizer, anatomy, revision=getattr(model.config, "_commit_hash", None))
     tokenizer_size = identity.tokenizer_size
     if scanned is not None and scanned.model.tokenizer_size != tokenizer_size:
@@ -162,10 +164,12 @@ def calibrate(
         device = readout.unembedding.device
         unigram = Unigram.from_counts(counts.to(device))
 
-        recording = Recording(model, anatomy, windows, device, mine)
+        recording = Recording(model, anatomy, windows, device, process)
 
         def bar(stage: str) -> tqdm[NoReturn]:
-            return tqdm(total=windows.n_tokens // mine.of, desc=stage, unit="tok", unit_scale=True, disable=not progress)
+            return tqdm(
+                total=windows.n_tokens // process.world_size, desc=stage, unit="tok", unit_scale=True, disable=not progress
+            )
 
         weights = weight_statistics(readout, null_dims=null_dims, seed=seed) if scanned is None else scanned.weights
         cosine = frequency_cosine(readout, unigram)
@@ -174,7 +178,7 @@ def calibrate(
         with bar("1/3 activations") as shown:
             for batch in kept_sums.read("activations", recording, moments.sums, shown.update):
                 moments.update(batch.activations)
-        moments.pool(all_sum)
+        moments.pool(all_reduce)
         if moments.count == 0:
             raise CorpusError("no token of the text counts: its windows are too short")
         if not (moments.mean.isfinite().all() and moments.std.isfinite().all()):
@@ -188,7 +192,7 @@ def calibrate(
             for batch in kept_sums.read("effects", recording, means.sums, shown.update, at_least=at_once):
                 token_effects, token_slopes = ablation_effects(readout, batch, mean, unigram)
                 means.update(token_effects, batch.window, token_slopes)
-        means.pool(all_sum)
+        means.pool(all_reduce)
         effects = means.result()
         entropy = select.entropy_neurons(weights, effects)
         selected: dict[Dial, list[int]] = {
@@ -286,7 +290,7 @@ def _look_closer(
     def choose() -> Tensor:
         first = next(regroup(recording.read(), at_once))
         sample = first.at(slice(None, None, max(1, len(first.targets) // POSITION_SAMPLE)))
-        return of_first(torch.stack([choose_positions(readout, pushes[dial], unigram, sample, dial=dial) for dial in dials]))
+        return broadcast(torch.stack([choose_positions(readout, pushes[dial], unigram, sample, dial=dial) for dial in dials]))
 
     positions = kept_sums.once("positions", choose) if dials else ()
     curves = {dial: ResponseCurve(readout, pushes[dial], unigram, row) for dial, row in zip(dials, positions, strict=True)}
@@ -312,12 +316,12 @@ def _look_closer(
                 effect_means.update(TokenEffects(*map(torch.cat, columns)), batch.window)
         changed += torch.cat([one for _, one in exact]).double().sum(dim=0).cpu()
     for accumulator in accumulators:
-        accumulator.pool(all_sum)
+        accumulator.pool(all_reduce)
     baseline = unsteered.result()
     return _CloserLook(
         effects=means.result(),
         uncapped=None if uncapped is None else uncapped_means.result(),
-        argmax_changed=all_sum(changed) / moments.count,
+        argmax_changed=all_reduce(changed) / moments.count,
         response={
             dial: Response(**{name: tuple(column.tolist()) for name, column in curve.result()._asdict().items()})
             for dial, curve in curves.items()

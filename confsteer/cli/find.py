@@ -82,13 +82,13 @@ def calibrate(
     command with --resume goes on from there and ends with the same profile.
     """
     from confsteer.calibration.passes import FILE_NAME
+    from confsteer.distributed import init_distributed
     from confsteer.model.loading import DEMO_UNIGRAM
-    from confsteer.parallel import join
     from confsteer.profile.schema import model_id
     from confsteer.text.counts import read_counts
 
-    me = join()
-    first = me.rank == 0
+    process = init_distributed()
+    first = process.rank == 0
     source = text.source(model, "calibration")
     counts = read_counts(unigram) if unigram else read_counts(DEMO_UNIGRAM) if model is None else None
     loaded = load(model, loading)
@@ -112,7 +112,7 @@ def calibrate(
             scanned=confsteer.Profile.load(scanned) if scanned else None,
             seed=seed,
             progress=first,
-            checkpoint=checkpoint if me.of == 1 else None,
+            checkpoint=checkpoint if process.world_size == 1 else None,
             resume=resume,
         )
         if not first:

@@ -119,9 +119,9 @@ class ResponseCurve:
         """What is updated in place, and all there is to it but the positions."""
         return self._sums, self._count
 
-    def pool(self, all_sum: Callable[[Tensor], Tensor]) -> None:
-        """Join what other processes have seen; `all_sum` adds a tensor up over them."""
-        self._sums, self._count = all_sum(self._sums), all_sum(self._count)
+    def pool(self, all_reduce: Callable[[Tensor], Tensor]) -> None:
+        """Join what other processes have seen; `all_reduce` adds a tensor up over them."""
+        self._sums, self._count = all_reduce(self._sums), all_reduce(self._count)
 
     def result(self) -> ResponseMeans:
         """Means over all tokens so far, on the CPU."""

@@ -47,12 +47,12 @@ class ActivationMoments:
         """What is updated in place, and all there is to it."""
         return self._count, self.mean, self._squares
 
-    def pool(self, all_sum: Callable[[Tensor], Tensor]) -> None:
-        """Join what other processes have seen; `all_sum` adds a tensor up over them."""
+    def pool(self, all_reduce: Callable[[Tensor], Tensor]) -> None:
+        """Join what other processes have seen; `all_reduce` adds a tensor up over them."""
         n, own_mean = self.count, self.mean
-        self._count = all_sum(self._count)
-        self.mean = all_sum(n * own_mean) / max(1, self.count)
-        self._squares = all_sum(self._squares + n * (own_mean - self.mean).square())
+        self._count = all_reduce(self._count)
+        self.mean = all_reduce(n * own_mean) / max(1, self.count)
+        self._squares = all_reduce(self._squares + n * (own_mean - self.mean).square())
 
     @property
     def std(self) -> Tensor:
@@ -146,9 +146,9 @@ class EffectMeans:
         """What is updated in place, and all there is to it."""
         return self._sums, self._counts
 
-    def pool(self, all_sum: Callable[[Tensor], Tensor]) -> None:
-        """Join what other processes have seen; `all_sum` adds a tensor up over them."""
-        self._sums, self._counts = all_sum(self._sums), all_sum(self._counts)
+    def pool(self, all_reduce: Callable[[Tensor], Tensor]) -> None:
+        """Join what other processes have seen; `all_reduce` adds a tensor up over them."""
+        self._sums, self._counts = all_reduce(self._sums), all_reduce(self._counts)
 
     def result(self) -> NeuronEffects:
         """The averages; standard errors are infinite if there is one window only."""

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from confsteer.distributed import SINGLE_PROCESS, Process
 from confsteer.last_layer.states import TokenStates, rows_of
 from confsteer.model.anatomy import Anatomy, LastLayerStates
 from confsteer.model.locate import input_device
-from confsteer.parallel import ALONE, Share
 from confsteer.text.windows import Batch, Windows, check_ids
 
 BATCH_SIZE = 4
@@ -35,7 +35,7 @@ class Recording:
         anatomy: Anatomy,
         windows: Windows,
         device: torch.device,
-        share: Share = ALONE,
+        process: Process = SINGLE_PROCESS,
         room: int = KEPT_BYTES,
     ) -> None:
         """
@@ -44,10 +44,10 @@ class Recording:
             anatomy: where to look.
             windows: the text.
             device: where the states go.
-            share: of several processes, the one that reads here: every ``share.of``-th batch is its own.
+            process: this one, which reads every ``world_size``-th batch.
             room: bytes of states to keep.
         """
-        self.model, self.anatomy, self.windows, self.device, self.share = model, anatomy, windows, device, share
+        self.model, self.anatomy, self.windows, self.device, self.process = model, anatomy, windows, device, process
         self._kept: dict[int, TokenStates] = {}
         self._room = room
 
@@ -58,7 +58,7 @@ class Recording:
             on_read: called with the number of tokens read after each batch was used, and of each that is passed over.
             start: how many batches to pass over, without running the model.
         """
-        mine = islice(self.windows.batches(BATCH_SIZE), self.share.rank, None, self.share.of)
+        mine = islice(self.windows.batches(BATCH_SIZE), self.process.rank, None, self.process.world_size)
         for position, batch in enumerate(mine):
             if position >= start:
                 states = self._kept.get(position)

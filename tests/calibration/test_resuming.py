@@ -15,9 +15,9 @@ from confsteer import Profile, ResumeError, SettingError
 from confsteer.calibration import passes as resuming
 from confsteer.calibration.passes import FILE_NAME
 from confsteer.cli import main
+from confsteer.distributed import Process
 from confsteer.files import write_atomically
 from confsteer.model import states as capture
-from confsteer.parallel import Share
 from confsteer.text.windows import Windows, make_windows
 from tests.planted import planted
 
@@ -152,7 +152,7 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path, monkeypatch: 
 
 
 def test_several_processes_keep_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("confsteer.calibration.calibrate.share", lambda: Share(0, 2))
+    monkeypatch.setattr("confsteer.calibration.calibrate.this_process", lambda: Process(0, 2))
     with pytest.raises(SettingError, match="2 processes keep no checkpoint"):
         calibrate(checkpoint=tmp_path / FILE_NAME, resume=True)
 

@@ -3,19 +3,19 @@ from __future__ import annotations
 import pytest
 import torch
 
+from confsteer.distributed import SINGLE_PROCESS, Process
 from confsteer.last_layer.states import TokenStates
 from confsteer.model.dissect import dissect
 from confsteer.model.states import BATCH_SIZE, Recording, _forward, record_continuations, regroup
-from confsteer.parallel import ALONE, Share
 from confsteer.text.windows import make_windows
 from tests.models import FAMILIES, VOCAB, TinyFamily, tiny_model
 from tests.planted import planted
 
 
-def recording(model_type: str = "gemma2", share: Share | None = None) -> Recording:
+def recording(model_type: str = "gemma2", process: Process | None = None) -> Recording:
     model, tokenizer, texts, _ = planted(model_type)
     windows = make_windows(texts, tokenizer, window=64)
-    return Recording(model, dissect(model), windows, torch.device("cpu"), share or ALONE)
+    return Recording(model, dissect(model), windows, torch.device("cpu"), process or SINGLE_PROCESS)
 
 
 def same(one: list[TokenStates], other: list[TokenStates]) -> bool:
@@ -51,7 +51,7 @@ def test_a_pass_that_is_abandoned_leaves_the_next_one_whole() -> None:
 
 def test_shares_are_the_whole() -> None:
     whole = list(recording().read())
-    shares = [list(recording(share=Share(rank, 3)).read()) for rank in range(3)]
+    shares = [list(recording(process=Process(rank, 3)).read()) for rank in range(3)]
     assert same([shares[i % 3][i // 3] for i in range(len(whole))], whole)
 
 

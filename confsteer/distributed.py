@@ -14,43 +14,43 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-class Share(NamedTuple):
-    """Which of the processes this is."""
+class Process(NamedTuple):
+    """Process and world size of this process."""
 
     rank: int
-    of: int
+    world_size: int
 
 
-ALONE = Share(0, 1)
+SINGLE_PROCESS = Process(0, 1)
 
 
-def join() -> Share:
+def init_distributed() -> Process:
     """Meet the other processes if a launcher started several (gloo on CPUs, nccl on GPUs), and say which one this is."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         from accelerate import PartialState
 
         PartialState()
         atexit.register(dist.destroy_process_group)
-    return share()
+    return this_process()
 
 
-def share() -> Share:
+def this_process() -> Process:
     """Which process this is of those that have met."""
-    return Share(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else ALONE
+    return Process(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else SINGLE_PROCESS
 
 
-def all_sum(values: Tensor) -> Tensor:
+def all_reduce(values: Tensor) -> Tensor:
     """The sum over all processes, in each of them."""
-    if share().of == 1:
+    if this_process().world_size == 1:
         return values
     total = _on_backend(values)
     dist.all_reduce(total)
     return total.to(values.device)
 
 
-def of_first(values: Tensor) -> Tensor:
+def broadcast(values: Tensor) -> Tensor:
     """The first process's values (of the same shape), in each of them."""
-    if share().of == 1:
+    if this_process().world_size == 1:
         return values
     copy = _on_backend(values)
     dist.broadcast(copy, src=0)

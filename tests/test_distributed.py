@@ -12,15 +12,15 @@ import torch
 
 from confsteer import Profile, SettingError
 from confsteer.discovery.streaming import ActivationMoments
-from confsteer.parallel import ALONE, all_sum, join, of_first
+from confsteer.distributed import SINGLE_PROCESS, Process, all_reduce, broadcast, init_distributed
 from tests.planted import planted
 
 
 def test_one_process_is_alone_and_changes_nothing() -> None:
-    assert join() == ALONE
+    assert init_distributed() == SINGLE_PROCESS
     values = torch.randn(3)
-    assert all_sum(values) is values
-    assert of_first(values) is values
+    assert all_reduce(values) is values
+    assert broadcast(values) is values
 
 
 def test_pooled_moments_are_those_of_all_tokens() -> None:
@@ -32,14 +32,14 @@ def test_pooled_moments_are_those_of_all_tokens() -> None:
     barrier, given = threading.Barrier(2), {}
 
     def pool(rank: int) -> None:
-        def all_sum(values: torch.Tensor) -> torch.Tensor:
+        def all_reduce(values: torch.Tensor) -> torch.Tensor:
             given[rank] = values
             barrier.wait()
             total = given[0] + given[1]
             barrier.wait()
             return total
 
-        parts[rank].pool(all_sum)
+        parts[rank].pool(all_reduce)
 
     with ThreadPoolExecutor(2) as threads:
         list(threads.map(pool, range(2)))
@@ -94,9 +94,8 @@ def test_two_processes_make_the_profile_of_one(folder: Path, tmp_path: Path) -> 
 
 def test_more_processes_than_text_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     import confsteer
-    from confsteer.parallel import Share
 
-    monkeypatch.setattr("confsteer.calibration.calibrate.share", lambda: Share(0, 100))
+    monkeypatch.setattr("confsteer.calibration.calibrate.this_process", lambda: Process(0, 100))
     model, tokenizer, texts, _ = planted("gpt2")
     with pytest.raises(SettingError, match="too few for 100 processes"):
         confsteer.calibrate(model, tokenizer, texts, window=64)
