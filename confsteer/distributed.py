@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class Process(NamedTuple):
-    """Process and world size of this process."""
+    """Rank and world size of this process."""
 
     rank: int
     world_size: int

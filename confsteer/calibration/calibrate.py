@@ -25,7 +25,7 @@ from confsteer.discovery.exact import TokenEffects, exact_effects
 from confsteer.discovery.frequency import chance_frequency_cosine, frequency_cosine, ranks_tokens
 from confsteer.discovery.moments import tokens_at_once
 from confsteer.discovery.response import ResponseCurve, choose_positions
-from confsteer.discovery.streaming import ActivationMoments, EffectMeans, Estimate, NeuronEffects
+from confsteer.discovery.streaming import ActivationMoments, EffectMeans, NeuronEffects, WithError
 from confsteer.discovery.weights import weight_statistics
 from confsteer.distributed import all_reduce, broadcast, this_process
 from confsteer.errors import CorpusError, ProfileMismatchError, SettingError, UnsupportedModelError
@@ -362,6 +362,6 @@ def _neuron(layer: int, row: int, index: int, statistics: dict[str, Tensor], slo
     )
 
 
-def _measurement(estimate: Estimate, row: int) -> Measurement:
+def _measurement(estimate: WithError, row: int) -> Measurement:
     error = float(estimate.standard_error[row])
     return Measurement(value=float(estimate.value[row]), standard_error=error if math.isfinite(error) else None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from confsteer.discovery.streaming import Estimate, NeuronEffects
+from confsteer.discovery.streaming import NeuronEffects, WithError
 from confsteer.discovery.weights import WeightStatistics
 
 HIGH_PERCENTILE = 75.0
@@ -30,11 +30,11 @@ def percentile(values: Tensor) -> Tensor:
     return 100.0 * torch.searchsorted(ordered, values.contiguous(), right=True).double() / len(values)
 
 
-def _clear(estimate: Estimate, bound: float) -> Tensor:
+def _clear(estimate: WithError, bound: float) -> Tensor:
     return estimate.value - STANDARD_ERRORS * estimate.standard_error > bound
 
 
-def _is_signed(slope: Estimate) -> Tensor:
+def _is_signed(slope: WithError) -> Tensor:
     return slope.value.abs() > STANDARD_ERRORS * slope.standard_error
 
 

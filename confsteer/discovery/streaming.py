@@ -60,7 +60,7 @@ class ActivationMoments:
         return (self._squares / max(1, self.count - 1)).sqrt()
 
 
-class Estimate(NamedTuple):
+class WithError(NamedTuple):
     """A mean over tokens (or a ratio of two) with its standard error over windows, float64 ``[n_neurons]``."""
 
     value: Tensor
@@ -70,25 +70,25 @@ class Estimate(NamedTuple):
 class NeuronEffects(NamedTuple):
     """Effects of each neuron, averaged over tokens, in nats."""
 
-    total: Estimate
+    total: WithError
     """``mean |Δloss|`` when the neuron is set to its mean."""
-    direct: Estimate
+    direct: WithError
     """The same with the final norm frozen."""
-    mediation: Estimate
+    mediation: WithError
     """``1 − direct/total``: the share of the effect that goes through the final norm."""
-    loss: Estimate
+    loss: WithError
     """``mean Δloss``, signed."""
-    entropy: Estimate
+    entropy: WithError
     """``mean Δentropy``, signed."""
-    entropy_abs: Estimate
+    entropy_abs: WithError
     """``mean |Δentropy|``."""
-    frequency: Estimate
+    frequency: WithError
     """``mean |ΔKL(P_freq ‖ P_model)|``."""
-    frequency_mediation: Estimate
+    frequency_mediation: WithError
     """``1 − direct_freq/total``: the share of the effect that goes through the unigram direction."""
-    entropy_slope: Estimate
+    entropy_slope: WithError
     """``mean d entropy / d activation``: its sign is the neuron's sign on the entropy dial."""
-    unigram_slope: Estimate
+    unigram_slope: WithError
     """``mean −d KL(P_model ‖ P_freq) / d activation``: its sign is the neuron's sign on the unigram dial."""
 
 
@@ -156,17 +156,17 @@ class EffectMeans:
         n, n_squared, windows = self._counts.tolist()
         correction = windows / (windows - 1) if windows > 1 else float("inf")
 
-        def mean(name: str) -> Estimate:
+        def mean(name: str) -> WithError:
             row = self.MEANS.index(name)
             value = total_sum[row] / n
             squares = squared[row] - 2 * value * times_n[row] + value.square() * n_squared
-            return Estimate(value, (correction * squares.clamp_min(0)).sqrt() / n)
+            return WithError(value, (correction * squares.clamp_min(0)).sqrt() / n)
 
-        def share_of_total(name: str) -> Estimate:
+        def share_of_total(name: str) -> WithError:
             row, total = self.MEANS.index(name), total_sum[0].clamp_min(torch.finfo(torch.float64).tiny)
             ratio = total_sum[row] / total
             squares = squared[row] - 2 * ratio * times_total[row] + ratio.square() * squared[0]
-            return Estimate(1 - ratio, (correction * squares.clamp_min(0)).sqrt() / total)
+            return WithError(1 - ratio, (correction * squares.clamp_min(0)).sqrt() / total)
 
         return NeuronEffects(
             total=mean("total"),

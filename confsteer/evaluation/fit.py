@@ -11,7 +11,7 @@ from torch import Tensor
 from confsteer.evaluation.metrics import BINS, width_bins, width_calibration_error
 from confsteer.last_layer.intervention import Intervention, Reading
 from confsteer.last_layer.scores import TokenScores
-from confsteer.results.bootstrap import Blocks, Estimate
+from confsteer.results.bootstrap import Blocks, Resampled
 
 Objective = Literal["nll", "brier", "ece"]
 Build = Callable[[Tensor], Intervention]
@@ -100,7 +100,7 @@ def _objective_value(objective: Objective, scores: TokenScores) -> float:
     return objective_estimate(objective, scores, everything).value
 
 
-def objective_estimate(objective: Objective, scores: TokenScores, blocks: Blocks) -> Estimate:
+def objective_estimate(objective: Objective, scores: TokenScores, blocks: Blocks) -> Resampled:
     """An objective as the reports have it."""
     if objective == "nll":
         return blocks.mean(scores.nll)

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from confsteer.last_layer.scores import TokenScores
-from confsteer.results.bootstrap import Blocks, Estimate
+from confsteer.results.bootstrap import Blocks, Resampled
 
 BINS = 15
 MASS_BINS = 10
@@ -40,7 +40,7 @@ RANK_BINS = 500
 SMOOTH_RESAMPLES = 100
 """Smooth ECE is slow: that many of the resamples give its interval."""
 
-Estimates = dict[str, Estimate]
+Estimates = dict[str, Resampled]
 
 
 class Metric(NamedTuple):
@@ -161,12 +161,12 @@ def equal_mass_bins(values: Tensor, bins: int) -> tuple[Tensor, int]:
     return torch.searchsorted(edges, values, right=True), len(edges) + 1
 
 
-def width_calibration_error(confidence: Tensor, correct: Tensor, blocks: Blocks) -> tuple[Estimate, Estimate]:
+def width_calibration_error(confidence: Tensor, correct: Tensor, blocks: Blocks) -> tuple[Resampled, Resampled]:
     """ECE and MCE over `BINS` equal-width bins; see `calibration_metrics`."""
     return _calibration_error(confidence.double() - correct.double(), width_bins(confidence), BINS, blocks)
 
 
-def _calibration_error(gap: Tensor, bin_of: Tensor, bins: int, blocks: Blocks) -> tuple[Estimate, Estimate]:
+def _calibration_error(gap: Tensor, bin_of: Tensor, bins: int, blocks: Blocks) -> tuple[Resampled, Resampled]:
     """Mean gap of a bin, weighted by what is in it, and the largest: ECE and MCE."""
     gaps, numbers = blocks.sums(gap, bin_of, bins), blocks.sums(torch.ones_like(gap), bin_of, bins)
 
@@ -177,7 +177,7 @@ def _calibration_error(gap: Tensor, bin_of: Tensor, bins: int, blocks: Blocks) -
     resampled = errors(blocks.weights @ gaps, blocks.weights @ numbers)
     # Gaps are taken without their sign, so chance adds to them, in a resample once more than in the sample: without the shift
     # an interval can lie beside its own value.
-    mean, largest = (Estimate(float(v), draws - draws.mean() + float(v)) for v, draws in zip(values, resampled, strict=True))
+    mean, largest = (Resampled(float(v), draws - draws.mean() + float(v)) for v, draws in zip(values, resampled, strict=True))
     return mean, largest
 
 
@@ -196,7 +196,7 @@ def _ranking(confidence: Tensor, correct: Tensor, blocks: Blocks) -> Estimates:
     coarse = ranking_metrics(numbers.sum(dim=0)[None], right.sum(dim=0)[None])
     draws = ranking_metrics(blocks.weights @ numbers, blocks.weights @ right)
     return {
-        name: Estimate(float(value), draws[name] + (value - coarse[name]))
+        name: Resampled(float(value), draws[name] + (value - coarse[name]))
         for name, value in exact.items()
         if value.isfinite().all() and draws[name].isfinite().any()
     }
@@ -228,7 +228,7 @@ def ranking_metrics(numbers: Tensor, right: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _smooth_ece(confidence: Tensor, correct: Tensor, blocks: Blocks) -> Estimate:
+def _smooth_ece(confidence: Tensor, correct: Tensor, blocks: Blocks) -> Resampled:
     import relplot
 
     confidence, correct = confidence.double(), correct.double()
@@ -240,4 +240,4 @@ def _smooth_ece(confidence: Tensor, correct: Tensor, blocks: Blocks) -> Estimate
     drawn = blocks.weights[:SMOOTH_RESAMPLES].long()
     resampled = [error(everything.repeat_interleave(weights[blocks.index])) for weights in drawn]
     value, draws = error(everything), torch.tensor(resampled, dtype=torch.float64)
-    return Estimate(value, draws - draws.mean() + value)
+    return Resampled(value, draws - draws.mean() + value)

@@ -25,7 +25,7 @@ class Interval(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Resampled:
     """A number, and what it would have been on each resample."""
 
     value: float
@@ -40,22 +40,22 @@ class Estimate:
         )
         return Interval(self.value, low, high)
 
-    def __sub__(self, other: Estimate) -> Estimate:
+    def __sub__(self, other: Resampled) -> Resampled:
         """The paired difference of two estimates over the same blocks."""
-        return Estimate(self.value - other.value, self.resampled - other.resampled)
+        return Resampled(self.value - other.value, self.resampled - other.resampled)
 
-    def __truediv__(self, other: Estimate) -> Estimate:
-        return Estimate(self.value / other.value, self.resampled / other.resampled)
+    def __truediv__(self, other: Resampled) -> Resampled:
+        return Resampled(self.value / other.value, self.resampled / other.resampled)
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> Estimate:
+    def map(self, function: Callable[[Tensor], Tensor]) -> Resampled:
         """An elementwise function of it."""
-        return Estimate(float(function(torch.tensor(self.value, dtype=torch.float64))), function(self.resampled))
+        return Resampled(float(function(torch.tensor(self.value, dtype=torch.float64))), function(self.resampled))
 
 
-def mean(estimates: Sequence[Estimate]) -> Estimate:
+def mean(estimates: Sequence[Resampled]) -> Resampled:
     """The mean of estimates over different texts, each with resamples of its own."""
     values = [estimate.value for estimate in estimates]
-    return Estimate(sum(values) / len(values), torch.stack([estimate.resampled for estimate in estimates]).mean(dim=0))
+    return Resampled(sum(values) / len(values), torch.stack([estimate.resampled for estimate in estimates]).mean(dim=0))
 
 
 class Blocks:
@@ -83,12 +83,12 @@ class Blocks:
         index = self.index if group is None else self.index * groups + group
         return torch.bincount(index, weights=values.double(), minlength=self.number * groups).view(self.number, groups)
 
-    def total(self, values: Tensor) -> Estimate:
+    def total(self, values: Tensor) -> Resampled:
         """Sum of `values` ``[tokens]`` over all tokens."""
         sums = self.sums(values)[:, 0]
-        return Estimate(float(sums.sum()), self.weights @ sums)
+        return Resampled(float(sums.sum()), self.weights @ sums)
 
-    def mean(self, values: Tensor) -> Estimate:
+    def mean(self, values: Tensor) -> Resampled:
         """Mean of `values` ``[tokens]`` over all tokens."""
         return self.total(values) / self.tokens
 
@@ -109,7 +109,7 @@ class Change(NamedTuple):
 def ratio_interval(numerator: Tensor, denominator: Tensor) -> Interval:
     """``Σ numerator / Σ denominator`` over blocks (float64 ``[blocks]`` each); with numbers of tokens below it is a mean."""
     weights = bootstrap_weights(len(numerator))
-    return Estimate(float(numerator.sum() / denominator.sum()), (weights @ numerator) / (weights @ denominator)).interval
+    return Resampled(float(numerator.sum() / denominator.sum()), (weights @ numerator) / (weights @ denominator)).interval
 
 
 def bootstrap_weights(blocks: int, *, seed: int = 0) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from confsteer.discovery import select
-from confsteer.discovery.streaming import Estimate, NeuronEffects
+from confsteer.discovery.streaming import NeuronEffects, WithError
 from confsteer.discovery.weights import WeightStatistics
 
 N = 100
@@ -13,10 +13,10 @@ GOOD = [3, 8, 50]
 """Neurons that fulfil every criterion, the largest effect last."""
 
 
-def estimate(background: float, good: float, error: float = 0.001) -> Estimate:
+def estimate(background: float, good: float, error: float = 0.001) -> WithError:
     value = torch.full((N,), background, dtype=torch.float64) * torch.linspace(0.9, 1.1, N)
     value[GOOD] = torch.tensor([1.0, 1.1, 1.2], dtype=torch.float64) * good
-    return Estimate(value, torch.full((N,), error, dtype=torch.float64))
+    return WithError(value, torch.full((N,), error, dtype=torch.float64))
 
 
 def layer() -> tuple[WeightStatistics, NeuronEffects, Tensor]:
@@ -102,7 +102,7 @@ def test_a_low_variance_is_in_the_lowest_quarter(rank: int, found: list[int]) ->
 @pytest.mark.parametrize(("rank", "in_it"), [(75, True), (74, False)])
 def test_a_large_effect_is_in_the_highest_quarter(rank: int, in_it: bool) -> None:
     weights, effects, cosine = layer()
-    effect = Estimate(ranked(rank, 1000.0), torch.zeros(N, dtype=torch.float64))
+    effect = WithError(ranked(rank, 1000.0), torch.zeros(N, dtype=torch.float64))
     changed = effects._replace(entropy_abs=effect, frequency=effect)
     assert (8 in select.entropy_neurons(weights, changed)) == in_it
     assert (8 in select.frequency_neurons(changed, cosine, 0.5, excluding=[])) == in_it

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from confsteer.results.bootstrap import RESAMPLES, Blocks, Estimate, bootstrap_weights, mean, ratio_interval
+from confsteer.results.bootstrap import RESAMPLES, Blocks, Resampled, bootstrap_weights, mean, ratio_interval
 
 
 def test_a_resample_is_of_whole_blocks() -> None:
@@ -58,5 +58,5 @@ def test_a_ratio_of_sums() -> None:
 
 
 def test_the_mean_of_estimates() -> None:
-    one, other = (Estimate(value, torch.full((RESAMPLES,), value).double()) for value in (1.0, 4.0))
+    one, other = (Resampled(value, torch.full((RESAMPLES,), value).double()) for value in (1.0, 4.0))
     assert mean([one, other]).interval == (2.5, 2.5, 2.5)
