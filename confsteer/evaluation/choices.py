@@ -21,7 +21,7 @@ from confsteer.errors import CorpusError
 from confsteer.evaluation.comparison import ComparedRow, Kind, accuracy_at_coverages, paired_differences, reliability_bins
 from confsteer.evaluation.metrics import Estimates, answer_metrics
 from confsteer.evaluation.reader import Reader, interventions_of
-from confsteer.last_layer.intervention import Intervention, Reading
+from confsteer.last_layer.intervention import Intervention, TextStates
 from confsteer.model.states import record_continuations
 from confsteer.profile.profile import Profile
 from confsteer.results.bootstrap import Blocks
@@ -61,7 +61,7 @@ class ChoiceSample(NamedTuple):
 
     source: str
     questions: Sequence[Question]
-    reading: Reading
+    reading: TextStates
     """Of the choices' tokens; ``window`` counts through the choices of all questions."""
     block: Tensor
     """Of each question, ``[questions]``; see `question_blocks`."""

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from confsteer.evaluation.metrics import BINS, Estimates, equal_mass_bins, token_metrics, width_bins
-from confsteer.last_layer.intervention import Intervention, Reading, UnigramDivergences
+from confsteer.last_layer.intervention import Intervention, TextStates, UnigramDivergences
 from confsteer.last_layer.scores import TokenScores
 from confsteer.last_layer.unigram import Unigram
 from confsteer.results.bootstrap import Blocks, Interval
@@ -120,7 +120,7 @@ class Sample(NamedTuple):
     """A text to be compared on."""
 
     source: str
-    reading: Reading
+    reading: TextStates
     block: Tensor
     """Of each token, ``[tokens]``."""
     unit: Literal["documents", "windows"]
@@ -129,7 +129,9 @@ class Sample(NamedTuple):
         """One intervention for all tokens, as `Method.folds` has it."""
         return [(torch.arange(self.reading.tokens), intervention)]
 
-    def cross_fitted(self, fitter: Callable[[Sequence[Reading]], Intervention], most: int) -> list[tuple[Tensor, Intervention]]:
+    def cross_fitted(
+        self, fitter: Callable[[Sequence[TextStates]], Intervention], most: int
+    ) -> list[tuple[Tensor, Intervention]]:
         """Fitted on every other block and used on the rest, and the other way round: no token is judged by a fit that saw it.
 
         Args:
@@ -227,7 +229,7 @@ def paired_differences(
     }
 
 
-def _score(reading: Reading, method: Method, unigram: Unigram) -> tuple[TokenScores, UnigramDivergences]:
+def _score(reading: TextStates, method: Method, unigram: Unigram) -> tuple[TokenScores, UnigramDivergences]:
     if len(method.folds) == 1:
         return reading.scores_and_divergences(method.folds[0][1], unigram)
     parts = [reading.at(rows).scores_and_divergences(intervention, unigram) for rows, intervention in method.folds]

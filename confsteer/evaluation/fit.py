@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from confsteer.evaluation.metrics import BINS, width_bins, width_calibration_error
-from confsteer.last_layer.intervention import Intervention, Reading
+from confsteer.last_layer.intervention import Intervention, TextStates
 from confsteer.last_layer.scores import TokenScores
 from confsteer.results.bootstrap import Blocks, Resampled
 
@@ -35,11 +35,11 @@ class Fit(NamedTuple):
 def fit(
     build: Build,
     start: Tensor,
-    train: Sequence[Reading],
+    train: Sequence[TextStates],
     *,
     objective: Objective = "nll",
     ridge: float = 0.0,
-    validation: Sequence[Reading] = (),
+    validation: Sequence[TextStates] = (),
     on_step: Callable[[int, float], object] = lambda step, score: None,
 ) -> Fit:
     """Minimise an objective over texts that count equally, by LBFGS.
@@ -109,7 +109,7 @@ def objective_estimate(objective: Objective, scores: TokenScores, blocks: Blocks
     return width_calibration_error(scores.confidence, scores.correct, blocks)[0]
 
 
-def _value_and_gradient(build: Build, at: Tensor, texts: Sequence[Reading], objective: Objective) -> tuple[Tensor, Tensor]:
+def _value_and_gradient(build: Build, at: Tensor, texts: Sequence[TextStates], objective: Objective) -> tuple[Tensor, Tensor]:
     parameters = at.clone().requires_grad_()
     value, gradient = torch.zeros(()), torch.zeros_like(at)
     for text in texts:
@@ -122,7 +122,7 @@ def _value_and_gradient(build: Build, at: Tensor, texts: Sequence[Reading], obje
     return value, gradient
 
 
-def _token_loss(objective: Objective, build: Build, at: Tensor, text: Reading) -> Callable[[Tensor, Tensor], Tensor]:
+def _token_loss(objective: Objective, build: Build, at: Tensor, text: TextStates) -> Callable[[Tensor, Tensor], Tensor]:
     """The loss of each token, from logits ``[tokens, vocab]`` and targets ``[tokens]``."""
     if objective == "nll":
         return lambda logits, targets: torch.nn.functional.cross_entropy(logits, targets, reduction="none")
@@ -155,13 +155,13 @@ def temperature(parameters: Tensor) -> Tensor:
     return parameters.clamp(-4.6, 4.6).exp()
 
 
-def fit_temperature(train: Sequence[Reading]) -> Intervention:
+def fit_temperature(train: Sequence[TextStates]) -> Intervention:
     """Temperature scaling (Guo et al. 2017): the one number that minimises the loss."""
     neutral = _neutral(train)
     return fit(lambda p: neutral._replace(temperature=temperature(p[0])), torch.zeros(1), train).intervention
 
 
-def fit_null_write(train: Sequence[Reading]) -> Intervention:
+def fit_null_write(train: Sequence[TextStates]) -> Intervention:
     """An entropy neuron made by hand: a constant along the direction the unembedding reads least.
 
     Without neurons of the model's own it is what can be done through the norm alone. It lengthens the residual, which is
@@ -178,13 +178,13 @@ def fit_null_write(train: Sequence[Reading]) -> Intervention:
     return fits[losses.index(min(losses))].intervention
 
 
-def _mean_length(text: Reading) -> float:
+def _mean_length(text: TextStates) -> float:
     """Of the residual."""
     return sum(float(text.readout.centre(one.states.residual).norm(dim=-1).sum()) for one in text.chunks()) / text.tokens
 
 
 @torch.no_grad()
-def match_entropy(text: Reading, entropies: Sequence[float]) -> list[Intervention]:
+def match_entropy(text: TextStates, entropies: Sequence[float]) -> list[Intervention]:
     """The temperatures at which the unsteered model has these mean entropies on this text.
 
     Newton's method on all of them at once: with ``β = 1/T`` the slope of the mean entropy is ``−β E[Var_p z]``.
@@ -215,5 +215,5 @@ def match_entropy(text: Reading, entropies: Sequence[float]) -> list[Interventio
     return [neutral._replace(temperature=torch.tensor(1 / beta)) for beta in log_beta.exp().tolist()]
 
 
-def _neutral(texts: Sequence[Reading]) -> Intervention:
+def _neutral(texts: Sequence[TextStates]) -> Intervention:
     return Intervention.neutral(texts[0].readout.n_neurons)

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from confsteer.discovery.weights import unembedding_spectrum
 from confsteer.errors import SteeringError
-from confsteer.last_layer.intervention import Intervention, Reading
+from confsteer.last_layer.intervention import Intervention, TextStates
 from confsteer.last_layer.states import TokenStates
 from confsteer.model.dissect import dissect
 from confsteer.model.states import record
@@ -58,7 +58,7 @@ class Reader:
         self._null_direction = unembedding_spectrum(readout).directions[:, 0].float()
 
     @torch.no_grad()
-    def read(self, windows: Windows, *, progress: bool = False) -> Reading:
+    def read(self, windows: Windows, *, progress: bool = False) -> TextStates:
         """Run the model over a text once and keep what decides its predictions: ``d_model`` numbers a token.
 
         In half precision the model rounds its logits and this does not: predictions are those of the same weights computed in
@@ -76,6 +76,6 @@ class Reader:
         with tqdm(total=windows.n_tokens, desc=label, unit="tok", unit_scale=True, disable=not progress) as bar:
             return self.reading(record(self.model, self.anatomy, windows, self.neurons, self.device, bar.update))
 
-    def reading(self, states: TokenStates) -> Reading:
+    def reading(self, states: TokenStates) -> TextStates:
         """From what the model left at some tokens, the activations those of `neurons`."""
-        return Reading(self.readout, states, self._null_direction)
+        return TextStates(self.readout, states, self._null_direction)

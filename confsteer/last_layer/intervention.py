@@ -76,7 +76,7 @@ class UnigramDivergences(NamedTuple):
         return cls(*map(torch.cat, zip(*parts, strict=True)))
 
 
-class Reading:
+class TextStates:
     """A text as the last layer saw it."""
 
     def __init__(self, readout: Readout, states: TokenStates, null_direction: Tensor) -> None:
@@ -92,15 +92,15 @@ class Reading:
     def tokens(self) -> int:
         return len(self.states.targets)
 
-    def at(self, rows: Tensor) -> Reading:
+    def at(self, rows: Tensor) -> TextStates:
         """Some of the tokens, by index or by mask."""
-        return Reading(self.readout, self.states.at(rows), self.null_direction)
+        return TextStates(self.readout, self.states.at(rows), self.null_direction)
 
-    def chunks(self) -> Iterator[Reading]:
+    def chunks(self) -> Iterator[TextStates]:
         """A few tokens at a time, in order, as slices."""
         step = max(FEWEST_ROWS, CHUNK // self.readout.vocab_size)
         for start in range(0, self.tokens, step):
-            yield Reading(self.readout, self.states.at(slice(start, start + step)), self.null_direction)
+            yield TextStates(self.readout, self.states.at(slice(start, start + step)), self.null_direction)
 
     def logits(self, intervention: Intervention) -> Tensor:
         """Logits ``[tokens, vocab]`` after an intervention; for texts of any length see `chunks`."""

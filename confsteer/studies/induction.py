@@ -50,7 +50,7 @@ class Curve(Result):
     standard_error: tuple[float, ...]
 
 
-class Reading(Result):
+class PassMeans(Result):
     """Means over the positions of one reading of the stretch, in nats."""
 
     entropy: Interval
@@ -99,9 +99,9 @@ class RepeatedSequences(Result):
     entropy: Curve
     """Of the unsteered model, by position."""
     loss: Curve
-    first: Reading
+    first: PassMeans
     """Unsteered, over the positions of the first reading that have a counterpart in the second: the same predictions."""
-    second: Reading
+    second: PassMeans
     neurons: tuple[ClippedNeuron, ...]
     clips: tuple[ClipEffect, ...]
     """Each neuron alone, then, if there are several, all together."""
@@ -275,8 +275,8 @@ def _measure(
 
     n = torch.full((len(windows),), float(len(positions) - half), dtype=torch.float64)
 
-    def reading(where: slice) -> Reading:
-        return Reading(
+    def reading(where: slice) -> PassMeans:
+        return PassMeans(
             entropy=ratio_interval(entropy[0, :, where].sum(dim=1), n), loss=ratio_interval(loss[0, :, where].sum(dim=1), n)
         )
 

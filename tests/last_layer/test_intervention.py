@@ -10,7 +10,7 @@ import confsteer
 from confsteer import Profile, Steering
 from confsteer.evaluation.fit import fit, fit_null_write, fit_temperature, match_entropy
 from confsteer.evaluation.reader import Reader
-from confsteer.last_layer.intervention import Intervention, Reading
+from confsteer.last_layer.intervention import Intervention, TextStates
 from confsteer.last_layer.scores import TokenScores
 from confsteer.last_layer.unigram import Unigram
 from confsteer.model.dissect import dissect
@@ -20,7 +20,7 @@ from tests.planted import planted
 
 
 @functools.cache
-def text(model_type: str) -> tuple[Reading, Windows]:
+def text(model_type: str) -> tuple[TextStates, Windows]:
     model, tokenizer, _, profile = planted(model_type)
     windows = make_windows(zipf_texts(6, 150, seed=9), tokenizer, window=64)
     return Reader(model, profile).read(windows), windows
@@ -111,7 +111,7 @@ def test_the_model_is_left_as_it_was() -> None:
     assert dissect(model).layer == profile.model.layer
 
 
-def sharpened(temperature: float) -> Reading:
+def sharpened(temperature: float) -> TextStates:
     """A text that the planted model would have written at a temperature, so that this temperature is the one to be found."""
     layer, _ = text("llama")
     logits = layer.logits(Intervention.neutral(layer.readout.n_neurons))
