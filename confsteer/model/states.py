@@ -15,7 +15,7 @@ from confsteer.distributed import SINGLE_PROCESS, Process
 from confsteer.last_layer.states import TokenStates, rows_of
 from confsteer.model.anatomy import Anatomy, LastLayerStates
 from confsteer.model.locate import input_device
-from confsteer.text.windows import Batch, Windows, check_ids
+from confsteer.text.windows import WindowBatch, Windows, check_ids
 
 BATCH_SIZE = 4
 """Windows per forward pass: about a thousand tokens, enough to keep matrix products busy."""
@@ -70,7 +70,7 @@ class Recording:
                 yield states
             on_read(int(batch.attention_mask.sum()))
 
-    def _run(self, batch: Batch) -> TokenStates:
+    def _run(self, batch: WindowBatch) -> TokenStates:
         states, _ = _forward(self.model, self.anatomy, batch.input_ids, batch.attention_mask, use_cache=False)
         kept = batch.kept.flatten().to(states.residual.device)
         return TokenStates(

@@ -31,7 +31,7 @@ Document = str | Conversation
 
 
 @dataclass(frozen=True)
-class Batch:
+class WindowBatch:
     """A few windows, padded on the right to the longest."""
 
     input_ids: Tensor
@@ -99,7 +99,7 @@ class Windows:
         counts[[i for i in self.special_ids if i < len(counts)]] = 0
         return torch.from_numpy(counts)
 
-    def batches(self, batch_size: int) -> Iterator[Batch]:
+    def batches(self, batch_size: int) -> Iterator[WindowBatch]:
         """The windows in order, `batch_size` at a time."""
         for first in range(0, len(self), batch_size):
             last = min(first + batch_size, len(self))
@@ -110,7 +110,7 @@ class Windows:
             for row, window in enumerate(windows):
                 input_ids[row, : len(window)] = window
                 attention_mask[row, : len(window)] = 1
-            yield Batch(
+            yield WindowBatch(
                 torch.from_numpy(input_ids),
                 torch.from_numpy(attention_mask),
                 torch.from_numpy(self._kept(input_ids, attention_mask)),

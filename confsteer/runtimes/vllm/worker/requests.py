@@ -33,7 +33,7 @@ class _Request(NamedTuple):
     """Position at which it begins."""
 
 
-class Batch:
+class SteeredRequests:
     """The steered requests that a worker holds, and what the device's tables say at the moment."""
 
     def __init__(self, profile: Profile, projection: SteeredProjection, slots: Slots) -> None:
@@ -102,23 +102,23 @@ class Batch:
         return _Rule(np.stack(self._profile.edit(steering)), steering.positions == "generated")
 
 
-def follow_runner(runner: Any, batch: Batch, *, v2: bool) -> None:
-    """Have `batch` told of each step of a model runner: of its requests before it, and of their order once it is known."""
+def follow_runner(runner: Any, requests: SteeredRequests, *, v2: bool) -> None:
+    """Tell `requests` of each step of a model runner: of its requests before it, and of their order once it is known."""
     execute, prepare = runner.execute_model, runner.prepare_inputs if v2 else runner._prepare_inputs
 
     def execute_model(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        batch.note(scheduler_output)
+        requests.note(scheduler_output)
         return execute(scheduler_output, *args, **kwargs)
 
     def prepare_inputs(*args: Any, **kwargs: Any) -> Any:
         step = prepare(*args, **kwargs)
-        batch.follow(step.req_ids, step.num_scheduled_tokens, step.num_computed_tokens_np)
+        requests.follow(step.req_ids, step.num_scheduled_tokens, step.num_computed_tokens_np)
         return step
 
     def prepare_inputs_v1(scheduler_output: Any, num_scheduled_tokens: Any, *args: Any, **kwargs: Any) -> Any:
         prepared = prepare(scheduler_output, num_scheduled_tokens, *args, **kwargs)
         step = runner.input_batch
-        batch.follow(step.req_ids, num_scheduled_tokens, step.num_computed_tokens_cpu[: step.num_reqs])
+        requests.follow(step.req_ids, num_scheduled_tokens, step.num_computed_tokens_cpu[: step.num_reqs])
         return prepared
 
     runner.execute_model = execute_model

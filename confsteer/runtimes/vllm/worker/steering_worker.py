@@ -17,7 +17,7 @@ from confsteer.runtimes.vllm.settings import Settings
 from confsteer.runtimes.vllm.weights import check_model
 from confsteer.runtimes.vllm.worker.projection import SteeredProjection, attach, check_unchanged
 from confsteer.runtimes.vllm.worker.proof import PUSHES, Outputs, prove
-from confsteer.runtimes.vllm.worker.requests import Batch, follow_runner
+from confsteer.runtimes.vllm.worker.requests import SteeredRequests, follow_runner
 from confsteer.runtimes.vllm.worker.slots import Slots
 
 logger = logging.getLogger("vllm.confsteer")
@@ -32,7 +32,7 @@ class SteeringWorker:
     model_runner: Any
     use_v2_model_runner: bool
     _projection: SteeredProjection | None = None
-    _batch: Batch
+    _steered_requests: SteeredRequests
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)  # type: ignore[misc]
@@ -45,8 +45,8 @@ class SteeringWorker:
         max_tokens = self.model_runner.max_num_tokens + self.vllm_config.parallel_config.tensor_parallel_size
         model = self.model_runner.get_model()
         self._projection = attach(model, self._profile, max_tokens=max_tokens, slots=settings.slots)
-        self._batch = Batch(self._profile, self._projection, Slots(settings.slots))
-        follow_runner(self.model_runner, self._batch, v2=self.use_v2_model_runner)
+        self._steered_requests = SteeredRequests(self._profile, self._projection, Slots(settings.slots))
+        follow_runner(self.model_runner, self._steered_requests, v2=self.use_v2_model_runner)
 
     def compile_or_warm_up_model(self) -> Any:
         result = super().compile_or_warm_up_model()  # type: ignore[misc]
@@ -73,10 +73,10 @@ class SteeringWorker:
         if self._projection is None:
             yield
             return
-        self._batch.weights_fit = False
+        self._steered_requests.weights_fit = False
         yield
         check_unchanged(self.model_runner.get_model(), self._profile, self._projection)
-        self._batch.weights_fit = True
+        self._steered_requests.weights_fit = True
 
     def _prove(self) -> None:
         """Steer dummy steps through the model as it will serve, compiled and captured, and look at what comes out.
