@@ -29,7 +29,7 @@ from confsteer.discovery.streaming import ActivationMoments, EffectMeans, Neuron
 from confsteer.discovery.weights import weight_statistics
 from confsteer.distributed import all_reduce, broadcast, this_process
 from confsteer.errors import CorpusError, ProfileMismatchError, SettingError, UnsupportedModelError
-from confsteer.last_layer.readout import Outputs, Readout
+from confsteer.last_layer.readout import FullOutputs, Readout
 from confsteer.last_layer.unigram import Unigram
 from confsteer.model.dissect import dissect
 from confsteer.model.sampling import sample_windows
@@ -302,7 +302,7 @@ def _look_closer(
         in_window = torch.arange(len(batch.window), device=device) - torch.searchsorted(batch.window, batch.window)
         sampled = in_window % stride == 0
         exact, before_cap = [], []
-        for outputs, rows in Outputs.stream(readout, batch):
+        for outputs, rows in FullOutputs.stream(readout, batch):
             unsteered.update(outputs)
             for curve in curves.values():
                 curve.update(outputs.at(sampled[rows]))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from confsteer.discovery.moments import Chunk, Moments, Tokens, blocks, vocabulary_chunks
-from confsteer.last_layer.readout import CACHED_SET, Move, Outputs, Readout, products
+from confsteer.last_layer.readout import CACHED_SET, FullOutputs, Move, Readout, products
 from confsteer.last_layer.unigram import Unigram
 
 
@@ -31,7 +31,7 @@ class TokenEffects(NamedTuple):
     """Change of the loss with the logits held at their original projection on the unigram direction."""
 
 
-def exact_effects(readout: Readout, outputs: Outputs, delta: Tensor, unigram: Unigram) -> tuple[TokenEffects, Tensor]:
+def exact_effects(readout: Readout, outputs: FullOutputs, delta: Tensor, unigram: Unigram) -> tuple[TokenEffects, Tensor]:
     """Effects of adding ``delta`` ``[tokens, n_neurons]`` to each activation alone, and whether the argmax changes (bool).
 
     For a few neurons: pass a readout of these only.

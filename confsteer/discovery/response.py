@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from confsteer.last_layer.readout import CACHED_SET, Outputs, Readout
+from confsteer.last_layer.readout import CACHED_SET, FullOutputs, Readout
 from confsteer.last_layer.states import TokenStates
 from confsteer.last_layer.unigram import Unigram
 
@@ -57,7 +57,7 @@ class ResponseCurve:
         self._sums = torch.zeros(5, len(positions), dtype=torch.float64, device=push.device)
         self._count = torch.tensor(0)
 
-    def update(self, outputs: Outputs) -> None:
+    def update(self, outputs: FullOutputs) -> None:
         """Add tokens."""
         readout = self.readout
         u = self._u
@@ -143,7 +143,7 @@ def choose_positions(readout: Readout, push: Tensor, unigram: Unigram, states: T
     """
     trials = [position for i in range(17) if (position := 0.25 * 2 ** (i / 2)) <= LARGEST_POSITION]
     curve = ResponseCurve(readout, push, unigram, torch.tensor([0.0, *trials, *(-p for p in trials)]))
-    for outputs, _ in Outputs.stream(readout, states):
+    for outputs, _ in FullOutputs.stream(readout, states):
         curve.update(outputs)
     moved = dial_change(curve.result(), dial)
     fractions = (torch.arange(1, POINTS_PER_SIDE + 1, dtype=torch.float64) / POINTS_PER_SIDE) ** 1.5

@@ -302,7 +302,7 @@ class Readout:
         return Move((gamma, -dot / (d * sigma.square())), (1 / (state.rho * sigma)).expand_as(dot))
 
 
-class Outputs(NamedTuple):
+class FullOutputs(NamedTuple):
     """The unsteered output at some tokens, over the whole vocabulary."""
 
     state: ReadoutState
@@ -314,12 +314,12 @@ class Outputs(NamedTuple):
     targets: Tensor
     """Ids of the tokens that follow, ``[tokens]``."""
 
-    def at(self, rows: Tensor) -> Outputs:
+    def at(self, rows: Tensor) -> FullOutputs:
         """The outputs at some of the tokens."""
-        return Outputs(self.state.at(rows), self.x[:, rows], self.y[rows], self.argmax[rows], self.targets[rows])
+        return FullOutputs(self.state.at(rows), self.x[:, rows], self.y[rows], self.argmax[rows], self.targets[rows])
 
     @classmethod
-    def stream(cls, readout: Readout, states: TokenStates) -> Iterator[tuple[Outputs, slice]]:
+    def stream(cls, readout: Readout, states: TokenStates) -> Iterator[tuple[FullOutputs, slice]]:
         """As few tokens at a time as the size of the vocabulary asks for, and which they are."""
         at_once = max(1, WORKING_SET // readout.vocab_size)
         for start in range(0, len(states.targets), at_once):

@@ -11,7 +11,7 @@ from confsteer.discovery.effects import ablation_effects
 from confsteer.discovery.exact import TokenEffects, exact_effects
 from confsteer.discovery.frequency import frequency_cosine
 from confsteer.discovery.streaming import ActivationMoments, EffectMeans
-from confsteer.last_layer.readout import Outputs, Readout
+from confsteer.last_layer.readout import FullOutputs, Readout
 from confsteer.last_layer.states import TokenStates
 from confsteer.last_layer.unigram import Unigram
 from confsteer.model.anatomy import LastLayerStates
@@ -137,7 +137,7 @@ KINDS = pytest.mark.parametrize(
 def test_exact_effects_equal_the_definition(kind: dict[str, Any]) -> None:
     readout = random_readout(**kind)
     states, mean, unigram = random_states(readout, tokens=20), random_mean(readout), random_unigram(readout.vocab_size)
-    ((outputs, _),) = Outputs.stream(readout, states)
+    ((outputs, _),) = FullOutputs.stream(readout, states)
     effects, _ = exact_effects(readout, outputs, mean - states.activations, unigram)
     for ours, theirs in zip(effects, by_definition(readout, states, mean, unigram), strict=True):
         torch.testing.assert_close(ours.double(), theirs, atol=5e-6, rtol=1e-5)
@@ -229,7 +229,7 @@ def test_chunking_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     readout = random_readout(centred=True, bias=False)
     states, mean, unigram = random_states(readout), random_mean(readout), random_unigram(readout.vocab_size)
     whole, _ = ablation_effects(readout, states, mean, unigram)
-    ((outputs, _),) = Outputs.stream(readout, states)
+    ((outputs, _),) = FullOutputs.stream(readout, states)
     exact = exact_effects(readout, outputs, mean - states.activations, unigram)
     for module in ("last_layer.readout", "discovery.moments"):
         monkeypatch.setattr(f"confsteer.{module}.WORKING_SET", 7 * readout.vocab_size)
@@ -238,7 +238,7 @@ def test_chunking_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     parts, _ = ablation_effects(readout, states, mean, unigram)
     for one, other in zip(whole, parts, strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
-    chunks = list(Outputs.stream(readout, states))
+    chunks = list(FullOutputs.stream(readout, states))
     assert len(chunks) > 1
     in_chunks = [exact_effects(readout, out, mean - states.activations[rows], unigram) for out, rows in chunks]
     for one, parts_of_it in zip(exact[0], zip(*(effects for effects, _ in in_chunks), strict=True), strict=True):
@@ -272,7 +272,7 @@ def test_effects_equal_running_the_model_with_the_neuron_replaced(family: TinyFa
     mean = states.activations.mean(0)
     unigram = random_unigram(VOCAB)
     effects, _ = ablation_effects(readout, states, mean, unigram, exact_above=-1.0)
-    ((outputs, _),) = Outputs.stream(readout, states)
+    ((outputs, _),) = FullOutputs.stream(readout, states)
     _, changed = exact_effects(readout, outputs, mean - states.activations, unigram)
     f = unigram.log_frequency.exp()
     for i in (0, 3, anatomy.n_neurons - 1):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from confsteer.errors import UnsupportedModelError
 from confsteer.model.layers import NormParameters
-from confsteer.runtimes.vllm.worker.proof import PUSHES, Outputs, prove, unexplained
+from confsteer.runtimes.vllm.worker.proof import PUSHES, ProofOutputs, prove, unexplained
 
 TOKENS, D = 4, 48
 
@@ -38,9 +38,9 @@ class Model:
         y = x / (x.square().mean(-1, keepdim=True) + self.norm.epsilon).sqrt() * self.norm.gain
         return y if self.norm.bias is None else y + self.norm.bias
 
-    def outputs(self, dtype: torch.dtype = torch.float32, **changed: Any) -> Outputs:
+    def outputs(self, dtype: torch.dtype = torch.float32, **changed: Any) -> ProofOutputs:
         every_other = (torch.arange(TOKENS) % 2)[:, None]
-        seen = Outputs(
+        seen = ProofOutputs(
             neutral=self.output(0.0),
             again=self.output(0.0),
             pushed=tuple(self.output(push) for push in PUSHES[dtype]),

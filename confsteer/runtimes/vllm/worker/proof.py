@@ -26,7 +26,7 @@ PUSHES = {torch.float32: (4.0, 64.0, 1024.0), torch.bfloat16: (4.0, 64.0, 1024.0
 float16 overflows."""
 
 
-class Outputs(NamedTuple):
+class ProofOutputs(NamedTuple):
     """Of the final norm, ``[tokens, d_model]`` each, for the same inputs under different steerings."""
 
     neutral: Tensor
@@ -42,7 +42,7 @@ class Outputs(NamedTuple):
     """Activations set to the same by their bounds."""
 
 
-def prove(outputs: Outputs, write: Tensor, norm: NormParameters, write_gain: Tensor | None, dtype: torch.dtype) -> float:
+def prove(outputs: ProofOutputs, write: Tensor, norm: NormParameters, write_gain: Tensor | None, dtype: torch.dtype) -> float:
     """How much of the pushed neurons' write the outputs leave unexplained, relative to the write, if all is well.
 
     Args:

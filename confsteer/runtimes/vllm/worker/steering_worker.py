@@ -16,7 +16,7 @@ from confsteer.profile.profile import Profile
 from confsteer.runtimes.vllm.settings import Settings
 from confsteer.runtimes.vllm.weights import check_model
 from confsteer.runtimes.vllm.worker.projection import SteeredProjection, attach, check_unchanged
-from confsteer.runtimes.vllm.worker.proof import PUSHES, Outputs, prove
+from confsteer.runtimes.vllm.worker.proof import PUSHES, ProofOutputs, prove
 from confsteer.runtimes.vllm.worker.requests import SteeredRequests, follow_runner
 from confsteer.runtimes.vllm.worker.slots import Slots
 
@@ -95,7 +95,7 @@ class SteeringWorker:
         errors = []
         for decode in self._kinds_of_step():
             step = functools.partial(self._dummy_step, decode)
-            outputs = Outputs(
+            outputs = ProofOutputs(
                 neutral=step(one, zero, -free, free),
                 again=step(one, zero, -free, free),
                 pushed=tuple(step(one, size * push, -free, free) for size in sizes),
