@@ -22,7 +22,7 @@ class NeuronEdit(NamedTuple):
     high: NDArray[np.float32]
 
 
-NEUTRAL_RULE = (1.0, 0.0, -np.inf, np.inf)
+NEUTRAL_EDIT = (1.0, 0.0, -np.inf, np.inf)
 """The gain, bias, low and high that change nothing."""
 
 

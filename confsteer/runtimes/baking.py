@@ -83,7 +83,7 @@ def bake(model: nn.Module, profile: Profile | str | os.PathLike[str], steering: 
     if not isinstance(profile, Profile):
         profile = Profile.load(profile)
     steering = profile.resolve(Steering.parse(steering))
-    gain, shift = _linear_rule(steering, profile)
+    gain, shift = _linear_edit(steering, profile)
     base = unwrap(model)
     if getattr(model, "_orig_mod", model) is not base or any(hasattr(module, "base_layer") for module in base.modules()):
         raise UnsupportedModelError(
@@ -134,7 +134,7 @@ def bake(model: nn.Module, profile: Profile | str | os.PathLike[str], steering: 
     )
 
 
-def _linear_rule(steering: Steering, profile: Profile) -> tuple[Tensor, Tensor]:
+def _linear_edit(steering: Steering, profile: Profile) -> tuple[Tensor, Tensor]:
     """Gain and bias of each of the profile's neurons, float64 ``[neurons]``.
 
     Raises:

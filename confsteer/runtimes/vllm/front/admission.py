@@ -17,7 +17,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from confsteer.errors import NoNeuronsError, ProfileMismatchError, SteeringError
-from confsteer.last_layer.edit import NEUTRAL_RULE
+from confsteer.last_layer.edit import NEUTRAL_EDIT
 from confsteer.profile.profile import Profile
 from confsteer.runtimes.vllm.front import counters as metrics
 from confsteer.runtimes.vllm.settings import KEY, Settings
@@ -56,7 +56,7 @@ class Admission:
 
     def _canonical(self, asked: Any) -> str | None:
         steering = self._profile.resolve(Steering.parse(asked))
-        if (np.stack(self._profile.edit(steering), axis=1) == NEUTRAL_RULE).all():
+        if (np.stack(self._profile.edit(steering), axis=1) == NEUTRAL_EDIT).all():
             return None
         canonical = steering.model_dump_json(exclude_defaults=True)
         Steering.parse(canonical)  # as the worker will: what is written out is longer

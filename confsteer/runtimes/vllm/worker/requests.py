@@ -19,7 +19,7 @@ from confsteer.runtimes.vllm.worker.slots import NEUTRAL, Slots, token_rows
 from confsteer.steering import Steering
 
 
-class _Rule(NamedTuple):
+class _Edit(NamedTuple):
     edit: NDArray[np.float32]
     """``[4, neurons]``: gain, bias, low and high."""
     generated: bool
@@ -41,7 +41,7 @@ class SteeredRequests:
         self._projection = projection
         self._slots = slots
         self._requests: dict[str, _Request] = {}
-        self._rule = functools.lru_cache(maxsize=4096)(self._read)
+        self._edit_of = functools.lru_cache(maxsize=4096)(self._read)
         self._filled: tuple[list[str], NDArray[Any]] | None = None
         """Requests and token counts of a step whose rows are still right for the next one like it."""
         self._neutral = True
@@ -59,7 +59,7 @@ class SteeredRequests:
             self._requests.pop(new.req_id, None)
             if steering is not None:
                 prompt = new.prompt_token_ids if new.prompt_token_ids is not None else new.prompt_embeds
-                first = len(prompt) - 1 if self._rule(steering).generated else 0
+                first = len(prompt) - 1 if self._edit_of(steering).generated else 0
                 self._requests[new.req_id] = _Request(steering, first)
             self._filled = None
 
@@ -83,7 +83,7 @@ class SteeredRequests:
         requests = [self._requests.get(request_id) for request_id in request_ids]
         new = self._slots.assign(request.steering for request in requests if request is not None)
         if new:
-            edits = torch.from_numpy(np.stack([self._rule(steering).edit for steering in new], axis=1))
+            edits = torch.from_numpy(np.stack([self._edit_of(steering).edit for steering in new], axis=1))
             self._projection.table.write(list(new.values()), edits[..., self._projection.neurons])
         rows = [NEUTRAL if request is None else self._slots[request.steering] for request in requests]
         first = [0 if request is None else request.first for request in requests]
@@ -97,9 +97,9 @@ class SteeredRequests:
         whole = bool((np.asarray(first) <= computed).all())
         self._filled = (list(request_ids), counts.copy()) if whole else None
 
-    def _read(self, canonical: str) -> _Rule:
+    def _read(self, canonical: str) -> _Edit:
         steering = Steering.parse(canonical)
-        return _Rule(np.stack(self._profile.edit(steering)), steering.positions == "generated")
+        return _Edit(np.stack(self._profile.edit(steering)), steering.positions == "generated")
 
 
 def follow_runner(runner: Any, requests: SteeredRequests, *, v2: bool) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from confsteer.last_layer.edit import NEUTRAL_RULE, edited
+from confsteer.last_layer.edit import NEUTRAL_EDIT, edited
 from confsteer.runtimes.vllm.worker.slots import NEUTRAL
 
 
@@ -19,7 +19,7 @@ class SteeringTable(nn.Module):
 
     neurons: Tensor
     """Columns of the activations that are edited, int64 ``[neurons]``."""
-    rules: Tensor
+    edits: Tensor
     """Gain, bias, low and high of each, per row of the table; float32 ``[4, rows, neurons]``."""
     rows: Tensor
     """Row of the table that each token of a step follows, int64 ``[tokens]``."""
@@ -32,20 +32,20 @@ class SteeringTable(nn.Module):
             max_tokens: of a step.
         """
         super().__init__()
-        rule = torch.tensor(NEUTRAL_RULE, device=neurons.device)
+        rule = torch.tensor(NEUTRAL_EDIT, device=neurons.device)
         self.register_buffer("neurons", neurons, persistent=False)
-        self.register_buffer("rules", rule[:, None, None].repeat(1, slots + 1, len(neurons)), persistent=False)
+        self.register_buffer("edits", rule[:, None, None].repeat(1, slots + 1, len(neurons)), persistent=False)
         self.register_buffer("rows", torch.full((max_tokens,), NEUTRAL, device=neurons.device), persistent=False)
 
     def forward(self, activations: Tensor) -> Tensor:
         """Activations ``[..., tokens, n]`` with those of the neurons steered, each token by its row."""
-        gain, bias, low, high = self.rules[:, self.rows.narrow(0, 0, activations.shape[-2])]
+        gain, bias, low, high = self.edits[:, self.rows.narrow(0, 0, activations.shape[-2])]
         selected = activations.index_select(-1, self.neurons)
         return activations.index_copy(-1, self.neurons, edited(selected, gain, bias, low, high))
 
-    def write(self, slots: Sequence[int], rules: Tensor) -> None:
-        """Put rules ``[4, slots, neurons]`` into rows of the table."""
-        self.rules.index_copy_(1, self._sent(torch.tensor(list(slots))), self._sent(rules))
+    def write(self, slots: Sequence[int], edits: Tensor) -> None:
+        """Put edits ``[4, slots, neurons]`` into rows of the table."""
+        self.edits.index_copy_(1, self._sent(torch.tensor(list(slots))), self._sent(edits))
 
     def point(self, rows: Tensor) -> None:
         """Have the next step's tokens follow `rows`, int64 ``[tokens]`` on the CPU."""
