@@ -19,8 +19,8 @@ import click
 import torch
 
 from confsteer import Profile
-from confsteer.evaluation.comparison import Method, compare
-from confsteer.evaluation.evaluate import neutral_method, read_sample, with_matched_temperatures
+from confsteer.evaluation.comparison import Candidate, compare
+from confsteer.evaluation.evaluate import read_sample, unsteered, with_matched_temperatures
 from confsteer.evaluation.fit import fit_null_write, fit_temperature
 from confsteer.evaluation.reader import Reader
 from confsteer.last_layer.intervention import Intervention
@@ -91,15 +91,15 @@ def test(fitted: Fitted, text: Text) -> dict[str, Any]:
     results: dict[str, Any] = {}
     # The control's neurons need a reading of their own; what does not touch neurons comes out the same.
     for sample, ways in ((text.control.test, control), (text.split.test, own)):
-        methods = [
-            neutral_method(sample),
-            Method("temperature", "temperature", sample.everywhere(fitted.temperature)),
-            Method("null write", "null write", sample.everywhere(fitted.null_write)),
+        candidates = [
+            unsteered(sample),
+            Candidate("temperature", "temperature", sample.everywhere(fitted.temperature)),
+            Candidate("null write", "null write", sample.everywhere(fitted.null_write)),
             *with_matched_temperatures(
                 sample, [one.steering for one in ways.values()], [one.intervention for one in ways.values()], list(ways)
             ),
         ]
-        rows = compare(sample, methods, text.split.unigram).rows
+        rows = compare(sample, candidates, text.split.unigram).rows
         results |= {row.name: {"metrics": row.metrics, "minus": row.minus, "values": row.values} for row in rows}
     return results
 

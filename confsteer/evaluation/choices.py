@@ -85,7 +85,7 @@ class ChoiceSample(NamedTuple):
         sums = torch.zeros(sum(len(question.choices) for question in self.questions), dtype=torch.float64)
         return self.padded(sums.index_add(0, self.reading.states.window.cpu(), -nll), -math.inf)
 
-    def cross_fitted_temperature(self, log_likelihood: Tensor) -> AnswerMethod:
+    def cross_fitted_temperature(self, log_likelihood: Tensor) -> AnswerCandidate:
         """Fitted on every other block and used on the rest, and the other way round: no question is judged by a fit that saw it.
 
         Args:
@@ -97,10 +97,10 @@ class ChoiceSample(NamedTuple):
             use, seen = order % 2 == side, order % 2 != side
             temperatures.append(fit_answer_temperature(log_likelihood[seen], self.gold[seen]))
             used[use] /= temperatures[-1]
-        return AnswerMethod("fitted temperature", "temperature", used, values=tuple(temperatures))
+        return AnswerCandidate("fitted temperature", "temperature", used, values=tuple(temperatures))
 
 
-class AnswerMethod(NamedTuple):
+class AnswerCandidate(NamedTuple):
     """A way to answer."""
 
     name: str
@@ -151,16 +151,16 @@ def evaluate_choices(
         sample = read_choices(reader, tokenizer, asked, source=source, progress=progress)
         with tqdm(total=1 + len(steerings), desc=f"compare on {source}"[:40], unit="steering", disable=not progress) as bar:
             neutral = sample.log_likelihood(Intervention.neutral(sample.reading.readout.n_neurons))
-            methods = [AnswerMethod("neutral", "neutral", neutral, Steering()), sample.cross_fitted_temperature(neutral)]
+            candidates = [AnswerCandidate("neutral", "neutral", neutral, Steering()), sample.cross_fitted_temperature(neutral)]
             bar.update()
             for name, steering, intervention in zip(names, steerings, interventions, strict=True):
                 steered = sample.log_likelihood(intervention)
                 matched = match_answer_entropy(neutral, _entropy(steered))
-                methods.append(AnswerMethod(name, "steering", steered, steering))
+                candidates.append(AnswerCandidate(name, "steering", steered, steering))
                 like = f"temperature, entropy as {name}"
-                methods.append(AnswerMethod(like, "matched temperature", neutral / matched, steering, (matched,)))
+                candidates.append(AnswerCandidate(like, "matched temperature", neutral / matched, steering, (matched,)))
                 bar.update()
-        compared.append(compare_answers(sample, methods))
+        compared.append(compare_answers(sample, candidates))
     return tuple(compared)
 
 
@@ -279,33 +279,33 @@ def _entropy(log_likelihood: Tensor) -> float:
     return float(torch.special.entr(log_likelihood.softmax(dim=-1)).sum(dim=-1).mean())
 
 
-def compare_answers(sample: ChoiceSample, methods: Sequence[AnswerMethod]) -> ChoiceComparison:
-    """Every metric of every method, and the differences that matter.
+def compare_answers(sample: ChoiceSample, candidates: Sequence[AnswerCandidate]) -> ChoiceComparison:
+    """Every metric of every candidate, and the differences that matter.
 
     Args:
         sample: the questions.
-        methods: the first is neutral.
+        candidates: the first is neutral.
     """
     blocks, gold = Blocks(sample.block), sample.gold
     # In characters, as lm-eval's acc_norm has it (its acc_bytes is in bytes).
     lengths = torch.tensor([float(len(choice)) for question in sample.questions for choice in question.choices])
     lengths = sample.padded(lengths, 1.0)
     estimates: list[Estimates] = []
-    for method in methods:
-        right = (method.log_likelihood / lengths).argmax(dim=-1) == gold
-        estimates.append(answer_metrics(method.log_likelihood, gold, blocks) | {"accuracy_normalised": blocks.mean(right)})
+    for candidate in candidates:
+        right = (candidate.log_likelihood / lengths).argmax(dim=-1) == gold
+        estimates.append(answer_metrics(candidate.log_likelihood, gold, blocks) | {"accuracy_normalised": blocks.mean(right)})
     rows = []
-    for i, method in enumerate(methods):
-        confidence, prediction = method.log_likelihood.softmax(dim=-1).max(dim=-1)
+    for i, candidate in enumerate(candidates):
+        confidence, prediction = candidate.log_likelihood.softmax(dim=-1).max(dim=-1)
         correct = prediction == gold
         rows.append(
             ComparedRow(
-                name=method.name,
-                kind=method.kind,
-                steering=method.steering,
-                values=method.values,
+                name=candidate.name,
+                kind=candidate.kind,
+                steering=candidate.steering,
+                values=candidate.values,
                 metrics={name: estimate.interval for name, estimate in estimates[i].items()},
-                minus=paired_differences(i, [(other.kind, other.steering) for other in methods], estimates),
+                minus=paired_differences(i, [(other.kind, other.steering) for other in candidates], estimates),
                 reliability=reliability_bins(confidence, correct, blocks),
                 coverage=accuracy_at_coverages(confidence, correct),
             )

@@ -99,7 +99,7 @@ class TextComparison(Result):
         return tuple(row for row in self.rows if row.kind == kind)
 
 
-class Method(NamedTuple):
+class Candidate(NamedTuple):
     """A way to predict."""
 
     name: str
@@ -126,7 +126,7 @@ class Sample(NamedTuple):
     unit: Literal["documents", "windows"]
 
     def everywhere(self, intervention: Intervention) -> Sequence[tuple[Tensor, Intervention]]:
-        """One intervention for all tokens, as `Method.folds` has it."""
+        """One intervention for all tokens, as `Candidate.folds` has it."""
         return [(torch.arange(self.reading.tokens), intervention)]
 
     def cross_fitted(
@@ -152,43 +152,43 @@ class Sample(NamedTuple):
 
 def compare(
     sample: Sample,
-    methods: Sequence[Method],
+    candidates: Sequence[Candidate],
     unigram: Unigram,
     *,
     smooth_ece: bool = False,
-    on_method: Callable[[], object] = lambda: None,
+    on_candidate: Callable[[], object] = lambda: None,
 ) -> TextComparison:
-    """Every metric of every method, and the differences that matter.
+    """Every metric of every candidate, and the differences that matter.
 
     Args:
         sample: the text.
-        methods: the first is neutral; a matched temperature follows its steering.
+        candidates: the first is neutral; a matched temperature follows its steering.
         unigram: the unigram distribution that divergences and frequencies are of.
         smooth_ece: whether to compute smooth ECE, which is slow.
-        on_method: called after each.
+        on_candidate: called after each.
     """
     blocks = Blocks(sample.block)
     target_log_frequency = unigram.log_frequency.cpu()[sample.reading.states.targets.cpu()]
     group, groups = equal_mass_bins(target_log_frequency, FREQUENCY_GROUPS)
     scored: list[TokenScores] = []
     estimates: list[Estimates] = []
-    for method in methods:
-        scores, divergences = _score(sample.reading, method, unigram)
+    for candidate in candidates:
+        scores, divergences = _score(sample.reading, candidate, unigram)
         scored.append(scores)
         found = token_metrics(scores, blocks, unsteered=scored[0], smooth=smooth_ece)
         found |= {name: blocks.mean(values) for name, values in divergences._asdict().items()}
         estimates.append(found)
-        on_method()
+        on_candidate()
 
     def row(i: int) -> Row:
-        method, scores = methods[i], scored[i]
+        candidate, scores = candidates[i], scored[i]
         return Row(
-            name=method.name,
-            kind=method.kind,
-            steering=method.steering,
-            values=method.values,
+            name=candidate.name,
+            kind=candidate.kind,
+            steering=candidate.steering,
+            values=candidate.values,
             metrics={name: estimate.interval for name, estimate in estimates[i].items()},
-            minus=paired_differences(i, [(method.kind, method.steering) for method in methods], estimates),
+            minus=paired_differences(i, [(candidate.kind, candidate.steering) for candidate in candidates], estimates),
             reliability=reliability_bins(scores.confidence, scores.correct, blocks),
             coverage=accuracy_at_coverages(scores.confidence, scores.correct),
             entropies=_histogram(scores.entropy, sample.reading.readout.vocab_size),
@@ -202,23 +202,23 @@ def compare(
         blocks=blocks.number,
         unit=sample.unit,
         vocab_size=sample.reading.readout.vocab_size,
-        rows=tuple(row(i) for i in range(len(methods))),
+        rows=tuple(row(i) for i in range(len(candidates))),
     )
 
 
 def paired_differences(
-    i: int, methods: Sequence[tuple[Kind, Steering | None]], estimates: Sequence[Estimates]
+    i: int, candidates: Sequence[tuple[Kind, Steering | None]], estimates: Sequence[Estimates]
 ) -> dict[Kind, dict[str, Interval]]:
     """What `Row.minus` holds.
 
     Args:
-        i: which method.
-        methods: kind and steering of each.
+        i: which candidate.
+        candidates: kind and steering of each.
         estimates: of each.
     """
-    _, steering = methods[i]
+    _, steering = candidates[i]
     against: dict[Kind, Estimates] = {}
-    for j, (kind, of) in enumerate(methods):
+    for j, (kind, of) in enumerate(candidates):
         matches = kind == "matched temperature" and of == steering
         if i != j and (kind in ("neutral", "temperature", "null write") or matches):
             against[kind] = estimates[j]
@@ -229,11 +229,11 @@ def paired_differences(
     }
 
 
-def _score(reading: TextStates, method: Method, unigram: Unigram) -> tuple[TokenScores, UnigramDivergences]:
-    if len(method.folds) == 1:
-        return reading.scores_and_divergences(method.folds[0][1], unigram)
-    parts = [reading.at(rows).scores_and_divergences(intervention, unigram) for rows, intervention in method.folds]
-    order = torch.cat([rows for rows, _ in method.folds]).argsort()
+def _score(reading: TextStates, candidate: Candidate, unigram: Unigram) -> tuple[TokenScores, UnigramDivergences]:
+    if len(candidate.folds) == 1:
+        return reading.scores_and_divergences(candidate.folds[0][1], unigram)
+    parts = [reading.at(rows).scores_and_divergences(intervention, unigram) for rows, intervention in candidate.folds]
+    order = torch.cat([rows for rows, _ in candidate.folds]).argsort()
     scores = TokenScores.join([part for part, _ in parts]).at(order)
     divergences = UnigramDivergences.join([part for _, part in parts])
     return scores, UnigramDivergences(*(field[order] for field in divergences))

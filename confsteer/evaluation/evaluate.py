@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from confsteer.errors import CorpusError, SteeringError
 from confsteer.evaluation.choices import ChoiceComparison
-from confsteer.evaluation.comparison import Method, Sample, TextComparison, compare
+from confsteer.evaluation.comparison import Candidate, Sample, TextComparison, compare
 from confsteer.evaluation.fit import fit_null_write, fit_temperature, match_entropy
 from confsteer.evaluation.reader import Reader, interventions_of
 from confsteer.last_layer.intervention import Intervention
@@ -98,13 +98,15 @@ def evaluate(
         counts = windows.counts(profile.model.tokenizer_size) if unigram_counts is None else unigram_counts
         total = 3 + 2 * len(steerings)
         with tqdm(total=total, desc=f"compare on {name}"[:40], unit="row", disable=not progress) as bar:
-            methods = [
-                neutral_method(sample),
-                Method("fitted temperature", "temperature", sample.cross_fitted(fit_temperature, FIT_TOKENS)),
-                Method("constant in the null space", "null write", sample.cross_fitted(fit_null_write, FIT_TOKENS)),
+            candidates = [
+                unsteered(sample),
+                Candidate("fitted temperature", "temperature", sample.cross_fitted(fit_temperature, FIT_TOKENS)),
+                Candidate("constant in the null space", "null write", sample.cross_fitted(fit_null_write, FIT_TOKENS)),
                 *with_matched_temperatures(sample, steerings, interventions, names),
             ]
-            compared.append(compare(sample, methods, Unigram.from_counts(counts), smooth_ece=smooth_ece, on_method=bar.update))
+            compared.append(
+                compare(sample, candidates, Unigram.from_counts(counts), smooth_ece=smooth_ece, on_candidate=bar.update)
+            )
     return Evaluation(model=profile.model.id, profile=profile.checksum, versions=library_versions(), texts=tuple(compared))
 
 
@@ -124,15 +126,15 @@ def read_sample(reader: Reader, windows: Windows, *, progress: bool = False) -> 
     return Sample(windows.source, layer, torch.from_numpy(block)[layer.states.window.cpu()], unit)
 
 
-def neutral_method(sample: Sample) -> Method:
+def unsteered(sample: Sample) -> Candidate:
     """The unsteered model."""
     neutral = Intervention.neutral(sample.reading.readout.n_neurons)
-    return Method("neutral", "neutral", sample.everywhere(neutral), Steering())
+    return Candidate("neutral", "neutral", sample.everywhere(neutral), Steering())
 
 
 def with_matched_temperatures(
     sample: Sample, steerings: Sequence[Steering], interventions: Sequence[Intervention], names: Sequence[str]
-) -> list[Method]:
+) -> list[Candidate]:
     """Each steering, and after it the temperature that gives the unsteered model the same mean entropy on this text.
 
     Args:
@@ -141,14 +143,14 @@ def with_matched_temperatures(
         interventions: what each of them does, and what is done beside it.
         names: of each, for the report.
     """
-    methods = []
+    candidates = []
     entropies = [float(sample.reading.scores(intervention).entropy.double().mean()) for intervention in interventions]
     matched = match_entropy(sample.reading, entropies)
     for steering, intervention, name, temperature in zip(steerings, interventions, names, matched, strict=True):
-        methods.append(Method(name, "steering", sample.everywhere(intervention), steering))
+        candidates.append(Candidate(name, "steering", sample.everywhere(intervention), steering))
         like = f"temperature, entropy as {name}"
-        methods.append(Method(like, "matched temperature", sample.everywhere(temperature), steering))
-    return methods
+        candidates.append(Candidate(like, "matched temperature", sample.everywhere(temperature), steering))
+    return candidates
 
 
 def sweep(text: str) -> list[Steering]:

@@ -11,8 +11,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from confsteer.evaluation.comparison import Method, Sample, TextComparison, compare
-from confsteer.evaluation.evaluate import Texts, named_texts, neutral_method, read_sample, with_matched_temperatures
+from confsteer.evaluation.comparison import Candidate, Sample, TextComparison, compare
+from confsteer.evaluation.evaluate import Texts, named_texts, read_sample, unsteered, with_matched_temperatures
 from confsteer.evaluation.fit import (
     MOST_STEPS,
     Objective,
@@ -222,10 +222,10 @@ def _gain(objective: Objective, intervention: Intervention, samples: Sequence[Sa
 
 def _report(on: Split, tuned: Tuned, fitted: Intervention, constant: Intervention) -> TextComparison:
     sample = on.test
-    methods = [
-        neutral_method(sample),
-        Method("fitted temperature", "temperature", sample.everywhere(fitted)),
-        Method("constant in the null space", "null write", sample.everywhere(constant)),
+    candidates = [
+        unsteered(sample),
+        Candidate("fitted temperature", "temperature", sample.everywhere(fitted)),
+        Candidate("constant in the null space", "null write", sample.everywhere(constant)),
         *with_matched_temperatures(sample, [tuned.steering], [tuned.intervention], ["tuned"]),
     ]
-    return compare(sample, methods, on.unigram)
+    return compare(sample, candidates, on.unigram)

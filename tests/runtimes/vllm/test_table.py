@@ -12,7 +12,7 @@ def table() -> SteeringTable:
     return SteeringTable(torch.tensor(NEURONS), slots=2, max_tokens=8)
 
 
-def rules() -> torch.Tensor:
+def edits() -> torch.Tensor:
     """``[4, 2, 3]``: gain, bias, low and high."""
     torch.manual_seed(0)
     gain, bias = torch.randn(2, 3), torch.randn(2, 3)
@@ -28,7 +28,7 @@ def test_neutral_rows_are_bit_identical(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("batch", [(), (1,)])
 def test_each_token_follows_its_row(batch: tuple[int, ...]) -> None:
     steered, rows = table(), [2, 0, 1, 1, 2]
-    steered.write([2, 1], rules())
+    steered.write([2, 1], edits())
     steered.point(torch.tensor(rows))
     activations = torch.randn(*batch, 5, 32)
     seen = steered(activations).reshape(5, 32)
@@ -36,14 +36,14 @@ def test_each_token_follows_its_row(batch: tuple[int, ...]) -> None:
     for token, row in enumerate(rows):
         for k, neuron in enumerate(NEURONS):
             if row:
-                gain, bias, low, high = rules()[:, {2: 0, 1: 1}[row], k]
+                gain, bias, low, high = edits()[:, {2: 0, 1: 1}[row], k]
                 expected[token, neuron] = min(max(expected[token, neuron] * gain + bias, low), high)
     assert torch.equal(seen, expected)
 
 
 def test_clearing_reaches_the_rows_of_longer_steps_before() -> None:
     steered = table()
-    steered.write([1], rules()[:, :1])
+    steered.write([1], edits()[:, :1])
     steered.point(torch.ones(8, dtype=torch.int64))
     steered.point(torch.zeros(2, dtype=torch.int64))
     activations = torch.randn(8, 32)
@@ -55,7 +55,7 @@ def test_clearing_reaches_the_rows_of_longer_steps_before() -> None:
 def test_it_is_part_of_the_model_but_not_of_its_weights() -> None:
     model = torch.nn.Sequential(table())
     assert model.state_dict() == {}
-    assert {name for name, _ in model.named_buffers()} == {"0.neurons", "0.rules", "0.rows"}
+    assert {name for name, _ in model.named_buffers()} == {"0.neurons", "0.edits", "0.rows"}
 
 
 def test_compiled_code_follows_what_the_buffers_hold() -> None:

@@ -132,8 +132,8 @@ class SteeringWorker:
         together = getattr(self.model_runner, "uniform_decode_query_len", 0) or getattr(self.model_runner, "decode_query_len", 1)
         tokens = PROOF_TOKENS * together if decode else min(PROOF_TOKENS, self.model_runner.max_num_tokens)
         if self._projection is not None:
-            rule = torch.stack([gain, bias, low, high])[:, None, self._projection.neurons]
-            self._projection.table.write([1], rule)
+            edit = torch.stack([gain, bias, low, high])[:, None, self._projection.neurons]
+            self._projection.table.write([1], edit)
             self._projection.table.point(torch.arange(tokens) % 2 if every_other else torch.ones(tokens, dtype=torch.int64))
         hidden_states, _ = self.model_runner._dummy_run(tokens, force_attention=True, uniform_decode=decode)
         if self._projection is None:

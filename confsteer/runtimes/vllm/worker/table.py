@@ -32,9 +32,9 @@ class SteeringTable(nn.Module):
             max_tokens: of a step.
         """
         super().__init__()
-        rule = torch.tensor(NEUTRAL_EDIT, device=neurons.device)
+        edit = torch.tensor(NEUTRAL_EDIT, device=neurons.device)
         self.register_buffer("neurons", neurons, persistent=False)
-        self.register_buffer("edits", rule[:, None, None].repeat(1, slots + 1, len(neurons)), persistent=False)
+        self.register_buffer("edits", edit[:, None, None].repeat(1, slots + 1, len(neurons)), persistent=False)
         self.register_buffer("rows", torch.full((max_tokens,), NEUTRAL, device=neurons.device), persistent=False)
 
     def forward(self, activations: Tensor) -> Tensor:
