@@ -203,7 +203,7 @@ def kill_calibrate(root: Path, chance: random.Random, kills: int, *, resume: boo
 
 
 def every_batch() -> None:
-    resuming.EVERY = 0.0
+    resuming.WRITE_INTERVAL_SECONDS = 0.0
     confsteer.calibration.calibrate.tokens_at_once = lambda n_neurons: 300  # type: ignore[attr-defined]
 
 

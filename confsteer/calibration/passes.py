@@ -22,7 +22,7 @@ from confsteer.model.states import Recording, regroup
 
 FILE_NAME = ".calibration.safetensors"
 """In the folder that the profile is to be written to."""
-EVERY = 60.0
+WRITE_INTERVAL_SECONDS = 60.0
 """Seconds between writes: what a run that is killed loses at most, besides the batches that were being worked on."""
 
 
@@ -91,7 +91,7 @@ class Checkpoint:
         return self._tensors[name]
 
     def _write(self) -> None:
-        if self._file is None or time.monotonic() < self._written + EVERY:
+        if self._file is None or time.monotonic() < self._written + WRITE_INTERVAL_SECONDS:
             return
         tensors = {name: tensor.cpu() for name, tensor in self._tensors.items()}
         metadata = {"settings": json.dumps(self._settings), "sha256": _sha256(tensors)}

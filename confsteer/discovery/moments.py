@@ -16,13 +16,13 @@ from confsteer.last_layer.readout import CACHED_SET, WORKING_SET, Readout, Reado
 from confsteer.last_layer.states import TokenStates
 from confsteer.last_layer.unigram import Unigram
 
-MOST_TOKENS = 4096
+MAX_TOKENS = 4096
 """More tokens at once than this are no faster."""
 
 
 def tokens_at_once(n_neurons: int) -> int:
     """How many tokens `ablation_effects` works on at a time; giving it as many is fastest."""
-    return max(64, min(MOST_TOKENS, WORKING_SET // max(1, n_neurons)))
+    return max(64, min(MAX_TOKENS, WORKING_SET // max(1, n_neurons)))
 
 
 class Tokens(NamedTuple):

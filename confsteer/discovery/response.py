@@ -18,10 +18,10 @@ from confsteer.last_layer.states import TokenStates
 from confsteer.last_layer.unigram import Unigram
 
 POINTS_PER_SIDE = 12
-LARGEST_POSITION = 64.0
-FLAT = 1.03
+MAX_POSITION = 64.0
+MIN_GROWTH = 1.03
 """A dial that moves by a factor less than this while its position grows by √2 has nothing more to give."""
-WIDEST_CHANGE = 1.5
+MAX_CHANGE = 1.5
 """A curve ends where the dial has moved by this many nats (or turns back)."""
 
 
@@ -131,8 +131,8 @@ class ResponseCurve:
 def choose_positions(readout: Readout, push: Tensor, unigram: Unigram, states: TokenStates, *, dial: str) -> Tensor:
     """Dial positions worth measuring, ascending, with 0 among them; found on a sample of tokens.
 
-    On each side positions grow until the dial's quantity has moved by `WIDEST_CHANGE` nats, flattens out or turns back, or
-    the position reaches `LARGEST_POSITION`. Points are denser near zero.
+    On each side positions grow until the dial's quantity has moved by `MAX_CHANGE` nats, flattens out or turns back, or
+    the position reaches `MAX_POSITION`. Points are denser near zero.
 
     Args:
         readout: the model's last layer.
@@ -141,7 +141,7 @@ def choose_positions(readout: Readout, push: Tensor, unigram: Unigram, states: T
         states: a sample of tokens.
         dial: ``"entropy"`` or ``"unigram"``.
     """
-    trials = [position for i in range(17) if (position := 0.25 * 2 ** (i / 2)) <= LARGEST_POSITION]
+    trials = [position for i in range(17) if (position := 0.25 * 2 ** (i / 2)) <= MAX_POSITION]
     curve = ResponseCurve(readout, push, unigram, torch.tensor([0.0, *trials, *(-p for p in trials)]))
     for outputs, _ in FullOutputs.stream(readout, states):
         curve.update(outputs)
@@ -152,7 +152,7 @@ def choose_positions(readout: Readout, push: Tensor, unigram: Unigram, states: T
         end, previous = trials[0], 0.0
         for position, change in zip(trials, (sign * moved[start : start + len(trials)]).tolist(), strict=True):
             end = position
-            if change >= WIDEST_CHANGE or change <= FLAT * previous:
+            if change >= MAX_CHANGE or change <= MIN_GROWTH * previous:
                 break
             previous = change
         sides.append(sign * end * fractions)

@@ -30,7 +30,7 @@ from confsteer.steering import Steering
 from confsteer.text.questions import Question
 from confsteer.text.windows import context_length
 
-COLDEST, HOTTEST = 0.1, 1e4
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.1, 1e4
 """Temperatures between which fits look. Answers no better than chance are best at the hottest, where all choices are alike."""
 HALVINGS = 60
 """Of the range of log-temperatures: more than its ends have digits."""
@@ -236,7 +236,7 @@ def question_blocks(questions: Sequence[Question]) -> tuple[Tensor, Literal["que
 
 
 def fit_answer_temperature(log_likelihood: Tensor, gold: Tensor) -> float:
-    """The temperature on answers that minimises their loss, between `COLDEST` and `HOTTEST`.
+    """The temperature on answers that minimises their loss, between `MIN_TEMPERATURE` and `MAX_TEMPERATURE`.
 
     The loss is convex in ``1/T`` and its slope is ``E_p[ℓ] − ℓ_gold``: at the minimum the right choices are as likely as the
     model expects of its answers.
@@ -256,7 +256,7 @@ def fit_answer_temperature(log_likelihood: Tensor, gold: Tensor) -> float:
 
 
 def match_answer_entropy(log_likelihood: Tensor, entropy: float) -> float:
-    """The temperature, between `COLDEST` and `HOTTEST`, at which answers have a mean entropy, nats.
+    """The temperature, between `MIN_TEMPERATURE` and `MAX_TEMPERATURE`, at which answers have a mean entropy, nats.
 
     Args:
         log_likelihood: of the choices, ``[questions, choices]``; −∞ where a question has fewer.
@@ -267,7 +267,7 @@ def match_answer_entropy(log_likelihood: Tensor, entropy: float) -> float:
 
 def _crossing(rising: Callable[[float], float]) -> float:
     """The temperature at which a function that rises with it crosses zero; an end of the range if it does not."""
-    low, high = math.log(COLDEST), math.log(HOTTEST)
+    low, high = math.log(MIN_TEMPERATURE), math.log(MAX_TEMPERATURE)
     for _ in range(HALVINGS):
         middle = (low + high) / 2
         low, high = (low, middle) if rising(math.exp(middle)) > 0 else (middle, high)

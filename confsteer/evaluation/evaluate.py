@@ -24,7 +24,7 @@ from confsteer.text.windows import Document, Windows, make_windows
 
 FIT_TOKENS = 10_000
 """A baseline is one number: that many tokens fit it."""
-MOST_SWEPT = 100
+MAX_SWEPT = 100
 
 Texts = Iterable[Document] | Windows | Mapping[str, Iterable[Document] | Windows]
 
@@ -164,6 +164,6 @@ def sweep(text: str) -> list[Steering]:
         first, last, number = (kind(part) for kind, part in zip((float, float, int), span.split(":"), strict=True))
     except ValueError as error:
         raise SteeringError(f"{text!r} is not a sweep such as entropy=-0.4:1.2:9: KEY=FIRST:LAST:NUMBER") from error
-    if not 2 <= number <= MOST_SWEPT:
-        raise SteeringError(f"{text!r} is a sweep of {number} values: use 2 to {MOST_SWEPT}")
+    if not 2 <= number <= MAX_SWEPT:
+        raise SteeringError(f"{text!r} is a sweep of {number} values: use 2 to {MAX_SWEPT}")
     return [Steering.parse(f"{key}={value:.12g}") for value in torch.linspace(first, last, number, dtype=torch.float64).tolist()]

@@ -16,7 +16,7 @@ from confsteer.results.bootstrap import Blocks, Resampled
 Objective = Literal["nll", "brier", "ece"]
 Build = Callable[[Tensor], Intervention]
 """From parameters, ``[n]``, zero being neutral, to what they stand for."""
-MOST_STEPS = 60
+MAX_STEPS = 60
 CONVERGED = 1e-5
 """Part of the objective below which a step's gain ends fitting."""
 PATIENCE = 8
@@ -81,7 +81,7 @@ def fit(
 
     best, best_score, best_step = start.clone(), score(start), 0
     before = float(closure())
-    for step in range(1, MOST_STEPS + 1):
+    for step in range(1, MAX_STEPS + 1):
         optimizer.step(closure)
         here = parameters.detach().clone()
         if not validation or (reached := score(here)) < best_score:

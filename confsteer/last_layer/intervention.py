@@ -21,9 +21,9 @@ from confsteer.last_layer.scores import TokenScores
 from confsteer.last_layer.states import TokenStates
 from confsteer.last_layer.unigram import Unigram
 
-FEWEST_ROWS = 128
-CHUNK = 2**20
-"""Logits at a time (4 MiB in float32), but at least `FEWEST_ROWS` tokens: fewer would read the unembedding too often."""
+MIN_ROWS = 128
+MAX_LOGITS = 2**20
+"""Logits at a time (4 MiB in float32), but at least `MIN_ROWS` tokens: fewer would read the unembedding too often."""
 
 
 class Intervention(NamedTuple):
@@ -98,7 +98,7 @@ class TextStates:
 
     def chunks(self) -> Iterator[TextStates]:
         """A few tokens at a time, in order, as slices."""
-        step = max(FEWEST_ROWS, CHUNK // self.readout.vocab_size)
+        step = max(MIN_ROWS, MAX_LOGITS // self.readout.vocab_size)
         for start in range(0, self.tokens, step):
             yield TextStates(self.readout, self.states.at(slice(start, start + step)), self.null_direction)
 

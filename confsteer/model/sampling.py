@@ -11,11 +11,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from confsteer.errors import CorpusError
 from confsteer.model.locate import input_device
-from confsteer.text.windows import SHORTEST_WINDOW, TokenizedDocument, Windows, check_context, cut_windows, vocabulary_size
+from confsteer.text.windows import MIN_WINDOW, TokenizedDocument, Windows, check_context, cut_windows, vocabulary_size
 
 BATCH_SIZE = 32
 """Documents sampled at a time."""
-MOST_SHORT_DOCUMENTS = 100
+MAX_SHORT_DOCUMENTS = 100
 """After so many documents in a row that make no window, the model is taken not to write longer ones."""
 
 
@@ -74,21 +74,21 @@ def _documents(
     end_ids = {*(ends if isinstance(ends, list) else [ends]), eos} - {None}
     end = torch.tensor(sorted(end_ids), dtype=torch.long, device=device)
     short = 0
-    while short < MOST_SHORT_DOCUMENTS:
+    while short < MAX_SHORT_DOCUMENTS:
         rows = min(BATCH_SIZE, max(1, -(-tokens // window)))
         first = torch.randint(vocab, (rows, 1), generator=generator, device=device)
         if start is not None:
             first.fill_(start)
         for row in _sample(model, first, window, vocab, end, generator, bar).tolist():
             document = row[: next((i + 1 for i, token in enumerate(row) if i and token in end_ids), None)]
-            if len(document) < SHORTEST_WINDOW:
+            if len(document) < MIN_WINDOW:
                 short += 1
             else:
                 short = 0
                 tokens -= len(document)
                 yield document
     raise CorpusError(
-        f"the model ends its own texts too soon: {short} in a row had fewer than {SHORTEST_WINDOW} tokens; give it some text"
+        f"the model ends its own texts too soon: {short} in a row had fewer than {MIN_WINDOW} tokens; give it some text"
     )
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from confsteer.studies.induction import InductionStudy
     from confsteer.tuning.tune import Tuning
 
-LONGEST_NAME = 40
+MAX_NAME_CHARACTERS = 40
 """Characters of a steering in a table: one that sets every neuron has thousands."""
 
 
@@ -315,7 +315,7 @@ def print_cumulative(console: Console, result: CumulativeStudy) -> None:
 def _with_values(row: ComparedRow) -> str:
     """The name of a row, and its temperatures or constants."""
     values = ", ".join(f"{value:.3f}" for value in row.values)
-    name = row.name if len(row.name) <= LONGEST_NAME else row.name[: LONGEST_NAME - 1] + "…"
+    name = row.name if len(row.name) <= MAX_NAME_CHARACTERS else row.name[: MAX_NAME_CHARACTERS - 1] + "…"
     return escape(name) + (f" ({values})" if values else "")
 
 

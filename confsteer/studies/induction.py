@@ -31,7 +31,7 @@ from confsteer.results.bootstrap import Change, Interval, ratio_interval
 from confsteer.results.result import Result
 from confsteer.text.windows import (
     FIRST_POSITIONS,
-    SHORTEST_WINDOW,
+    MIN_WINDOW,
     Document,
     Windows,
     context_length,
@@ -186,8 +186,8 @@ def check_repetition(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
         raise SettingError(f"{sequences} sequences give no interval: use at least 2")
     context = context_length(model.config)
     longest = half if context is None else (context - len(leading_ids(tokenizer))) // 2
-    if not SHORTEST_WINDOW <= half <= longest:
-        raise SettingError(f"stretches of {half} tokens read twice: use {SHORTEST_WINDOW} to {longest} for this model")
+    if not MIN_WINDOW <= half <= longest:
+        raise SettingError(f"stretches of {half} tokens read twice: use {MIN_WINDOW} to {longest} for this model")
 
 
 def read_twice(tokenizer: PreTrainedTokenizerBase, stretches: np.ndarray, source: str) -> Windows:

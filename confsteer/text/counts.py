@@ -15,7 +15,7 @@ from confsteer.files import read_at_most
 
 MAX_COUNTS_BYTES = 100_000_000
 """Of a file of token counts: twelve million tokens fit."""
-MOST_COUNTED = 1e18
+MAX_COUNTED = 1e18
 """Tokens that counts add up to; more do not fit an int64."""
 
 
@@ -42,6 +42,6 @@ def checked_counts(counts: NDArray[np.integer], tokenizer_size: int) -> Tensor:
         raise CorpusError(f"unigram counts must be a row of integers from 0 up, not {counts.dtype} of shape {counts.shape}")
     if len(counts) < tokenizer_size or counts[tokenizer_size:].any():
         raise CorpusError(f"there are unigram counts for {len(counts)} tokens; the tokenizer has {tokenizer_size}")
-    if counts.sum(dtype=np.float64) > MOST_COUNTED:
-        raise CorpusError(f"the unigram counts add up to more than {MOST_COUNTED:.0e}: they are no counts of a text")
+    if counts.sum(dtype=np.float64) > MAX_COUNTED:
+        raise CorpusError(f"the unigram counts add up to more than {MAX_COUNTED:.0e}: they are no counts of a text")
     return torch.from_numpy(counts[:tokenizer_size].astype(np.int64))

@@ -18,8 +18,8 @@ from confsteer.errors import CorpusError, SettingError
 
 FIRST_POSITIONS = 3
 """Positions at the start of a window that are left out: with so little context they are unlike the rest."""
-SHORTEST_WINDOW = 8
-FEWEST_DOCUMENTS = 20
+MIN_WINDOW = 8
+MIN_DOCUMENTS = 20
 """That can be resampled, or shared out over splits; of a text that has fewer it is windows."""
 PART_CHARACTERS = 1_000_000
 """A longer text is tokenized in parts: a tokenizer needs about a hundred bytes per token of what it is given at once."""
@@ -87,9 +87,9 @@ class Windows:
     def blocks(self) -> tuple[NDArray[np.int64], Literal["documents", "windows"]]:
         """What of the text is unlike the rest, by window ``[windows]``, and what that is.
 
-        Documents, if there are `FEWEST_DOCUMENTS`; windows of a text that has fewer.
+        Documents, if there are `MIN_DOCUMENTS`; windows of a text that has fewer.
         """
-        if len(np.unique(self.document)) >= FEWEST_DOCUMENTS:
+        if len(np.unique(self.document)) >= MIN_DOCUMENTS:
             return self.document, "documents"
         return np.arange(len(self)), "windows"
 
@@ -207,7 +207,7 @@ def cut_windows(
     max_tokens: int | None = None,
     source: str,
 ) -> Windows:
-    """Windows of token ids. A document's last, shorter window is kept if it has `SHORTEST_WINDOW` tokens.
+    """Windows of token ids. A document's last, shorter window is kept if it has `MIN_WINDOW` tokens.
 
     Args:
         documents: see `TokenizedDocument`.
@@ -220,27 +220,27 @@ def cut_windows(
         SettingError: `window` or `max_tokens` is too small.
         CorpusError: there are not enough tokens for one window.
     """
-    if window < SHORTEST_WINDOW:
-        raise SettingError(f"a window of {window} tokens is too short; use at least {SHORTEST_WINDOW}")
-    if max_tokens is not None and max_tokens < SHORTEST_WINDOW:
-        raise SettingError(f"{max_tokens} tokens make no window; read at least {SHORTEST_WINDOW}")
+    if window < MIN_WINDOW:
+        raise SettingError(f"a window of {window} tokens is too short; use at least {MIN_WINDOW}")
+    if max_tokens is not None and max_tokens < MIN_WINDOW:
+        raise SettingError(f"{max_tokens} tokens make no window; read at least {MIN_WINDOW}")
     pieces: list[NDArray[np.int32]] = []
     document: list[int] = []
     total = 0
     for number, (start, token_ids) in enumerate(documents):
         ids = iter(token_ids)
-        while (max_tokens is None or total + SHORTEST_WINDOW <= max_tokens) and (body := [*islice(ids, window - len(start))]):
+        while (max_tokens is None or total + MIN_WINDOW <= max_tokens) and (body := [*islice(ids, window - len(start))]):
             piece = [*start, *body]
             if max_tokens is not None:
                 piece = piece[: max_tokens - total]
-            if len(piece) >= SHORTEST_WINDOW:
+            if len(piece) >= MIN_WINDOW:
                 pieces.append(np.asarray(piece, dtype=np.int32))
                 document.append(number)
                 total += len(piece)
-        if max_tokens is not None and total + SHORTEST_WINDOW > max_tokens:
+        if max_tokens is not None and total + MIN_WINDOW > max_tokens:
             break
     if not pieces:
-        raise CorpusError(f"the text is too short: it has no document of {SHORTEST_WINDOW} tokens")
+        raise CorpusError(f"the text is too short: it has no document of {MIN_WINDOW} tokens")
     starts = np.concatenate([[0], np.cumsum([len(p) for p in pieces])]).astype(np.int64)
     return Windows(np.concatenate(pieces), starts, control_ids(tokenizer), window, source, np.array(document))
 

@@ -16,7 +16,7 @@ SPLITS = (0.5, 0.15, 0.15, 0.2)
 """Of a text: what is tuned on, what says when to stop, what says whether anything was gained, what is reported on.
 
 What chose when to stop would find a gain where there is none."""
-FEWEST_BLOCKS = 20
+MIN_BLOCKS = 20
 """Documents or windows that can be shared out in this way."""
 
 
@@ -40,10 +40,10 @@ def split(sample: Sample, windows: Windows, profile: Profile, seed: int) -> Spli
         CorpusError: it is too short.
     """
     ids = sample.block.unique()
-    if len(ids) < FEWEST_BLOCKS:
+    if len(ids) < MIN_BLOCKS:
         raise CorpusError(
             f"{sample.source}: {len(ids)} {sample.unit} are too few to tune on, to stop by, to validate and "
-            f"to report on; give text of at least {FEWEST_BLOCKS} windows of {windows.window} tokens"
+            f"to report on; give text of at least {MIN_BLOCKS} windows of {windows.window} tokens"
         )
     if sample.unit == "documents":
         ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))]

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from confsteer.evaluation.comparison import Candidate, Sample, TextComparison, compare
 from confsteer.evaluation.evaluate import Texts, named_texts, read_sample, unsteered, with_matched_temperatures
 from confsteer.evaluation.fit import (
-    MOST_STEPS,
+    MAX_STEPS,
     Objective,
     fit,
     fit_null_write,
@@ -138,7 +138,7 @@ def tune(
         splits.append(split(read_sample(reader, windows, progress=progress), windows, profile, seed))
 
     def find(chosen: Sequence[Split], label: str) -> Tuned:
-        with tqdm(total=MOST_STEPS, desc=label[:40], unit="step", disable=not progress) as bar:
+        with tqdm(total=MAX_STEPS, desc=label[:40], unit="step", disable=not progress) as bar:
 
             def on_step(step: int, score: float) -> None:
                 bar.set_postfix(validation=f"{score:.4f}", refresh=False)

@@ -28,7 +28,7 @@ BATCHES = 5
 @pytest.fixture
 def every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Checkpoints after every batch, of which there are several in every pass; curves on a sample."""
-    monkeypatch.setattr(resuming, "EVERY", 0.0)
+    monkeypatch.setattr(resuming, "WRITE_INTERVAL_SECONDS", 0.0)
     monkeypatch.setattr("confsteer.calibration.calibrate.tokens_at_once", lambda n_neurons: 300)
     monkeypatch.setattr("confsteer.calibration.calibrate.CURVE_TOKENS", 400)
 

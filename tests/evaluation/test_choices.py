@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerFast
 import confsteer
 from confsteer import CorpusError, Steering, SteeringError, demo
 from confsteer.evaluation.choices import (
-    COLDEST,
-    HOTTEST,
+    MAX_TEMPERATURE,
+    MIN_TEMPERATURE,
     encode,
     evaluate_choices,
     fit_answer_temperature,
@@ -212,15 +212,15 @@ def test_the_fitted_temperature_has_the_least_loss(seed: int, scale: float) -> N
         return float(torch.nn.functional.cross_entropy(values / temperature, gold))
 
     found = fit_answer_temperature(values, gold)
-    assert COLDEST <= found <= HOTTEST
+    assert MIN_TEMPERATURE <= found <= MAX_TEMPERATURE
     for other in (*torch.logspace(-2, 4, 25).tolist(), 0.99 * found, 1.01 * found):
-        assert loss(found) <= loss(other) + 1e-9 or other < COLDEST or other > HOTTEST
+        assert loss(found) <= loss(other) + 1e-9 or other < MIN_TEMPERATURE or other > MAX_TEMPERATURE
 
 
 def test_answers_that_are_better_the_less_likely_are_best_at_the_hottest() -> None:
     values, _ = log_likelihoods(0, 3.0)
-    assert fit_answer_temperature(values, values.nan_to_num(neginf=1e9).argmin(1)) == pytest.approx(HOTTEST)
-    assert fit_answer_temperature(values, values.argmax(1)) == pytest.approx(COLDEST)
+    assert fit_answer_temperature(values, values.nan_to_num(neginf=1e9).argmin(1)) == pytest.approx(MAX_TEMPERATURE)
+    assert fit_answer_temperature(values, values.argmax(1)) == pytest.approx(MIN_TEMPERATURE)
 
 
 @settings(max_examples=10, deadline=None)

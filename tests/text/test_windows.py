@@ -16,7 +16,7 @@ from confsteer import CorpusError, SettingError
 from confsteer.model.loading import DEMO
 from confsteer.text.counts import read_counts
 from confsteer.text.sources import python_docs
-from confsteer.text.windows import FIRST_POSITIONS, SHORTEST_WINDOW, Windows, control_ids, make_windows
+from confsteer.text.windows import FIRST_POSITIONS, MIN_WINDOW, Windows, control_ids, make_windows
 from tests.models import CHAT_TEMPLATE, VOCAB, chat_tokenizer, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -45,14 +45,14 @@ def cut(windows: Windows) -> list[list[int]]:
 DOCUMENTS = st.lists(st.lists(st.integers(0, VOCAB - 1), max_size=60), min_size=1, max_size=6)
 
 
-@given(documents=DOCUMENTS, window=st.integers(SHORTEST_WINDOW, 40), batch=st.integers(1, 5))
+@given(documents=DOCUMENTS, window=st.integers(MIN_WINDOW, 40), batch=st.integers(1, 5))
 def test_kept_positions_by_their_definition(documents: list[list[int]], window: int, batch: int) -> None:
     texts = [text_of(ids) for ids in documents]
     expected = []
     for ids in documents:
         for first in range(0, len(ids), window):
             piece = ids[first : first + window]
-            if len(piece) < SHORTEST_WINDOW:
+            if len(piece) < MIN_WINDOW:
                 continue
             for position, token in enumerate(piece):
                 if position < FIRST_POSITIONS or position == len(piece) - 1:
@@ -63,7 +63,7 @@ def test_kept_positions_by_their_definition(documents: list[list[int]], window: 
     try:
         windows = make_windows(texts, TOKENIZER, window=window)
     except CorpusError:
-        assert not any(len(ids) >= SHORTEST_WINDOW for ids in documents)
+        assert not any(len(ids) >= MIN_WINDOW for ids in documents)
         return
     kept = [
         (int(token), int(target))
@@ -82,7 +82,7 @@ def test_windows_start_with_bos_where_the_tokenizer_does_so() -> None:
     assert (make_windows([text], TOKENIZER, window=16).token_ids == np.arange(1, 31)).all()
 
 
-@given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=6), window=st.integers(SHORTEST_WINDOW, 40), bos=st.booleans())
+@given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=6), window=st.integers(MIN_WINDOW, 40), bos=st.booleans())
 def test_windows_never_cross_documents(lengths: list[int], window: int, bos: bool) -> None:
     """Document i is the word ``t{i}`` over and over; of each only a tail shorter than the shortest window is lost."""
     tokenizer = with_bos() if bos else TOKENIZER
@@ -97,10 +97,10 @@ def test_windows_never_cross_documents(lengths: list[int], window: int, bos: boo
         assert len(set(words)) == 1
         kept[words[0] - 1] += len(words)
     for length, n in zip(lengths, kept, strict=True):
-        assert length - SHORTEST_WINDOW < n <= length
+        assert length - MIN_WINDOW < n <= length
 
 
-@given(documents=DOCUMENTS, window=st.integers(SHORTEST_WINDOW, 40), bos=st.booleans())
+@given(documents=DOCUMENTS, window=st.integers(MIN_WINDOW, 40), bos=st.booleans())
 def test_windows_that_cross_documents_are_the_stream_in_pieces(documents: list[list[int]], window: int, bos: bool) -> None:
     stream = documents[0] + [token for ids in documents[1:] for token in (TOKENIZER.eos_token_id, *ids)]
     try:
@@ -108,14 +108,14 @@ def test_windows_that_cross_documents_are_the_stream_in_pieces(documents: list[l
             make_windows(map(text_of, documents), with_bos() if bos else TOKENIZER, window=window, cross_documents=True)
         )
     except CorpusError:
-        assert len(stream) < SHORTEST_WINDOW
+        assert len(stream) < MIN_WINDOW
         return
     assert all(len(ids) == window for ids in windows[:-1])
     if bos:
         assert all(ids[0] == 0 for ids in windows)
     pieces = [token for ids in windows for token in (ids[1:] if bos else ids)]
     assert pieces == stream[: len(pieces)]
-    assert len(stream) - len(pieces) < SHORTEST_WINDOW
+    assert len(stream) - len(pieces) < MIN_WINDOW
 
 
 def test_the_joint_between_documents_does_not_count() -> None:
@@ -200,7 +200,7 @@ def test_counts_leave_special_tokens_out() -> None:
 def test_no_more_tokens_than_asked(limit: int) -> None:
     windows = make_windows(["t1 " * 25] * 4, TOKENIZER, window=16, max_tokens=limit)
     assert windows.n_tokens <= limit
-    assert windows.n_tokens > min(limit, 100) - SHORTEST_WINDOW
+    assert windows.n_tokens > min(limit, 100) - MIN_WINDOW
 
 
 def test_reading_stops_when_there_are_enough_tokens() -> None:
