@@ -61,7 +61,7 @@ from confsteer import Neuron, Profile, Response
 from confsteer.discovery.select import percentile
 from confsteer.profile.schema import Measurement, library_versions
 from confsteer.runtimes.vllm.front.command import CONFIG_OPTIONS, Command, server_command
-from confsteer.runtimes.vllm.settings import KEY
+from confsteer.runtimes.vllm.settings import CONFIG_KEY
 
 VARIANTS = ("plain", "idle", "steered")
 RATIOS = (("idle", "plain"), ("steered", "plain"), ("steered", "idle"))
@@ -228,7 +228,7 @@ def neuron(profile: Profile, index: int) -> Neuron:
 def without_confsteer(command: Command) -> Command:
     """The same server as if confsteer were not installed."""
     at = command.arguments.index(CONFIG_OPTIONS[0])
-    plugins = [name for name in command.environment["VLLM_PLUGINS"].split(",") if name != KEY]
+    plugins = [name for name in command.environment["VLLM_PLUGINS"].split(",") if name != CONFIG_KEY]
     return Command(
         command.arguments[:at] + command.arguments[at + 2 :], {**command.environment, "VLLM_PLUGINS": ",".join(plugins)}
     )
@@ -328,7 +328,7 @@ class Client:
         async def send(prompt: list[int], session: aiohttp.ClientSession) -> Any:
             body: dict[str, Any] = {"temperature": 0.0}
             if variant == "steered":
-                body["vllm_xargs"] = {KEY: self._steering()}
+                body["vllm_xargs"] = {CONFIG_KEY: self._steering()}
             request = RequestFuncInput(
                 prompt=prompt,
                 api_url=f"{self._server.url}/v1/completions",
@@ -527,7 +527,7 @@ def main(
                 configured = server_command(str(model), str(profile), None, [*common, *MODES[one]], environment)
                 # Which server and which variant come first, in every combination.
                 pair = ["idle", "steered"][:: (-1) ** (number // 2)]
-                servers = [("plain", without_confsteer(configured), ["plain"] * 4), (KEY, configured, pair + pair[::-1])]
+                servers = [("plain", without_confsteer(configured), ["plain"] * 4), (CONFIG_KEY, configured, pair + pair[::-1])]
                 blocks, start_seconds = [], {}
                 for name, command, order in servers[:: (-1) ** number]:
                     click.echo(f"round {number + 1} of {rounds}, {one}, {name}", err=True)

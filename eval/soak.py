@@ -41,7 +41,7 @@ from bench_serving import Server, machine, server_environment, serving
 from confsteer import Profile, Steering
 from confsteer.model.loading import DEMO_NAME
 from confsteer.runtimes.vllm.front.command import server_command
-from confsteer.runtimes.vllm.settings import KEY
+from confsteer.runtimes.vllm.settings import CONFIG_KEY
 from tests.runtimes.vllm import fuzz, parity
 
 CLIENTS = 40
@@ -99,13 +99,13 @@ class Load:
             body["prompt_logprobs"] = 2
         steering = None if draw.random() < 0.2 else self._steering()
         if steering is not None:
-            body["vllm_xargs"] = {KEY: steering}
+            body["vllm_xargs"] = {CONFIG_KEY: steering}
         return Ask(body, steering, checked)
 
     def wrong(self) -> tuple[bytes, bool | None]:
         """A body, and whether it is to be answered 200; None if that is not known."""
         value = self._fuzz.value()
-        body = {"model": self._model, "prompt": [1, 2, 3, 4], "max_tokens": 1, "vllm_xargs": {KEY: value}}
+        body = {"model": self._model, "prompt": [1, 2, 3, 4], "max_tokens": 1, "vllm_xargs": {CONFIG_KEY: value}}
         whole = json.dumps(body).encode()
         return (whole, fuzz.takes(self._profile, value)) if self.random.random() < 0.8 else (self._fuzz.body(whole), None)
 
@@ -189,7 +189,7 @@ class Soak:
             "ignore_eos": True,
         }
         start = time.perf_counter()
-        status, said = await self.post(body | {"logprobs": 5, "vllm_xargs": {KEY: steering}})
+        status, said = await self.post(body | {"logprobs": 5, "vllm_xargs": {CONFIG_KEY: steering}})
         assert status == 200, said
         return said["choices"], 1000 * (time.perf_counter() - start)
 

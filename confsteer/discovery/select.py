@@ -16,11 +16,11 @@ HIGH_PERCENTILE = 75.0
 """A selected neuron's own effect is at or above this percentile of the layer."""
 LOW_PERCENTILE = 25.0
 """An entropy neuron's logit variance is at or below this percentile of the layer."""
-SHARE = 0.3
+MIN_SHARE = 0.3
 """At least this share of a selected neuron's total effect goes through the norm (entropy) or the unigram direction."""
 STANDARD_ERRORS = 2.0
 """A selected neuron's share and slope exceed these bounds by this many standard errors."""
-MOST = 32
+MAX_NEURONS = 32
 """No more neurons of a kind than this are reported, the largest effects first."""
 
 
@@ -41,7 +41,7 @@ def _is_signed(slope: WithError) -> Tensor:
 def _largest_first(eligible: Tensor, effect: Tensor) -> list[int]:
     indices = eligible.nonzero()[:, 0]
     order = effect[indices].argsort(descending=True, stable=True)
-    return [int(i) for i in indices[order][:MOST]]
+    return [int(i) for i in indices[order][:MAX_NEURONS]]
 
 
 def _unread_writes(weights: WeightStatistics) -> Tensor:
@@ -71,7 +71,7 @@ def entropy_neurons(weights: WeightStatistics, effects: NeuronEffects) -> list[i
     eligible = (
         _unread_writes(weights)
         & (percentile(effects.entropy_abs.value) >= HIGH_PERCENTILE)
-        & _clear(effects.mediation, SHARE)
+        & _clear(effects.mediation, MIN_SHARE)
         & _is_signed(effects.entropy_slope)
     )
     return _largest_first(eligible, effects.entropy_abs.value)
@@ -89,7 +89,7 @@ def frequency_neurons(effects: NeuronEffects, cosine: Tensor, chance_cosine: flo
     eligible = (
         (cosine.abs() > chance_cosine)
         & (percentile(effects.frequency.value) >= HIGH_PERCENTILE)
-        & _clear(effects.frequency_mediation, SHARE)
+        & _clear(effects.frequency_mediation, MIN_SHARE)
         & _is_signed(effects.unigram_slope)
     )
     eligible[excluding] = False

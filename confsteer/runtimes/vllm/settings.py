@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from confsteer.errors import ProfileError, SettingError, first_problem
 from confsteer.profile.profile import Profile
 
-KEY = "confsteer"
+CONFIG_KEY = "confsteer"
 """Of vLLM's ``additional_config``, and of a request's ``vllm_xargs`` or ``extra_args``."""
 
 
@@ -36,14 +36,14 @@ class Settings(BaseModel):
         Raises:
             SettingError: they are malformed.
         """
-        if not isinstance(additional_config, dict) or KEY not in additional_config:
+        if not isinstance(additional_config, dict) or CONFIG_KEY not in additional_config:
             return None
         try:
-            return cls.model_validate(additional_config[KEY])
+            return cls.model_validate(additional_config[CONFIG_KEY])
         except ValidationError as error:
             raise SettingError(
-                f"additional_config: {first_problem(error, whole=KEY, prefix=KEY)}. It should be "
-                f'{{"{KEY}": {{"profile": PROFILE}}}}, and may have a "default" steering'
+                f"additional_config: {first_problem(error, whole=CONFIG_KEY, prefix=CONFIG_KEY)}. It should be "
+                f'{{"{CONFIG_KEY}": {{"profile": PROFILE}}}}, and may have a "default" steering'
             ) from error
 
     def load_profile(self) -> Profile:

@@ -11,13 +11,13 @@ from typing import Any
 import httpx
 
 from confsteer import ConfsteerError, Profile, Steering
-from confsteer.runtimes.vllm.settings import KEY
+from confsteer.runtimes.vllm.settings import CONFIG_KEY
 from confsteer.steering import DIALS, MAX_CHARACTERS
 
 KEYS = [*Steering.model_fields, "frequency", "", "x", "__class__", "entropy ", "ENTROPY", "entropy.entropy", "scale.scale"]
 CHARACTERS = "abc019 .:=-+{}[]\",'\\/\0\x7f\t\n\u00e9\u0660\u2028\U0001f600\ud800\udfff\ufeff\u202e"
 NUMBERS = ["0", "-0", "1", "0.05", "-0.01", "1e9", "1e999", "-1e-999", "nan", "inf", "-Infinity", "1_0", "٣", "0x1", "9" * 400]
-NAME = json.dumps(KEY).encode()
+NAME = json.dumps(CONFIG_KEY).encode()
 
 
 class Fuzz:
@@ -34,7 +34,7 @@ class Fuzz:
         return self._random.choices(kinds, [6, 6, 4, 2, 4, 0.2])[0]()
 
     def body(self, whole: bytes) -> bytes:
-        """A request's body, spoiled, but for the name `KEY` in it: a value of another name is for vLLM alone."""
+        """A request's body, spoiled, but for the name `CONFIG_KEY` in it: a value of another name is for vLLM alone."""
         named = whole.index(NAME)
         pick, at = self._random.choice, self._random.randrange(len(whole) - len(NAME))
         at += len(NAME) if at >= named else 0

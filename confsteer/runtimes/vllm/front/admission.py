@@ -20,7 +20,7 @@ from confsteer.errors import NoNeuronsError, ProfileMismatchError, SteeringError
 from confsteer.last_layer.edit import NEUTRAL_EDIT
 from confsteer.profile.profile import Profile
 from confsteer.runtimes.vllm.front import counters as metrics
-from confsteer.runtimes.vllm.settings import KEY, Settings
+from confsteer.runtimes.vllm.settings import CONFIG_KEY, Settings
 from confsteer.runtimes.vllm.weights import OTHER_WEIGHTS
 from confsteer.steering import Steering
 
@@ -68,7 +68,7 @@ class Admission:
         Raises:
             VLLMValidationError: the steering is wrong, or nothing can be steered; the server answers 400 with the sentence.
         """
-        asked = (params.extra_args or {}).get(KEY)
+        asked = (params.extra_args or {}).get(CONFIG_KEY)
         try:
             steering = self.default if asked is None else self.canonical(asked)
             if steering is not None and not self.weights_fit:
@@ -85,8 +85,8 @@ class Admission:
             VLLMValidationError: see `steering_of`.
         """
         steering = self.steering_of(params)
-        others = {name: value for name, value in (params.extra_args or {}).items() if name != KEY}
-        params.extra_args = others if steering is None else {**others, KEY: steering}
+        others = {name: value for name, value in (params.extra_args or {}).items() if name != CONFIG_KEY}
+        params.extra_args = others if steering is None else {**others, CONFIG_KEY: steering}
         if steering is not None:
             metrics.steered_requests.inc()
 
@@ -172,7 +172,7 @@ def _check_protocol(protocol: Any, admission: Admission) -> None:
     @functools.wraps(convert_beams)
     def to_beam_search_params(self: Any, *args: Any, **kwargs: Any) -> Any:
         # Beam search in vLLM makes requests of its own, without what the client's asked of plugins.
-        if self.vllm_xargs and KEY in self.vllm_xargs:
+        if self.vllm_xargs and CONFIG_KEY in self.vllm_xargs:
             metrics.refused_requests.inc()
             raise VLLMValidationError(
                 "use_beam_search does not go together with a steering of one's own: vLLM does not pass it on to the beams. "

@@ -14,7 +14,7 @@ from confsteer.errors import SettingError, UnsupportedServerError
 from confsteer.model.loading import DEMO, DEMO_NAME
 from confsteer.profile.profile import Profile
 from confsteer.runtimes.vllm.release import check_release
-from confsteer.runtimes.vllm.settings import KEY
+from confsteer.runtimes.vllm.settings import CONFIG_KEY
 from confsteer.steering import Steering
 
 CONFIG_OPTIONS = ("--additional-config", "--additional_config")
@@ -56,7 +56,7 @@ def server_command(
     check_release(importlib.metadata.version(distribution))
     Profile.load(profile).edit(Steering.parse(default or {}))
     options, config = _without_config(options)
-    config[KEY] = {"profile": profile} | ({} if default is None else {"default": default})
+    config[CONFIG_KEY] = {"profile": profile} | ({} if default is None else {"default": default})
     if model is None:
         model = str(DEMO)
         if not any(option.startswith("--served") for option in options):
@@ -87,8 +87,8 @@ def _without_config(options: Sequence[str]) -> tuple[list[str], dict[str, object
             config = json.loads(value if equals else next(words, ""))
         except ValueError as error:
             raise SettingError(f"{name} is not JSON: {error}") from error
-        if not isinstance(config, dict) or KEY in config:
-            raise SettingError(f"{name} must be a JSON object without {KEY!r}, which confsteer serve writes itself")
+        if not isinstance(config, dict) or CONFIG_KEY in config:
+            raise SettingError(f"{name} must be a JSON object without {CONFIG_KEY!r}, which confsteer serve writes itself")
     return left, config
 
 
@@ -100,4 +100,4 @@ def _plugins(environment: Mapping[str, str]) -> list[str]:
         found = importlib.metadata.entry_points()
         groups = {group for group in found.groups if group.startswith("vllm.")} - {"vllm.endpoint_plugins"}
         named = sorted({point.name for group in groups for point in found.select(group=group)})
-    return [*dict.fromkeys([*named, KEY])]
+    return [*dict.fromkeys([*named, CONFIG_KEY])]

@@ -8,7 +8,7 @@ from typing import Any
 from prometheus_client import Counter
 from vllm.v1.engine.output_processor import OutputProcessor
 
-from confsteer.runtimes.vllm.settings import KEY
+from confsteer.runtimes.vllm.settings import CONFIG_KEY
 
 steered_requests = Counter("confsteer:steered_requests", "Requests admitted with a steering, their own or the default.")
 refused_requests = Counter("confsteer:refused_requests", "Requests answered 400 because of their steering.")
@@ -25,7 +25,7 @@ def install() -> None:
         params = request.sampling_params
         # A streamed input that ends after the engine has finished leaves no state behind.
         state = self.request_states.get(request.request_id)
-        if state is not None and params is not None and params.extra_args and KEY in params.extra_args:
+        if state is not None and params is not None and params.extra_args and CONFIG_KEY in params.extra_args:
             state.confsteer_steered = True
 
     @functools.wraps(finish)

@@ -7,7 +7,7 @@ from typing import Any
 
 from confsteer.runtimes.vllm.front.admission import Admission, admission_of, install
 from confsteer.runtimes.vllm.release import WORKERS, check_features
-from confsteer.runtimes.vllm.settings import KEY, Settings
+from confsteer.runtimes.vllm.settings import CONFIG_KEY, Settings
 from confsteer.runtimes.vllm.weights import check_model
 
 
@@ -32,7 +32,7 @@ def prepare(config: Any) -> None:
         slots=config.scheduler_config.max_num_seqs,
     )
     # vLLM hashes this dictionary into the name of its compile cache.
-    config.additional_config = {**config.additional_config, KEY: settings.model_dump()}
+    config.additional_config = {**config.additional_config, CONFIG_KEY: settings.model_dump()}
     parallel = config.parallel_config
     parallel.worker_cls = WORKERS.get(parallel.worker_cls, parallel.worker_cls)
     install(settings)

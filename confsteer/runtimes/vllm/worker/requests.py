@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from confsteer.errors import ProfileMismatchError
 from confsteer.profile.profile import Profile
-from confsteer.runtimes.vllm.settings import KEY
+from confsteer.runtimes.vllm.settings import CONFIG_KEY
 from confsteer.runtimes.vllm.weights import OTHER_WEIGHTS
 from confsteer.runtimes.vllm.worker.projection import SteeredProjection
 from confsteer.runtimes.vllm.worker.slots import NEUTRAL, Slots, token_rows
@@ -55,7 +55,7 @@ class SteeredRequests:
             self._requests.pop(request_id, None)
         for new in scheduler_output.scheduled_new_reqs:
             params = new.sampling_params
-            steering = params.extra_args.get(KEY) if params is not None and params.extra_args else None
+            steering = params.extra_args.get(CONFIG_KEY) if params is not None and params.extra_args else None
             self._requests.pop(new.req_id, None)
             if steering is not None:
                 prompt = new.prompt_token_ids if new.prompt_token_ids is not None else new.prompt_embeds
