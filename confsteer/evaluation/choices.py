@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from confsteer.errors import CorpusError
-from confsteer.evaluation.comparison import ComparedRow, Kind, accuracy_at_coverages, paired_differences, reliability_bins
+from confsteer.evaluation.comparison import ComparedRow, RowKind, accuracy_at_coverages, paired_differences, reliability_bins
 from confsteer.evaluation.metrics import Estimates, answer_metrics
 from confsteer.evaluation.reader import Reader, interventions_of
 from confsteer.last_layer.intervention import Intervention, TextStates
@@ -51,7 +51,7 @@ class ChoiceComparison(Result):
     unit: Literal["questions", "passages"]
     rows: tuple[ComparedRow, ...]
 
-    def of_kind(self, kind: Kind) -> tuple[ComparedRow, ...]:
+    def of_kind(self, kind: RowKind) -> tuple[ComparedRow, ...]:
         """The rows of a kind, in order."""
         return tuple(row for row in self.rows if row.kind == kind)
 
@@ -104,7 +104,7 @@ class AnswerCandidate(NamedTuple):
     """A way to answer."""
 
     name: str
-    kind: Kind
+    kind: RowKind
     log_likelihood: Tensor
     """See `ChoiceSample.log_likelihood`; over a temperature, in a row of one."""
     steering: Steering | None = None

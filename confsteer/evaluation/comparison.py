@@ -17,7 +17,7 @@ from confsteer.results.bootstrap import Blocks, Interval
 from confsteer.results.result import Result
 from confsteer.steering import Steering
 
-Kind = Literal["neutral", "steering", "temperature", "null write", "matched temperature"]
+RowKind = Literal["neutral", "steering", "temperature", "null write", "matched temperature"]
 FREQUENCY_GROUPS = 10
 ENTROPY_BINS = 40
 COVERAGES = tuple(i / 20 for i in range(1, 21))
@@ -57,14 +57,14 @@ class ComparedRow(Result):
     """One way to predict, held against others."""
 
     name: str
-    kind: Kind
+    kind: RowKind
     steering: Steering | None = None
     """Of a steering; of a matched temperature the steering whose mean entropy it has."""
     values: tuple[float, ...] = ()
     """The temperature, or the constant written along the null direction (in units of the residual); one per fold."""
     metrics: dict[str, Interval]
     """By the names in `confsteer.evaluation.metrics`."""
-    minus: dict[Kind, dict[str, Interval]] = Field(default_factory=dict)
+    minus: dict[RowKind, dict[str, Interval]] = Field(default_factory=dict)
     """Paired differences: this row's metric less that of the row of a kind (of its own matched temperature)."""
     reliability: tuple[ReliabilityBin, ...]
     """Equal-width bins that hold predictions."""
@@ -94,7 +94,7 @@ class TextComparison(Result):
     vocab_size: int
     rows: tuple[Row, ...]
 
-    def of_kind(self, kind: Kind) -> tuple[Row, ...]:
+    def of_kind(self, kind: RowKind) -> tuple[Row, ...]:
         """The rows of a kind, in order."""
         return tuple(row for row in self.rows if row.kind == kind)
 
@@ -103,7 +103,7 @@ class Candidate(NamedTuple):
     """A way to predict."""
 
     name: str
-    kind: Kind
+    kind: RowKind
     folds: Sequence[tuple[Tensor, Intervention]]
     """What is done to which tokens, by index; together they are all tokens."""
     steering: Steering | None = None
@@ -207,8 +207,8 @@ def compare(
 
 
 def paired_differences(
-    i: int, candidates: Sequence[tuple[Kind, Steering | None]], estimates: Sequence[Estimates]
-) -> dict[Kind, dict[str, Interval]]:
+    i: int, candidates: Sequence[tuple[RowKind, Steering | None]], estimates: Sequence[Estimates]
+) -> dict[RowKind, dict[str, Interval]]:
     """What `Row.minus` holds.
 
     Args:
@@ -217,7 +217,7 @@ def paired_differences(
         estimates: of each.
     """
     _, steering = candidates[i]
-    against: dict[Kind, Estimates] = {}
+    against: dict[RowKind, Estimates] = {}
     for j, (kind, of) in enumerate(candidates):
         matches = kind == "matched temperature" and of == steering
         if i != j and (kind in ("neutral", "temperature", "null write") or matches):

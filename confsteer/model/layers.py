@@ -25,7 +25,7 @@ class NormParameters(NamedTuple):
 
 
 def read_norm(norm: nn.Module, d_model: int) -> NormParameters:
-    """Kind, gain, bias and epsilon of a norm, decided by what it computes rather than by what it is called.
+    """RowKind, gain, bias and epsilon of a norm, decided by what it computes rather than by what it is called.
 
     LayerNorm and RMSNorm, with gain ``weight``, ``1 + weight`` (Gemma) or none, are tried against the module itself.
 

@@ -14,11 +14,11 @@ from confsteer.steering import Dial
 from confsteer.text.windows import vocabulary_size
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Share = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 Percent = Annotated[float, Field(ge=0, le=100)]
 NonNegative = Annotated[float, Field(ge=0)]
 # The first wrong item is enough: every further one would be a line of the error, and there may be very many.
-Curve = Annotated[tuple[float, ...], FailFast()]
+CurveColumn = Annotated[tuple[float, ...], FailFast()]
 
 
 class Strict(BaseModel):
@@ -47,8 +47,8 @@ class Neuron(Strict):
     """Within the layer, as all percentiles."""
     logit_variance: NonNegative
     logit_variance_percentile: Percent
-    null_fraction: Share
-    """Share of its write in the unembedding's effective null space."""
+    null_fraction: Fraction
+    """Fraction of its write in the unembedding's effective null space."""
     mean_activation: float
     std_activation: NonNegative
     total_effect: Measurement
@@ -69,8 +69,8 @@ class Neuron(Strict):
     """1 − (mean |Δloss| with the logits held along the unigram direction)/total."""
     frequency_cosine: Annotated[float, Field(ge=-1, le=1)]
     """Cosine of its write to the logits with the unigram direction."""
-    argmax_changed: Share
-    """Share of tokens whose most likely next token changes."""
+    argmax_changed: Fraction
+    """Fraction of tokens whose most likely next token changes."""
     total_effect_uncapped: Measurement | None = None
     """Mean |Δloss| of the logits before the model's softcap; None in models that have none, as the next."""
     entropy_effect_abs_uncapped: Measurement | None = None
@@ -80,15 +80,15 @@ class Neuron(Strict):
 class Response(Strict):
     """What one dial does: means over the corpus (over an even sample of a long one) at each of its positions, in nats."""
 
-    position: Curve
+    position: CurveColumn
     """Dial positions, ascending, 0 among them; each neuron is pushed by position · sign · its standard deviation."""
-    entropy: Curve
-    kl_model_unigram: Curve
+    entropy: CurveColumn
+    kl_model_unigram: CurveColumn
     """KL(P_model ‖ P_freq)"""
-    kl_unigram_model: Curve
+    kl_unigram_model: CurveColumn
     """KL(P_freq ‖ P_model)"""
-    loss: Curve
-    argmax_changed: Annotated[tuple[Share, ...], FailFast()]
+    loss: CurveColumn
+    argmax_changed: Annotated[tuple[Fraction, ...], FailFast()]
 
     @model_validator(mode="after")
     def _is_a_curve(self) -> Response:
@@ -175,9 +175,9 @@ class Layer(Strict):
 
     null_dims: Annotated[int, Field(gt=0)]
     """Directions counted as the unembedding's effective null space."""
-    chance_null_fraction: Share
+    chance_null_fraction: Fraction
     """Exceeded by the luckiest of as many random directions as the layer has neurons 1 time in 20."""
-    chance_frequency_cosine: Share | None
+    chance_frequency_cosine: Fraction | None
     """The same for the cosine with the unigram direction; this and what follows is None without a corpus."""
     entropy: NonNegative | None
     """Mean output entropy of the unsteered model on the corpus, in nats."""

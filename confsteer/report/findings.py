@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from confsteer.evaluation.comparison import ComparedRow, Kind
+from confsteer.evaluation.comparison import ComparedRow, RowKind
 from confsteer.evaluation.metrics import METRICS
 from confsteer.results.bootstrap import Interval
 from confsteer.tuning.tune import Tuning
@@ -14,7 +14,7 @@ JUDGED = ("loss", "ece", "brier")
 """What decides whether a steering is more than a temperature."""
 LISTED = "loss, ECE and Brier score"
 OBJECTIVES = {"nll": "loss", "brier": "Brier score", "ece": "ECE"}
-AGAINST: dict[Kind, str] = {
+AGAINST: dict[RowKind, str] = {
     "neutral": "the unsteered model",
     "temperature": "the fitted temperature",
     "matched temperature": "the temperature of the same mean entropy",
@@ -53,7 +53,7 @@ def _says(name: str, difference: Interval) -> str:
     return f"{metric.label} is {way} by {size} ({low} to {high})"
 
 
-def _against(row: ComparedRow, kind: Kind, names: Sequence[str]) -> Differences:
+def _against(row: ComparedRow, kind: RowKind, names: Sequence[str]) -> Differences:
     found = row.minus.get(kind, {})
     return Differences(f"Against {AGAINST[kind]}", [_says(name, found[name]) for name in names if name in found])
 
@@ -114,7 +114,7 @@ def _more_than_a_temperature(best: ComparedRow, steerings: Sequence[ComparedRow]
             f"Of all {len(ways)} steerings, {ways.count('lower')} have a lower loss than the temperature of their own mean "
             f"entropy, {ways.count('higher')} a higher one; of {ways.count(None)} the interval contains zero."
         )
-    kinds: tuple[Kind, ...] = ("matched temperature", "temperature")
+    kinds: tuple[RowKind, ...] = ("matched temperature", "temperature")
     return Finding(
         "Is it more than a temperature?", answer, lead, [_against(best, kind, JUDGED) for kind in kinds if kind in best.minus]
     )

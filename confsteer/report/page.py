@@ -11,7 +11,7 @@ from jinja2 import Environment, StrictUndefined
 
 from confsteer.errors import ProfileMismatchError
 from confsteer.evaluation.choices import ChoiceComparison
-from confsteer.evaluation.comparison import COMPARED, ComparedRow, Kind, TextComparison
+from confsteer.evaluation.comparison import COMPARED, ComparedRow, RowKind, TextComparison
 from confsteer.evaluation.evaluate import Evaluation
 from confsteer.evaluation.metrics import BINS, MASS_BINS, METRICS, SELECTED
 from confsteer.files import write_result
@@ -140,7 +140,7 @@ def _metrics_table(rows: Sequence[ComparedRow]) -> Table:
     )
 
 
-def _difference_table(rows: Sequence[ComparedRow], kind: Kind) -> Table:
+def _difference_table(rows: Sequence[ComparedRow], kind: RowKind) -> Table:
     """Of every row that is compared with the row of a kind."""
     compared = [row for row in rows if kind in row.minus]
     names = [name for name in COMPARED if any(name in row.minus[kind] for row in compared)]

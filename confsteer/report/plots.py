@@ -17,7 +17,7 @@ from confsteer.profile.profile import Profile
 from confsteer.report.printable import printable
 from confsteer.steering import DIALS, Dial, Steering
 from confsteer.studies.cumulative import CumulativeStudy
-from confsteer.studies.induction import Curve, InductionStudy, RepeatedSequences
+from confsteer.studies.induction import InductionStudy, PositionCurve, RepeatedSequences
 
 GREY, ENTROPY, FREQUENCY = "#9aa0a6", "#c5221f", "#1967d2"
 """The layer, its entropy neurons, its token-frequency neurons."""
@@ -321,7 +321,7 @@ def draw_repetition(axes: Axes, kind: RepeatedSequences, measure: Measure) -> No
     axes.legend(fontsize="small", ncols=2)
 
 
-def _band(axes: Axes, x: tuple[int, ...], curve: Curve, label: str, colour: str) -> None:
+def _band(axes: Axes, x: tuple[int, ...], curve: PositionCurve, label: str, colour: str) -> None:
     mean, error = np.array(curve.mean), np.array(curve.standard_error)
     axes.plot(x, mean, color=colour, linewidth=1, label=label)
     axes.fill_between(x, mean - 1.96 * error, mean + 1.96 * error, color=colour, alpha=0.2, linewidth=0)

@@ -40,10 +40,10 @@ from confsteer.text.windows import (
     make_windows,
 )
 
-Kind = Literal["random", "natural"]
+SequenceKind = Literal["random", "natural"]
 
 
-class Curve(Result):
+class PositionCurve(Result):
     """A mean over sequences at each position, with its standard error over sequences."""
 
     mean: tuple[float, ...]
@@ -61,7 +61,7 @@ class ClippedNeuron(Result):
     """A neuron's activation, and the clip that follows from it."""
 
     index: int
-    activation: Curve
+    activation: PositionCurve
     """By position."""
     first_mean: float
     """Over the first reading: the bound of the clip."""
@@ -75,9 +75,9 @@ class ClipEffect(Result):
     """What clipping one or more neurons does."""
 
     neurons: tuple[int, ...]
-    entropy: Curve
+    entropy: PositionCurve
     """By position, with the clip."""
-    loss: Curve
+    loss: PositionCurve
     first_entropy: Change
     """Of the mean entropy of the first reading, clipped less unsteered."""
     first_loss: Change
@@ -89,16 +89,16 @@ class ClipEffect(Result):
 class RepeatedSequences(Result):
     """What was measured on one kind of repeated sequences. Intervals and errors are over sequences, for the clips as they are."""
 
-    kind: Kind
+    kind: SequenceKind
     source: str
     sequences: int
     positions: tuple[int, ...]
     """Positions of the sequence that the curves are of: without the first three and the last."""
     repeats_from: int
     """Position at which the second reading starts."""
-    entropy: Curve
+    entropy: PositionCurve
     """Of the unsteered model, by position."""
-    loss: Curve
+    loss: PositionCurve
     first: PassMeans
     """Unsteered, over the positions of the first reading that have a counterpart in the second: the same predictions."""
     second: PassMeans
@@ -163,7 +163,7 @@ def induction(
     anatomy = dissect(model)
     profile.check_model(anatomy)
     random = random_stretches(tokenizer, profile.model.tokenizer_size, sequences, half, seed=seed)
-    repeated: dict[Kind, Windows] = {"random": read_twice(tokenizer, random, "uniform tokens")}
+    repeated: dict[SequenceKind, Windows] = {"random": read_twice(tokenizer, random, "uniform tokens")}
     if texts is not None:
         length = len(leading_ids(tokenizer)) + half
         # Twice as many as wanted, since some have control tokens.
@@ -230,7 +230,7 @@ def _measure(
     windows: Windows,
     neurons: Tensor,
     half: int,
-    kind: Kind,
+    kind: SequenceKind,
     progress: bool,
 ) -> RepeatedSequences:
     device = readout.unembedding.device
@@ -319,9 +319,9 @@ def _measure(
     )
 
 
-def _curve(values: Tensor) -> Curve:
+def _curve(values: Tensor) -> PositionCurve:
     """Of ``[sequences, positions]``."""
-    return Curve(
+    return PositionCurve(
         mean=tuple(values.mean(dim=0).tolist()),
         standard_error=tuple((values.std(dim=0) / len(values) ** 0.5).tolist()),
     )

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from confsteer import ConfsteerError, ProfileMismatchError, Steering
 from confsteer.cli import main
 from confsteer.evaluation.choices import ChoiceComparison, evaluate_choices
-from confsteer.evaluation.comparison import COMPARED, Kind, TextComparison
+from confsteer.evaluation.comparison import COMPARED, RowKind, TextComparison
 from confsteer.evaluation.evaluate import Evaluation, evaluate
 from confsteer.evaluation.metrics import METRICS
 from confsteer.report.findings import beyond
@@ -135,7 +135,7 @@ def test_the_numbers_of_the_tables_are_the_results() -> None:
             for cell, name in zip(cells[1:], names, strict=True):
                 digits = METRICS[name].digits + 2 * METRICS[name].percent
                 assert numbers(cell) == pytest.approx(row.metrics[name], abs=0.51 * 10**-digits)
-        kinds: tuple[Kind, ...] = ("neutral", "temperature", "matched temperature")
+        kinds: tuple[RowKind, ...] = ("neutral", "temperature", "matched temperature")
         for kind in kinds:
             _, *rows = next(tables)
             subtracted = [row for row in text.rows if kind in row.minus]
