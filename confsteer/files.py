@@ -17,7 +17,7 @@ from confsteer.errors import ResultError
 if sys.platform != "win32":
     import fcntl
 
-DRAFT_SUFFIX = ".confsteer-draft"
+TEMPORARY_SUFFIX = ".confsteer-draft"
 """Of what is being written: hidden files and folders beside what they become."""
 
 
@@ -51,7 +51,7 @@ def write_atomically(file: Path, payload: bytes) -> None:
     Raises:
         OSError: it cannot be written; nothing is left behind.
     """
-    with draft(file) as temporary:
+    with temporary_sibling(file) as temporary:
         with open(temporary, "wb") as stream:
             stream.write(payload)
             stream.flush()
@@ -74,7 +74,7 @@ def write_result(file: Path, payload: bytes) -> None:
 
 
 @contextlib.contextmanager
-def draft(target: Path, *, folder: bool = False) -> Iterator[Path]:
+def temporary_sibling(target: Path, *, folder: bool = False) -> Iterator[Path]:
     """A new file (or folder) beside `target`, removed when the context is left unless it was renamed by then.
 
     It is locked while the process lives: the next draft in the same place removes those that killed processes left.
@@ -82,7 +82,7 @@ def draft(target: Path, *, folder: bool = False) -> Iterator[Path]:
     Raises:
         OSError: it cannot be made.
     """
-    for old in target.parent.glob(f".*{DRAFT_SUFFIX}"):
+    for old in target.parent.glob(f".*{TEMPORARY_SUFFIX}"):
         with contextlib.suppress(OSError), _opened(old) as descriptor:
             _lock(descriptor)
             _remove(old)
@@ -96,7 +96,7 @@ def draft(target: Path, *, folder: bool = False) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def made(folder: Path) -> Iterator[None]:
+def folder_for_writing(folder: Path) -> Iterator[None]:
     """Have a folder to write to; if that fails and it is new, it is gone again."""
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
@@ -118,8 +118,8 @@ def sync_folder(folder: Path) -> None:
 
 def _new(target: Path, folder: bool) -> Path:
     if folder:
-        return Path(tempfile.mkdtemp(DRAFT_SUFFIX, f".{target.name}.", target.parent))
-    descriptor, path = tempfile.mkstemp(DRAFT_SUFFIX, f".{target.name}.", target.parent)
+        return Path(tempfile.mkdtemp(TEMPORARY_SUFFIX, f".{target.name}.", target.parent))
+    descriptor, path = tempfile.mkstemp(TEMPORARY_SUFFIX, f".{target.name}.", target.parent)
     os.close(descriptor)
     return Path(path)
 

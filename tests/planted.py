@@ -37,7 +37,7 @@ def planted(model_type: str, *, wide: bool = False, tied: bool = False) -> Plant
     return Planted(model, tokenizer, texts, confsteer.calibrate(model, tokenizer, texts, window=64, source="zipf"))
 
 
-def written_by(steering: Steering, *, seed: int = 0, documents: int = 60) -> list[str]:
+def output_weights(steering: Steering, *, seed: int = 0, documents: int = 60) -> list[str]:
     """Documents that the planted Llama writes when it is steered, so that this steering is the one to be found."""
     found = planted("llama")
     generator = torch.Generator().manual_seed(seed)

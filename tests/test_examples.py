@@ -18,7 +18,7 @@ from confsteer import Profile, Steering
 from confsteer.runtimes.vllm.settings import Settings
 from confsteer.text.sources import python_docs
 from tests.paths import ROOT
-from tests.planted import planted, written_by
+from tests.planted import output_weights, planted
 
 
 def run(example: str, *arguments: object, folder: Path) -> str:
@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = root / "model" / "config.json"
     # Positions are rotations: it can read as far as one likes.
     config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 512}))
-    (root / "texts.json").write_text(json.dumps(written_by(Steering(entropy=0.6))))
+    (root / "texts.json").write_text(json.dumps(output_weights(Steering(entropy=0.6))))
     return root
 
 

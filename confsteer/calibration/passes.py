@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from confsteer.errors import ResumeError
-from confsteer.files import made, write_atomically
+from confsteer.files import folder_for_writing, write_atomically
 from confsteer.last_layer.states import TokenStates
 from confsteer.model.states import Recording, regroup
 
@@ -96,7 +96,7 @@ class Checkpoint:
         tensors = {name: tensor.cpu() for name, tensor in self._tensors.items()}
         metadata = {"settings": json.dumps(self._settings), "sha256": _sha256(tensors)}
         try:
-            with made(self._file.parent):
+            with folder_for_writing(self._file.parent):
                 write_atomically(self._file, safetensors.torch.save(tensors, metadata))
         except OSError as error:
             # The calibration itself can still end well, so it goes on.

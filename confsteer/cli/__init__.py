@@ -10,7 +10,7 @@ import click
 
 from confsteer.cli import find, measure, steer, study, tune
 from confsteer.errors import ConfsteerError
-from confsteer.report.printable import printable
+from confsteer.report.printable import one_safe_line
 
 EXTRAS = {
     **dict.fromkeys(("datasets", "jinja2", "matplotlib", "yaml"), "eval"),
@@ -28,10 +28,10 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             with warnings.catch_warnings():
-                warnings.showwarning = lambda message, *_, **__: click.echo(f"Warning: {printable(str(message))}", err=True)
+                warnings.showwarning = lambda message, *_, **__: click.echo(f"Warning: {one_safe_line(str(message))}", err=True)
                 return super().invoke(ctx)
         except ConfsteerError as error:
-            raise click.ClickException("\n".join(map(printable, str(error).splitlines()))) from error
+            raise click.ClickException("\n".join(map(one_safe_line, str(error).splitlines()))) from error
         except OSError as error:
             if error.errno not in NO_ROOM:
                 raise

@@ -11,7 +11,7 @@ from rich.table import Table
 import confsteer
 from confsteer.cli.options import PROFILE, STEERING, load, model_options, profile_option, steer_option
 from confsteer.report import tables
-from confsteer.report.printable import printable
+from confsteer.report.printable import one_safe_line
 
 
 @click.command()
@@ -98,7 +98,7 @@ def bake(model: str | None, profile: str, steers: tuple[str, ...], out: Path, **
         baking.save(loaded, baked, found, folder)
     neurons = f"{len(baked.neurons)} neuron{'s' if len(baked.neurons) > 1 else ''} of layer {found.model.layer}"
     where = " and ".join(filter(None, [baked.weight, baked.bias]))
-    click.echo(f"Baked {steering} into {neurons} of {printable(found.model.id)}: {where}.")
+    click.echo(f"Baked {steering} into {neurons} of {one_safe_line(found.model.id)}: {where}.")
     if baked.mlp_bias_added:
         click.echo("The model's MLPs had no biases; now they have (mlp_bias in its config), zero but for this one.")
     if baked.weight:

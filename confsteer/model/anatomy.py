@@ -18,12 +18,12 @@ from confsteer.model.layers import (
     dtype_name,
     is_plain,
     on_device,
+    output_weights,
     read_norm,
     sizes,
     weight_of,
     weights_version,
     without_adapter,
-    written_by,
 )
 
 FINGERPRINT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -94,7 +94,7 @@ class Anatomy:
         if write is not None and (write.centred or write.bias is not None):
             raise UnsupportedModelError(f"the norm on the MLP's output, {type(self.write_norm).__name__}, is not an RMSNorm")
         with on_device(self.unembedding):
-            unembedding = written_by(self.unembedding).T[:vocab_size]
+            unembedding = output_weights(self.unembedding).T[:vocab_size]
             device, bias = unembedding.device, getattr(self.unembedding, "bias", None)
             return Readout.fold(
                 w_out=self.w_out().to(device) * self.residual_multiplier,
@@ -113,7 +113,7 @@ class Anatomy:
     def w_out(self) -> Tensor:
         """The last projection as ``[n_neurons, d_model]``, whatever way round and however quantised the model stores it."""
         with on_device(without_adapter(self.down_proj)):
-            return written_by(self.down_proj).clone()
+            return output_weights(self.down_proj).clone()
 
     def fingerprint(self, dtype: torch.dtype) -> str:
         """SHA-256 of the unembedding and the last projection, rounded to `dtype`; kept until the weights change."""
@@ -125,7 +125,7 @@ class Anatomy:
     def _hash_weights(self, dtype: torch.dtype) -> str:
         digest = hashlib.sha256()
         with on_device(self.unembedding):
-            for weight in (written_by(self.unembedding).T, self.w_out()):
+            for weight in (output_weights(self.unembedding).T, self.w_out()):
                 digest.update(str(tuple(weight.shape)).encode())
                 for rows in weight.split(8192):
                     digest.update(rows.to(dtype).contiguous().view(torch.uint8).cpu().numpy())

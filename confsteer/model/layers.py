@@ -25,7 +25,7 @@ class NormParameters(NamedTuple):
 
 
 def read_norm(norm: nn.Module, d_model: int) -> NormParameters:
-    """RowKind, gain, bias and epsilon of a norm, decided by what it computes rather than by what it is called.
+    """Kind, gain, bias and epsilon of a norm, decided by what it computes rather than by what it is called.
 
     LayerNorm and RMSNorm, with gain ``weight``, ``1 + weight`` (Gemma) or none, are tried against the module itself.
 
@@ -57,7 +57,7 @@ def read_norm(norm: nn.Module, d_model: int) -> NormParameters:
     raise UnsupportedModelError(f"the final norm {type(norm).__name__} is neither a LayerNorm nor an RMSNorm")
 
 
-def written_by(projection: nn.Module) -> Tensor:
+def output_weights(projection: nn.Module) -> Tensor:
     """What a unit of each input adds to the output of a linear layer, ``[inputs, outputs]``.
 
     Quantised weights come in many layouts. All of them can be asked: the layer's answer to each unit input, less its answer

@@ -48,7 +48,7 @@ class Neuron(Strict):
     logit_variance: NonNegative
     logit_variance_percentile: Percent
     null_fraction: Fraction
-    """Fraction of its write in the unembedding's effective null space."""
+    """Share of its write in the unembedding's effective null space."""
     mean_activation: float
     std_activation: NonNegative
     total_effect: Measurement
@@ -70,7 +70,7 @@ class Neuron(Strict):
     frequency_cosine: Annotated[float, Field(ge=-1, le=1)]
     """Cosine of its write to the logits with the unigram direction."""
     argmax_changed: Fraction
-    """Fraction of tokens whose most likely next token changes."""
+    """Share of tokens whose most likely next token changes."""
     total_effect_uncapped: Measurement | None = None
     """Mean |Δloss| of the logits before the model's softcap; None in models that have none, as the next."""
     entropy_effect_abs_uncapped: Measurement | None = None

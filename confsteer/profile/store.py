@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from confsteer.errors import ProfileCorruptError, ProfileError, ProfileNotFoundError, ProfileVersionError
-from confsteer.files import made, read_at_most, shipped_profiles, write_atomically
+from confsteer.files import folder_for_writing, read_at_most, shipped_profiles, write_atomically
 from confsteer.model.layers import dtype_name
 
 FORMAT_VERSION = 1
@@ -96,7 +96,7 @@ def write(folder: Path, fields: Mapping[str, Any], columns_file: str, columns: M
     new_columns = folder / columns_file
     is_new = not new_columns.exists()
     try:
-        with made(folder):
+        with folder_for_writing(folder):
             write_atomically(new_columns, safetensors.torch.save(dict(columns)))
             try:
                 write_atomically(folder / FILE_NAME, payload)

@@ -53,7 +53,7 @@ class Figures(NamedTuple):
 
 def compared_figures(all_rows: Sequence[ComparedRow], what: str) -> list[Figures]:
     """What can be drawn of any comparison: of predictions of tokens, or of answers to questions."""
-    rows = plots.drawn(all_rows)
+    rows = plots.rows_to_draw(all_rows)
     steerings, shown = (sum(row.kind == "steering" for row in some) for some in (all_rows, rows))
     some = f" Of the {steerings} steerings {shown} are drawn: spread over their order, with the lowest loss and ECE among them."
     return [
@@ -79,11 +79,11 @@ def _names(rows: Sequence[ComparedRow]) -> str:
 
 
 def text_figures(text: TextComparison) -> list[Figures]:
-    rows, neutral = plots.drawn(text.rows), text.rows[0]
+    rows, neutral = plots.rows_to_draw(text.rows), text.rows[0]
     names = _names(rows)
     reliability, risk = compared_figures(text.rows, "tokens")
     found = [reliability]
-    dials = [dial for dial in DIALS if plots.dialled(text, dial)]
+    dials = [dial for dial in DIALS if plots.single_dial_rows(text, dial)]
     if dials:
         found.append(
             Figures(
@@ -94,7 +94,8 @@ def text_figures(text: TextComparison) -> list[Figures]:
                 [
                     _panel(
                         partial(plots.draw_obtained, text=text, dial=dial),
-                        f"Change obtained against change asked of the {dial} dial, at {len(plots.dialled(text, dial))} values.",
+                        f"Change obtained against change asked of the {dial} dial, at {len(plots.single_dial_rows(text, dial))} "
+                        "values.",
                         f"The {dial} dial.",
                     )
                     for dial in dials

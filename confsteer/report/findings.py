@@ -37,14 +37,14 @@ class Finding(NamedTuple):
     differences: list[Differences]
 
 
-def beyond(difference: Interval) -> Literal["lower", "higher"] | None:
+def significant_sign(difference: Interval) -> Literal["lower", "higher"] | None:
     """Which way a paired difference goes, or None if its interval contains zero."""
     return "lower" if difference.high < 0 else "higher" if difference.low > 0 else None
 
 
 def _says(name: str, difference: Interval) -> str:
     """``ECE is lower by 0.0240 (0.0120 to 0.0360)``"""
-    metric, way = METRICS[name], beyond(difference)
+    metric, way = METRICS[name], significant_sign(difference)
     if way is None:
         low, high = (metric.number(bound, sign=True) for bound in difference[1:])
         return f"{metric.label}: no difference beyond the interval ({low} to {high})"
@@ -75,7 +75,7 @@ def _better_calibrated(best: ComparedRow, neutral: ComparedRow, steerings: int) 
             f" Of the {steerings} steerings that is the lowest ECE on this text; picked where it is judged, it looks better than "
             "it would on other text."
         )
-    way = beyond(best.minus["neutral"]["ece"])
+    way = significant_sign(best.minus["neutral"]["ece"])
     answer = {"lower": "Yes: its ECE is lower.", "higher": "No: its ECE is higher.", None: "Not shown: no difference in ECE."}[
         way
     ]
@@ -85,7 +85,7 @@ def _better_calibrated(best: ComparedRow, neutral: ComparedRow, steerings: int) 
 
 
 def _cost(best: ComparedRow) -> Finding:
-    worse, better = _sides(best.minus["neutral"], ("loss", "accuracy", "auroc"))
+    worse, better = significantly_worse_and_better(best.minus["neutral"], ("loss", "accuracy", "auroc"))
     answer = f"Worse {worse}." if worse else "Nothing that shows in loss, accuracy or AUROC."
     lead = f"{better[:1].upper() + better[1:]} {'are' if ' and ' in better else 'is'} better." if better else ""
     if "argmax_changed" in best.metrics:
@@ -95,7 +95,7 @@ def _cost(best: ComparedRow) -> Finding:
 
 
 def _more_than_a_temperature(best: ComparedRow, steerings: Sequence[ComparedRow]) -> Finding:
-    worse, better = _sides(best.minus.get("matched temperature", {}), JUDGED)
+    worse, better = significantly_worse_and_better(best.minus.get("matched temperature", {}), JUDGED)
     same = AGAINST["matched temperature"]
     if "matched temperature" not in best.minus:
         answer = f"Not measured: {same} is not among the rows."
@@ -107,7 +107,7 @@ def _more_than_a_temperature(best: ComparedRow, steerings: Sequence[ComparedRow]
         answer = f"No: {same} is better in {worse}, and worse in none of {LISTED}."
     else:
         answer = f"Not shown: no difference beyond the interval from {same}."
-    ways = [beyond(row.minus["matched temperature"]["loss"]) for row in steerings if "matched temperature" in row.minus]
+    ways = [significant_sign(row.minus["matched temperature"]["loss"]) for row in steerings if "matched temperature" in row.minus]
     lead = ""
     if len(ways) > 1:
         lead = (
@@ -120,9 +120,9 @@ def _more_than_a_temperature(best: ComparedRow, steerings: Sequence[ComparedRow]
     )
 
 
-def _sides(differences: dict[str, Interval], names: Sequence[str]) -> tuple[str, str]:
+def significantly_worse_and_better(differences: dict[str, Interval], names: Sequence[str]) -> tuple[str, str]:
     """The metrics in which a row is worse, and those in which it is better, beyond the interval."""
-    ways = {name: beyond(differences[name]) for name in names if name in differences}
+    ways = {name: significant_sign(differences[name]) for name in names if name in differences}
     worse = [METRICS[name].label for name, way in ways.items() if way and way != METRICS[name].better]
     better = [METRICS[name].label for name, way in ways.items() if way and way == METRICS[name].better]
     return " and ".join(worse), " and ".join(better)
@@ -136,7 +136,7 @@ def tuning_finding(tuning: Tuning) -> Finding:
     )
     if tuning.gained:
         return Finding("Is it fit to be saved?", "Yes.", lead + "better beyond the interval.", [])
-    lead += "worse." if beyond(tuning.validation) == "higher" else "no difference beyond the interval."
+    lead += "worse." if significant_sign(tuning.validation) == "higher" else "no difference beyond the interval."
     return Finding("Is it fit to be saved?", "No, it is refused.", lead, [])
 
 

@@ -17,7 +17,7 @@ from confsteer.evaluation.metrics import BINS, MASS_BINS, METRICS, SELECTED
 from confsteer.files import write_result
 from confsteer.profile.profile import Profile
 from confsteer.report.figures import Figures, compared_figures, induction_figures, profile_figures, text_figures
-from confsteer.report.findings import AGAINST, OBJECTIVES, Finding, beyond, findings, tuning_finding
+from confsteer.report.findings import AGAINST, OBJECTIVES, Finding, findings, significant_sign, tuning_finding
 from confsteer.results.bootstrap import RESAMPLES, Interval
 from confsteer.tuning.tune import Tuning
 
@@ -163,6 +163,6 @@ def _cell(name: str, interval: Interval | None, *, difference: bool = False) -> 
         return None
     metric = METRICS[name]
     value, low, high = (metric.number(number, sign=difference) for number in interval)
-    way = beyond(interval) if difference else None
+    way = significant_sign(interval) if difference else None
     verdict = "" if way is None or metric.better is None else "better" if way == metric.better else "worse"
     return Cell(value, f"{low} … {high}", verdict)

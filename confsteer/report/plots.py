@@ -14,7 +14,7 @@ from confsteer.discovery.select import candidates
 from confsteer.evaluation.comparison import COVERAGES, ENTROPY_BINS, ComparedRow, Row, TextComparison
 from confsteer.evaluation.evaluate import Evaluation
 from confsteer.profile.profile import Profile
-from confsteer.report.printable import printable
+from confsteer.report.printable import one_safe_line
 from confsteer.steering import DIALS, Dial, Steering
 from confsteer.studies.cumulative import CumulativeStudy
 from confsteer.studies.induction import InductionStudy, PositionCurve, RepeatedSequences
@@ -151,7 +151,7 @@ def draw_response(axes: Axes, profile: Profile, dial: Dial) -> None:
 
 def plot_reliability(evaluation: Evaluation) -> Figure:
     """Reliability diagrams of each text, four in a row."""
-    shown = [drawn(text.rows) for text in evaluation.texts]
+    shown = [rows_to_draw(text.rows) for text in evaluation.texts]
     across = min(4, max(map(len, shown)))
     down = [-(-len(rows) // across) for rows in shown]
     figure = Figure(figsize=(3.2 * across, 3.6 * sum(down) + 0.6), dpi=130, layout="constrained")
@@ -168,7 +168,7 @@ def plot_reliability(evaluation: Evaluation) -> Figure:
     return figure
 
 
-def drawn(rows: Sequence[AnyRow]) -> list[AnyRow]:
+def rows_to_draw(rows: Sequence[AnyRow]) -> list[AnyRow]:
     """The rows worth a picture: neutral, fitted temperature, and the steerings.
 
     Of more than six steerings four spread over their order are drawn, and those of the lowest loss and of the lowest ECE.
@@ -195,7 +195,7 @@ def draw_reliability(axes: Axes, row: ComparedRow) -> None:
     axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy", aspect="equal")
 
 
-def dialled(text: TextComparison, dial: Dial) -> list[tuple[float, Row]]:
+def single_dial_rows(text: TextComparison, dial: Dial) -> list[tuple[float, Row]]:
     """Rows whose steering is one dial and nothing else, with what was asked of it, in that order."""
     rows = [(getattr(row.steering, dial), row) for row in text.of_kind("steering")]
     found = [(asked, row) for asked, row in rows if asked is not None and row.steering == Steering.model_validate({dial: asked})]
@@ -204,7 +204,7 @@ def dialled(text: TextComparison, dial: Dial) -> list[tuple[float, Row]]:
 
 def draw_obtained(axes: Axes, text: TextComparison, dial: Dial) -> None:
     """What was asked of a dial against what the text shows, with 95 % intervals where the differences are paired."""
-    found = dialled(text, dial)
+    found = single_dial_rows(text, dial)
     asked = [value for value, _ in found]
     if dial == "entropy":
         change = np.array([row.minus["neutral"]["entropy"] for _, row in found])
@@ -280,7 +280,7 @@ def _styles(rows: Sequence[AnyRow]) -> list[tuple[AnyRow, dict[str, Any]]]:
 def _label(name: str) -> str:
     """A name as it can stand in a picture: short, on one line, and with dollar signs that begin no formula."""
     short = name if len(name) <= 36 else name[:35] + "…"
-    return printable(short).replace("$", r"\$")
+    return one_safe_line(short).replace("$", r"\$")
 
 
 def plot_induction(study: InductionStudy) -> Figure:

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 
-def printable(text: str) -> str:
+def one_safe_line(text: str) -> str:
     """On one line and without control characters, which a terminal would obey and which may turn text around."""
     return "".join(letter if letter.isprintable() else "�" for letter in text)

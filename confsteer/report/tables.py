@@ -9,7 +9,7 @@ from rich import markup
 from rich.console import Console
 from rich.table import Table
 
-from confsteer.report.printable import printable
+from confsteer.report.printable import one_safe_line
 from confsteer.steering import DIALS
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def console() -> Console:
 
 def escape(text: str) -> str:
     """A string that is shown as it is, whatever rich or the terminal would take it for."""
-    return markup.escape(printable(text))
+    return markup.escape(one_safe_line(text))
 
 
 def print_profile(console: Console, profile: Profile) -> None:

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from confsteer.errors import ResultError, SteeringError, UnsupportedModelError
-from confsteer.files import draft, sync_folder
+from confsteer.files import sync_folder, temporary_sibling
 from confsteer.model.anatomy import Anatomy
 from confsteer.model.dissect import dissect
-from confsteer.model.layers import dtype_name, written_by
+from confsteer.model.layers import dtype_name, output_weights
 from confsteer.model.loading import LoadedModel
 from confsteer.model.locate import unwrap
 from confsteer.profile.profile import Profile
@@ -97,7 +97,7 @@ def bake(model: nn.Module, profile: Profile | str | os.PathLike[str], steering: 
     index = torch.tensor([neuron.index for neuron in profile.steerable])
     with torch.no_grad():
         # A view: what is written into it is written into the weight.
-        w_out = written_by(projection)
+        w_out = output_weights(projection)
         rows = w_out[index.to(w_out.device)].cpu()
         constant = shift @ rows.double()  # [d_model]
         baked_rows = (gain[:, None] * rows.double()).to(rows.dtype)
@@ -224,7 +224,7 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         if folder.exists() and not (folder.is_dir() and next(folder.iterdir(), None) is None):
             raise ResultError(f"{folder} exists and is not an empty folder; nothing is written over: give another")
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with draft(folder, folder=True) as written:
+        with temporary_sibling(folder, folder=True) as written:
             yield written
             # safetensors writes files for the owner's eyes alone, and servers run as someone else.
             written.chmod(0o755)

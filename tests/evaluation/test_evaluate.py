@@ -9,7 +9,7 @@ from confsteer.evaluation.evaluate import evaluate, sweep
 from confsteer.last_layer.scores import TokenScores
 from confsteer.text.windows import make_windows
 from tests.models import zipf_texts
-from tests.planted import planted, written_by
+from tests.planted import output_weights, planted
 
 
 def test_results_are_those_of_running_the_steered_model() -> None:
@@ -56,7 +56,7 @@ def test_each_steering_stands_beside_the_temperature_of_the_same_entropy() -> No
 def test_baselines_are_judged_on_what_they_were_not_fitted_to() -> None:
     """The two halves are fitted apart: swapping the text of one half moves only the fit that the other half is judged by."""
     model, tokenizer, _, profile = planted("llama")
-    even, odd, other = (written_by(Steering(), seed=seed, documents=20) for seed in range(3))
+    even, odd, other = (output_weights(Steering(), seed=seed, documents=20) for seed in range(3))
 
     def temperatures(second: list[str]) -> tuple[float, ...]:
         texts = [text for pair in zip(even, second, strict=True) for text in pair]

@@ -7,7 +7,7 @@ import torch
 
 import confsteer
 from confsteer.model.dissect import dissect
-from confsteer.model.layers import written_by
+from confsteer.model.layers import output_weights
 from tests.models import ENTROPY_NEURONS, FREQUENCY_NEURON, FREQUENCY_SIGN
 from tests.planted import planted
 
@@ -30,7 +30,7 @@ def test_what_a_quantised_layer_writes_is_what_it_answers() -> None:
     assert anatomy.n_neurons == planted("llama").profile.model.n_neurons
     a = torch.randn(5, anatomy.n_neurons)
     with torch.no_grad():
-        torch.testing.assert_close(a @ written_by(anatomy.down_proj), anatomy.down_proj(a), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(a @ output_weights(anatomy.down_proj), anatomy.down_proj(a), atol=1e-4, rtol=1e-4)
 
 
 def test_the_planted_neurons_are_found_and_steered_in_a_quantised_model() -> None:

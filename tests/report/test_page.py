@@ -20,7 +20,7 @@ from confsteer.evaluation.choices import ChoiceComparison, evaluate_choices
 from confsteer.evaluation.comparison import COMPARED, RowKind, TextComparison
 from confsteer.evaluation.evaluate import Evaluation, evaluate
 from confsteer.evaluation.metrics import METRICS
-from confsteer.report.findings import beyond
+from confsteer.report.findings import significant_sign
 from confsteer.report.page import render, write_report
 from confsteer.report.results import read_result
 from confsteer.results.bootstrap import Interval
@@ -144,16 +144,16 @@ def test_the_numbers_of_the_tables_are_the_results() -> None:
                     difference = row.minus[kind][name]
                     assert numbers(cell) == pytest.approx(difference, abs=0.51 * 10 ** -METRICS[name].digits)
                     good = METRICS[name].better
-                    verdict = {None: None, good: "better"}.get(beyond(difference), "worse") if good else None
+                    verdict = {None: None, good: "better"}.get(significant_sign(difference), "worse") if good else None
                     assert [word for word in ("better", "worse") if word in cell] == ([verdict] if verdict else [])
     assert next(tables, None) is None
 
 
 def test_differences_within_their_interval_are_called_none() -> None:
-    assert beyond(Interval(-0.1, -0.3, 0.0)) is None
-    assert beyond(Interval(0.0, 0.0, 0.0)) is None
-    assert beyond(Interval(-0.1, -0.2, -0.01)) == "lower"
-    assert beyond(Interval(0.1, 0.01, 0.2)) == "higher"
+    assert significant_sign(Interval(-0.1, -0.3, 0.0)) is None
+    assert significant_sign(Interval(0.0, 0.0, 0.0)) is None
+    assert significant_sign(Interval(-0.1, -0.2, -0.01)) == "lower"
+    assert significant_sign(Interval(0.1, 0.01, 0.2)) == "higher"
 
 
 @pytest.mark.parametrize(

@@ -17,14 +17,14 @@ from confsteer.tuning.parameters import DialParameters, NeuronParameters
 from confsteer.tuning.splits import split
 from confsteer.tuning.tune import Tuning, tune
 from tests.models import zipf_texts
-from tests.planted import Planted, planted, written_by
+from tests.planted import Planted, output_weights, planted
 
 
 @functools.cache
 def tuned() -> Tuning:
     model, tokenizer, _, profile = planted("llama")
     steering = Steering(entropy=0.6)
-    texts = {"one": written_by(steering), "other": written_by(steering, seed=1)}
+    texts = {"one": output_weights(steering), "other": output_weights(steering, seed=1)}
     return tune(model, tokenizer, texts, profile, parameters="dials", window=64)
 
 
@@ -40,7 +40,7 @@ def test_the_steering_a_text_was_written_with_is_found() -> None:
 
 def test_a_temperature_tuned_along_is_not_part_of_what_is_stored_or_judged() -> None:
     found = planted("llama")
-    texts = written_by(Steering(entropy=0.6))
+    texts = output_weights(Steering(entropy=0.6))
     result = tune(found.model, found.tokenizer, texts, found.profile, parameters="dials", with_temperature=True, window=64)
     assert result.temperature is not None
     assert result.temperature != pytest.approx(1, abs=1e-3)
@@ -58,7 +58,7 @@ def test_a_temperature_tuned_along_is_not_part_of_what_is_stored_or_judged() -> 
 def test_where_nothing_can_be_gained_it_says_so() -> None:
     """Text that the unsteered model wrote."""
     model, tokenizer, _, profile = planted("llama")
-    result = tune(model, tokenizer, written_by(Steering()), profile, window=64)
+    result = tune(model, tokenizer, output_weights(Steering()), profile, window=64)
     assert not result.gained
     assert result.left_out == ()
 
@@ -66,7 +66,7 @@ def test_where_nothing_can_be_gained_it_says_so() -> None:
 def test_what_is_reported_is_what_the_stored_preset_does() -> None:
     found, result = planted("llama"), tuned()
     profile = found.profile.with_preset("calibrated", result.steering)
-    windows = make_windows(written_by(Steering(entropy=0.6)), found.tokenizer, window=64, source="one")
+    windows = make_windows(output_weights(Steering(entropy=0.6)), found.tokenizer, window=64, source="one")
     test_part = split(read_sample(Reader(found.model, found.profile), windows), windows, found.profile, seed=0).test
     edit = profile.edit(Steering(preset="calibrated"))
     scores = test_part.reading.scores(Intervention.of(edit))
