@@ -1,4 +1,18 @@
-"""Files that came with confsteer; reading no further than is sane; writing whole or not at all."""
+"""Files that came with confsteer; reading no further than is sane; writing whole or not at all.
+
+Who is trusted with what:
+
+- **Profiles** and **steering requests** come from anyone: a hub, a client of a server. They are JSON and rows of numbers
+  with a bounded size, checked field by field. Nothing in them is executed or unpickled, and none of their strings reaches a
+  terminal, a picture or a page unescaped.
+- **Results**, **run files**, **texts**, **questions** and **counts** come from the user or from somebody they know. Each
+  is bounded by what is held in memory at once, and is wrong with a sentence.
+- **Models** and **tokenizers** come from whom the user trusts as transformers does. Only safetensors are read from a
+  checkpoint that is scanned; code that comes with a model runs only with ``trust_remote_code``.
+- **The server's operator** sets profile and default. A client can do no more than choose a steering, and a wrong one is a 400.
+
+The limits in bytes of all files that are read whole are below; those of a request are in `confsteer.steering`.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +30,19 @@ from confsteer.errors import ResultError
 
 if sys.platform != "win32":
     import fcntl
+
+MAX_PROFILE_BYTES = 500_000
+"""``profile.json``: 64 neurons, the most that calibration reports, and dozens of presets that set each of them fit twice."""
+MAX_COLUMNS_BYTES = 100_000_000
+"""A profile's columns: those of a layer of 300,000 neurons fit."""
+MAX_COUNTS_BYTES = 100_000_000
+"""Token counts: those of twelve million tokens fit."""
+MAX_DOCUMENT_BYTES = 100_000_000
+"""A document, or a list of documents in one JSON file."""
+MAX_RESULT_BYTES = 100_000_000
+"""An evaluation or a tuning: those of a hundred texts with a hundred steerings each fit."""
+MAX_RUN_FILE_BYTES = 1_000_000
+"""A run file, in YAML."""
 
 TEMPORARY_SUFFIX = ".confsteer-draft"
 """Of what is being written: hidden files and folders beside what they become."""

@@ -213,7 +213,7 @@ def test_what_is_held_in_memory_has_a_limit(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["a.txt.gz", "a.jsonl.gz", "a.json.gz"])
 def test_the_limit_is_of_what_is_unpacked(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(texts, "MAX_BYTES", 1_000_000)
+    monkeypatch.setattr(texts, "MAX_DOCUMENT_BYTES", 1_000_000)
     (tmp_path / name).write_bytes(gzip.compress(b"t1 " * 1_000_000, compresslevel=1))
     assert (tmp_path / name).stat().st_size < 100_000
     with pytest.raises(CorpusError, match=r"has more than 1,000,000 bytes"):
@@ -221,7 +221,7 @@ def test_the_limit_is_of_what_is_unpacked(tmp_path: Path, name: str, monkeypatch
 
 
 def test_the_limit_is_of_a_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(texts, "MAX_BYTES", 20)
+    monkeypatch.setattr(texts, "MAX_DOCUMENT_BYTES", 20)
     (tmp_path / "a.txt").write_text("x" * 20)
     (tmp_path / "b.jsonl").write_text('"0123456789"\n' * 5 + '"0123456789012345678901"\n')
     documents = read_texts([tmp_path])

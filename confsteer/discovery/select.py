@@ -20,7 +20,7 @@ MIN_SHARE = 0.3
 """At least this share of a selected neuron's total effect goes through the norm (entropy) or the unigram direction."""
 STANDARD_ERRORS = 2.0
 """A selected neuron's share and slope exceed these bounds by this many standard errors."""
-MAX_NEURONS = 32
+MAX_SELECTED = 32
 """No more neurons of a kind than this are reported, the largest effects first."""
 
 
@@ -41,7 +41,7 @@ def _is_signed(slope: WithError) -> Tensor:
 def _largest_first(eligible: Tensor, effect: Tensor) -> list[int]:
     indices = eligible.nonzero()[:, 0]
     order = effect[indices].argsort(descending=True, stable=True)
-    return [int(i) for i in indices[order][:MAX_NEURONS]]
+    return [int(i) for i in indices[order][:MAX_SELECTED]]
 
 
 def _unread_writes(weights: WeightStatistics) -> Tensor:

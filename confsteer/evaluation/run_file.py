@@ -12,7 +12,7 @@ from confsteer.errors import SettingError, first_problem
 from confsteer.evaluation.choices import ChoiceComparison, evaluate_choices
 from confsteer.evaluation.evaluate import Evaluation, evaluate, sweep
 from confsteer.evaluation.reader import interventions_of
-from confsteer.files import read_at_most
+from confsteer.files import MAX_RUN_FILE_BYTES, read_at_most
 from confsteer.model.loading import DEMO_UNIGRAM, LoadedModel
 from confsteer.profile.profile import Profile
 from confsteer.steering import Steering
@@ -22,8 +22,6 @@ from confsteer.text.questions import Question, read_questions
 from confsteer.text.sources import TextSource, by_title
 from confsteer.text.windows import leading_ids
 
-MAX_BYTES = 1_000_000
-"""Of a run file."""
 SEQUENCES, HALF = 100, 100
 """Of the induction study: sequences, and tokens that each reads twice."""
 
@@ -67,7 +65,7 @@ class Run(BaseModel):
         import yaml
 
         try:
-            content = yaml.safe_load(read_at_most(file, MAX_BYTES))
+            content = yaml.safe_load(read_at_most(file, MAX_RUN_FILE_BYTES))
         except OSError as error:
             raise SettingError(f"cannot read {file}: {error.strerror}") from error
         except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date of a 13th month, brackets thousands deep

@@ -16,7 +16,14 @@ import torch
 from torch import Tensor
 
 from confsteer.errors import ProfileCorruptError, ProfileError, ProfileNotFoundError, ProfileVersionError
-from confsteer.files import folder_for_writing, read_at_most, shipped_profiles, write_atomically
+from confsteer.files import (
+    MAX_COLUMNS_BYTES,
+    MAX_PROFILE_BYTES,
+    folder_for_writing,
+    read_at_most,
+    shipped_profiles,
+    write_atomically,
+)
 from confsteer.model.layers import dtype_name
 
 FORMAT_VERSION = 1
@@ -26,10 +33,6 @@ WEIGHT_COLUMNS = ("norm", "logit_variance", "null_fraction", "singular_values")
 """Columns that the weights alone give, all a profile without a corpus has."""
 MEASURED_COLUMNS = ("mean_activation", "mediation", "frequency", "frequency_mediation")
 """Columns of a profile with a corpus that something is made of."""
-MAX_BYTES = 500_000
-"""Of ``profile.json``: 64 neurons, the most that calibration reports, and dozens of presets that set each of them fit twice."""
-MAX_COLUMNS_BYTES = 100_000_000
-"""Of the columns: those of a layer of 300,000 neurons fit."""
 
 
 def find(source: str | os.PathLike[str]) -> Path:
@@ -87,12 +90,14 @@ def write(folder: Path, fields: Mapping[str, Any], columns_file: str, columns: M
         columns: by name, a row of numbers each.
 
     Raises:
-        ProfileError: it cannot be written, or would be larger than `MAX_BYTES`.
+        ProfileError: it cannot be written, or would be larger than `MAX_PROFILE_BYTES`.
     """
     document = {"format_version": FORMAT_VERSION, **fields, "checksum": checksum(fields)}
     payload = (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode()
-    if len(payload) > MAX_BYTES:
-        raise ProfileError(f"the profile has {len(payload):,} bytes of JSON, at most {MAX_BYTES:,} can be read: fewer presets")
+    if len(payload) > MAX_PROFILE_BYTES:
+        raise ProfileError(
+            f"the profile has {len(payload):,} bytes of JSON, at most {MAX_PROFILE_BYTES:,} can be read: fewer presets"
+        )
     new_columns = folder / columns_file
     is_new = not new_columns.exists()
     try:
@@ -155,7 +160,7 @@ def _read_document(file: Path) -> dict[str, Any]:
         return dict(pairs)
 
     try:
-        document = json.loads(read_at_most(file, MAX_BYTES), object_pairs_hook=without_duplicates)
+        document = json.loads(read_at_most(file, MAX_PROFILE_BYTES), object_pairs_hook=without_duplicates)
     except (ValueError, RecursionError) as error:
         raise ProfileCorruptError(f"{file} is not JSON: {error}") from error
     except OSError as error:

@@ -11,12 +11,9 @@ from confsteer.errors import ResultError, first_problem
 from confsteer.evaluation.choices import ChoiceComparison
 from confsteer.evaluation.comparison import TextComparison
 from confsteer.evaluation.evaluate import Evaluation
-from confsteer.files import read_at_most
+from confsteer.files import MAX_RESULT_BYTES, read_at_most
 from confsteer.report.findings import JUDGED
 from confsteer.tuning.tune import Tuning
-
-MAX_BYTES = 100_000_000
-"""Of results: those of a hundred texts with a hundred steerings each fit."""
 
 
 def read_result(file: Path) -> Evaluation | Tuning:
@@ -27,7 +24,7 @@ def read_result(file: Path) -> Evaluation | Tuning:
     """
     way_out = "Write one with confsteer eval … --json FILE or confsteer tune … --json FILE"
     try:
-        document = json.loads(read_at_most(file, MAX_BYTES))
+        document = json.loads(read_at_most(file, MAX_RESULT_BYTES))
     except OSError as error:
         raise ResultError(f"cannot read {file}: {error.strerror}. {way_out}") from error
     except (ValueError, RecursionError) as error:

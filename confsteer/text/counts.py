@@ -11,10 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from confsteer.errors import CorpusError
-from confsteer.files import read_at_most
+from confsteer.files import MAX_COUNTS_BYTES, read_at_most
 
-MAX_COUNTS_BYTES = 100_000_000
-"""Of a file of token counts: twelve million tokens fit."""
 MAX_COUNTED = 1e18
 """Tokens that counts add up to; more do not fit an int64."""
 

@@ -16,14 +16,13 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from transformers import PreTrainedTokenizerBase
 
 from confsteer.errors import CorpusError
+from confsteer.files import MAX_DOCUMENT_BYTES
 from confsteer.text.windows import Document, Windows, make_windows
 
 TEXT_SUFFIXES = (".txt", ".md")
 JSON_LINES_SUFFIXES = (".jsonl", ".ndjson")
 JSON_SUFFIXES = (".json", *JSON_LINES_SUFFIXES)
 DEFAULT_SPLIT = "train"
-MAX_BYTES = 100_000_000
-"""Of what is held in memory at once: a document, a list of documents."""
 SHORT_PARAGRAPH = 60
 """Characters below which a repeated paragraph is a phrase such as "Example:"."""
 
@@ -119,8 +118,8 @@ def read_texts(paths: Sequence[Path], *, field: str | None = None, chat: bool = 
 
     Raises:
         CorpusError: at once if a path is missing or a device, or a folder has no such file; while reading if
-            a file is not what its name says, has no document, or one of more than `MAX_BYTES` (a list in ``.json`` counts as
-            one), or a record has no such field.
+            a file is not what its name says, has no document, or one of more than `MAX_DOCUMENT_BYTES` (a list in ``.json``
+            counts as one), or a record has no such field.
     """
     if chat:
         files = _json_files(paths, "conversations")
@@ -263,11 +262,11 @@ def _records(stream: BufferedIOBase, file: Path) -> Iterator[tuple[str, Any]]:
 
 def _read(read: Callable[[int], bytes], where: str) -> bytes:
     """A file or a line of one, which goes into memory as a whole, however few tokens are asked for."""
-    content = read(MAX_BYTES + 1)
-    if len(content) > MAX_BYTES:
+    content = read(MAX_DOCUMENT_BYTES + 1)
+    if len(content) > MAX_DOCUMENT_BYTES:
         raise CorpusError(
-            f"{where} has more than {MAX_BYTES:,} bytes, and is held in memory as a whole: cut it into several documents, "
-            "such as lines of a .jsonl file, or files (split --line-bytes=100M)"
+            f"{where} has more than {MAX_DOCUMENT_BYTES:,} bytes, and is held in memory as a whole: cut it into several "
+            "documents, such as lines of a .jsonl file, or files (split --line-bytes=100M)"
         )
     return content
 

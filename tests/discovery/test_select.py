@@ -133,7 +133,7 @@ def test_a_cosine_that_chance_reaches_is_not_enough() -> None:
 
 def test_no_more_than_the_most(monkeypatch: pytest.MonkeyPatch) -> None:
     weights, effects, _ = layer()
-    monkeypatch.setattr(select, "MAX_NEURONS", 2)
+    monkeypatch.setattr(select, "MAX_SELECTED", 2)
     assert select.entropy_neurons(weights, effects) == [50, 8]
 
 
