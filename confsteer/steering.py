@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Annotated, Any, Literal, NamedTuple, TypedDict
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from confsteer.errors import SteeringError, first_problem
 
 Dial = Literal["entropy", "unigram"]
-DIALS: tuple[Dial, ...] = ("entropy", "unigram")
+
+
+class DialWords(NamedTuple):
+    """What the neurons on a dial are called."""
+
+    neurons: str
+    """In a sentence: ``entropy`` or ``token-frequency`` neurons."""
+    group: Literal["entropy", "frequency"]
+    """In a steering, in place of a neuron's index: all of them."""
+
+
+DIALS: dict[Dial, DialWords] = {
+    "entropy": DialWords("entropy", "entropy"),
+    "unigram": DialWords("token-frequency", "frequency"),
+}
 MAX_CHARACTERS = 10_000
 """Of a request in JSON or in text: dozens of neurons by name fit."""
 MAX_NEURONS = 1_000

@@ -42,7 +42,7 @@ def card(profile: Profile, repo: str) -> str:
     """
     model, corpus = profile.model, profile.corpus
     if corpus is None:
-        raise profile.no_neurons("entropy", "token-frequency")
+        raise profile.no_neurons(*DIALS)
     lines = [
         "---",
         "library_name: confsteer",
@@ -65,7 +65,7 @@ def card(profile: Profile, repo: str) -> str:
     ]
     for dial in DIALS:
         neurons = profile.neurons(dial)
-        kind = "Entropy" if dial == "entropy" else "Token-frequency"
+        kind = DIALS[dial].neurons.capitalize()
         if not neurons:
             lines += [f"{kind} neurons: none found.", ""]
             continue

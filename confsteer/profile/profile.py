@@ -149,17 +149,17 @@ class Profile(Strict):
             NoNeuronsError: the model has no neurons of this kind.
         """
         if dial not in self.response:
-            raise self.no_neurons("entropy" if dial == "entropy" else "token-frequency")
+            raise self.no_neurons(dial)
         return self.response[dial]
 
-    def no_neurons(self, *kinds: str) -> NoNeuronsError:
-        """The error that says why there are no neurons of these kinds to steer."""
+    def no_neurons(self, *dials: Dial) -> NoNeuronsError:
+        """The error that says why these dials have no neurons to steer."""
         if self.corpus is None:
             return NoNeuronsError(
                 f"this profile of {self.model.id} is a scan of its weights alone: there is nothing to steer before the neurons' "
                 "effects are measured. Run confsteer calibrate on the model"
             )
-        missing = " and ".join(f"no {kind} neurons" for kind in kinds)
+        missing = " and ".join(f"no {DIALS[dial].neurons} neurons" for dial in dials)
         return NoNeuronsError(
             f"{self.model.id} has {missing} (profile from {self.corpus.kept_tokens:,} tokens of "
             f"{self.corpus.source}): there is nothing to steer"
@@ -202,7 +202,7 @@ class Profile(Strict):
         """
         neurons = (*self.entropy_neurons, *self.frequency_neurons)
         if not neurons:
-            raise self.no_neurons("entropy", "token-frequency")
+            raise self.no_neurons(*DIALS)
         return neurons
 
     def resolve(self, steering: Steering) -> Steering:
@@ -261,7 +261,7 @@ class Profile(Strict):
         Raises:
             SteeringError: the profile has none.
         """
-        groups = {"entropy": self.entropy_neurons, "frequency": self.frequency_neurons}
+        groups = {words.group: self.neurons(dial) for dial, words in DIALS.items()}
         meant = {neuron.index for neuron in groups[key]} if isinstance(key, str) else {key}
         indices = [neuron.index for neuron in self.steerable]
         rows = [row for row, index in enumerate(indices) if index in meant]

@@ -52,7 +52,7 @@ def print_profile(console: Console, profile: Profile) -> None:
     )
     for dial in DIALS:
         neurons = profile.neurons(dial)
-        kind = "Entropy" if dial == "entropy" else "Token-frequency"
+        kind = DIALS[dial].neurons.capitalize()
         if not neurons:
             console.print(f"[bold]{kind} neurons: none found.[/bold]")
             continue

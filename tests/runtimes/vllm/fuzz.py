@@ -76,7 +76,7 @@ class Fuzz:
             words.append(
                 draw.choice(
                     [
-                        f"{draw.choice(DIALS)}={number}",
+                        f"{draw.choice(list(DIALS))}={number}",
                         f"{operation}.{neuron}={number}",
                         f"clamp.{neuron}={number}:{draw.choice(['', self._number()])}",
                         f"positions={draw.choice(['all', 'generated', 'none'])}",
@@ -91,7 +91,7 @@ class Fuzz:
 
     def _near_miss(self) -> str:
         """A good steering with a character changed, or none."""
-        good = json.dumps({self._random.choice(DIALS): 0.01, "scale": {self._random.choice(self._neurons): 0.5}})
+        good = json.dumps({self._random.choice(list(DIALS)): 0.01, "scale": {self._random.choice(self._neurons): 0.5}})
         at = self._random.randrange(-1, len(good))
         return good if at < 0 else good[:at] + self._random.choice(CHARACTERS) + good[at + 1 :]
 
