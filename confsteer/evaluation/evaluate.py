@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TypedDict, Unpack
 
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from confsteer import defaults
 from confsteer.errors import CorpusError, SteeringError
 from confsteer.evaluation.choices import ChoiceComparison
 from confsteer.evaluation.comparison import Candidate, Sample, TextComparison, compare
@@ -36,10 +38,27 @@ class Evaluation(Result):
     profile: str
     """Checksum of the profile."""
     versions: dict[str, str]
-    """Of the libraries that made it."""
+    """Versions of the libraries that made it."""
     texts: tuple[TextComparison, ...]
     choices: tuple[ChoiceComparison, ...] = ()
     induction: InductionStudy | None = None
+
+
+class EvaluationSettings(TypedDict, total=False):
+    """Keywords of `evaluate`; those left out are as in `confsteer.defaults.EVALUATION`."""
+
+    unigram_counts: torch.Tensor | None
+    """How often each token occurs, ``[tokenizer_size]``; counted in each text if None."""
+    tokens: int | None
+    """Tokens of each text to read at most; all if None."""
+    window: int
+    """Tokens per window."""
+    smooth_ece: bool
+    """Whether to compute smooth ECE too."""
+    source: str
+    """Name of a text that has none, for the report."""
+    progress: bool
+    """Whether to show progress bars."""
 
 
 def evaluate(
@@ -48,20 +67,17 @@ def evaluate(
     texts: Texts,
     profile: Profile,
     steerings: Sequence[Steering],
-    *,
-    unigram_counts: torch.Tensor | None = None,
-    tokens: int | None = None,
-    window: int = 256,
-    smooth_ece: bool = False,
-    source: str = "texts",
-    progress: bool = False,
+    **settings: Unpack[EvaluationSettings],
 ) -> Evaluation:
-    """Loss, entropy and calibration without steering, with each of `steerings`, and with what each has to beat.
+    """Compare loss, entropy and calibration without steering, with each of `steerings`, and with what each has to beat.
 
-    That is, on each text: the temperature fitted to one half of it and used on the other, and the other way round; a constant
-    written along the unembedding's null direction, fitted in the same way; and beside each steering the temperature at which
-    the unsteered model has the same mean entropy. What remains of a difference to that one is what neurons know beyond a
-    temperature.
+    What each has to beat, on each text:
+
+    - the temperature fitted to one half of it and used on the other, and the other way round;
+    - a constant written along the unembedding's null direction, fitted in the same way;
+    - beside each steering, the temperature at which the unsteered model has the same mean entropy.
+
+    What remains of a difference to the last is what neurons know beyond a temperature.
 
     The model runs once over each text (see `confsteer.last_layer.intervention`), on the same positions as calibration uses.
 
@@ -72,8 +88,9 @@ def evaluate(
             which `tokens`, `window` and `source` are not used; or several of these by name.
         profile: see `confsteer.steer`.
         steerings: to compare with the unsteered model; all for every position.
+        **settings: see `EvaluationSettings`:
         unigram_counts: how often each token occurs, ``[tokenizer_size]``; counted in each text if None.
-        tokens: read at most this many of each text.
+        tokens: read at most this many of each text; all if None.
         window: tokens per window.
         smooth_ece: whether to compute smooth ECE too; it takes a second per ten thousand tokens and row, and the package relplot.
         source: what the text is, for the report, if it has no name.
@@ -84,18 +101,23 @@ def evaluate(
         SettingError: the window is too short or longer than the model's context.
         SteeringError: see `confsteer.steer`; or a steering is of the generated positions alone.
         ProfileMismatchError, NoNeuronsError: see `confsteer.steer`.
+        TypeError: a keyword is not in `EvaluationSettings`.
     """
-    # What is asked wrongly is said before anything runs.
+    given = defaults.with_defaults("evaluate", settings, defaults.EVALUATION)
+    unigram_counts, progress = given["unigram_counts"], given["progress"]
+    # Validate the steerings before the model runs.
     names = [str(steering) for steering in steerings]
     steerings, interventions = interventions_of(steerings, profile)
     reader = Reader(model, profile)
     compared = []
-    for name, documents in named_texts(texts, source).items():
-        windows = make_windows(documents, tokenizer, window=window, max_tokens=tokens, source=name)
+    every_text = named_windows(texts, tokenizer, tokens=given["tokens"], window=given["window"], source=given["source"])
+    for name, windows in every_text:
+        # Read the text once: every candidate follows in closed form.
         sample = read_sample(reader, windows, progress=progress)
         if len(sample.block.unique()) < 2:
             raise CorpusError(f"{name}: a single window; baselines are fitted on one part of a text and judged on another")
         counts = windows.counts(profile.model.tokenizer_size) if unigram_counts is None else unigram_counts
+        unigram = Unigram.from_counts(counts)
         total = 3 + 2 * len(steerings)
         with tqdm(total=total, desc=f"compare on {name}"[:40], unit="row", disable=not progress) as bar:
             candidates = [
@@ -104,21 +126,41 @@ def evaluate(
                 Candidate("constant in the null space", "null write", sample.cross_fitted(fit_null_write, FIT_TOKENS)),
                 *with_matched_temperatures(sample, steerings, interventions, names),
             ]
-            compared.append(
-                compare(sample, candidates, Unigram.from_counts(counts), smooth_ece=smooth_ece, on_candidate=bar.update)
-            )
+            compared.append(compare(sample, candidates, unigram, smooth_ece=given["smooth_ece"], on_candidate=bar.update))
     return Evaluation(model=profile.model.id, profile=profile.checksum, versions=library_versions(), texts=tuple(compared))
 
 
-def named_texts(texts: Texts, source: str) -> Mapping[str, Iterable[Document] | Windows]:
-    """Texts by name, whichever way they were given; windows bring a name of their own."""
-    if isinstance(texts, Mapping):
-        return texts
-    return {texts.source if isinstance(texts, Windows) else source: texts}
+def named_windows(
+    texts: Texts, tokenizer: PreTrainedTokenizerBase, *, tokens: int | None, window: int, source: str
+) -> Iterator[tuple[str, Windows]]:
+    """Cut each text into windows, whichever way the texts were given; windows bring a name of their own.
+
+    Args:
+        texts: see `evaluate`.
+        tokenizer: the model's.
+        tokens: see `EvaluationSettings`; windows already made are left as they are.
+        window: see `EvaluationSettings`.
+        source: see `EvaluationSettings`.
+
+    Yields:
+        The name of a text and its windows. They are made when they are asked for: one text is in memory at a time.
+
+    Raises:
+        CorpusError: a text is too short.
+        SettingError: the window is too short.
+    """
+    by_name = texts if isinstance(texts, Mapping) else {texts.source if isinstance(texts, Windows) else source: texts}
+    for name, documents in by_name.items():
+        yield name, make_windows(documents, tokenizer, window=window, max_tokens=tokens, source=name)
 
 
 def read_sample(reader: Reader, windows: Windows, *, progress: bool = False) -> Sample:
-    """Run the model over a text; see `Reader.read`."""
+    """Run the model over a text; see `Reader.read`.
+
+    Raises:
+        CorpusError: no token of it counts.
+        SettingError: its windows are longer than the model's context.
+    """
     layer = reader.read(windows, progress=progress)
     if layer.tokens == 0:
         raise CorpusError(f"{windows.source}: no token counts: its windows are too short")
@@ -127,7 +169,7 @@ def read_sample(reader: Reader, windows: Windows, *, progress: bool = False) -> 
 
 
 def unsteered(sample: Sample) -> Candidate:
-    """The unsteered model."""
+    """Make the candidate that all others are compared with: the unsteered model."""
     neutral = Intervention.neutral(sample.reading.readout.n_neurons)
     return Candidate("neutral", "neutral", sample.everywhere(neutral), Steering())
 
@@ -135,13 +177,16 @@ def unsteered(sample: Sample) -> Candidate:
 def with_matched_temperatures(
     sample: Sample, steerings: Sequence[Steering], interventions: Sequence[Intervention], names: Sequence[str]
 ) -> list[Candidate]:
-    """Each steering, and after it the temperature that gives the unsteered model the same mean entropy on this text.
+    """Pair each steering with the temperature that gives the unsteered model the same mean entropy on this text.
 
     Args:
         sample: the text.
         steerings: what is asked for.
         interventions: what each of them does, and what is done beside it.
         names: of each, for the report.
+
+    Returns:
+        Each steering, followed by its temperature.
     """
     candidates = []
     entropies = [float(sample.reading.scores(intervention).entropy.double().mean()) for intervention in interventions]
@@ -154,7 +199,7 @@ def with_matched_temperatures(
 
 
 def sweep(text: str) -> list[Steering]:
-    """The steerings of a sweep: ``entropy=-0.4:1.2:9`` is nine values from −0.4 to 1.2, ``scale.entropy=0:2:5`` five factors.
+    """Read a sweep: ``entropy=-0.4:1.2:9`` is nine values from −0.4 to 1.2, ``scale.entropy=0:2:5`` five factors.
 
     Raises:
         SteeringError: it is not ``KEY=FIRST:LAST:NUMBER``.

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from confsteer.defaults import INDUCTION_HALF, INDUCTION_SEQUENCES, WINDOW
 from confsteer.errors import SettingError, first_problem
 from confsteer.evaluation.choices import ChoiceComparison, evaluate_choices
 from confsteer.evaluation.evaluate import Evaluation, evaluate, sweep
@@ -16,18 +17,15 @@ from confsteer.files import MAX_RUN_FILE_BYTES, read_at_most
 from confsteer.model.loading import DEMO_UNIGRAM, LoadedModel
 from confsteer.profile.profile import Profile
 from confsteer.steering import Steering
-from confsteer.studies.induction import check_repetition, induction
+from confsteer.studies.induction import InductionStudy, check_repetition, induction
 from confsteer.text.counts import checked_counts, read_counts
 from confsteer.text.questions import Question, read_questions
 from confsteer.text.sources import TextSource, by_title
 from confsteer.text.windows import leading_ids
 
-SEQUENCES, HALF = 100, 100
-"""Of the induction study: sequences, and tokens that each reads twice."""
-
 
 class Run(BaseModel):
-    """What ``confsteer eval`` is asked for, in a YAML file the words of its options.
+    """A request to ``confsteer eval``; a YAML file has it in the words of its options.
 
     Files and folders are looked for beside the YAML file.
     """
@@ -45,8 +43,9 @@ class Run(BaseModel):
     sweeps: tuple[str, ...] = ()
     """As `confsteer.evaluation.evaluate.sweep` takes them."""
     tokens: Annotated[int, Field(ge=1)] | None = None
-    """Of each text; all if None."""
-    window: int = 256
+    """Tokens of each text to read at most; all if None."""
+    window: int = WINDOW
+    """Tokens per window."""
     unigram: Path | None = None
     """``.npy`` file with token counts; counted in each text if None."""
     choices: tuple[Path, ...] = ()
@@ -58,7 +57,8 @@ class Run(BaseModel):
 
     @classmethod
     def read(cls, file: Path) -> Run:
-        """
+        """Read a run from YAML.
+
         Raises:
             SettingError: it cannot be read or is no such file; the sentence names the key.
         """
@@ -77,7 +77,7 @@ class Run(BaseModel):
             raise SettingError(f"{file}: {problem}; a run has {', '.join(cls.model_fields)}") from error
 
     def _beside(self, folder: Path) -> Run:
-        """With its files and folders where they are."""
+        """Look for its files and folders beside the YAML file, in `folder`."""
 
         def name(value: str | None) -> str | None:
             return str(folder / value) if value and os.path.exists(folder / value) else value
@@ -92,7 +92,7 @@ class Run(BaseModel):
         return self.model_copy(update=changed)
 
     def all_steerings(self) -> list[Steering]:
-        """The steerings, those of the sweeps last.
+        """Read the steerings, those of the sweeps last.
 
         Raises:
             SteeringError: one is malformed.
@@ -100,7 +100,7 @@ class Run(BaseModel):
         return [*map(Steering.parse, self.steerings), *(one for text in self.sweeps for one in sweep(text))]
 
     def questions(self) -> dict[str, list[Question]]:
-        """Its multiple-choice questions, by file name.
+        """Read its multiple-choice questions, by file name.
 
         Raises:
             CorpusError: a file is no such file.
@@ -112,7 +112,7 @@ class Run(BaseModel):
         return {path.name: read_questions([path]) for path in self.choices}
 
     def sources(self) -> dict[str, TextSource]:
-        """Its texts, by title.
+        """Name its texts by title.
 
         Raises:
             CorpusError: two have the same title.
@@ -125,10 +125,10 @@ class Run(BaseModel):
 
 
 def run(settings: Run, profile: Profile, loaded: LoadedModel, *, progress: bool = False) -> Evaluation:
-    """Do what `settings` ask for.
+    """Run the evaluation that `settings` ask for.
 
     Args:
-        settings: what to run.
+        settings: the request.
         profile: the one they name, loaded.
         loaded: the model they name, loaded.
         progress: whether to show progress bars.
@@ -141,9 +141,9 @@ def run(settings: Run, profile: Profile, loaded: LoadedModel, *, progress: bool 
     size = profile.model.tokenizer_size
     counts_file = settings.unigram or (DEMO_UNIGRAM if settings.model is None else None)
     counts = checked_counts(read_counts(counts_file), size) if counts_file else None
-    # What is short, and may be refused, comes first: nothing that took long is lost then.
+    # Begin with what is short and may be refused: nothing that took long is lost then.
     if settings.induction:
-        check_repetition(loaded.model, loaded.tokenizer, SEQUENCES, HALF)
+        check_repetition(loaded.model, loaded.tokenizer, INDUCTION_SEQUENCES, INDUCTION_HALF)
     choices: tuple[ChoiceComparison, ...] = ()
     if questions:
         choices = evaluate_choices(loaded.model, loaded.tokenizer, questions, profile, steerings, progress=progress)
@@ -157,17 +157,19 @@ def run(settings: Run, profile: Profile, loaded: LoadedModel, *, progress: bool 
         smooth_ece=settings.smooth_ece,
         progress=progress,
     )
-    study = None
-    if settings.induction:
-        length = len(leading_ids(loaded.tokenizer)) + HALF
-        natural = [source.windows(loaded.tokenizer, length, 2 * SEQUENCES * length) for source in list(sources.values())[:1]]
-        study = induction(
-            loaded.model,
-            loaded.tokenizer,
-            profile,
-            texts=natural[0] if natural else None,
-            sequences=SEQUENCES,
-            half=HALF,
-            progress=progress,
-        )
+    study = _study(next(iter(sources.values()), None), profile, loaded, progress) if settings.induction else None
     return result.model_copy(update={"choices": choices, "induction": study})
+
+
+def _study(natural: TextSource | None, profile: Profile, loaded: LoadedModel, progress: bool) -> InductionStudy:
+    """Measure repetition of random tokens, and of `natural` text if there is any."""
+    length = len(leading_ids(loaded.tokenizer)) + INDUCTION_HALF
+    return induction(
+        loaded.model,
+        loaded.tokenizer,
+        profile,
+        texts=natural.windows(loaded.tokenizer, length, 2 * INDUCTION_SEQUENCES * length) if natural else None,
+        sequences=INDUCTION_SEQUENCES,
+        half=INDUCTION_HALF,
+        progress=progress,
+    )

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from confsteer import defaults
 from confsteer.evaluation.comparison import Candidate, Sample, TextComparison, compare
-from confsteer.evaluation.evaluate import Texts, named_texts, read_sample, unsteered, with_matched_temperatures
+from confsteer.evaluation.evaluate import Texts, named_windows, read_sample, unsteered, with_matched_temperatures
 from confsteer.evaluation.fit import (
     MAX_STEPS,
     Objective,
@@ -29,19 +30,14 @@ from confsteer.profile.schema import library_versions
 from confsteer.results.bootstrap import Blocks, Interval, mean
 from confsteer.results.result import Result
 from confsteer.steering import Steering
-from confsteer.text.windows import make_windows
 from confsteer.tuning.parameters import DialParameters, NeuronParameters
 from confsteer.tuning.splits import Split, split
-
-DEFAULT_TOKENS = 40_000
-RIDGE = 2e-5
-"""Part of the unsteered objective that is the penalty for a gain that is one off, or a shift by half of what its dial can do."""
 
 Parameters = Literal["neurons", "dials"]
 
 
 class Tuning(Result):
-    """What tuning found, and what it does to text it has not seen."""
+    """Outcome of a tuning, and its effect on text that it has not seen."""
 
     model: str
     profile: str
@@ -53,10 +49,11 @@ class Tuning(Result):
     temperature: float | None
     """Tuned together with the steering, to be used with it; None if only the steering was tuned."""
     tokens: dict[str, int]
-    """Of the texts together: how many tokens are in each split."""
+    """Number of tokens in each split, over all texts."""
     validation: Interval
-    """Paired difference of the objective to neutral on the validation split, the mean over texts: of the steering alone, without
-    the temperature, since the steering is what is stored."""
+    """Paired difference of the objective to neutral on the validation split, the mean over texts.
+
+    It is of the steering alone, without the temperature, since the steering is what is stored."""
     texts: tuple[TextComparison, ...]
     """Each text's test split."""
     left_out: tuple[TextComparison, ...]
@@ -76,8 +73,33 @@ class Tuned(NamedTuple):
     steering: Steering
     temperature: float | None
     intervention: Intervention
-    """What the two do."""
+    """Steering and temperature together, as the last layer sees them."""
     steps: int
+
+
+class TuningSettings(TypedDict, total=False):
+    """Keywords of `tune`; those left out are as in `confsteer.defaults.TUNING`."""
+
+    parameters: Parameters
+    """Numbers to tune: ``neurons`` or ``dials``."""
+    with_temperature: bool
+    """Whether to fit a temperature beside them."""
+    objective: Objective
+    """Quantity to minimise."""
+    ridge: float
+    """Pull towards neutral, as a part of the unsteered objective."""
+    leave_one_out: bool
+    """Whether to tune on all texts but one too, where there are several."""
+    tokens: int | None
+    """Tokens of each text to read at most; all if None."""
+    window: int
+    """Tokens per window."""
+    seed: int
+    """Seed of the order in which documents are shared out."""
+    source: str
+    """Name of a text that has none, for the report."""
+    progress: bool
+    """Whether to show progress bars."""
 
 
 def tune(
@@ -85,17 +107,7 @@ def tune(
     tokenizer: PreTrainedTokenizerBase,
     texts: Texts,
     profile: Profile,
-    *,
-    parameters: Parameters = "neurons",
-    with_temperature: bool = False,
-    objective: Objective = "nll",
-    ridge: float = RIDGE,
-    leave_one_out: bool = True,
-    tokens: int | None = DEFAULT_TOKENS,
-    window: int = 256,
-    seed: int = 0,
-    source: str = "texts",
-    progress: bool = False,
+    **settings: Unpack[TuningSettings],
 ) -> Tuning:
     """Find the steering that does best on text like `texts`, and say what it does on parts of them that it was not tuned on.
 
@@ -113,13 +125,14 @@ def tune(
         texts: as `confsteer.evaluation.evaluate.evaluate` takes them; several by name count equally. What is tuned on one kind
             of text can do harm on another, so give all kinds that the model will see.
         profile: whose neurons to tune.
+        **settings: see `TuningSettings`:
         parameters: ``neurons``: a gain and a shift of each of the profile's neurons; ``dials``: the positions of both dials.
         with_temperature: whether to fit a temperature beside them, to sample with.
         objective: what to minimise: ``nll``, ``brier`` (of the top prediction) or ``ece``.
         ridge: pull towards neutral: part of the unsteered objective that is the penalty for a gain that is one off, or a shift by
             half of what its dial can do.
         leave_one_out: of several texts: whether to estimate what happens on a text of another kind, by tuning on all but one.
-        tokens: read at most this many of each text.
+        tokens: read at most this many of each text; all if None.
         window: tokens per window.
         seed: of the order in which documents are shared out.
         source: what the text is, for the report, if it has no name.
@@ -129,65 +142,102 @@ def tune(
         CorpusError: a text is too short to be cut in four.
         SettingError: the window is too short or longer than the model's context.
         NoNeuronsError, ProfileMismatchError: see `confsteer.steer`.
+        TypeError: a keyword is not in `TuningSettings`.
     """
     began = time.monotonic()
-    reader = Reader(model, profile)
-    splits = []
-    for name, documents in named_texts(texts, source).items():
-        windows = make_windows(documents, tokenizer, window=window, max_tokens=tokens, source=name)
-        splits.append(split(read_sample(reader, windows, progress=progress), windows, profile, seed))
+    given = defaults.with_defaults("tune", settings, defaults.TUNING)
+    progress = given["progress"]
 
-    def find(chosen: Sequence[Split], label: str) -> Tuned:
-        with tqdm(total=MAX_STEPS, desc=label[:40], unit="step", disable=not progress) as bar:
+    # Read each text once and cut it in four.
+    reader, splits = Reader(model, profile), []
+    for _, windows in named_windows(texts, tokenizer, tokens=given["tokens"], window=given["window"], source=given["source"]):
+        splits.append(split(read_sample(reader, windows, progress=progress), windows, profile, given["seed"]))
 
-            def on_step(step: int, score: float) -> None:
-                bar.set_postfix(validation=f"{score:.4f}", refresh=False)
-                bar.update()
+    # Search on all texts, then on all but each.
+    tuner = _Tuner(profile, given["parameters"], given["with_temperature"], given["objective"], given["ridge"], progress)
+    best = tuner.find(splits, "tune")
+    left_out = tuner.leave_one_out(splits) if given["leave_one_out"] and len(splits) > 1 else ()
 
-            return search(profile, chosen, parameters, with_temperature, objective=objective, ridge=ridge, on_step=on_step)
-
-    def report(fitted_on: Sequence[Split], tuned: Tuned, on: Split) -> TextComparison:
-        train = [one.train.reading for one in fitted_on]
-        return _report(on, tuned, fit_temperature(train), fit_null_write(train))
-
-    best = find(splits, "tune")
-    left_out = []
-    if leave_one_out and len(splits) > 1:
-        for one in splits:
-            others = [other for other in splits if other is not one]
-            left_out.append(report(others, find(others, f"tune without {one.test.source}"), one))
-    train = [one.train.reading for one in splits]
-    baselines = fit_temperature(train), fit_null_write(train)
+    # Judge on parts that took no part in the search.
+    baselines = _fit_baselines(splits)
     return Tuning(
         model=profile.model.id,
         profile=profile.checksum,
         versions=library_versions(),
-        parameters=parameters,
-        objective=objective,
+        parameters=given["parameters"],
+        objective=given["objective"],
         steering=best.steering,
         temperature=best.temperature,
         tokens={
             part: sum(getattr(one, part).reading.tokens for one in splits) for part in ("train", "stop", "validation", "test")
         },
-        validation=_gain(objective, Intervention.of(profile.edit(best.steering)), [one.validation for one in splits]),
-        texts=tuple(_report(one, best, *baselines) for one in splits),
-        left_out=tuple(left_out),
+        validation=_gain(given["objective"], Intervention.of(profile.edit(best.steering)), [one.validation for one in splits]),
+        texts=tuple(_report(one, best, baselines) for one in splits),
+        left_out=left_out,
         steps=best.steps,
         seconds=time.monotonic() - began,
     )
 
 
+class _Tuner(NamedTuple):
+    """The search as it was asked for: the same on all texts as on all texts but one."""
+
+    profile: Profile
+    parameters: Parameters
+    with_temperature: bool
+    objective: Objective
+    ridge: float
+    progress: bool
+
+    def find(self, splits: Sequence[Split], label: str) -> Tuned:
+        """Search with a progress bar called `label`."""
+        with tqdm(total=MAX_STEPS, desc=label[:40], unit="step", disable=not self.progress) as bar:
+
+            def on_step(step: int, score: float) -> None:
+                bar.set_postfix(validation=f"{score:.4f}", refresh=False)
+                bar.update()
+
+            return search(
+                self.profile,
+                splits,
+                self.parameters,
+                self.with_temperature,
+                objective=self.objective,
+                ridge=self.ridge,
+                on_step=on_step,
+            )
+
+    def leave_one_out(self, splits: Sequence[Split]) -> tuple[TextComparison, ...]:
+        """Report on each text with everything fitted on the others."""
+        reports = []
+        for one in splits:
+            others = [other for other in splits if other is not one]
+            tuned = self.find(others, f"tune without {one.test.source}")
+            reports.append(_report(one, tuned, _fit_baselines(others)))
+        return tuple(reports)
+
+
 def search(
     profile: Profile,
     splits: Sequence[Split],
-    parameters: Parameters = "neurons",
+    parameters: Parameters = defaults.PARAMETERS,
     with_temperature: bool = False,
     *,
-    objective: Objective = "nll",
-    ridge: float = RIDGE,
+    objective: Objective = defaults.OBJECTIVE,
+    ridge: float = defaults.RIDGE,
     on_step: Callable[[int, float], object] = lambda step, score: None,
 ) -> Tuned:
-    """The steering that does best on texts that are read already: see `tune`, whose arguments these are."""
+    """Find the steering that does best on texts that are read already.
+
+    Args:
+        profile: see `tune`.
+        splits: the texts, cut in four.
+        parameters: see `tune`.
+        with_temperature: see `tune`.
+        objective: see `tune`.
+        ridge: see `tune`.
+        on_step: called after each step with its number and the best score so far.
+    """
     ways = NeuronParameters(profile) if parameters == "neurons" else DialParameters(profile)
 
     def build(at: Tensor) -> Intervention:
@@ -204,13 +254,13 @@ def search(
         on_step=on_step,
     )
     steering = ways.steering(found.parameters)
-    # What is reported is what the stored steering does, digits and all.
+    # Report what the stored steering does, digits and all.
     intervention = Intervention.of(profile.edit(steering))._replace(temperature=found.intervention.temperature)
     return Tuned(steering, float(intervention.temperature) if with_temperature else None, intervention, found.steps)
 
 
 def _gain(objective: Objective, intervention: Intervention, samples: Sequence[Sample]) -> Interval:
-    """Difference of the objective to neutral, the mean over texts; each text's blocks are resampled by themselves."""
+    """Estimate the difference of the objective to neutral, the mean over texts, whose blocks are resampled text by text."""
     differences = []
     for number, sample in enumerate(samples):
         blocks = Blocks(sample.block, seed=number)
@@ -220,8 +270,15 @@ def _gain(objective: Objective, intervention: Intervention, samples: Sequence[Sa
     return mean(differences).interval
 
 
-def _report(on: Split, tuned: Tuned, fitted: Intervention, constant: Intervention) -> TextComparison:
-    sample = on.test
+def _fit_baselines(splits: Sequence[Split]) -> tuple[Intervention, Intervention]:
+    """Fit the temperature and the constant in the null space that a steering tuned on these texts is held against."""
+    train = [one.train.reading for one in splits]
+    return fit_temperature(train), fit_null_write(train)
+
+
+def _report(on: Split, tuned: Tuned, baselines: tuple[Intervention, Intervention]) -> TextComparison:
+    """Compare a steering with its baselines on a text's test split."""
+    sample, (fitted, constant) = on.test, baselines
     candidates = [
         unsteered(sample),
         Candidate("fitted temperature", "temperature", sample.everywhere(fitted)),
