@@ -1,4 +1,4 @@
-"""What steering does to calibration, loss and entropy, beside the baselines it has to beat.
+"""Effects of steering on calibration, loss and entropy, beside the baselines it has to beat.
 
 metrics.py            every metric: what it is, how it is shown, which way is better
 reader.py             a model reads each text once, for any number of steerings

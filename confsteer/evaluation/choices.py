@@ -33,7 +33,7 @@ from confsteer.text.windows import context_length
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.1, 1e4
 """Temperatures between which fits look. Answers no better than chance are best at the hottest, where all choices are alike."""
 HALVINGS = 60
-"""Of the range of log-temperatures: more than its ends have digits."""
+"""Bisections of the range of log-temperatures: more than its ends have digits."""
 
 
 class ChoiceComparison(Result):
@@ -47,12 +47,12 @@ class ChoiceComparison(Result):
     truncated: int
     """Questions that do not fit the model's context with all of their choices and lost their beginning."""
     blocks: int
-    """What is resampled for the intervals, and how many of these there are."""
+    """Number of units that are resampled for the intervals."""
     unit: Literal["questions", "passages"]
     rows: tuple[ComparedRow, ...]
 
     def of_kind(self, kind: RowKind) -> tuple[ComparedRow, ...]:
-        """The rows of a kind, in order."""
+        """Select the rows of a kind, in order."""
         return tuple(row for row in self.rows if row.kind == kind)
 
 
@@ -62,9 +62,9 @@ class ChoiceSample(NamedTuple):
     source: str
     questions: Sequence[Question]
     reading: TextStates
-    """Of the choices' tokens; ``window`` counts through the choices of all questions."""
+    """States at the choices' tokens; ``window`` counts through the choices of all questions."""
     block: Tensor
-    """Of each question, ``[questions]``; see `question_blocks`."""
+    """Resampling block of each question, ``[questions]``; see `question_blocks`."""
     unit: Literal["questions", "passages"]
     truncated: int
     """See `ChoiceComparison.truncated`."""
@@ -75,18 +75,20 @@ class ChoiceSample(NamedTuple):
         return torch.tensor([question.answer for question in self.questions])
 
     def padded(self, values: Tensor, padding: float) -> Tensor:
-        """Values of all choices ``[choices of all questions]`` by question, ``[questions, most choices]``."""
+        """Arrange values of all choices ``[choices of all questions]`` by question, ``[questions, most choices]``."""
         parts = values.split([len(question.choices) for question in self.questions])
         return pad_sequence(list(parts), batch_first=True, padding_value=padding)
 
     def log_likelihood(self, intervention: Intervention) -> Tensor:
-        """Of each choice given its question, nats, float64 ``[questions, most choices]``; −∞ where a question has fewer."""
+        """Score each choice given its question, nats, float64 ``[questions, most choices]``; −∞ where a question has fewer."""
         nll = self.reading.scores(intervention).nll.double()
         sums = torch.zeros(sum(len(question.choices) for question in self.questions), dtype=torch.float64)
         return self.padded(sums.index_add(0, self.reading.states.window.cpu(), -nll), -math.inf)
 
     def cross_fitted_temperature(self, log_likelihood: Tensor) -> AnswerCandidate:
-        """Fitted on every other block and used on the rest, and the other way round: no question is judged by a fit that saw it.
+        """Fit a temperature on every other block and use it on the rest, and the other way round.
+
+        No question is judged by a fit that saw it.
 
         Args:
             log_likelihood: of the unsteered model, as `log_likelihood` has it.
@@ -121,11 +123,11 @@ def evaluate_choices(
     *,
     progress: bool = False,
 ) -> tuple[ChoiceComparison, ...]:
-    """Accuracy and calibration of answers without steering, with each of `steerings`, and with what each has to beat.
+    """Compare accuracy and calibration of answers without steering, with each of `steerings`, and with what each has to beat.
 
-    That is a temperature on the log-likelihoods of whole choices, which leaves the answers and changes the confidence in them:
-    the one fitted on every other block of questions and used on the rest, and the other way round; and beside each steering
-    the one that gives the unsteered model's answers the same mean entropy.
+    Each has to beat a temperature on the log-likelihoods of whole choices, which leaves the answers and changes the confidence
+    in them. One is fitted on every other block of questions and used on the rest, and the other way round. Beside each steering
+    stands the one that gives the unsteered model's answers the same mean entropy.
 
     Args:
         model: the profile's model.
@@ -142,7 +144,7 @@ def evaluate_choices(
         CorpusError: there are too few questions, or a choice has no token of its own or more than the model can read.
         SteeringError, ProfileMismatchError, NoNeuronsError: see `confsteer.steer`.
     """
-    # What is asked wrongly is said before anything runs.
+    # Validate the steerings before the model runs.
     names = [str(steering) for steering in steerings]
     steerings, interventions = interventions_of(steerings, profile)
     compared = []
@@ -194,7 +196,7 @@ def read_choices(
 def encode(
     question: Question, tokenizer: PreTrainedTokenizerBase, most: int | None, where: str = "question"
 ) -> tuple[list[tuple[list[int], list[int]]], bool]:
-    """Ids of the prompt and of each choice, as lm-eval splits them, and whether a prompt lost its beginning.
+    """Tokenize the prompt and each choice, as lm-eval splits them, and say whether a prompt lost its beginning.
 
     Prompt and choice are tokenized together, and what comes after as many tokens as the prompt has by itself is the choice.
     BOS is where the tokenizer puts it, and is the first to be lost.
@@ -225,7 +227,7 @@ def encode(
 
 
 def question_blocks(questions: Sequence[Question]) -> tuple[Tensor, Literal["questions", "passages"]]:
-    """What of the questions is unlike the rest, ``[questions]``, and what that is: passages, if any has several questions.
+    """Number the resampling block of each question, ``[questions]``, and name the unit: passages, if any has several questions.
 
     A question without a passage is a block of its own.
     """
@@ -236,7 +238,7 @@ def question_blocks(questions: Sequence[Question]) -> tuple[Tensor, Literal["que
 
 
 def fit_answer_temperature(log_likelihood: Tensor, gold: Tensor) -> float:
-    """The temperature on answers that minimises their loss, between `MIN_TEMPERATURE` and `MAX_TEMPERATURE`.
+    """Find the temperature on answers that minimises their loss, between `MIN_TEMPERATURE` and `MAX_TEMPERATURE`.
 
     The loss is convex in ``1/T`` and its slope is ``E_p[ℓ] − ℓ_gold``: at the minimum the right choices are as likely as the
     model expects of its answers.
@@ -256,7 +258,7 @@ def fit_answer_temperature(log_likelihood: Tensor, gold: Tensor) -> float:
 
 
 def match_answer_entropy(log_likelihood: Tensor, entropy: float) -> float:
-    """The temperature, between `MIN_TEMPERATURE` and `MAX_TEMPERATURE`, at which answers have a mean entropy, nats.
+    """Find the temperature, between `MIN_TEMPERATURE` and `MAX_TEMPERATURE`, at which answers have a mean entropy, nats.
 
     Args:
         log_likelihood: of the choices, ``[questions, choices]``; −∞ where a question has fewer.
@@ -266,7 +268,7 @@ def match_answer_entropy(log_likelihood: Tensor, entropy: float) -> float:
 
 
 def _crossing(rising: Callable[[float], float]) -> float:
-    """The temperature at which a function that rises with it crosses zero; an end of the range if it does not."""
+    """Find the temperature at which a function that rises with it crosses zero; an end of the range if it does not."""
     low, high = math.log(MIN_TEMPERATURE), math.log(MAX_TEMPERATURE)
     for _ in range(HALVINGS):
         middle = (low + high) / 2
@@ -275,12 +277,12 @@ def _crossing(rising: Callable[[float], float]) -> float:
 
 
 def _entropy(log_likelihood: Tensor) -> float:
-    """Mean entropy of answers, nats."""
+    """Average the entropy of answers, nats."""
     return float(torch.special.entr(log_likelihood.softmax(dim=-1)).sum(dim=-1).mean())
 
 
 def compare_answers(sample: ChoiceSample, candidates: Sequence[AnswerCandidate]) -> ChoiceComparison:
-    """Every metric of every candidate, and the differences that matter.
+    """Compute every metric of every candidate, and the differences that matter.
 
     Args:
         sample: the questions.

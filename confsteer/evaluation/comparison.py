@@ -59,7 +59,7 @@ class ComparedRow(Result):
     name: str
     kind: RowKind
     steering: Steering | None = None
-    """Of a steering; of a matched temperature the steering whose mean entropy it has."""
+    """Steering of the row; of a matched temperature the steering whose mean entropy it has."""
     values: tuple[float, ...] = ()
     """The temperature, or the constant written along the null direction (in units of the residual); one per fold."""
     metrics: dict[str, Interval]
@@ -89,13 +89,13 @@ class TextComparison(Result):
     """Tokens scored."""
     windows: int
     blocks: int
-    """What is resampled for the intervals, and how many of these there are."""
+    """Number of units that are resampled for the intervals."""
     unit: Literal["documents", "windows"]
     vocab_size: int
     rows: tuple[Row, ...]
 
     def of_kind(self, kind: RowKind) -> tuple[Row, ...]:
-        """The rows of a kind, in order."""
+        """Select the rows of a kind, in order."""
         return tuple(row for row in self.rows if row.kind == kind)
 
 
@@ -105,7 +105,7 @@ class Candidate(NamedTuple):
     name: str
     kind: RowKind
     folds: Sequence[tuple[Tensor, Intervention]]
-    """What is done to which tokens, by index; together they are all tokens."""
+    """Tokens by index, and the intervention on them; together they are all tokens."""
     steering: Steering | None = None
 
     @property
@@ -122,17 +122,19 @@ class Sample(NamedTuple):
     source: str
     reading: TextStates
     block: Tensor
-    """Of each token, ``[tokens]``."""
+    """Resampling block of each token, ``[tokens]``."""
     unit: Literal["documents", "windows"]
 
     def everywhere(self, intervention: Intervention) -> Sequence[tuple[Tensor, Intervention]]:
-        """One intervention for all tokens, as `Candidate.folds` has it."""
+        """Use one intervention for all tokens, as `Candidate.folds` has it."""
         return [(torch.arange(self.reading.tokens), intervention)]
 
     def cross_fitted(
         self, fitter: Callable[[Sequence[TextStates]], Intervention], most: int
     ) -> list[tuple[Tensor, Intervention]]:
-        """Fitted on every other block and used on the rest, and the other way round: no token is judged by a fit that saw it.
+        """Fit on every other block and use the fit on the rest, and the other way round.
+
+        No token is judged by a fit that saw it.
 
         Args:
             fitter: from texts to an intervention.
@@ -158,7 +160,7 @@ def compare(
     smooth_ece: bool = False,
     on_candidate: Callable[[], object] = lambda: None,
 ) -> TextComparison:
-    """Every metric of every candidate, and the differences that matter.
+    """Compute every metric of every candidate, and the differences that matter.
 
     Args:
         sample: the text.
@@ -209,7 +211,7 @@ def compare(
 def paired_differences(
     i: int, candidates: Sequence[tuple[RowKind, Steering | None]], estimates: Sequence[Estimates]
 ) -> dict[RowKind, dict[str, Interval]]:
-    """What `Row.minus` holds.
+    """Subtract from a candidate's metrics those of the candidates it is held against, as `ComparedRow.minus` has it.
 
     Args:
         i: which candidate.
@@ -240,12 +242,12 @@ def _score(reading: TextStates, candidate: Candidate, unigram: Unigram) -> tuple
 
 
 def reliability_bins(confidence: Tensor, correct: Tensor, blocks: Blocks) -> tuple[ReliabilityBin, ...]:
-    """The equal-width bins that hold predictions, from their confidences ``[n]`` and whether they are right ``[n]``."""
+    """Count the equal-width bins that hold predictions, from their confidences ``[n]`` and whether they are right ``[n]``."""
     bins = width_bins(confidence)
     found = []
     for i in bins.unique().tolist():
         inside = bins == i
-        # A resample without a prediction in the bin says nothing about it: the interval is of the others.
+        # Resamples with an empty bin give NaN and are left out of the interval.
         share = blocks.total(inside & correct) / blocks.total(inside)
         found.append(
             ReliabilityBin(
@@ -260,7 +262,7 @@ def reliability_bins(confidence: Tensor, correct: Tensor, blocks: Blocks) -> tup
 
 
 def accuracy_at_coverages(confidence: Tensor, correct: Tensor) -> tuple[float, ...]:
-    """Accuracy on the most confident shares `COVERAGES`."""
+    """Compute accuracy on the most confident shares `COVERAGES`."""
     right = correct[confidence.argsort(descending=True)].double().cumsum(dim=0)
     numbers = [max(1, round(c * len(right))) for c in COVERAGES]
     return tuple(float(right[n - 1]) / n for n in numbers)

@@ -101,7 +101,7 @@ def _objective_value(objective: Objective, scores: TokenScores) -> float:
 
 
 def objective_estimate(objective: Objective, scores: TokenScores, blocks: Blocks) -> Resampled:
-    """An objective as the reports have it."""
+    """Estimate an objective as the reports have it."""
     if objective == "nll":
         return blocks.mean(scores.nll)
     if objective == "brier":
@@ -123,7 +123,7 @@ def _value_and_gradient(build: Build, at: Tensor, texts: Sequence[TextStates], o
 
 
 def _token_loss(objective: Objective, build: Build, at: Tensor, text: TextStates) -> Callable[[Tensor, Tensor], Tensor]:
-    """The loss of each token, from logits ``[tokens, vocab]`` and targets ``[tokens]``."""
+    """Choose the loss of each token, from logits ``[tokens, vocab]`` and targets ``[tokens]``."""
     if objective == "nll":
         return lambda logits, targets: torch.nn.functional.cross_entropy(logits, targets, reduction="none")
 
@@ -151,18 +151,18 @@ def _token_loss(objective: Objective, build: Build, at: Tensor, text: TextStates
 
 
 def temperature(parameters: Tensor) -> Tensor:
-    """The temperature that a parameter stands for: its logarithm, so that zero is neutral. It stays between 1/100 and 100."""
+    """Turn a parameter into a temperature: it is the logarithm, so that zero is neutral. It stays between 1/100 and 100."""
     return parameters.clamp(-4.6, 4.6).exp()
 
 
 def fit_temperature(train: Sequence[TextStates]) -> Intervention:
-    """Temperature scaling (Guo et al. 2017): the one number that minimises the loss."""
+    """Scale by temperature (Guo et al. 2017): the one number that minimises the loss."""
     neutral = _neutral(train)
     return fit(lambda p: neutral._replace(temperature=temperature(p[0])), torch.zeros(1), train).intervention
 
 
 def fit_null_write(train: Sequence[TextStates]) -> Intervention:
-    """An entropy neuron made by hand: a constant along the direction the unembedding reads least.
+    """Make an entropy neuron by hand: a constant along the direction the unembedding reads least.
 
     Without neurons of the model's own it is what can be done through the norm alone. It lengthens the residual, which is
     another way to a temperature, and shortens it only where the residual has a part to cancel; so both signs are tried.
@@ -179,13 +179,13 @@ def fit_null_write(train: Sequence[TextStates]) -> Intervention:
 
 
 def _mean_length(text: TextStates) -> float:
-    """Of the residual."""
+    """Average the length of the residual over tokens."""
     return sum(float(text.readout.centre(one.states.residual).norm(dim=-1).sum()) for one in text.chunks()) / text.tokens
 
 
 @torch.no_grad()
 def match_entropy(text: TextStates, entropies: Sequence[float]) -> list[Intervention]:
-    """The temperatures at which the unsteered model has these mean entropies on this text.
+    """Find the temperatures at which the unsteered model has these mean entropies on this text.
 
     Newton's method on all of them at once: with ``β = 1/T`` the slope of the mean entropy is ``−β E[Var_p z]``.
 

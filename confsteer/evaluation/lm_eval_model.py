@@ -49,7 +49,8 @@ class SteeredLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
         steering: Request | None = None,
         **settings: Any,
     ) -> None:
-        """
+        """Load a model.
+
         Args:
             pretrained: hub id, folder, a model, or ``confsteer-demo``, the bundled one.
             profile: the model's profile, or what `Profile.load` takes; None for a model that is not steered.
@@ -80,7 +81,7 @@ class SteeredLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
             pass
 
     def _steered(self) -> contextlib.AbstractContextManager[object]:
-        """Entered once for all requests of a kind: entering checks the whole model."""
+        """Open the steering context once for all requests of a kind: entering checks the whole model."""
         return contextlib.nullcontext() if self.profile is None else steer(self.model, self.profile, self.steering)
 
     def _steered_for_scoring(self) -> contextlib.AbstractContextManager[object]:
@@ -104,7 +105,7 @@ class SteeredLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
 
 
 def run(options: Sequence[str]) -> tuple[list[TaskCalibration], Path | None]:
-    """lm-eval's command line with ``--model confsteer``, and the calibration of the answers to its multiple-choice tasks.
+    """Run lm-eval's command line with ``--model confsteer``, and measure the calibration of its multiple-choice answers.
 
     Args:
         options: of lm-eval; another ``--model`` among them takes the place of ours.
@@ -118,7 +119,7 @@ def run(options: Sequence[str]) -> tuple[list[TaskCalibration], Path | None]:
     simple_evaluate = lm_eval.evaluator.simple_evaluate
 
     def evaluate(*args: Any, log_samples: bool, evaluation_tracker: Any, **kwargs: Any) -> Any:
-        """Samples are needed here; lm-eval writes them only if asked."""
+        """Log samples, which are needed here; lm-eval writes them only if asked."""
         results = simple_evaluate(*args, log_samples=True, evaluation_tracker=evaluation_tracker, **kwargs)
         if results is not None:
             rows.extend(calibrations(results))
@@ -142,7 +143,7 @@ def run(options: Sequence[str]) -> tuple[list[TaskCalibration], Path | None]:
 
 
 def _beside_results(tracker: Any) -> Path:
-    """Where lm-eval writes: a folder per model, or the folder of the file that was named."""
+    """Name a file where lm-eval writes: a folder per model, or the folder of the file that was named."""
     path = Path(tracker.output_path)
     folder = path.parent if path.suffix == ".json" else path / tracker.general_config_tracker.model_name_sanitized
     return folder / f"calibration_{tracker.date_id}.json"

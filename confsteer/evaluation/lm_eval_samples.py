@@ -15,10 +15,10 @@ from confsteer.results.bootstrap import Blocks, Interval
 
 
 class Answers(NamedTuple):
-    """What a model thinks of the choices of each of n questions."""
+    """Log-likelihoods that a model gives the choices of each of n questions."""
 
     log_likelihoods: list[Tensor]
-    """Of the choices of a question, in nats, float64 ``[choices]``; questions may differ in how many they have."""
+    """Log-likelihoods of a question's choices, in nats, float64 ``[choices]``; questions may differ in how many they have."""
     gold: Tensor
     """Index of the right choice, int64 ``[n]``."""
     left_out: int
@@ -37,7 +37,7 @@ class TaskCalibration(NamedTuple):
 
 
 def read_answers(samples: Iterable[Mapping[str, Any]], config: Mapping[str, Any]) -> Answers:
-    """The questions of a multiple-choice task that have one right choice, known from the sample.
+    """Read the questions of a multiple-choice task that have one right choice, known from the sample.
 
     Left out are questions with several right choices, those whose choices are put into the question (such as Winogrande's:
     the sample does not say which is right), and all of a task that judges answers by a function of its own, since what its
@@ -74,7 +74,7 @@ def _gold(target: Any, requests: list[tuple[Any, ...]], delimiter: str) -> int |
 
 
 def calibration(task: str, answers: Answers) -> TaskCalibration:
-    """How well a choice's share of the probability of all choices says whether it is right."""
+    """Measure how well a choice's share of the probability of all choices says whether it is right."""
     n = len(answers.gold)
     if n == 0:
         return TaskCalibration(task, 0, answers.left_out, {})
@@ -84,7 +84,7 @@ def calibration(task: str, answers: Answers) -> TaskCalibration:
 
 
 def calibrations(results: Mapping[str, Any]) -> list[TaskCalibration]:
-    """A row per multiple-choice task of what `lm_eval.simple_evaluate` returns, samples included."""
+    """Make a row per multiple-choice task of what `lm_eval.simple_evaluate` returns, samples included."""
     return [
         calibration(task, read_answers(samples, results["configs"][task]))
         for task, samples in results["samples"].items()

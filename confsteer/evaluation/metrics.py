@@ -36,7 +36,7 @@ BINS = 15
 MASS_BINS = 10
 SELECTED = 0.1
 RANK_BINS = 500
-"""Of the resamples of what depends on the order of confidences: AUROC and the selective metrics."""
+"""Bins of confidence in the resamples of AUROC and the selective metrics, which depend on its order."""
 SMOOTH_RESAMPLES = 100
 """Smooth ECE is slow: that many of the resamples give its interval."""
 
@@ -53,7 +53,7 @@ class Metric(NamedTuple):
     percent: bool = False
 
     def number(self, value: float, *, sign: bool = False) -> str:
-        """With a true minus sign."""
+        """Format with a true minus sign."""
         if self.percent:
             return f"{value:.{self.digits}%}".replace("-", "−")
         return f"{value:{'+' if sign else ''}.{self.digits}f}".replace("-", "−")
@@ -82,7 +82,7 @@ METRICS = {
 
 
 def token_metrics(scores: TokenScores, blocks: Blocks, *, unsteered: TokenScores, smooth: bool = False) -> Estimates:
-    """All metrics of next-token predictions but the divergences.
+    """Compute all metrics of next-token predictions but the divergences.
 
     Args:
         scores: of the predictions to judge.
@@ -101,7 +101,7 @@ def token_metrics(scores: TokenScores, blocks: Blocks, *, unsteered: TokenScores
 
 
 def answer_metrics(log_likelihood: Tensor, gold: Tensor, blocks: Blocks) -> Estimates:
-    """All metrics of multiple choice.
+    """Compute all metrics of multiple choice.
 
     Args:
         log_likelihood: of each choice, ``[questions, choices]``; −∞ where a question has fewer.
@@ -121,7 +121,9 @@ def answer_metrics(log_likelihood: Tensor, gold: Tensor, blocks: Blocks) -> Esti
 
 
 def calibration_metrics(confidence: Tensor, correct: Tensor, blocks: Blocks, *, smooth: bool = False) -> Estimates:
-    """How well a confidence says what is right. Metrics that need right and wrong predictions are left out if there are not both.
+    """Measure how well a confidence says what is right.
+
+    Metrics that need right and wrong predictions are left out if there are not both.
 
     Args:
         confidence: ``[n]``, probabilities.
@@ -145,12 +147,12 @@ def calibration_metrics(confidence: Tensor, correct: Tensor, blocks: Blocks, *, 
 
 
 def width_bins(confidence: Tensor) -> Tensor:
-    """Equal-width bin of each confidence ``[n]``; bins are ``[a, b)``, the last includes 1."""
+    """Find the equal-width bin of each confidence ``[n]``; bins are ``[a, b)``, the last includes 1."""
     return (confidence.double() * BINS).long().clamp_max(BINS - 1)
 
 
 def equal_mass_bins(values: Tensor, bins: int) -> tuple[Tensor, int]:
-    """Bin of each of the values ``[n]``, and how many bins there are.
+    """Find the bin of each of the values ``[n]``, and how many bins there are.
 
     Bins hold equal numbers as far as equal values stay together: a bin cut within equal values would depend on their order.
     """
@@ -162,12 +164,12 @@ def equal_mass_bins(values: Tensor, bins: int) -> tuple[Tensor, int]:
 
 
 def width_calibration_error(confidence: Tensor, correct: Tensor, blocks: Blocks) -> tuple[Resampled, Resampled]:
-    """ECE and MCE over `BINS` equal-width bins; see `calibration_metrics`."""
+    """Compute ECE and MCE over `BINS` equal-width bins; see `calibration_metrics`."""
     return _calibration_error(confidence.double() - correct.double(), width_bins(confidence), BINS, blocks)
 
 
 def _calibration_error(gap: Tensor, bin_of: Tensor, bins: int, blocks: Blocks) -> tuple[Resampled, Resampled]:
-    """Mean gap of a bin, weighted by what is in it, and the largest: ECE and MCE."""
+    """Compute the mean gap of a bin, weighted by what is in it, and the largest: ECE and MCE."""
     gaps, numbers = blocks.sums(gap, bin_of, bins), blocks.sums(torch.ones_like(gap), bin_of, bins)
 
     def errors(gaps: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
@@ -182,7 +184,7 @@ def _calibration_error(gap: Tensor, bin_of: Tensor, bins: int, blocks: Blocks) -
 
 
 def _ranking(confidence: Tensor, correct: Tensor, blocks: Blocks) -> Estimates:
-    """AUROC, selective accuracy and coverage area.
+    """Estimate AUROC, selective accuracy and coverage area.
 
     The values are exact. Resamples are of `RANK_BINS` bins of equal mass, within which confidences count as equal, moved by
     what that changes of the value.
@@ -203,7 +205,7 @@ def _ranking(confidence: Tensor, correct: Tensor, blocks: Blocks) -> Estimates:
 
 
 def ranking_metrics(numbers: Tensor, right: Tensor) -> dict[str, Tensor]:
-    """What the order of confidences gives, ``[sets]`` each; AUROC is NaN where all are right or all are wrong.
+    """Compute AUROC, selective accuracy and coverage area, ``[sets]`` each; AUROC is NaN where all are right or all are wrong.
 
     Args:
         numbers: how many predictions have each confidence, float64 ``[sets, confidences]``, the highest confidence first.

@@ -20,7 +20,7 @@ from confsteer.text.windows import Windows, check_context
 
 
 def interventions_of(steerings: Sequence[Steering], profile: Profile) -> tuple[list[Steering], list[Intervention]]:
-    """Steerings with their presets written out, and what each does.
+    """Write out the presets of steerings, and compute what each does to the last layer.
 
     Raises:
         SteeringError: one cannot be done, or not in an evaluation.
@@ -37,7 +37,8 @@ class Reader:
 
     @torch.no_grad()
     def __init__(self, model: PreTrainedModel, profile: Profile) -> None:
-        """
+        """Prepare what all texts share.
+
         Args:
             model: the profile's model; it is put in evaluation mode.
             profile: which neurons steering can reach.
@@ -77,5 +78,5 @@ class Reader:
             return self.reading(record(self.model, self.anatomy, windows, self.neurons, self.device, bar.update))
 
     def reading(self, states: TokenStates) -> TextStates:
-        """From what the model left at some tokens, the activations those of `neurons`."""
+        """Join the readout to what the model left at some tokens, the activations those of `neurons`."""
         return TextStates(self.readout, states, self._null_direction)

@@ -1,4 +1,4 @@
-"""What is tuned: numbers that are zero where nothing is steered, as an intervention and as a steering."""
+"""Parameters of tuning: numbers that are zero where nothing is steered, as an intervention and as a steering."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class NeuronParameters:
         )
 
     def intervention(self, at: Tensor) -> Intervention:
-        """What parameters ``[number, …]`` do; zero is neutral, what comes after them is not read."""
+        """Turn parameters ``[number, …]`` into an intervention; zero is neutral, what comes after them is not read."""
         gain, shift = self._gain_and_shift(at)
         return Intervention.neutral(len(self.neurons))._replace(gain=gain, bias=(1 - gain) * self._mean + shift)
 
     def steering(self, at: Tensor) -> Steering:
-        """The same as a request."""
+        """Turn parameters into a request, rounded as it is stored."""
         gain, shift = self._gain_and_shift(at)
         return Steering(
             scale={neuron.index: _short(value) for neuron, value in zip(self.neurons, gain, strict=True)},
@@ -42,7 +42,7 @@ class NeuronParameters:
 
 
 def _reach(profile: Profile, dial: Dial) -> tuple[float, float]:
-    """Lowest and highest position."""
+    """Find the lowest and the highest position of a dial."""
     low, high = (profile.dial_position(dial, change) for change in profile.reach(dial))
     return low, high
 
@@ -60,7 +60,7 @@ class DialParameters:
         self.dials: list[Dial] = [dial for dial in DIALS if dial in profile.response]
         self.number = len(self.dials)
         neurons = profile.steerable
-        # What position 1 of each dial adds to each activation, [dials, neurons].
+        # Position 1 of each dial adds this to each activation, [dials, neurons].
         self._push = torch.tensor(
             [
                 [neuron.sign * neuron.std_activation * (neuron in profile.neurons(dial)) for neuron in neurons]
@@ -85,11 +85,11 @@ class DialParameters:
             low, high = self.profile.reach(dial)
             curve = self.profile.response[dial]
             change = _short(float(np.interp(position, curve.position, curve.change(dial))))
-            # After rounding, which may go beyond.
+            # Clip after rounding, which may go beyond.
             changes[dial] = min(max(change, low), high)
         return Steering.parse(changes)
 
 
 def _short(value: float | Tensor) -> float:
-    """Six digits are more than the text can tell apart."""
+    """Round to six digits, which are more than the text can tell apart."""
     return float(f"{float(value):.6g}")

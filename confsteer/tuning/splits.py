@@ -13,9 +13,9 @@ from confsteer.profile.profile import Profile
 from confsteer.text.windows import Windows
 
 SPLITS = (0.5, 0.15, 0.15, 0.2)
-"""Of a text: what is tuned on, what says when to stop, what says whether anything was gained, what is reported on.
+"""Shares of a text to tune on, to stop by, to validate and to report on.
 
-What chose when to stop would find a gain where there is none."""
+The part that chose when to stop would find a gain where there is none."""
 MIN_BLOCKS = 20
 """Documents or windows that can be shared out in this way."""
 
@@ -25,16 +25,16 @@ class Split(NamedTuple):
 
     train: Sample
     stop: Sample
-    """What says when to stop."""
+    """Part that says when to stop."""
     validation: Sample
-    """What says whether anything was gained."""
+    """Part that says whether anything was gained."""
     test: Sample
     unigram: Unigram
-    """Of the whole text."""
+    """Unigram distribution of the whole text."""
 
 
 def split(sample: Sample, windows: Windows, profile: Profile, seed: int) -> Split:
-    """A text in four parts that share no document; a text of few documents in four stretches.
+    """Cut a text into four parts that share no document; a text of few documents into four stretches.
 
     Raises:
         CorpusError: it is too short.
