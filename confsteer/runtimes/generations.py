@@ -1,0 +1,84 @@
+"""Continuations of one prompt, the same seed for each of several steerings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from confsteer import defaults
+from confsteer.errors import CorpusError
+from confsteer.profile.profile import Profile
+from confsteer.runtimes.transformers import steer
+from confsteer.steering import Steering
+from confsteer.text.windows import check_ids
+
+
+class Generation(NamedTuple):
+    """A continuation of a prompt."""
+
+    steering: Steering
+    """Steering it was generated with, as it was asked for."""
+    text: str
+    """Continuation alone, without special tokens."""
+    entropy: float
+    """Mean entropy of the predictions of its tokens, nats; before any temperature of sampling."""
+
+
+def generations(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    profile: Profile,
+    prompt: str,
+    steerings: Sequence[Steering],
+    *,
+    max_new_tokens: int = defaults.MAX_NEW_TOKENS,
+    temperature: float = defaults.TEMPERATURE,
+    seed: int = defaults.SEED,
+) -> list[Generation]:
+    """Continue a prompt with each of several steerings.
+
+    Args:
+        model: the profile's model; it is steered in place, and restored.
+        tokenizer: its tokenizer.
+        profile: see `confsteer.steer`.
+        prompt: text to continue.
+        steerings: one continuation each; `Steering()` is the unsteered model. All for every position.
+        max_new_tokens: tokens that a continuation has at most, 1 or more.
+        temperature: to sample at; 0 is greedy.
+        seed: of torch's random numbers, set anew before each continuation.
+
+    Returns:
+        The continuations, in the order of `steerings`.
+
+    Raises:
+        CorpusError: the prompt has no tokens, or some that the model does not know.
+        SteeringError, NoNeuronsError, ProfileMismatchError: see `confsteer.steer`.
+    """
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    length = inputs["input_ids"].shape[1]
+    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    generate: Any = model.generate
+    found = []
+    with steer(model, profile) as steerer:
+        if length == 0:
+            raise CorpusError(f"the prompt {prompt!r} has no tokens: there is nothing to continue")
+        check_ids(inputs["input_ids"], profile.model.vocab_size)
+        for steering in steerings:
+            steerer.update(steering)
+            torch.manual_seed(seed)
+            output = generate(
+                **inputs,
+                **sampling,
+                max_new_tokens=max_new_tokens,
+                return_dict_in_generate=True,
+                output_logits=True,
+                pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+            )
+            log_p = torch.stack(output.logits).float().log_softmax(-1)
+            entropy = float(-(log_p.exp() * log_p).sum(-1).mean())
+            text = str(tokenizer.decode(output.sequences[0, length:], skip_special_tokens=True))
+            found.append(Generation(steering, text, entropy))
+    return found
