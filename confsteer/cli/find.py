@@ -1,44 +1,48 @@
-"""Commands that find neurons, and what is done with what they found: calibrate, scan, show, push."""
+"""Commands that find neurons, show them and pass them on: calibrate, scan, show, push."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 import confsteer
+from confsteer import defaults
 from confsteer.cli.options import (
     EXIT_NO_NEURONS,
     PICTURE_FILE,
     PROFILE,
     TEXT_FILE,
-    TextOptions,
-    load,
+    ModelOptions,
+    WindowedTextOptions,
     model_options,
-    text_options,
-    window_option,
+    windowed_text_options,
     write_picture,
 )
 from confsteer.errors import ProfileError
 from confsteer.report import tables
 
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
-@click.command()
+null_dims_option = click.option(
+    "--null-dims", type=click.IntRange(min=1), help="Size of the unembedding's null space.  [default: from its spectrum]"
+)
+
+
+@click.command(short_help="Find the neurons, measure what they do, save a profile.")
 @model_options
-@text_options
-@window_option
-@click.option("--tokens", default=25_600, show_default=True, type=click.IntRange(min=1), help="Read at most this many.")
+@windowed_text_options(defaults.CALIBRATION_TOKENS)
 @click.option(
     "--unigram",
     type=TEXT_FILE,
     metavar="FILE.npy",
     help="Token counts by id of text like the model's training text.  [default: counted in the text]",
 )
-@click.option(
-    "--null-dims", type=click.IntRange(min=1), help="Size of the unembedding's null space.  [default: from its spectrum]"
-)
+@null_dims_option
 @click.option(
     "--scan",
     "scanned",
@@ -46,21 +50,20 @@ from confsteer.report import tables
     metavar="FOLDER",
     help="Take the statistics of the weights from a scan of MODEL.",
 )
-@click.option("--seed", default=0, show_default=True, help="Of the random directions behind the chance levels, and of sampling.")
+@click.option(
+    "--seed", default=defaults.SEED, show_default=True, help="Of the random directions behind the chance levels, and of sampling."
+)
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder of the profile.  [default: NAME.confsteer]")
 @click.option("--resume", is_flag=True, help="Go on where an interrupted calibration of the same settings stopped.")
 def calibrate(
-    model: str | None,
-    text: TextOptions,
-    window: int,
-    tokens: int,
+    chosen: ModelOptions,
+    text: WindowedTextOptions,
     unigram: Path | None,
     null_dims: int | None,
     scanned: Path | None,
     seed: int,
     out: Path | None,
     resume: bool,
-    **loading: Any,
 ) -> None:
     """Find MODEL's entropy and token-frequency neurons and save a profile.
 
@@ -83,30 +86,27 @@ def calibrate(
     """
     from confsteer.calibration.passes import FILE_NAME
     from confsteer.distributed import init_distributed
-    from confsteer.model.loading import DEMO_UNIGRAM
     from confsteer.profile.schema import model_id
-    from confsteer.text.counts import read_counts
 
+    # Several processes share the work; the first speaks and saves for all.
     process = init_distributed()
     first = process.rank == 0
-    source = text.source(model, "calibration")
-    counts = read_counts(unigram) if unigram else read_counts(DEMO_UNIGRAM) if model is None else None
-    loaded = load(model, loading)
+    source = text.source(chosen.model, "calibration")
+    counts = _unigram_counts(unigram, chosen.model)
+    loaded = chosen.load()
     if source is None and first:
-        click.echo(f"No text given: the model writes its own, {tokens:,} tokens sampled at temperature 1 (seed {seed}).")
-    folder = out or Path(f"{_name(model_id(loaded.model.config))}.confsteer")
+        click.echo(f"No text given: the model writes its own, {text.tokens:,} tokens sampled at temperature 1 (seed {seed}).")
+    folder = out or Path(f"{_folder_name(model_id(loaded.model.config))}.confsteer")
     checkpoint = folder / FILE_NAME
-    if resume and not checkpoint.exists():
-        click.echo(f"There is no {checkpoint}: from the beginning.")
-    if not resume and checkpoint.exists():
-        click.echo(f"{checkpoint} is of an interrupted calibration, which --resume would go on from: starting anew.")
+    _say_where_it_begins(checkpoint, resume)
+
     try:
         profile = confsteer.calibrate(
             loaded.model,
             loaded.tokenizer,
-            source.windows(loaded.tokenizer, window, tokens) if source else None,
-            tokens=tokens,
-            window=window,
+            text.windows(source, loaded.tokenizer) if source else None,
+            tokens=text.tokens,
+            window=text.window,
             unigram_counts=counts,
             null_dims=null_dims,
             scanned=confsteer.Profile.load(scanned) if scanned else None,
@@ -123,20 +123,37 @@ def calibrate(
             click.echo(f"What was measured is kept: the same command with --resume goes on from {checkpoint}.", err=True)
         raise
     checkpoint.unlink(missing_ok=True)
+
     tables.print_profile(tables.console(), profile)
     tables.console().print(f"Profile written to {tables.escape(str(folder))}")
     if not profile.response:
         sys.exit(EXIT_NO_NEURONS)
 
 
-@click.command()
+def _unigram_counts(file: Path | None, model: str | None) -> NDArray[np.integer] | None:
+    """Read token counts; the bundled model comes with those of its training text."""
+    from confsteer.model.loading import DEMO_UNIGRAM
+    from confsteer.text.counts import read_counts
+
+    if file is None and model is None:
+        file = DEMO_UNIGRAM
+    return None if file is None else read_counts(file)
+
+
+def _say_where_it_begins(checkpoint: Path, resume: bool) -> None:
+    """Warn of a checkpoint that is missing, or is there and not used."""
+    if resume and not checkpoint.exists():
+        click.echo(f"There is no {checkpoint}: from the beginning.")
+    if not resume and checkpoint.exists():
+        click.echo(f"{checkpoint} is of an interrupted calibration, which --resume would go on from: starting anew.")
+
+
+@click.command(short_help="Find candidates in the weights on disk: no text, no model loaded.")
 @click.argument("model", required=False)
 @click.option("--revision", help="Branch, tag or commit on the hub.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
-@click.option(
-    "--null-dims", type=click.IntRange(min=1), help="Size of the unembedding's null space.  [default: from its spectrum]"
-)
-@click.option("--seed", default=0, show_default=True, help="Of the random directions behind the chance level.")
+@null_dims_option
+@click.option("--seed", default=defaults.SEED, show_default=True, help="Of the random directions behind the chance level.")
 @click.option(
     "--out", type=click.Path(path_type=Path, file_okay=False), help="Folder of the profile.  [default: NAME.scan.confsteer]"
 )
@@ -161,7 +178,7 @@ def scan(model: str | None, out: Path | None, plot: Path | None, **settings: Any
 
     result = confsteer.scan(model, **settings, progress=True)
     profile = result.profile
-    folder = profile.save(out or Path(f"{_name(profile.model.id)}.scan.confsteer"))
+    folder = profile.save(out or Path(f"{_folder_name(profile.model.id)}.scan.confsteer"))
     tables.print_profile(tables.console(), profile)
     share = f", {result.bytes_read / result.bytes_total:.1%} of the checkpoint" if result.bytes_total else ""
     console = tables.console()
@@ -175,7 +192,7 @@ def scan(model: str | None, out: Path | None, plot: Path | None, **settings: Any
         sys.exit(EXIT_NO_NEURONS)
 
 
-@click.command()
+@click.command(short_help="Print what a profile holds, as tables or pictures.")
 @click.argument("profile", type=PROFILE)
 @click.option(
     "--plot",
@@ -196,17 +213,17 @@ def show(profile: str, plot: Path | None, response: Path | None) -> None:
                 write_picture(tables.console(), draw(loaded), file)
 
 
-@click.command()
+@click.command(short_help="Upload a profile to a hub repository, with a card.")
 @click.argument("profile", type=PROFILE)
 @click.argument("repo", metavar="OWNER/NAME")
 @click.option("--private", is_flag=True, help="Make a new repository private.")
 def push(profile: str, repo: str, private: bool) -> None:
     """Upload PROFILE to a hub repository, with a card."""
-    from confsteer.profile.hub import push as run
+    from confsteer.profile import hub
 
-    click.echo(run(confsteer.Profile.load(profile), repo, private=private))
+    click.echo(hub.push(confsteer.Profile.load(profile), repo, private=private))
 
 
-def _name(model: str) -> str:
-    """Of a model, for a folder beside the user's others."""
+def _folder_name(model: str) -> str:
+    """Name a folder after a model, to stand beside the user's others."""
     return Path(model).resolve().name or "model"

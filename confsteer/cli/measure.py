@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 from click.core import ParameterSource
@@ -14,65 +15,97 @@ from confsteer.cli.options import (
     OUTPUT_FILE,
     PROFILE,
     TEXT_FILE,
-    TextOptions,
-    json_option,
-    load,
+    ModelOptions,
+    OutputOptions,
+    WindowedTextOptions,
+    grouped,
     model_options,
-    plot_option,
-    report_option,
+    output_options,
     steer_option,
-    text_options,
-    window_option,
-    write,
-    write_html,
+    windowed_text_options,
 )
 from confsteer.report import tables
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from confsteer.evaluation.evaluate import Evaluation
+    from confsteer.evaluation.run_file import Run
+
 BESIDE_A_RUN_FILE = ("run_file", "as_json", "plot", "report", "device", "dtype", "revision", "trust_remote_code")
 
+"""Options that may stand beside a run file: it does not say them."""
 
-@click.command(name="eval")
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """Request on the command line, in place of a run file."""
+
+    profile: str | None
+    steers: tuple[str, ...]
+    sweeps: tuple[str, ...]
+    text: WindowedTextOptions
+    unigram: Path | None
+    choices: tuple[Path, ...]
+    smooth_ece: bool
+    induction: bool
+
+    def run(self, model: str | None) -> Run:
+        """Turn the options into what a run file holds."""
+        from confsteer.evaluation.run_file import Run
+
+        if self.profile is None:
+            raise click.UsageError("give a profile, -p PROFILE, or a run file, --run FILE.yaml")
+        sources = self.text.sources(model, "held-out")
+        if not (sources or self.choices):
+            raise click.UsageError(f"{NO_TEXT} (on samples of its own every model is perfectly calibrated)")
+        return Run(
+            model=model,
+            profile=self.profile,
+            texts=tuple(sources),
+            steerings=self.steers,
+            sweeps=self.sweeps,
+            tokens=self.text.tokens,
+            window=self.text.window,
+            unigram=self.unigram,
+            choices=self.choices,
+            smooth_ece=self.smooth_ece,
+            induction=self.induction,
+        )
+
+
+run_options = grouped(
+    "asked",
+    RunOptions,
+    click.option("-p", "--profile", type=PROFILE, help="Folder, shipped name or hub repository."),
+    steer_option,
+    click.option(
+        "--sweep",
+        "sweeps",
+        multiple=True,
+        metavar="KEY=FIRST:LAST:N",
+        help="N steerings, such as entropy=-0.2:1.2:8; repeatable.",
+    ),
+    windowed_text_options(None, "Read at most this many of each text.  [default: all]"),
+    click.option("--unigram", type=TEXT_FILE, metavar="FILE.npy", help="Token counts by id.  [default: counted in each text]"),
+    click.option(
+        "--choices",
+        type=TEXT_FILE,
+        multiple=True,
+        metavar="FILE.jsonl",
+        help='Multiple-choice questions, a line {"question": ..., "choices": [...], "answer": ...}; repeatable.',
+    ),
+    click.option("--smooth-ece", is_flag=True, help="Compute smooth ECE too, which is slow; needs confsteer[smooth-ece]."),
+    click.option("--induction", is_flag=True, help="Measure repeated text too: see confsteer study induction."),
+)
+
+
+@click.command(name="eval", short_help="Compare loss, entropy and calibration with and without steering.")
 @model_options
-@click.option("-p", "--profile", type=PROFILE, help="Folder, shipped name or hub repository.")
-@steer_option
-@click.option(
-    "--sweep", "sweeps", multiple=True, metavar="KEY=FIRST:LAST:N", help="N steerings, such as entropy=-0.2:1.2:8; repeatable."
-)
-@text_options
-@window_option
-@click.option("--tokens", type=click.IntRange(min=1), help="Read at most this many of each text.  [default: all]")
-@click.option("--unigram", type=TEXT_FILE, metavar="FILE.npy", help="Token counts by id.  [default: counted in each text]")
-@click.option(
-    "--choices",
-    type=TEXT_FILE,
-    multiple=True,
-    metavar="FILE.jsonl",
-    help='Multiple-choice questions, a line {"question": ..., "choices": [...], "answer": ...}; repeatable.',
-)
-@click.option("--smooth-ece", is_flag=True, help="Compute smooth ECE too, which is slow; needs confsteer[smooth-ece].")
-@click.option("--induction", is_flag=True, help="Measure repeated text too: see confsteer study induction.")
+@run_options
 @click.option("--run", "run_file", type=TEXT_FILE, metavar="FILE.yaml", help="Take all of this from a file.")
-@json_option
-@plot_option
-@report_option
-def evaluate(
-    model: str | None,
-    profile: str | None,
-    steers: tuple[str, ...],
-    sweeps: tuple[str, ...],
-    text: TextOptions,
-    window: int,
-    tokens: int | None,
-    unigram: Path | None,
-    choices: tuple[Path, ...],
-    smooth_ece: bool,
-    induction: bool,
-    run_file: Path | None,
-    as_json: Path | None,
-    plot: Path | None,
-    report: Path | None,
-    **loading: Any,
-) -> None:
+@output_options
+def evaluate(chosen: ModelOptions, asked: RunOptions, run_file: Path | None, output: OutputOptions) -> None:
     """Compare loss, entropy and calibration without steering, with each --steer, and with the temperatures it has to beat.
 
     \b
@@ -86,53 +119,48 @@ def evaluate(
     """
     from confsteer.evaluation.run_file import Run, run
 
-    if report:
-        from confsteer.report.page import write_report  # noqa: F401  what it needs is missed now, not after the work
-    if smooth_ece:
+    output.require_extras()
+    if asked.smooth_ece:
         import relplot  # noqa: F401
     if run_file:
-        context = click.get_current_context()
-        for parameter in context.command.params:
-            given = context.get_parameter_source(parameter.name or "") == ParameterSource.COMMANDLINE
-            if given and parameter.name not in BESIDE_A_RUN_FILE:
-                option = parameter.opts[0]
-                raise click.UsageError(f"--run FILE says what to run, {option} too: give it in the file")
+        _refuse_options_beside_a_run_file()
         settings = Run.read(run_file)
-    elif profile is None:
-        raise click.UsageError("give a profile, -p PROFILE, or a run file, --run FILE.yaml")
     else:
-        sources = text.sources(model, "held-out")
-        if not (sources or choices):
-            raise click.UsageError(f"{NO_TEXT} (on samples of its own every model is perfectly calibrated)")
-        settings = Run(
-            model=model,
-            profile=profile,
-            texts=tuple(sources),
-            steerings=steers,
-            sweeps=sweeps,
-            tokens=tokens,
-            window=window,
-            unigram=unigram,
-            choices=choices,
-            smooth_ece=smooth_ece,
-            induction=induction,
-        )
-    if plot and not settings.sources():
+        settings = asked.run(chosen.model)
+    if output.plot and not settings.sources():
         raise click.UsageError("--plot draws texts, and there are none: --report has pictures of questions")
     settings.all_steerings()
-    loaded_profile = confsteer.Profile.load(settings.profile)
-    result = run(settings, loaded_profile, load(settings.model, loading), progress=True)
+
+    profile = confsteer.Profile.load(settings.profile)
+    loaded = dataclasses.replace(chosen, model=settings.model).load()
+    result = run(settings, profile, loaded, progress=True)
+
     console = tables.console()
     tables.print_evaluation(console, result)
     for answers in result.choices:
         tables.print_choices(console, result.model, answers)
     if result.induction:
         tables.print_induction(console, result.induction)
-    write(console, result, as_json, plot, "plot_reliability")
-    write_html(console, result, report, loaded_profile)
+    output.write(console, result, _draw_reliability)
+    output.write_report(console, result, profile)
 
 
-@click.command()
+def _refuse_options_beside_a_run_file() -> None:
+    """Raise UsageError if an option was given that a run file says."""
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        given = context.get_parameter_source(parameter.name or "") == ParameterSource.COMMANDLINE
+        if given and parameter.name not in BESIDE_A_RUN_FILE:
+            raise click.UsageError(f"--run FILE says what to run, {parameter.opts[0]} too: give it in the file")
+
+
+def _draw_reliability(result: Evaluation) -> Figure:
+    from confsteer.report.plots import plot_reliability
+
+    return plot_reliability(result)
+
+
+@click.command(short_help="Write an evaluation or a tuning as one HTML file.")
 @click.argument("results", metavar="RESULTS.json", type=TEXT_FILE)
 @click.option("-p", "--profile", type=PROFILE, help="Draw its neurons and dials too: folder, shipped name or hub repository.")
 @click.option("--out", type=OUTPUT_FILE, metavar="FILE.html", help="Where to write it.  [default: beside RESULTS.json]")
@@ -151,7 +179,11 @@ def report(results: Path, profile: str | None, out: Path | None) -> None:
     tables.console().print(f"Written: {tables.escape(str(file))}")
 
 
-@click.command(name="lm-eval", context_settings={"ignore_unknown_options": True})
+@click.command(
+    name="lm-eval",
+    context_settings={"ignore_unknown_options": True},
+    short_help="Run lm-eval's tasks on a steered model, and rate its confidence.",
+)
 @click.argument("options", nargs=-1, type=click.UNPROCESSED, metavar="[LM-EVAL OPTION]...")
 def lm_eval_tasks(options: tuple[str, ...]) -> None:
     """Run lm-eval's tasks on a steered model. All options are lm-eval's: lm-eval run --help.

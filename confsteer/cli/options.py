@@ -1,4 +1,4 @@
-"""Options that several commands have, and what they turn into."""
+"""Options that several commands have, each group of them as one argument of the command."""
 
 from __future__ import annotations
 
@@ -6,25 +6,31 @@ import dataclasses
 import functools
 import io
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import click
 from click.shell_completion import CompletionItem
 from rich.console import Console
 
+from confsteer import defaults
 from confsteer.files import shipped_profiles, write_result
 from confsteer.report.tables import escape
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pydantic import BaseModel
+    from transformers import PreTrainedTokenizerBase
 
     from confsteer.evaluation.evaluate import Evaluation
+    from confsteer.model.loading import LoadedModel
     from confsteer.profile.profile import Profile
     from confsteer.text.sources import TextSource
+    from confsteer.text.windows import Windows
     from confsteer.tuning.tune import Tuning
 
+Written = TypeVar("Written", bound="BaseModel")
 EXIT_NO_NEURONS = 3
 EXIT_NOTHING_GAINED = 4
 NO_TEXT = "give some text: --text PATH or --dataset HUB_ID"
@@ -32,7 +38,7 @@ TEXT_FILE = click.Path(path_type=Path, dir_okay=False)
 
 
 class _OutputFile(click.Path):
-    """A file that can be written: said before hours of work, not after."""
+    """A file that can be written; one that cannot is refused before hours of work, not after."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         file = Path(str(super().convert(value, param, ctx)))
@@ -85,25 +91,64 @@ STEERING = _SteeringText()
 PICTURE_FILE = _PictureFile(path_type=Path, dir_okay=False, writable=True)
 
 
-def model_options(command: Any) -> Any:
-    for option in reversed(
-        [
-            click.argument("model", required=False),
-            click.option("--device", help="cpu, cuda, cuda:1, or auto to spread over devices.  [default: CUDA if there is one]"),
-            click.option(
-                "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True
-            ),
-            click.option("--revision", help="Branch, tag or commit on the hub."),
-            click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model."),
-        ]
-    ):
-        command = option(command)
-    return command
+def grouped(name: str, group: type, *options: Any) -> Callable[[Any], Any]:
+    """Add options to a command, which gets their values as one argument.
+
+    Args:
+        name: of the argument.
+        group: a dataclass. Its fields are called like the options' values; those the command lacks need a default.
+        *options: decorators of click or groups of their own, in the order of ``--help``.
+
+    Returns:
+        A decorator of the command's function.
+    """
+
+    def decorate(command: Any) -> Any:
+        @functools.wraps(command)
+        def with_group(**given: Any) -> Any:
+            values = {field.name: given.pop(field.name) for field in dataclasses.fields(group) if field.name in given}
+            return command(**{name: group(**values)}, **given)
+
+        for option in reversed(options):
+            with_group = option(with_group)
+        return with_group
+
+    return decorate
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions:
+    """Model that a command runs, and how it is loaded."""
+
+    model: str | None
+    """Hub id or folder; the bundled model if None."""
+    device: str | None
+    dtype: str
+    revision: str | None
+    trust_remote_code: bool
+
+    def load(self) -> LoadedModel:
+        """Load the model and its tokenizer."""
+        from confsteer.model.loading import load_model
+
+        settings = dataclasses.asdict(self)
+        return load_model(settings.pop("model"), **settings)
+
+
+model_options = grouped(
+    "chosen",
+    ModelOptions,
+    click.argument("model", required=False),
+    click.option("--device", help="cpu, cuda, cuda:1, or auto to spread over devices.  [default: CUDA if there is one]"),
+    click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True),
+    click.option("--revision", help="Branch, tag or commit on the hub."),
+    click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model."),
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class TextOptions:
-    """The text options of a command."""
+    """Text that a command reads."""
 
     texts: tuple[Path, ...]
     dataset: str | None
@@ -114,7 +159,10 @@ class TextOptions:
     join: bool
 
     def sources(self, model: str | None, part: Literal["calibration", "held-out"]) -> list[TextSource]:
-        """Each --text for itself, or the dataset; the bundled model has a text of its own, others have none if none is given."""
+        """Take each --text for itself, or the dataset.
+
+        The bundled model has a text of its own, others have none if none is given.
+        """
         from confsteer.text.sources import TextSource
 
         if self.texts and self.dataset:
@@ -131,50 +179,60 @@ class TextOptions:
         return [TextSource(bundled=part)] if model is None else []
 
     def source(self, model: str | None, part: Literal["calibration", "held-out"]) -> TextSource | None:
-        """Every --text as one."""
+        """Take every --text as one."""
         sources = self.sources(model, part)
         return sources[0].model_copy(update={"text": self.texts}) if sources else None
 
 
-def text_options(command: Any) -> Any:
-    @functools.wraps(command)
-    def with_text(**options: Any) -> Any:
-        text = TextOptions(**{field.name: options.pop(field.name) for field in dataclasses.fields(TextOptions)})
-        return command(text=text, **options)
+@dataclasses.dataclass(frozen=True)
+class WindowedTextOptions(TextOptions):
+    """Text that a command reads, and how much of it in windows of which size."""
 
-    for option in reversed(
-        [
-            click.option(
-                "--text",
-                "texts",
-                type=click.Path(path_type=Path),
-                multiple=True,
-                metavar="PATH",
-                help="File or folder, repeatable: .json is a list of documents, .jsonl has one per line, any other file is one; "
-                "all may be gzipped (.gz).",
-            ),
-            click.option("--dataset", metavar="HUB_ID", help="Dataset on the hub or in a local folder, streamed."),
-            click.option("--config", metavar="NAME", help="The dataset's configuration, where it has several."),
-            click.option("--split", metavar="NAME", help="The dataset's split.  [default: train]"),
-            click.option(
-                "--field",
-                metavar="NAME",
-                help="What a JSON object calls its text.  [default: text; with --chat, messages]",
-            ),
-            click.option("--chat", is_flag=True, help="Conversations, read through the tokenizer's chat template."),
-            click.option("--join", is_flag=True, help="Let windows cross documents: join texts with EOS, as pre-training does."),
-        ]
-    ):
-        with_text = option(with_text)
-    return with_text
+    window: int
+    """Tokens per window."""
+    tokens: int | None
+    """Tokens to read at most; all if None."""
+
+    def windows(self, source: TextSource, tokenizer: PreTrainedTokenizerBase) -> Windows:
+        """Cut a text into windows."""
+        return source.windows(tokenizer, self.window, self.tokens)
 
 
-window_option = click.option("--window", default=256, show_default=True, type=int, help="Tokens per window.")
-json_option = click.option("--json", "as_json", type=OUTPUT_FILE, metavar="FILE", help="Write the results as JSON.")
-plot_option = click.option("--plot", type=PICTURE_FILE, metavar="FILE.png", help="Draw the results.")
-report_option = click.option(
-    "--report", type=OUTPUT_FILE, metavar="FILE.html", help="Write a report with pictures, as confsteer report does."
+_TEXT = (
+    click.option(
+        "--text",
+        "texts",
+        type=click.Path(path_type=Path),
+        multiple=True,
+        metavar="PATH",
+        help="File or folder, repeatable: .json is a list of documents, .jsonl has one per line, any other file is one; "
+        "all may be gzipped (.gz).",
+    ),
+    click.option("--dataset", metavar="HUB_ID", help="Dataset on the hub or in a local folder, streamed."),
+    click.option("--config", metavar="NAME", help="The dataset's configuration, where it has several."),
+    click.option("--split", metavar="NAME", help="The dataset's split.  [default: train]"),
+    click.option("--field", metavar="NAME", help="What a JSON object calls its text.  [default: text; with --chat, messages]"),
+    click.option("--chat", is_flag=True, help="Conversations, read through the tokenizer's chat template."),
+    click.option("--join", is_flag=True, help="Let windows cross documents: join texts with EOS, as pre-training does."),
 )
+text_options = grouped("text", TextOptions, *_TEXT)
+
+
+def windowed_text_options(tokens: int | None, tokens_help: str = "Read at most this many.") -> Callable[[Any], Any]:
+    """Add the options of a text that is read in windows.
+
+    Args:
+        tokens: to read at most, if the user does not say; None for all.
+        tokens_help: of the option ``--tokens``.
+    """
+    return grouped(
+        "text",
+        WindowedTextOptions,
+        *_TEXT,
+        click.option("--window", default=defaults.WINDOW, show_default=True, type=int, help="Tokens per window."),
+        click.option("--tokens", default=tokens, show_default=tokens is not None, type=click.IntRange(min=1), help=tokens_help),
+    )
+
 
 profile_option = click.option("-p", "--profile", required=True, type=PROFILE, help="Folder, shipped name or hub repository.")
 steer_option = click.option(
@@ -187,41 +245,49 @@ steer_option = click.option(
 )
 
 
-def write(console: Console, result: BaseModel, as_json: Path | None, plot: Path | None, draw: str) -> None:
-    """What the options `json_option` and `plot_option` ask for."""
-    write_json(console, result, as_json)
-    if plot:
-        from confsteer.report import plots
+@dataclasses.dataclass(frozen=True)
+class OutputOptions:
+    """Files that a command writes its results to, besides printing them."""
 
-        write_picture(console, getattr(plots, draw)(result), plot)
+    as_json: Path | None = None
+    plot: Path | None = None
+    report: Path | None = None
+
+    def require_extras(self) -> None:
+        """Fail now if an extra is missing, not after hours of work."""
+        if self.report:
+            import confsteer.report.page  # noqa: F401
+
+    def write(self, console: Console, result: Written, draw: Callable[[Written], Figure] | None = None) -> None:
+        """Write the results as JSON and the picture that `draw` makes of them, where asked."""
+        if self.as_json:
+            write_result(self.as_json, (result.model_dump_json(indent=1) + "\n").encode())
+            console.print(f"Written: {escape(str(self.as_json))}")
+        if self.plot and draw:
+            write_picture(console, draw(result), self.plot)
+
+    def write_report(self, console: Console, result: Evaluation | Tuning, profile: Profile) -> None:
+        """Write the results as HTML, if asked."""
+        if self.report:
+            from confsteer.report.page import write_report
+
+            write_report(result, self.report, profile)
+            console.print(f"Written: {escape(str(self.report))}")
+
+
+_JSON = click.option("--json", "as_json", type=OUTPUT_FILE, metavar="FILE", help="Write the results as JSON.")
+_PLOT = click.option("--plot", type=PICTURE_FILE, metavar="FILE.png", help="Draw the results.")
+_REPORT = click.option(
+    "--report", type=OUTPUT_FILE, metavar="FILE.html", help="Write a report with pictures, as confsteer report does."
+)
+json_and_plot_options = grouped("output", OutputOptions, _JSON, _PLOT)
+json_and_report_options = grouped("output", OutputOptions, _JSON, _REPORT)
+output_options = grouped("output", OutputOptions, _JSON, _PLOT, _REPORT)
 
 
 def write_picture(console: Console, figure: Figure, file: Path) -> None:
-    """In the format that the file's name says."""
+    """Write a picture in the format that the file's name says."""
     picture = io.BytesIO()
     figure.savefig(picture, format=file.suffix[1:].lower())
     write_result(file, picture.getvalue())
     console.print(f"Drawn: {escape(str(file))}")
-
-
-def write_json(console: Console, result: BaseModel, file: Path | None) -> None:
-    """What the option `json_option` asks for."""
-    if file:
-        write_result(file, (result.model_dump_json(indent=1) + "\n").encode())
-        console.print(f"Written: {escape(str(file))}")
-
-
-def write_html(console: Console, result: Evaluation | Tuning, file: Path | None, profile: Profile) -> None:
-    """What the option `report_option` asks for."""
-    if file:
-        from confsteer.report.page import write_report
-
-        write_report(result, file, profile)
-        console.print(f"Written: {escape(str(file))}")
-
-
-def load(model: str | None, loading: dict[str, Any]) -> Any:
-    """The model that `model_options` name."""
-    from confsteer.model.loading import load_model
-
-    return load_model(model, **loading)

@@ -3,81 +3,66 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 from rich.table import Table
 
 import confsteer
-from confsteer.cli.options import PROFILE, STEERING, load, model_options, profile_option, steer_option
+from confsteer import defaults
+from confsteer.cli.options import PROFILE, STEERING, ModelOptions, model_options, profile_option, steer_option
 from confsteer.report import tables
 from confsteer.report.printable import one_safe_line
 
 
-@click.command()
+@click.command(short_help="Continue one prompt at several settings.")
 @click.argument("prompt")
 @model_options
 @profile_option
 @steer_option
-@click.option("--max-new-tokens", default=40, show_default=True, type=click.IntRange(min=1))
-@click.option("--temperature", default=1.0, show_default=True, type=click.FloatRange(min=0), help="0 is greedy.")
-@click.option("--seed", default=0, show_default=True, help="The same for every steering.")
+@click.option("--max-new-tokens", default=defaults.MAX_NEW_TOKENS, show_default=True, type=click.IntRange(min=1))
+@click.option("--temperature", default=defaults.TEMPERATURE, show_default=True, type=click.FloatRange(min=0), help="0 is greedy.")
+@click.option("--seed", default=defaults.SEED, show_default=True, help="The same for every steering.")
 def generate(
     prompt: str,
-    model: str | None,
+    chosen: ModelOptions,
     profile: str,
     steers: tuple[str, ...],
     max_new_tokens: int,
     temperature: float,
     seed: int,
-    **loading: Any,
 ) -> None:
     """Continue PROMPT without steering and with each --steer.
 
     \b
     confsteer generate "It was a dark and" -p confsteer-demo -s entropy=-0.15 -s entropy=0.3
     """
-    import torch
-
-    from confsteer.errors import CorpusError
-    from confsteer.runtimes.transformers import steer
+    from confsteer.runtimes.generations import generations
     from confsteer.steering import Steering
-    from confsteer.text.windows import check_ids
 
     steerings = [Steering(), *map(Steering.parse, steers)]
-    loaded = load(model, loading)
-    found = confsteer.Profile.load(profile)
-    inputs = loaded.tokenizer(prompt, return_tensors="pt").to(loaded.model.device)
-    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    model, tokenizer = chosen.load()
+    found = generations(
+        model,
+        tokenizer,
+        confsteer.Profile.load(profile),
+        prompt,
+        steerings,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+    )
     table = Table("steering", "continuation", "entropy", show_lines=True)
-    with steer(loaded.model, found) as steerer:
-        if inputs["input_ids"].shape[1] == 0:
-            raise CorpusError(f"the prompt {prompt!r} has no tokens: there is nothing to continue")
-        check_ids(inputs["input_ids"], found.model.vocab_size)
-        for steering in steerings:
-            steerer.update(steering)
-            torch.manual_seed(seed)
-            output = loaded.model.generate(
-                **inputs,
-                **sampling,
-                max_new_tokens=max_new_tokens,
-                return_dict_in_generate=True,
-                output_logits=True,
-                pad_token_id=loaded.tokenizer.pad_token_id or loaded.tokenizer.eos_token_id,
-            )
-            log_p = torch.stack(output.logits).float().log_softmax(-1)
-            entropy = float(-(log_p.exp() * log_p).sum(-1).mean())
-            text = loaded.tokenizer.decode(output.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            table.add_row(str(steering), tables.escape(text.strip()), f"{entropy:.2f}")
+    for one in found:
+        table.add_row(str(one.steering), tables.escape(one.text.strip()), f"{one.entropy:.2f}")
     tables.console().print(table, "Entropy: mean over the generated tokens, in nats.", sep="\n")
 
 
-@click.command()
+@click.command(short_help="Save a checkpoint with a steering in its weights, for any engine.")
 @model_options
 @profile_option
 @steer_option
 @click.option("--out", required=True, type=click.Path(path_type=Path), metavar="FOLDER", help="Of the checkpoint; new, or empty.")
-def bake(model: str | None, profile: str, steers: tuple[str, ...], out: Path, **loading: Any) -> None:
+def bake(chosen: ModelOptions, profile: str, steers: tuple[str, ...], out: Path) -> None:
     """Fold a steering into MODEL's weights and save a checkpoint that any engine runs without confsteer.
 
     \b
@@ -93,7 +78,7 @@ def bake(model: str | None, profile: str, steers: tuple[str, ...], out: Path, **
         raise click.UsageError('a checkpoint has one steering: give --steer once, such as "entropy=0.1 scale.757=0"')
     steering, found = Steering.parse(steers[0]), confsteer.Profile.load(profile)
     with baking.new_folder(out) as folder:
-        loaded = load(model, loading)
+        loaded = chosen.load()
         baked = baking.bake(loaded.model, found, steering)
         baking.save(loaded, baked, found, folder)
     neurons = f"{len(baked.neurons)} neuron{'s' if len(baked.neurons) > 1 else ''} of layer {found.model.layer}"
@@ -110,7 +95,9 @@ def bake(model: str | None, profile: str, steers: tuple[str, ...], out: Path, **
     click.echo(f'  AutoModelForCausalLM.from_pretrained("{out}")')
 
 
-@click.command(context_settings={"ignore_unknown_options": True})
+@click.command(
+    context_settings={"ignore_unknown_options": True}, short_help="Start a vLLM server whose requests choose their steering."
+)
 @click.argument("model", required=False, metavar="[MODEL]")
 @click.argument("options", nargs=-1, type=click.UNPROCESSED, metavar="[VLLM OPTION]...")
 @click.option("--profile", required=True, type=PROFILE, help="Folder, shipped name or hub repository.")
@@ -128,9 +115,8 @@ def serve(model: str | None, options: tuple[str, ...], profile: str, default: st
             "prompt": "It was", "vllm_xargs": {"confsteer": "entropy=0.3"}}'
     See:  curl localhost:8000/confsteer
     """
-    from confsteer.runtimes.vllm.front.command import serve as run
-    from confsteer.runtimes.vllm.front.command import server_command
+    from confsteer.runtimes.vllm.front import command
 
     words = [*filter(None, [model]), *options]
     named = bool(words) and not words[0].startswith("-")
-    run(server_command(words[0] if named else None, profile, default, words[1:] if named else words))
+    command.serve(command.server_command(words[0] if named else None, profile, default, words[1:] if named else words))

@@ -1,29 +1,35 @@
-"""The paper's measurements: study induction, study cumulative."""
+"""Commands that repeat the paper's measurements: study induction, study cumulative."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 import confsteer
+from confsteer import defaults
 from confsteer.cli.options import (
     NO_TEXT,
+    ModelOptions,
+    OutputOptions,
     TextOptions,
-    json_option,
-    load,
+    WindowedTextOptions,
+    json_and_plot_options,
     model_options,
-    plot_option,
     profile_option,
     text_options,
-    window_option,
-    write,
+    windowed_text_options,
 )
 from confsteer.report import tables
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-@click.group()
+    from confsteer.studies.cumulative import CumulativeStudy
+    from confsteer.studies.induction import InductionStudy
+
+
+@click.group(short_help="Repeat the paper's measurements: induction, cumulative ablation.")
 def study() -> None:
     """Measurements of the paper (arXiv 2406.16254) on MODEL and the neurons of a profile.
 
@@ -33,25 +39,16 @@ def study() -> None:
     """
 
 
-@study.command()
+@study.command(name="induction")
 @model_options
 @profile_option
 @text_options
-@click.option("--sequences", default=100, show_default=True, help="Of each kind; the paper has 1,000.")
-@click.option("--half", default=100, show_default=True, help="Tokens of a stretch.")
-@click.option("--seed", default=0, show_default=True, help="Of the random tokens.")
-@json_option
-@plot_option
-def induction(
-    model: str | None,
-    profile: str,
-    text: TextOptions,
-    sequences: int,
-    half: int,
-    seed: int,
-    as_json: Path | None,
-    plot: Path | None,
-    **loading: Any,
+@click.option("--sequences", default=defaults.INDUCTION_SEQUENCES, show_default=True, help="Of each kind; the paper has 1,000.")
+@click.option("--half", default=defaults.INDUCTION_HALF, show_default=True, help="Tokens of a stretch.")
+@click.option("--seed", default=defaults.SEED, show_default=True, help="Of the random tokens.")
+@json_and_plot_options
+def study_induction(
+    chosen: ModelOptions, profile: str, text: TextOptions, sequences: int, half: int, seed: int, output: OutputOptions
 ) -> None:
     """Entropy neurons when a stretch of tokens is read twice, random tokens and natural ones.
 
@@ -62,18 +59,18 @@ def induction(
     confsteer study induction -p confsteer-demo --plot induction.png
     confsteer study induction openai-community/gpt2 -p my-profile --text book.txt --sequences 1000
     """
-    from confsteer.studies.induction import induction as run
+    from confsteer.studies.induction import induction
     from confsteer.text.windows import leading_ids
 
     loaded_profile = confsteer.Profile.load(profile)
-    source = text.source(model, "held-out")
-    loaded = load(model, loading)
-    beginning = len(leading_ids(loaded.tokenizer))
-    result = run(
-        loaded.model,
-        loaded.tokenizer,
+    source = text.source(chosen.model, "held-out")
+    model, tokenizer = chosen.load()
+    length = len(leading_ids(tokenizer)) + half
+    result = induction(
+        model,
+        tokenizer,
         loaded_profile,
-        texts=source.windows(loaded.tokenizer, beginning + half, 2 * sequences * (beginning + half)) if source else None,
+        texts=source.windows(tokenizer, length, 2 * sequences * length) if source else None,
         sequences=sequences,
         half=half,
         seed=seed,
@@ -81,32 +78,31 @@ def induction(
     )
     console = tables.console()
     tables.print_induction(console, result)
-    write(console, result, as_json, plot, "plot_induction")
+    output.write(console, result, _draw_induction)
 
 
-@study.command()
+def _draw_induction(result: InductionStudy) -> Figure:
+    from confsteer.report.plots import plot_induction
+
+    return plot_induction(result)
+
+
+@study.command(name="cumulative")
 @model_options
 @profile_option
-@text_options
-@window_option
-@click.option("--tokens", default=5_120, show_default=True, type=click.IntRange(min=1), help="Read at most this many.")
+@windowed_text_options(defaults.CUMULATIVE_TOKENS)
 @click.option("-k", type=int, help="Ablate at most this many neurons.  [default: all of the profile's]")
-@click.option("--repeats", default=10, show_default=True, help="Draws of random neurons.")
-@click.option("--seed", default=0, show_default=True, help="Of the draws.")
-@json_option
-@plot_option
-def cumulative(
-    model: str | None,
+@click.option("--repeats", default=defaults.CUMULATIVE_REPEATS, show_default=True, help="Draws of random neurons.")
+@click.option("--seed", default=defaults.SEED, show_default=True, help="Of the draws.")
+@json_and_plot_options
+def study_cumulative(
+    chosen: ModelOptions,
     profile: str,
-    text: TextOptions,
-    window: int,
-    tokens: int,
+    text: WindowedTextOptions,
     k: int | None,
     repeats: int,
     seed: int,
-    as_json: Path | None,
-    plot: Path | None,
-    **loading: Any,
+    output: OutputOptions,
 ) -> None:
     """The 1, 2, ... k strongest entropy neurons set to their means, against random neurons of like norm.
 
@@ -114,23 +110,21 @@ def cumulative(
     confsteer study cumulative -p confsteer-demo --plot cumulative.png
     confsteer study cumulative openai-community/gpt2 -p my-profile --text book.txt -k 6
     """
-    from confsteer.studies.cumulative import cumulative as run
+    from confsteer.studies.cumulative import cumulative
 
     loaded_profile = confsteer.Profile.load(profile)
-    source = text.source(model, "held-out")
+    source = text.source(chosen.model, "held-out")
     if source is None:
         raise click.UsageError(NO_TEXT)
-    loaded = load(model, loading)
-    result = run(
-        loaded.model,
-        loaded.tokenizer,
-        source.windows(loaded.tokenizer, window, tokens),
-        loaded_profile,
-        k=k,
-        repeats=repeats,
-        seed=seed,
-        progress=True,
-    )
+    model, tokenizer = chosen.load()
+    windows = text.windows(source, tokenizer)
+    result = cumulative(model, tokenizer, windows, loaded_profile, k=k, repeats=repeats, seed=seed, progress=True)
     console = tables.console()
     tables.print_cumulative(console, result)
-    write(console, result, as_json, plot, "plot_cumulative")
+    output.write(console, result, _draw_cumulative)
+
+
+def _draw_cumulative(result: CumulativeStudy) -> Figure:
+    from confsteer.report.plots import plot_cumulative
+
+    return plot_cumulative(result)

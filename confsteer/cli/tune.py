@@ -2,81 +2,105 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Literal
 
 import click
 
 import confsteer
+from confsteer import defaults
 from confsteer.cli.options import (
     EXIT_NOTHING_GAINED,
     NO_TEXT,
-    TextOptions,
-    json_option,
-    load,
+    ModelOptions,
+    OutputOptions,
+    WindowedTextOptions,
+    grouped,
+    json_and_report_options,
     model_options,
     profile_option,
-    report_option,
-    text_options,
-    window_option,
-    write_html,
-    write_json,
+    windowed_text_options,
 )
 from confsteer.report import tables
 from confsteer.steering import Steering
 
+if TYPE_CHECKING:
+    from confsteer.tuning.tune import TuningSettings
 
-@click.command()
+
+@dataclasses.dataclass(frozen=True)
+class TuningOptions:
+    """Parameters to tune, and how."""
+
+    dials: bool
+    temperature: bool
+    objective: Literal["nll", "brier", "ece"]
+    ridge: float
+    leave_one_out: bool
+    seed: int
+
+    def settings(self) -> TuningSettings:
+        """Turn the options into keywords of `confsteer.tune`, with progress bars."""
+        return {
+            "parameters": "dials" if self.dials else "neurons",
+            "with_temperature": self.temperature,
+            "objective": self.objective,
+            "ridge": self.ridge,
+            "leave_one_out": self.leave_one_out,
+            "seed": self.seed,
+            "progress": True,
+        }
+
+
+tuning_options = grouped(
+    "how",
+    TuningOptions,
+    click.option("--dials", is_flag=True, help="Tune the two dials only, not each neuron."),
+    click.option("--temperature", is_flag=True, help="Fit a temperature beside them, for you to sample with."),
+    click.option(
+        "--objective",
+        type=click.Choice(["nll", "brier", "ece"]),
+        default=defaults.OBJECTIVE,
+        show_default=True,
+        help="What to minimise: the loss, the Brier score of the top prediction, or its calibration error.",
+    ),
+    click.option(
+        "--ridge",
+        default=defaults.RIDGE,
+        show_default=True,
+        type=click.FloatRange(min=0),
+        help="Pull towards neutral: part of the unsteered objective that a gain one off costs.",
+    ),
+    click.option(
+        "--leave-one-out/--no-leave-one-out", default=True, help="Of several texts: tune on all but one too.  [default: on]"
+    ),
+    click.option("--seed", default=defaults.SEED, show_default=True, help="Of the order in which documents are shared out."),
+)
+
+
+@click.command(short_help="Find the steering that suits your text and keep it as a preset.")
 @model_options
 @profile_option
-@text_options
-@window_option
-@click.option(
-    "--tokens", default=40_000, show_default=True, type=click.IntRange(min=1), help="Read at most this many of each text."
-)
-@click.option("--dials", is_flag=True, help="Tune the two dials only, not each neuron.")
-@click.option("--temperature", is_flag=True, help="Fit a temperature beside them, for you to sample with.")
-@click.option(
-    "--objective",
-    type=click.Choice(["nll", "brier", "ece"]),
-    default="nll",
-    show_default=True,
-    help="What to minimise: the loss, the Brier score of the top prediction, or its calibration error.",
-)
-@click.option(
-    "--ridge",
-    default=2e-5,
-    show_default=True,
-    type=click.FloatRange(min=0),
-    help="Pull towards neutral: part of the unsteered objective that a gain one off costs.",
-)
-@click.option(
-    "--leave-one-out/--no-leave-one-out", default=True, help="Of several texts: tune on all but one too.  [default: on]"
-)
-@click.option("--seed", default=0, show_default=True, help="Of the order in which documents are shared out.")
+@windowed_text_options(defaults.TUNING_TOKENS, "Read at most this many of each text.")
+@tuning_options
 @click.option("--name", default="calibrated", show_default=True, metavar="PRESET", help="What to call what is found.")
 @click.option(
     "--out",
     type=click.Path(path_type=Path, file_okay=False),
     help="Folder to write the profile with the preset to.  [default: PROFILE]",
 )
-@json_option
-@report_option
+@json_and_report_options
 def tune(
-    model: str | None,
+    chosen: ModelOptions,
     profile: str,
-    text: TextOptions,
-    window: int,
-    tokens: int,
-    dials: bool,
-    temperature: bool,
+    text: WindowedTextOptions,
+    how: TuningOptions,
     name: str,
     out: Path | None,
-    as_json: Path | None,
-    report: Path | None,
-    **settings: Any,
+    output: OutputOptions,
 ) -> None:
     """Find the steering that makes text like yours likeliest or best calibrated, and keep it as a preset of PROFILE.
 
@@ -94,31 +118,20 @@ def tune(
     """
     from confsteer.text.sources import by_title
 
+    # Refuse now what would fail after the work.
     Steering.parse({"preset": name})
-    if report:
-        from confsteer.report.page import write_report  # noqa: F401  what it needs is missed now, not after the work
-    sources = by_title(text.sources(model, "calibration"))
+    output.require_extras()
+    sources = by_title(text.sources(chosen.model, "calibration"))
     if not sources:
         raise click.UsageError(NO_TEXT)
     loaded_profile = confsteer.Profile.load(profile)
-    folder = out or Path(profile)
-    if out is None and not folder.is_dir():
-        raise click.UsageError(
-            f"{profile} is not a folder on this machine: say with --out where to write the profile with the preset"
-        )
-    if not os.access(next(place for place in (folder, *folder.absolute().parents) if place.exists()), os.W_OK):
-        raise click.UsageError(f"{folder} cannot be written to: say with --out where to write the profile with its preset")
-    loaded = load(model, {key: settings.pop(key) for key in ("device", "dtype", "revision", "trust_remote_code")})
-    result = confsteer.tune(
-        loaded.model,
-        loaded.tokenizer,
-        {title: source.windows(loaded.tokenizer, window, tokens) for title, source in sources.items()},
-        loaded_profile,
-        parameters="dials" if dials else "neurons",
-        with_temperature=temperature,
-        progress=True,
-        **settings,
-    )
+    folder = _writable_folder(profile, out)
+
+    model, tokenizer = chosen.load()
+    texts = {title: text.windows(source, tokenizer) for title, source in sources.items()}
+    result = confsteer.tune(model, tokenizer, texts, loaded_profile, **how.settings())
+
+    # Save the preset first: pictures and pages can be made again.
     console = tables.console()
     tables.print_tuning(console, result)
     if result.gained:
@@ -128,7 +141,24 @@ def tune(
             console.print(f"It was tuned for sampling at temperature {result.temperature:.3f}, which a preset cannot hold.")
     else:
         console.print("[bold]Nothing saved:[/bold] on the validation split it does not beat neutral beyond the interval.")
-    write_json(console, result, as_json)
-    write_html(console, result, report, loaded_profile)
+    output.write(console, result)
+    output.write_report(console, result, loaded_profile)
     if not result.gained:
         sys.exit(EXIT_NOTHING_GAINED)
+
+
+def _writable_folder(profile: str, out: Path | None) -> Path:
+    """Choose the folder of the profile with its preset.
+
+    Raises:
+        click.UsageError: there is none, or it cannot be written to.
+    """
+    folder = out or Path(profile)
+    if out is None and not folder.is_dir():
+        raise click.UsageError(
+            f"{profile} is not a folder on this machine: say with --out where to write the profile with the preset"
+        )
+    nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not os.access(nearest, os.W_OK):
+        raise click.UsageError(f"{folder} cannot be written to: say with --out where to write the profile with its preset")
+    return folder
