@@ -229,6 +229,12 @@ def test_help_teaches() -> None:
     assert (EXIT_NO_NEURONS, EXIT_NOTHING_GAINED) == (3, 4), "as documented"
 
 
+def test_help_lists_the_commands_once_and_in_the_order_of_work() -> None:
+    work = ["calibrate", "scan", "show", "push", "generate", "eval", "report", "tune", "lm-eval", "bake", "serve", "study"]
+    listed = [line.split()[0] for line in run("--help").output.partition("Commands:\n")[2].splitlines()]
+    assert listed == list(main.commands) == work
+
+
 def test_studies_print_write_json_and_draw(folder: Path, tmp_path: Path) -> None:
     model, text = ("-p", folder / "profile", folder / "model"), ("--text", folder / "other.txt")
     outputs = ("--json", tmp_path / "s.json", "--plot", tmp_path / "s.png")

@@ -19,11 +19,15 @@ EXTRAS = {
 }
 """Packages that not everyone installs, and the extra they come with."""
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-"""What a disk says that does not take more, whoever was writing: confsteer, a library, or a redirected output."""
+"""Errors of a full or read-only disk, whoever was writing: confsteer, a library, or a redirected output."""
 
 
 class _Group(click.Group):
-    """Errors that confsteer raises on purpose become a sentence and exit code 1, warnings a line."""
+    """Group whose commands turn confsteer's errors into a sentence and exit code 1, warnings into a line."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Keep the commands in the order of work, not of the alphabet."""
+        return list(self.commands)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -50,19 +54,6 @@ class _Group(click.Group):
 def main() -> None:
     """Confidence control for language models, with their own neurons.
 
-    \b
-    confsteer calibrate MODEL          find the neurons, measure what they do, save a profile
-    confsteer scan MODEL               candidates from the weights alone, read off the disk: no text, no model in memory
-    confsteer show PROFILE             what a profile holds, as tables or pictures
-    confsteer generate -p PROFILE ...  the same prompt at several settings
-    confsteer eval -p PROFILE ...      loss, entropy and calibration with and without steering
-    confsteer report RESULTS.json      an evaluation or a tuning as one HTML file
-    confsteer tune MODEL -p PROFILE --text ...   the steering that suits your text, kept as a preset of the profile
-    confsteer lm-eval --tasks ...      lm-eval's tasks on a steered model, and the calibration of its answers
-    confsteer bake MODEL -p PROFILE -s STEERING --out FOLDER   a checkpoint with a steering in its weights, for any engine
-    confsteer serve MODEL --profile PROFILE   a vLLM server whose requests choose their steering
-    confsteer study ... -p PROFILE     measurements of the paper: induction, cumulative ablation
-
     MODEL is a hub id or a folder; without it the bundled demonstration model is used. PROFILE is a folder, the name of a
     shipped profile (confsteer-demo) or a hub repository.
 
@@ -71,18 +62,19 @@ def main() -> None:
     """
 
 
+# In the order of work, which is that of --help.
 for command in (
     find.calibrate,
     find.scan,
     find.show,
     find.push,
     steer.generate,
-    steer.bake,
-    steer.serve,
     measure.evaluate,
     measure.report,
     tune.tune,
     measure.lm_eval_tasks,
+    steer.bake,
+    steer.serve,
     study.study,
 ):
     main.add_command(command)
