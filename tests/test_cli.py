@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -233,6 +234,14 @@ def test_help_lists_the_commands_once_and_in_the_order_of_work() -> None:
     work = ["calibrate", "scan", "show", "push", "generate", "eval", "report", "tune", "lm-eval", "bake", "serve", "study"]
     listed = [line.split()[0] for line in run("--help").output.partition("Commands:\n")[2].splitlines()]
     assert listed == list(main.commands) == work
+
+
+def test_examples_on_the_bundled_model_name_neurons_that_it_has() -> None:
+    profile = Profile.load("confsteer-demo")
+    for command in main.commands:
+        page = run(command, "--help").output
+        for neuron in re.findall(r"(?:scale|shift|clamp)\.(\d+)", page) if "confsteer-demo" in page else ():
+            assert int(neuron) in {one.index for one in profile.steerable}, command
 
 
 def test_studies_print_write_json_and_draw(folder: Path, tmp_path: Path) -> None:

@@ -189,7 +189,7 @@ def lm_eval_tasks(options: tuple[str, ...]) -> None:
     """Run lm-eval's tasks on a steered model. All options are lm-eval's: lm-eval run --help.
 
     \b
-    confsteer lm-eval --tasks arc_easy --limit 100 --model_args profile=confsteer-demo "steering=entropy=0.3 scale.757=0"
+    confsteer lm-eval --tasks arc_easy --limit 100 --model_args profile=confsteer-demo "steering=entropy=0.3 scale.767=0"
     confsteer lm-eval --tasks gsm8k --model_args pretrained=OWNER/MODEL,profile=my-profile,steering=preset=calm
     confsteer lm-eval --tasks mmlu --model_args '{"pretrained": "OWNER/MODEL", "profile": "p", "steering": {"entropy": 0.2}}'
     confsteer lm-eval --tasks my_task --include_path folder --batch_size 16 --output_path results --model_args ...

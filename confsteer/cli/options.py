@@ -241,7 +241,7 @@ steer_option = click.option(
     "steers",
     multiple=True,
     type=STEERING,
-    help='Such as "entropy=0.3", "unigram=-0.1 scale.757=0", "clamp.757=0:2", or JSON; repeatable.',
+    help='Such as "entropy=0.3", "unigram=-0.1 scale.767=0", "clamp.767=0:2", or JSON; repeatable.',
 )
 
 
