@@ -172,6 +172,8 @@ def compare(
     blocks = Blocks(sample.block)
     target_log_frequency = unigram.log_frequency.cpu()[sample.reading.states.targets.cpu()]
     group, groups = equal_mass_bins(target_log_frequency, FREQUENCY_GROUPS)
+
+    # Score the text with each candidate: the first, unsteered, is what predictions are compared with.
     scored: list[TokenScores] = []
     estimates: list[Estimates] = []
     for candidate in candidates:
@@ -182,6 +184,7 @@ def compare(
         estimates.append(found)
         on_candidate()
 
+    # Make a row of each once all are scored, since differences are between rows.
     def row(i: int) -> Row:
         candidate, scores = candidates[i], scored[i]
         return Row(

@@ -79,6 +79,7 @@ def fit(
         scored = [text.scores(build(at)) for text in validation]
         return sum(_objective_value(objective, scores) for scores in scored) / max(1, len(scored))
 
+    # Step until the objective stands still or validation no longer gets better; keep the best step.
     best, best_score, best_step = start.clone(), score(start), 0
     before = float(closure())
     for step in range(1, MAX_STEPS + 1):

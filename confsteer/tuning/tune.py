@@ -112,9 +112,14 @@ def tune(
     """Find the steering that does best on text like `texts`, and say what it does on parts of them that it was not tuned on.
 
     The model runs once over each text; the rest is gradient descent on the closed form of the last layer, minutes on a CPU.
-    Each text is cut in four, whole documents together: the parameters are fitted to the first part, pulled towards neutral;
-    the second says when to stop; the third whether anything was gained; the fourth is reported on. Texts count equally. The
-    temperature and the constant in the null space that the result is held against are fitted to the loss of the same first
+    Each text is cut in four, whole documents together, and texts count equally:
+
+    - the parameters are fitted to the first part, pulled towards neutral;
+    - the second part says when to stop;
+    - the third says whether anything was gained;
+    - the fourth is reported on.
+
+    The result is held against a temperature and a constant in the null space. Both are fitted to the loss of the same first
     parts, whatever the objective.
 
     Store what was found with ``profile.with_preset("calibrated", tuning.steering)``, if it `Tuning.gained` anything.
