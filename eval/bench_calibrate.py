@@ -32,7 +32,7 @@ from confsteer.last_layer.readout import Readout
 from confsteer.last_layer.states import TokenStates
 from confsteer.last_layer.unigram import Unigram
 from confsteer.model.dissect import dissect
-from confsteer.model.states import Recording, regroup
+from confsteer.model.states import Recording, join_batches
 from confsteer.text.windows import make_windows
 
 
@@ -137,7 +137,7 @@ def record(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, text: str
     readout = anatomy.readout()
     windows = make_windows([text], tokenizer)
     recording = Recording(model, anatomy, windows, torch.device("cpu"))
-    (states,) = regroup(recording.read(), windows.n_tokens)
+    states = join_batches(list(recording.read()))
     return readout, states, states.activations.mean(dim=0), Unigram.from_counts(windows.counts(readout.vocab_size))
 
 

@@ -32,11 +32,11 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-import confsteer.calibration.calibrate
+import confsteer.calibration.stages
 import confsteer.model.loading
 import confsteer.tuning.tune
 from confsteer import Profile
-from confsteer.calibration import passes as resuming
+from confsteer.calibration import progress
 from confsteer.cli import main
 from confsteer.model.loading import LoadedModel
 from confsteer.profile import hub
@@ -194,7 +194,7 @@ def kill_calibrate(root: Path, chance: random.Random, kills: int, *, resume: boo
             done += 1
             seed = 1 - seed
             # A finished run may have been killed before it took its checkpoint away.
-            (out / resuming.FILE_NAME).unlink(missing_ok=True)
+            (out / progress.FILE_NAME).unlink(missing_ok=True)
             return "new"
         return "old" if found == expected[1 - seed] and was_killed else "broken"
 
@@ -203,8 +203,8 @@ def kill_calibrate(root: Path, chance: random.Random, kills: int, *, resume: boo
 
 
 def every_batch() -> None:
-    resuming.WRITE_INTERVAL_SECONDS = 0.0
-    confsteer.calibration.calibrate.tokens_at_once = lambda n_neurons: 300  # type: ignore[attr-defined]
+    progress.WRITE_INTERVAL_SECONDS = 0.0
+    confsteer.calibration.stages.tokens_at_once = lambda n_neurons: 300  # type: ignore[attr-defined]
 
 
 def kill_tune(root: Path, chance: random.Random, kills: int) -> dict[str, Any]:

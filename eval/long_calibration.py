@@ -28,7 +28,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from confsteer import Profile
-from confsteer.calibration import calibrate as calibration
+from confsteer.calibration import stages
+from confsteer.calibration.calibrate import calibrate
+from confsteer.discovery import streaming
 from confsteer.discovery.effects import TokenSlopes
 from confsteer.discovery.exact import TokenEffects
 from confsteer.discovery.streaming import ActivationMoments, EffectMeans, NeuronEffects
@@ -157,12 +159,11 @@ def main(text: tuple[Path, ...], tokens: int, neurons: int, json_file: Path | No
         diary = Diary(Path(folder), watched)
         started, processor = time.monotonic(), time.process_time()
         with (
-            mock.patch.object(calibration, "ActivationMoments", diary.moments()),
-            mock.patch.object(calibration, "EffectMeans", diary.means()),
+            mock.patch.object(stages, "ActivationMoments", diary.moments()),
+            mock.patch.object(stages, "EffectMeans", diary.means()),
+            mock.patch.object(streaming, "EffectMeans", diary.means()),
         ):
-            profile = calibration.calibrate(
-                loaded.model, loaded.tokenizer, windows, unigram_counts=read_counts(DEMO_UNIGRAM), progress=True
-            )
+            profile = calibrate(loaded.model, loaded.tokenizer, windows, unigram_counts=read_counts(DEMO_UNIGRAM), progress=True)
         wall, processor = time.monotonic() - started, time.process_time() - processor
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         found = differences(profile, diary)

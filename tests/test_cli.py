@@ -197,14 +197,14 @@ def test_bad_input_is_a_sentence_and_a_code(folder: Path, tmp_path: Path, argume
     assert not (tmp_path / "p").exists(), "nothing is written when something is wrong"
 
 
-@pytest.mark.parametrize("stage", ["exact_effects", "ablation_effects"])
+@pytest.mark.parametrize("stage", ["discovery.streaming.exact_effects", "calibration.stages.ablation_effects"])
 def test_interrupted_calibration_leaves_nothing_behind(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
     def interrupt(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"confsteer.calibration.calibrate.{stage}", interrupt, raising=True)
+    monkeypatch.setattr(f"confsteer.{stage}", interrupt, raising=True)
     run("calibrate", folder / "model", "--text", folder / "text.txt", "--window", 64, "--out", tmp_path / "p", code=1)
     assert not (tmp_path / "p").exists()
 

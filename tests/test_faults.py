@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from confsteer import Profile, Steering
-from confsteer.calibration import passes as resuming
+from confsteer.calibration import progress
 from confsteer.cli import main
 from confsteer.files import write_atomically
 from confsteer.model.loading import LoadedModel
@@ -181,7 +181,7 @@ def test_a_full_disk_is_a_sentence_and_changes_nothing(folder: Path, command: li
     import confsteer.report.plots
 
     monkeypatch.setattr(confsteer.Tuning, "gained", True)
-    monkeypatch.setattr(resuming, "WRITE_INTERVAL_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "WRITE_INTERVAL_SECONDS", 0.0)
     before = {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
     with full_disk():
         result = CliRunner().invoke(main, [word.format(root=folder) for word in command], env={"COLUMNS": "200"})

@@ -84,7 +84,7 @@ def calibrate(
     What was added up so far is written to the folder every minute (by a single process). Killed or interrupted, the same
     command with --resume goes on from there and ends with the same profile.
     """
-    from confsteer.calibration.passes import FILE_NAME
+    from confsteer.calibration.progress import FILE_NAME
     from confsteer.distributed import init_distributed
     from confsteer.profile.schema import model_id
 

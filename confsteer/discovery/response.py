@@ -116,11 +116,9 @@ class ResponseCurve:
 
     @property
     def sums(self) -> tuple[Tensor, ...]:
-        """What is updated in place, and all there is to it but the positions."""
         return self._sums, self._count
 
     def pool(self, all_reduce: Callable[[Tensor], Tensor]) -> None:
-        """Join what other processes have seen; `all_reduce` adds a tensor up over them."""
         self._sums, self._count = all_reduce(self._sums), all_reduce(self._count)
 
     def result(self) -> ResponseMeans:

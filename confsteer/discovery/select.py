@@ -6,6 +6,8 @@ error: never absolute sizes, which differ by orders of magnitude between models.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,21 @@ STANDARD_ERRORS = 2.0
 """A selected neuron's share and slope exceed these bounds by this many standard errors."""
 MAX_SELECTED = 32
 """No more neurons of a kind than this are reported, the largest effects first."""
+
+
+class Chosen(NamedTuple):
+    """The neurons on a dial, the largest effects first."""
+
+    neurons: list[int]
+    slope: Tensor
+    """Derivative of the dial's quantity with respect to each activation, ``[n_neurons]``; its sign is the neuron's."""
+
+
+class Selection(NamedTuple):
+    """The neurons on each dial."""
+
+    entropy: Chosen
+    unigram: Chosen
 
 
 def percentile(values: Tensor) -> Tensor:
@@ -94,3 +111,17 @@ def frequency_neurons(effects: NeuronEffects, cosine: Tensor, chance_cosine: flo
     )
     eligible[excluding] = False
     return _largest_first(eligible, effects.frequency.value)
+
+
+def select_neurons(weights: WeightStatistics, effects: NeuronEffects, cosine: Tensor, chance_cosine: float) -> Selection:
+    """Choose the neurons of both dials; a neuron that could sit on either is an entropy neuron.
+
+    Args:
+        weights: statistics of the layer's weights.
+        effects: measured effects of the layer.
+        cosine: see `frequency_neurons`.
+        chance_cosine: see `frequency_neurons`.
+    """
+    entropy = entropy_neurons(weights, effects)
+    unigram = frequency_neurons(effects, cosine, chance_cosine, excluding=entropy)
+    return Selection(Chosen(entropy, effects.entropy_slope.value), Chosen(unigram, effects.unigram_slope.value))

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from confsteer.discovery.effects import TokenSlopes
-from confsteer.discovery.exact import TokenEffects
+from confsteer.discovery.exact import TokenEffects, exact_effects
+from confsteer.last_layer.readout import FullOutputs, Readout
+from confsteer.last_layer.unigram import Unigram
+
+
+class Accumulator(Protocol):
+    """Sums over a stream of tokens, in one process of several. Their size does not depend on the number of tokens."""
+
+    @property
+    def sums(self) -> tuple[Tensor, ...]:
+        """The accumulator's complete state; `update` changes these tensors in place."""
+
+    def pool(self, all_reduce: Callable[[Tensor], Tensor]) -> None:
+        """Join the sums of all processes; `all_reduce` adds a tensor up over them."""
 
 
 class ActivationMoments:
@@ -44,11 +58,9 @@ class ActivationMoments:
 
     @property
     def sums(self) -> tuple[Tensor, ...]:
-        """What is updated in place, and all there is to it."""
         return self._count, self.mean, self._squares
 
     def pool(self, all_reduce: Callable[[Tensor], Tensor]) -> None:
-        """Join what other processes have seen; `all_reduce` adds a tensor up over them."""
         n, own_mean = self.count, self.mean
         self._count = all_reduce(self._count)
         self.mean = all_reduce(n * own_mean) / max(1, self.count)
@@ -143,12 +155,15 @@ class EffectMeans:
 
     @property
     def sums(self) -> tuple[Tensor, ...]:
-        """What is updated in place, and all there is to it."""
         return self._sums, self._counts
 
     def pool(self, all_reduce: Callable[[Tensor], Tensor]) -> None:
-        """Join what other processes have seen; `all_reduce` adds a tensor up over them."""
         self._sums, self._counts = all_reduce(self._sums), all_reduce(self._counts)
+
+    @property
+    def count(self) -> int:
+        """Tokens."""
+        return int(self._counts[0])
 
     def result(self) -> NeuronEffects:
         """The averages; standard errors are infinite if there is one window only."""
@@ -179,4 +194,68 @@ class EffectMeans:
             frequency_mediation=share_of_total("without_frequency"),
             entropy_slope=mean("entropy_slope"),
             unigram_slope=mean("unigram_slope"),
+        )
+
+
+class ReportedEffects(NamedTuple):
+    """Exact effects of a few neurons, averaged over tokens."""
+
+    effects: NeuronEffects
+    uncapped: NeuronEffects | None
+    """The same of the logits before the softcap, in a model that has one."""
+    argmax_changed: Tensor
+    """Share of tokens whose most likely next token changes, float64 ``[neurons]``."""
+
+
+class ExactEffectMeans:
+    """Averages the exact effects of ablating a few neurons."""
+
+    def __init__(self, readout: Readout, neurons: Tensor, mean: Tensor, unigram: Unigram) -> None:
+        """
+        Args:
+            readout: the model's last layer, of all neurons.
+            neurons: indices of the few, ``[neurons]``.
+            mean: activations that ablation puts in place, of all neurons, ``[n_neurons]``.
+            unigram: the corpus's unigram distribution.
+        """
+        self._neurons, self._mean, self._unigram = neurons, mean[neurons], unigram
+        self._readout = readout.select(neurons)
+        self._before_cap = None if readout.softcap is None else dataclasses.replace(self._readout, softcap=None)
+        self._means, self._uncapped_means = EffectMeans(len(neurons)), EffectMeans(len(neurons))
+        self._changed = torch.zeros(len(neurons), dtype=torch.float64)
+        self._waiting: list[tuple[TokenEffects, Tensor]] = []
+        self._waiting_uncapped: list[TokenEffects] = []
+
+    def evaluate(self, outputs: FullOutputs, activations: Tensor) -> None:
+        """Evaluate the next tokens of a batch, with activations ``[tokens, n_neurons]`` of all neurons."""
+        delta = self._mean.float() - activations[:, self._neurons].float()
+        self._waiting.append(exact_effects(self._readout, outputs, delta, self._unigram))
+        if self._before_cap is not None:
+            self._waiting_uncapped.append(exact_effects(self._before_cap, outputs, delta, self._unigram)[0])
+
+    def update(self, window: Tensor) -> None:
+        """Add the tokens evaluated since the last call; `window` as `EffectMeans.update` takes it."""
+        capped = [effects for effects, _ in self._waiting]
+        for means, parts in ((self._means, capped), (self._uncapped_means, self._waiting_uncapped)):
+            if parts:
+                means.update(TokenEffects(*map(torch.cat, zip(*parts, strict=True))), window)
+        self._changed += torch.cat([changed for _, changed in self._waiting]).double().sum(dim=0).cpu()
+        self._waiting.clear()
+        self._waiting_uncapped.clear()
+
+    @property
+    def sums(self) -> tuple[Tensor, ...]:
+        return self._changed, *self._means.sums, *self._uncapped_means.sums
+
+    def pool(self, all_reduce: Callable[[Tensor], Tensor]) -> None:
+        self._means.pool(all_reduce)
+        self._uncapped_means.pool(all_reduce)
+        self._changed = all_reduce(self._changed)
+
+    def result(self) -> ReportedEffects:
+        """The averages over all tokens so far."""
+        return ReportedEffects(
+            effects=self._means.result(),
+            uncapped=None if self._before_cap is None else self._uncapped_means.result(),
+            argmax_changed=self._changed / self._means.count,
         )

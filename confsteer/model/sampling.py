@@ -9,6 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from confsteer.defaults import SEED, WINDOW
 from confsteer.errors import CorpusError
 from confsteer.model.locate import input_device
 from confsteer.text.windows import MIN_WINDOW, TokenizedDocument, Windows, check_context, cut_windows, vocabulary_size
@@ -24,8 +25,8 @@ def sample_windows(
     tokenizer: PreTrainedTokenizerBase,
     *,
     tokens: int,
-    window: int = 256,
-    seed: int = 0,
+    window: int = WINDOW,
+    seed: int = SEED,
     progress: bool = False,
 ) -> Windows:
     """Ancestral samples of the model: each token is drawn from the whole of its next-token distribution at temperature 1.

@@ -100,20 +100,20 @@ def _size(states: TokenStates) -> int:
     return sum(field.nbytes for field in states if field is not None)
 
 
-def regroup(batches: Iterable[TokenStates], at_least: int) -> Iterator[TokenStates]:
-    """The same tokens in larger batches, of `at_least` tokens each but for the last; windows stay whole."""
+def in_groups(batches: Iterable[TokenStates], at_least: int) -> Iterator[list[TokenStates]]:
+    """Gather batches until they have `at_least` tokens together; the last group may have fewer."""
     waiting: list[TokenStates] = []
     for batch in batches:
         waiting.append(batch)
         if sum(len(b.targets) for b in waiting) >= at_least:
-            yield _join(waiting)
+            yield waiting
             waiting = []
     if waiting:
-        yield _join(waiting)
+        yield waiting
 
 
-def _join(batches: list[TokenStates]) -> TokenStates:
-    """Tokens of several batches, their windows numbered through."""
+def join_batches(batches: list[TokenStates]) -> TokenStates:
+    """Make one batch of several, their windows numbered through."""
     first = torch.tensor([0, *(int(b.window.max()) + 1 if len(b.window) else 0 for b in batches[:-1])]).cumsum(0).tolist()
     numbered = [b._replace(window=b.window + start) for b, start in zip(batches, first, strict=True)]
     return _concatenate(numbered)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from pathlib import Path
 
@@ -43,3 +44,8 @@ def checked_counts(counts: NDArray[np.integer], tokenizer_size: int) -> Tensor:
     if counts.sum(dtype=np.float64) > MAX_COUNTED:
         raise CorpusError(f"the unigram counts add up to more than {MAX_COUNTED:.0e}: they are no counts of a text")
     return torch.from_numpy(counts[:tokenizer_size].astype(np.int64))
+
+
+def counts_sha256(counts: Tensor) -> str:
+    """SHA-256 of token counts ``[vocab]``, as little-endian int64."""
+    return hashlib.sha256(counts.numpy().astype("<i8").tobytes()).hexdigest()

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from confsteer.defaults import SOURCE, WINDOW
 from confsteer.errors import CorpusError, SettingError
 
 FIRST_POSITIONS = 3
@@ -141,10 +142,10 @@ def make_windows(
     documents: Iterable[Document] | Windows,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    window: int = 256,
+    window: int = WINDOW,
     max_tokens: int | None = None,
     cross_documents: bool = False,
-    source: str = "texts",
+    source: str = SOURCE,
 ) -> Windows:
     """Tokenize documents into windows.
 

@@ -86,7 +86,7 @@ def test_response_curves_pass_through_the_unsteered_model(found: Planted) -> Non
 
 def test_a_curve_on_a_sample_is_close_to_that_on_all_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     found = planted("llama")
-    monkeypatch.setattr("confsteer.calibration.calibrate.CURVE_TOKENS", 600)
+    monkeypatch.setattr("confsteer.calibration.stages.CURVE_TOKENS", 600)
     sampled = confsteer.calibrate(found.model, found.tokenizer, found.texts, window=64, source="zipf")
     assert sampled.layer == found.profile.layer
     assert sampled.entropy_neurons == found.profile.entropy_neurons

@@ -12,8 +12,8 @@ from click.testing import CliRunner, Result
 
 import confsteer
 from confsteer import Profile, ResumeError, SettingError
-from confsteer.calibration import passes as resuming
-from confsteer.calibration.passes import FILE_NAME
+from confsteer.calibration import progress
+from confsteer.calibration.progress import FILE_NAME
 from confsteer.cli import main
 from confsteer.distributed import Process
 from confsteer.files import write_atomically
@@ -28,9 +28,9 @@ BATCHES = 5
 @pytest.fixture
 def every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Checkpoints after every batch, of which there are several in every pass; curves on a sample."""
-    monkeypatch.setattr(resuming, "WRITE_INTERVAL_SECONDS", 0.0)
-    monkeypatch.setattr("confsteer.calibration.calibrate.tokens_at_once", lambda n_neurons: 300)
-    monkeypatch.setattr("confsteer.calibration.calibrate.CURVE_TOKENS", 400)
+    monkeypatch.setattr(progress, "WRITE_INTERVAL_SECONDS", 0.0)
+    monkeypatch.setattr("confsteer.calibration.stages.tokens_at_once", lambda n_neurons: 300)
+    monkeypatch.setattr("confsteer.calibration.stages.CURVE_TOKENS", 400)
 
 
 def text(model_type: str = "gpt2") -> Windows:
@@ -60,7 +60,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, write: int, *, after: bool = True, 
         if writes == write:
             raise error
 
-    monkeypatch.setattr(resuming, "write_atomically", counted)
+    monkeypatch.setattr(progress, "write_atomically", counted)
 
 
 def no_room(file: Path, payload: bytes) -> None:
@@ -89,7 +89,7 @@ def test_interrupted_anywhere_a_calibration_ends_as_if_it_had_not_been(
     left: list[bytes] = []
     with monkeypatch.context() as patch:
         # What is there when the process dies after each write.
-        patch.setattr(resuming, "write_atomically", lambda file, payload: left.append(payload))
+        patch.setattr(progress, "write_atomically", lambda file, payload: left.append(payload))
         whole = calibrate(model_type, checkpoint=tmp_path / FILE_NAME)
     assert whole.response.keys() == {"entropy", "unigram"}
     passes: list[list[int]] = [[], [], []]

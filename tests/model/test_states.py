@@ -6,7 +6,7 @@ import torch
 from confsteer.distributed import SINGLE_PROCESS, Process
 from confsteer.last_layer.states import TokenStates
 from confsteer.model.dissect import dissect
-from confsteer.model.states import BATCH_SIZE, Recording, _forward, record_continuations, regroup
+from confsteer.model.states import BATCH_SIZE, Recording, _forward, in_groups, join_batches, record_continuations
 from confsteer.text.windows import make_windows
 from tests.models import FAMILIES, VOCAB, TinyFamily, tiny_model
 from tests.planted import planted
@@ -67,7 +67,7 @@ def test_reading_is_reported() -> None:
 def test_larger_batches_have_the_same_tokens_and_whole_windows() -> None:
     batches = list(recording().read())
     tokens = len(batches[0].targets)
-    groups = list(regroup(iter(batches), 2 * tokens))
+    groups = [join_batches(group) for group in in_groups(iter(batches), 2 * tokens)]
     assert all(len(group.targets) >= 2 * tokens for group in groups[:-1])
     joined = torch.cat([group.residual for group in groups])
     assert torch.equal(joined, torch.cat([batch.residual for batch in batches]))

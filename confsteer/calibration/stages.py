@@ -1,0 +1,173 @@
+"""The stages of a calibration: each reads the text once and returns one result."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from confsteer.calibration.passes import Passes
+from confsteer.discovery.effects import ablation_effects
+from confsteer.discovery.frequency import chance_frequency_cosine, frequency_cosine
+from confsteer.discovery.moments import tokens_at_once
+from confsteer.discovery.response import ResponseCurve, ResponseMeans, choose_positions
+from confsteer.discovery.select import Chosen, select_neurons
+from confsteer.discovery.streaming import ActivationMoments, EffectMeans, ExactEffectMeans, NeuronEffects, ReportedEffects
+from confsteer.discovery.weights import WeightStatistics, weight_statistics
+from confsteer.errors import CorpusError, UnsupportedModelError
+from confsteer.last_layer.readout import FullOutputs, Readout
+from confsteer.last_layer.states import TokenStates
+from confsteer.last_layer.unigram import Unigram
+from confsteer.profile.schema import ModelIdentity
+from confsteer.steering import DIALS, Dial
+
+CURVE_TOKENS = 4096
+"""Response curves are measured on about this many tokens, spread evenly over the text.
+
+What a dial does differs more from one text to the next than this sample differs from its text.
+"""
+POSITION_SAMPLE = 64
+"""Tokens on which the range of each response curve is found."""
+
+
+class FoldedLayer(NamedTuple):
+    """The last layer as tensors, and what its weights and the token counts alone say."""
+
+    readout: Readout
+    weights: WeightStatistics
+    unigram: Unigram
+    cosine: Tensor
+    """Of each neuron's write to the logits with the unigram direction, float64 ``[n_neurons]``."""
+    chance_cosine: float
+    """Exceeded by the luckiest of as many random directions 1 time in 20."""
+
+    @property
+    def device(self) -> torch.device:
+        return self.readout.unembedding.device
+
+
+class Responses(NamedTuple):
+    """The neurons reported, measured exactly, and their dials."""
+
+    reported: ReportedEffects
+    """In the order of the dials."""
+    curves: dict[Dial, ResponseMeans]
+    """Of each dial that has neurons."""
+    entropy: float
+    """Mean output entropy of the unsteered model, in nats."""
+    loss: float
+    """Mean next-token loss of the unsteered model, in nats."""
+
+
+def fold_layer(
+    readout: Readout, counts: Tensor, *, weights: WeightStatistics | None, null_dims: int | None, seed: int
+) -> FoldedLayer:
+    """Gather what is known before any text is read.
+
+    Args:
+        readout: the model's last layer.
+        counts: how often each token occurs, int64 ``[tokenizer_size]``.
+        weights: statistics to take over; computed if None.
+        null_dims: directions counted as the null space; read off the spectrum if None.
+        seed: of the random directions behind the chance levels.
+    """
+    unigram = Unigram.from_counts(counts.to(readout.unembedding.device))
+    if weights is None:
+        weights = weight_statistics(readout, null_dims=null_dims, seed=seed)
+    cosine = frequency_cosine(readout, unigram)
+    return FoldedLayer(readout, weights, unigram, cosine, chance_frequency_cosine(readout, unigram, seed=seed))
+
+
+def measure_activations(passes: Passes, layer: FoldedLayer, identity: ModelIdentity) -> ActivationMoments:
+    """Measure the mean and the standard deviation of every neuron's activation.
+
+    Raises:
+        CorpusError: no token of the text counts.
+        UnsupportedModelError: activations are not finite.
+    """
+    moments = ActivationMoments(layer.readout.n_neurons)
+    for batch in passes.over("activations", moments, label="1/3 activations"):
+        moments.update(batch.activations)
+    if moments.count == 0:
+        raise CorpusError("no token of the text counts: its windows are too short")
+    if not (moments.mean.isfinite().all() and moments.std.isfinite().all()):
+        raise UnsupportedModelError(
+            f"the activations of {identity.id} are not finite on this text: its weights are damaged, or too large for "
+            f"{identity.dtype} (--dtype float32)"
+        )
+    return moments
+
+
+def measure_effects(passes: Passes, layer: FoldedLayer, moments: ActivationMoments) -> NeuronEffects:
+    """Measure what setting each neuron of the layer to its mean does."""
+    mean, means = moments.mean.to(layer.device), EffectMeans(layer.readout.n_neurons)
+    at_once = tokens_at_once(layer.readout.n_neurons)
+    for batch in passes.over("effects", means, label="2/3 effects", at_least=at_once):
+        effects, slopes = ablation_effects(layer.readout, batch, mean, layer.unigram)
+        means.update(effects, batch.window, slopes)
+    return means.result()
+
+
+def choose_neurons(layer: FoldedLayer, effects: NeuronEffects) -> dict[Dial, Chosen]:
+    """Choose the neurons on each dial; a dial may have none."""
+    selection = select_neurons(layer.weights, effects, layer.cosine, layer.chance_cosine)
+    return {"entropy": selection.entropy, "unigram": selection.unigram}
+
+
+def measure_responses(passes: Passes, layer: FoldedLayer, chosen: dict[Dial, Chosen], moments: ActivationMoments) -> Responses:
+    """Measure the chosen neurons exactly, and what each dial does to the output."""
+    readout, device = layer.readout, layer.device
+    neurons = torch.tensor([i for dial in DIALS for i in chosen[dial].neurons], dtype=torch.long, device=device)
+    at_once = tokens_at_once(len(neurons))
+    effects = ExactEffectMeans(readout, neurons, moments.mean.to(device), layer.unigram)
+    baseline = ResponseCurve(readout, torch.zeros(readout.n_neurons, device=device), layer.unigram, torch.zeros(1))
+    curves = _empty_curves(passes, layer, chosen, moments, at_once)
+
+    stride = max(1, moments.count // CURVE_TOKENS)
+    for batch in passes.over("responses", effects, baseline, *curves.values(), label="3/3 responses", at_least=at_once):
+        sampled = _every(stride, batch)
+        for outputs, rows in FullOutputs.stream(readout, batch):
+            baseline.update(outputs)
+            for curve in curves.values():
+                curve.update(outputs.at(sampled[rows]))
+            effects.evaluate(outputs, batch.activations[rows])
+        effects.update(batch.window)
+
+    unsteered = baseline.result()
+    return Responses(
+        reported=effects.result(),
+        curves={dial: curve.result() for dial, curve in curves.items()},
+        entropy=float(unsteered.entropy),
+        loss=float(unsteered.loss),
+    )
+
+
+def _empty_curves(
+    passes: Passes, layer: FoldedLayer, chosen: dict[Dial, Chosen], moments: ActivationMoments, at_once: int
+) -> dict[Dial, ResponseCurve]:
+    """Choose the positions of each dial that has neurons, with nothing measured at them yet."""
+    readout, unigram = layer.readout, layer.unigram
+    pushes = {dial: _push(chosen[dial], moments).to(layer.device) for dial in DIALS if chosen[dial].neurons}
+    if not pushes:
+        return {}
+
+    def decide(first: TokenStates) -> Tensor:
+        sample = first.at(slice(None, None, max(1, len(first.targets) // POSITION_SAMPLE)))
+        return torch.stack([choose_positions(readout, push, unigram, sample, dial=dial) for dial, push in pushes.items()])
+
+    positions = passes.decide_once("positions", decide, at_least=at_once)
+    return {dial: ResponseCurve(readout, push, unigram, row) for (dial, push), row in zip(pushes.items(), positions, strict=True)}
+
+
+def _push(chosen: Chosen, moments: ActivationMoments) -> Tensor:
+    """What position 1 of a dial adds to each activation: the neuron's standard deviation, signed; float32 ``[n_neurons]``."""
+    on_dial = torch.zeros_like(moments.std)
+    on_dial[chosen.neurons] = 1
+    return (chosen.slope.sign() * moments.std * on_dial).float()
+
+
+def _every(stride: int, batch: TokenStates) -> Tensor:
+    """Mark every stride-th token of each window, in however many processes and batches the windows come, ``[tokens]`` bool."""
+    in_window = torch.arange(len(batch.window), device=batch.window.device) - torch.searchsorted(batch.window, batch.window)
+    return in_window % stride == 0
