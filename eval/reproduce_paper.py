@@ -28,8 +28,9 @@ from confsteer.steering import DIALS
 from confsteer.studies.cumulative import CumulativeStudy, cumulative
 from confsteer.studies.heads import INDUCTION_SCORE, HeadStudy, bos_ablation
 from confsteer.studies.induction import InductionStudy, RepeatedSequences, induction
+from confsteer.studies.repetition import Repetition, natural_cut
 from confsteer.text.sources import python_docs, read_texts
-from confsteer.text.windows import Document
+from confsteer.text.windows import Windows, make_windows
 
 PUBLISHED = Path(__file__).with_name("gpt2_small_published.json")
 GPT2_SMALL = ("gpt2", "openai-community/gpt2")
@@ -74,17 +75,21 @@ def main(
         plot_frequency_neurons(found).savefig(out / "frequency_neurons.png")
         if found.response:
             plot_response(found).savefig(out / "response.png")
+        repeat = Repetition(sequences, half)
+        stretch, most = natural_cut(loaded.tokenizer, repeat)
+        natural = make_windows(texts, loaded.tokenizer, window=stretch, max_tokens=most, source=source)
         ablated = repeated = heads = None
         if found.entropy_neurons:
             k = min(MOST_ABLATED, len(found.entropy_neurons))
-            ablated = cumulative(*loaded, texts, found, k=k, tokens=tokens, window=window, source=source, progress=True)
+            windows = make_windows(texts, loaded.tokenizer, window=window, max_tokens=tokens, source=source)
+            ablated = cumulative(loaded.model, windows, found, k=k, progress=True)
             plot_cumulative(ablated).savefig(out / "cumulative.png")
-            repeated = induction(*loaded, found, texts=texts, source=source, sequences=sequences, half=half, progress=True)
+            repeated = induction(*loaded, found, text=natural, repeat=repeat, progress=True)
             plot_induction(repeated).savefig(out / "induction.png")
-            heads = bos_ablation(*loaded, found, sequences=sequences, half=half, progress=True)
+            heads = bos_ablation(*loaded, found, repeat=repeat, progress=True)
         published = "Skipped: the published numbers are of GPT-2 small, which this model is not."
         if found.model.id in GPT2_SMALL:
-            published = against_published(*loaded, found, texts, sequences=sequences, half=half)
+            published = against_published(*loaded, found, natural, repeat)
     except ConfsteerError as error:
         raise click.ClickException(str(error)) from error
 
@@ -384,9 +389,7 @@ def response(profile: Profile) -> str:
     return "\n\n".join(parts)
 
 
-def against_published(
-    model: Any, tokenizer: Any, profile: Profile, texts: Sequence[Document], *, sequences: int, half: int
-) -> str:
+def against_published(model: Any, tokenizer: Any, profile: Profile, natural: Windows, repeat: Repetition) -> str:
     """GPT-2 small's published neurons and numbers next to those measured here."""
     facts = json.loads(PUBLISHED.read_text(encoding="utf-8"))
     lists = []
@@ -416,7 +419,7 @@ def against_published(
         rows.append(row)
     columns = ["neuron", "norm", "here", "logit variance", "here", f"null fraction (k = {facts['null_dims']})", "here"]
     clipped: int = facts["induction"]["neuron"]
-    study = induction(model, tokenizer, profile, texts=texts, sequences=sequences, half=half, neurons=[clipped], progress=True)
+    study = induction(model, tokenizer, profile, text=natural, repeat=repeat, neurons=[clipped], progress=True)
     lists += [clip_sentence(kind, facts["induction"]["published"]) for kind in study.kinds]
     ablation = facts["cumulative_ablation"]
     lists.append(

@@ -60,22 +60,14 @@ def study_induction(
     confsteer study induction openai-community/gpt2 -p my-profile --text book.txt --sequences 1000
     """
     from confsteer.studies.induction import induction
-    from confsteer.text.windows import leading_ids
+    from confsteer.studies.repetition import Repetition, natural_cut
 
     loaded_profile = confsteer.Profile.load(profile)
     source = text.source(chosen.model, "held-out")
     model, tokenizer = chosen.load()
-    length = len(leading_ids(tokenizer)) + half
-    result = induction(
-        model,
-        tokenizer,
-        loaded_profile,
-        texts=source.windows(tokenizer, length, 2 * sequences * length) if source else None,
-        sequences=sequences,
-        half=half,
-        seed=seed,
-        progress=True,
-    )
+    repeat = Repetition(sequences, half, seed)
+    windows = source.windows(tokenizer, *natural_cut(tokenizer, repeat)) if source else None
+    result = induction(model, tokenizer, loaded_profile, text=windows, repeat=repeat, progress=True)
     console = tables.console()
     tables.print_induction(console, result)
     output.write(console, result, _draw_induction)
@@ -118,7 +110,7 @@ def study_cumulative(
         raise click.UsageError(NO_TEXT)
     model, tokenizer = chosen.load()
     windows = text.windows(source, tokenizer)
-    result = cumulative(model, tokenizer, windows, loaded_profile, k=k, repeats=repeats, seed=seed, progress=True)
+    result = cumulative(model, windows, loaded_profile, k=k, repeats=repeats, seed=seed, progress=True)
     console = tables.console()
     tables.print_cumulative(console, result)
     output.write(console, result, _draw_cumulative)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from confsteer.defaults import INDUCTION_HALF, INDUCTION_SEQUENCES, WINDOW
+from confsteer.defaults import WINDOW
 from confsteer.errors import SettingError, first_problem
 from confsteer.evaluation.choices import ChoiceComparison, evaluate_choices
 from confsteer.evaluation.evaluate import Evaluation, evaluate, sweep
@@ -17,11 +17,11 @@ from confsteer.files import MAX_RUN_FILE_BYTES, read_at_most
 from confsteer.model.loading import DEMO_UNIGRAM, LoadedModel
 from confsteer.profile.profile import Profile
 from confsteer.steering import Steering
-from confsteer.studies.induction import InductionStudy, check_repetition, induction
+from confsteer.studies.induction import InductionStudy, induction
+from confsteer.studies.repetition import DEFAULT_REPETITION, check_repetition, natural_cut
 from confsteer.text.counts import checked_counts, read_counts
 from confsteer.text.questions import Question, read_questions
 from confsteer.text.sources import TextSource, by_title
-from confsteer.text.windows import leading_ids
 
 
 class Run(BaseModel):
@@ -143,7 +143,7 @@ def run(settings: Run, profile: Profile, loaded: LoadedModel, *, progress: bool 
     counts = checked_counts(read_counts(counts_file), size) if counts_file else None
     # Begin with what is short and may be refused: nothing that took long is lost then.
     if settings.induction:
-        check_repetition(loaded.model, loaded.tokenizer, INDUCTION_SEQUENCES, INDUCTION_HALF)
+        check_repetition(loaded.model, loaded.tokenizer, DEFAULT_REPETITION)
     choices: tuple[ChoiceComparison, ...] = ()
     if questions:
         choices = evaluate_choices(loaded.model, loaded.tokenizer, questions, profile, steerings, progress=progress)
@@ -163,13 +163,5 @@ def run(settings: Run, profile: Profile, loaded: LoadedModel, *, progress: bool 
 
 def _study(natural: TextSource | None, profile: Profile, loaded: LoadedModel, progress: bool) -> InductionStudy:
     """Measure repetition of random tokens, and of `natural` text if there is any."""
-    length = len(leading_ids(loaded.tokenizer)) + INDUCTION_HALF
-    return induction(
-        loaded.model,
-        loaded.tokenizer,
-        profile,
-        texts=natural.windows(loaded.tokenizer, length, 2 * INDUCTION_SEQUENCES * length) if natural else None,
-        sequences=INDUCTION_SEQUENCES,
-        half=INDUCTION_HALF,
-        progress=progress,
-    )
+    text = natural.windows(loaded.tokenizer, *natural_cut(loaded.tokenizer, DEFAULT_REPETITION)) if natural else None
+    return induction(loaded.model, loaded.tokenizer, profile, text=text, progress=progress)

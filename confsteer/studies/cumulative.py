@@ -6,22 +6,26 @@ every set of neurons, also of neurons that a profile does not name and steering 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
+from confsteer.defaults import CUMULATIVE_REPEATS, SEED
 from confsteer.errors import SettingError
+from confsteer.last_layer.readout import Readout
 from confsteer.last_layer.scores import TokenScores
+from confsteer.last_layer.states import TokenStates
 from confsteer.model.dissect import dissect
 from confsteer.model.states import Recording
 from confsteer.profile.profile import Profile
 from confsteer.results.bootstrap import Change, Interval, ratio_interval
 from confsteer.results.result import Result
-from confsteer.text.windows import Document, Windows, check_context, make_windows
+from confsteer.text.windows import Windows, check_context
 
 CANDIDATES = 10
 """A control is drawn from this many neurons nearest in norm."""
@@ -74,37 +78,28 @@ class CumulativeStudy(Result):
 
 def cumulative(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Iterable[Document] | Windows,
+    windows: Windows,
     profile: Profile,
     *,
     k: int | None = None,
-    repeats: int = 10,
-    tokens: int | None = 5_120,
-    window: int = 256,
-    seed: int = 0,
-    source: str = "texts",
+    repeats: int = CUMULATIVE_REPEATS,
+    seed: int = SEED,
     progress: bool = False,
 ) -> CumulativeStudy:
     """Set the 1, 2, … `k` strongest entropy neurons to their means together, and as many random neurons of like norm.
 
     Args:
         model: the profile's model; it is put in evaluation mode.
-        tokenizer: its tokenizer.
-        texts: what `confsteer.text.windows.make_windows` takes.
+        windows: the text.
         profile: gives the order of the neurons, and norms and mean activations of all.
         k: at most this many; all of the profile's if None.
         repeats: draws of random neurons.
-        tokens: read at most this many; all if None.
-        window: tokens per window.
         seed: of the draws.
-        source: what the text is, for the report.
         progress: whether to show a progress bar.
 
     Raises:
         NoNeuronsError: the profile has no entropy neurons.
-        SettingError: `k` or `repeats` out of range.
-        CorpusError: the text is too short.
+        SettingError: `k` or `repeats` out of range, or the windows are longer than the model's context.
         ProfileMismatchError, UnsupportedModelError: see `confsteer.steer`.
     """
     profile.require_neurons("entropy")
@@ -114,25 +109,51 @@ def cumulative(
         raise SettingError(f"k={k}: the profile has {found} entropy neurons; use 1 to {found}")
     if repeats < 1:
         raise SettingError(f"{repeats} draws of random neurons: use at least 1")
+    check_context(windows.window, model.config)
     model.eval()
     anatomy = dissect(model)
     profile.check_model(anatomy)
-    windows = make_windows(texts, tokenizer, window=window, max_tokens=tokens, source=source)
-    check_context(windows.window, model.config)
     neurons = [neuron.index for neuron in profile.entropy_neurons[:k]]
-    norm = profile.columns["norm"].numpy()
     every_entropy_neuron = {neuron.index for neuron in profile.entropy_neurons}
-    rng = np.random.default_rng(seed)
+    norm, rng = profile.columns["norm"].numpy(), np.random.default_rng(seed)
     draws = [draw_controls(norm, neurons, rng, excluding=every_entropy_neuron) for _ in range(repeats)]
 
-    # Sums per window of Δentropy, |Δentropy|, Δloss, |Δloss|: [orders, k, 4, windows].
-    changes: list[Tensor] = []
-    unsteered: list[Tensor] = []
-    with torch.no_grad(), tqdm(total=windows.n_tokens, desc="ablate", unit="tok", unit_scale=True, disable=not progress) as bar:
+    with torch.no_grad():
         readout = anatomy.readout(profile.model.tokenizer_size)
-        device = readout.unembedding.device
-        mean = profile.columns["mean_activation"].to(device).float()
-        for batch in Recording(model, anatomy, windows, device).read(bar.update):
+        recording = Recording(model, anatomy, windows, readout.unembedding.device)
+        mean = profile.columns["mean_activation"].to(readout.unembedding.device).float()
+        sums = _measure(recording, readout, mean, [neurons, *draws], show=progress)
+    return CumulativeStudy(
+        model=profile.model.id,
+        source=windows.source,
+        tokens=int(sums.n.sum()),
+        windows=len(sums.n),
+        seed=seed,
+        entropy=ratio_interval(sums.entropy, sums.n),
+        loss=ratio_interval(sums.loss, sums.n),
+        draws=tuple(tuple(draw) for draw in draws),
+        steps=tuple(_step(sums, norm, neurons[: n + 1], [draw[: n + 1] for draw in draws]) for n in range(k)),
+    )
+
+
+class _Sums(NamedTuple):
+    """Sums over the tokens of each window that has a token that counts, float64."""
+
+    n: Tensor
+    """Tokens, ``[windows]``."""
+    entropy: Tensor
+    """Of the unsteered model, ``[windows]``, as the next."""
+    loss: Tensor
+    changes: Tensor
+    """Δentropy, |Δentropy|, Δloss and |Δloss| with 1, 2, … neurons of each order ablated, ``[orders, k, 4, windows]``."""
+
+
+def _measure(recording: Recording, readout: Readout, mean: Tensor, orders: Sequence[Sequence[int]], *, show: bool) -> _Sums:
+    """Ablate the first 1, 2, … neurons of each order at every token."""
+    tokens = recording.windows.n_tokens
+    unsteered, changes = [], []
+    with tqdm(total=tokens, desc="ablate", unit="tok", unit_scale=True, disable=not show) as bar:
+        for batch in recording.read(bar.update):
             # Windows without a kept token are not part of the sample.
             present, index = batch.window.unique(return_inverse=True)
 
@@ -142,40 +163,38 @@ def cumulative(
             before = TokenScores.of_residual(readout, batch.residual, batch.targets)
             unsteered.append(torch.stack([per_window(v) for v in (torch.ones_like(before.nll), before.entropy, before.nll)]))
             rows = []
-            for order in (neurons, *draws):
-                few = readout.select(torch.tensor(order, device=device))
-                state = few.state(batch.residual, batch.mlp_output)
-                delta = mean[order] - batch.activations[:, order].float()
-                for n_ablated in range(1, k + 1):
-                    change_by = delta.clone()
-                    change_by[:, n_ablated:] = 0
-                    after = TokenScores.of_residual(readout, few.residual_after(state, change_by), batch.targets)
+            for order in orders:
+                for after in _ablated(readout, batch, mean, order):
                     entropy, loss = after.entropy - before.entropy, after.nll - before.nll
                     rows.append(torch.stack([per_window(v) for v in (entropy, entropy.abs(), loss, loss.abs())]))
-            changes.append(torch.stack(rows).view(1 + repeats, k, 4, -1))
+            changes.append(torch.stack(rows).view(len(orders), len(orders[0]), 4, -1))
     n, entropy_before, loss_before = torch.cat(unsteered, dim=-1)
-    sums = torch.cat(changes, dim=-1)
-    return CumulativeStudy(
-        model=profile.model.id,
-        source=windows.source,
-        tokens=int(n.sum()),
-        windows=len(n),
-        seed=seed,
-        entropy=ratio_interval(entropy_before, n),
-        loss=ratio_interval(loss_before, n),
-        draws=tuple(tuple(draw) for draw in draws),
-        steps=tuple(
-            CumulativeStep(
-                neurons=tuple(neurons[: step + 1]),
-                mean_norm=float(norm[neurons[: step + 1]].mean()),
-                entropy=Change.of(sums[0, step, 0], entropy_before, n),
-                entropy_abs=ratio_interval(sums[0, step, 1], n),
-                loss=Change.of(sums[0, step, 2], loss_before, n),
-                loss_abs=ratio_interval(sums[0, step, 3], n),
-                controls=_controls(sums[1:, step].sum(dim=-1) / n.sum(), norm[[draw[: step + 1] for draw in draws]]),
-            )
-            for step in range(k)
-        ),
+    return _Sums(n, entropy_before, loss_before, torch.cat(changes, dim=-1))
+
+
+def _ablated(readout: Readout, batch: TokenStates, mean: Tensor, order: Sequence[int]) -> Iterator[TokenScores]:
+    """Score the tokens with the first 1, 2, … neurons of `order` at their means."""
+    few = readout.select(torch.tensor(order, device=batch.residual.device))
+    state = few.state(batch.residual, batch.mlp_output)
+    delta = mean[order] - batch.activations[:, order].float()
+    for n_ablated in range(1, len(order) + 1):
+        change = delta.clone()
+        change[:, n_ablated:] = 0
+        yield TokenScores.of_residual(readout, few.residual_after(state, change), batch.targets)
+
+
+def _step(sums: _Sums, norm: np.ndarray, neurons: Sequence[int], draws: Sequence[Sequence[int]]) -> CumulativeStep:
+    """Report what ablating `neurons` together does, beside as many random ones."""
+    at = len(neurons) - 1
+    entropy, entropy_abs, loss, loss_abs = sums.changes[0, at]
+    return CumulativeStep(
+        neurons=tuple(neurons),
+        mean_norm=float(norm[neurons].mean()),
+        entropy=Change.of(entropy, sums.entropy, sums.n),
+        entropy_abs=ratio_interval(entropy_abs, sums.n),
+        loss=Change.of(loss, sums.loss, sums.n),
+        loss_abs=ratio_interval(loss_abs, sums.n),
+        controls=_controls(sums.changes[1:, at].sum(dim=-1) / sums.n.sum(), norm[draws]),
     )
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from confsteer.errors import UnsupportedModelError
+from confsteer.last_layer.readout import Readout
 from confsteer.last_layer.scores import TokenScores
 from confsteer.model.anatomy import Anatomy
 from confsteer.model.dissect import dissect
@@ -29,7 +30,7 @@ from confsteer.model.states import BATCH_SIZE, Recording
 from confsteer.profile.profile import Profile
 from confsteer.results.bootstrap import Change, Interval, ratio_interval
 from confsteer.results.result import Result
-from confsteer.studies.induction import check_repetition, random_stretches, read_twice
+from confsteer.studies.repetition import DEFAULT_REPETITION, Repetition, check_repetition, random_repeats
 from confsteer.text.windows import FIRST_POSITIONS, Windows
 
 INDUCTION_SCORE = 0.7
@@ -43,9 +44,9 @@ class DrivenNeuron(Result):
 
     index: int
     first_mean: float
-    """First reading, unablated."""
+    """First reading, unsteered."""
     second_mean: float
-    """Second reading, unablated."""
+    """Second reading, unsteered."""
     change: Interval
     """Of the second reading's mean by the ablation."""
 
@@ -72,9 +73,7 @@ def bos_ablation(
     tokenizer: PreTrainedTokenizerBase,
     profile: Profile,
     *,
-    sequences: int = 100,
-    half: int = 100,
-    seed: int = 0,
+    repeat: Repetition = DEFAULT_REPETITION,
     progress: bool = False,
 ) -> HeadStudy:
     """Find the induction heads on repeated random tokens, ablate them, and see what the entropy neurons do.
@@ -83,69 +82,80 @@ def bos_ablation(
         model: the profile's model; it is put in evaluation mode.
         tokenizer: its tokenizer.
         profile: says which neurons are entropy neurons.
-        sequences: stretches of random tokens.
-        half: tokens of a stretch.
-        seed: of the random tokens.
+        repeat: how many stretches of random tokens, how long, and their seed.
         progress: whether to show a progress bar.
 
     Raises:
         NoNeuronsError: the profile has no entropy neurons.
-        SettingError: `sequences` or `half` out of range.
+        SettingError: `repeat` is out of range.
         ProfileMismatchError: the profile is of another model.
         UnsupportedModelError: the model gives no attention weights, or its heads were not found; see also `confsteer.steer`.
     """
     profile.require_neurons("entropy")
-    check_repetition(model, tokenizer, sequences, half)
+    check_repetition(model, tokenizer, repeat)
     model.eval()
     anatomy = dissect(model)
     profile.check_model(anatomy)
-    neurons = torch.tensor([neuron.index for neuron in profile.entropy_neurons])
-    stretches = random_stretches(tokenizer, profile.model.tokenizer_size, sequences, half, seed=seed)
-    windows = read_twice(tokenizer, stretches, "uniform tokens")
-    scores = induction_scores(model, windows, half, progress=progress)
+    windows = random_repeats(tokenizer, profile.model.tokenizer_size, repeat)
+    scores = induction_scores(model, windows, repeat.half, progress=progress)
     heads = [(layer, head) for layer, head in (scores > INDUCTION_SCORE).nonzero().tolist()]
-    readout = anatomy.readout(profile.model.tokenizer_size)
-    device = readout.unembedding.device
-
-    def reading(stage: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Sums over the first and the second reading, ``[sequences, neurons]`` twice, and of entropy and loss of the second."""
-        first, second, scored = [], [], []
-        with tqdm(total=windows.n_tokens, desc=stage, unit="tok", unit_scale=True, disable=not progress) as bar:
-            for batch in Recording(model, anatomy, windows, device).read(bar.update):
-                positions = len(batch.targets) // len(batch.window.unique())
-                activations = batch.activations[:, neurons].double().cpu().view(-1, positions, len(neurons))
-                first.append(activations[:, : positions - half].sum(dim=1))
-                second.append(activations[:, half:].sum(dim=1))
-                token = TokenScores.of_residual(readout, batch.residual, batch.targets)
-                values = torch.stack([token.entropy, token.nll]).double().cpu().view(2, -1, positions)
-                scored.append(values[:, :, half:].sum(dim=2))
-        return torch.cat(first), torch.cat(second), torch.cat(scored, dim=1)
-
+    neurons = torch.tensor([neuron.index for neuron in profile.entropy_neurons])
     with torch.no_grad():
-        first, second, before = reading("unablated")
+        readout = anatomy.readout(profile.model.tokenizer_size)
+        # Nothing is kept between the passes: the second runs another model.
+        unsteered = _read(Recording(model, anatomy, windows, readout.unembedding.device), readout, neurons, repeat.half, progress)
         with ablated(model, anatomy, heads):
-            _, second_ablated, after = reading("ablated")
-    counted = windows.n_tokens // sequences - FIRST_POSITIONS - 1 - half
-    n = torch.full((sequences,), float(counted), dtype=torch.float64)
+            after = _read(Recording(model, anatomy, windows, readout.unembedding.device), readout, neurons, repeat.half, progress)
+    counted = windows.n_tokens // repeat.sequences - FIRST_POSITIONS - 1 - repeat.half
+    n = torch.full((repeat.sequences,), float(counted), dtype=torch.float64)
     return HeadStudy(
         model=profile.model.id,
-        half=half,
-        sequences=sequences,
-        seed=seed,
+        half=repeat.half,
+        sequences=repeat.sequences,
+        seed=repeat.seed,
         scores=tuple(tuple(layer) for layer in scores.tolist()),
         heads=tuple(heads),
         neurons=tuple(
             DrivenNeuron(
                 index=int(index),
-                first_mean=float(first[:, row].sum() / n.sum()),
-                second_mean=float(second[:, row].sum() / n.sum()),
-                change=ratio_interval(second_ablated[:, row] - second[:, row], n),
+                first_mean=float(unsteered.first[:, row].sum() / n.sum()),
+                second_mean=float(unsteered.second[:, row].sum() / n.sum()),
+                change=ratio_interval(after.second[:, row] - unsteered.second[:, row], n),
             )
             for row, index in enumerate(neurons)
         ),
-        entropy=Change.of(after[0] - before[0], before[0], n),
-        loss=Change.of(after[1] - before[1], before[1], n),
+        entropy=Change.of(after.entropy - unsteered.entropy, unsteered.entropy, n),
+        loss=Change.of(after.loss - unsteered.loss, unsteered.loss, n),
     )
+
+
+class _Sums(NamedTuple):
+    """Sums over the positions of a reading, float64."""
+
+    first: Tensor
+    """Activations at the first reading, ``[sequences, neurons]``."""
+    second: Tensor
+    """Activations at the second reading, ``[sequences, neurons]``."""
+    entropy: Tensor
+    """Entropy at the second reading, ``[sequences]``."""
+    loss: Tensor
+
+
+def _read(recording: Recording, readout: Readout, neurons: Tensor, half: int, show: bool) -> _Sums:
+    """Run the model as it is over every sequence."""
+    first, second, scored = [], [], []
+    tokens = recording.windows.n_tokens
+    with tqdm(total=tokens, desc="sequences", unit="tok", unit_scale=True, disable=not show) as bar:
+        for batch in recording.read(bar.update):
+            positions = len(batch.targets) // len(batch.window.unique())
+            activations = batch.activations[:, neurons].double().cpu().view(-1, positions, len(neurons))
+            first.append(activations[:, : positions - half].sum(dim=1))
+            second.append(activations[:, half:].sum(dim=1))
+            token = TokenScores.of_residual(readout, batch.residual, batch.targets)
+            values = torch.stack([token.entropy, token.nll]).double().cpu().view(2, -1, positions)
+            scored.append(values[:, :, half:].sum(dim=2))
+    entropy, loss = torch.cat(scored, dim=1)
+    return _Sums(torch.cat(first), torch.cat(second), entropy, loss)
 
 
 def induction_scores(model: PreTrainedModel, windows: Windows, half: int, *, progress: bool = False) -> Tensor:

@@ -1,4 +1,4 @@
-"""What entropy neurons do when a text repeats itself (Stolfo et al. 2024, arXiv 2406.16254, section 5).
+"""Entropy neurons when a text repeats itself (Stolfo et al. 2024, arXiv 2406.16254, section 5).
 
 A stretch of tokens is read twice. At the second reading a model with induction heads knows what comes next: its loss and its
 entropy fall. Each entropy neuron is then clipped at its mean activation of the first reading, from above if its mean rises
@@ -10,35 +10,25 @@ Clipping is an edit of the last layer, so one forward pass and the closed form o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from confsteer.errors import CorpusError, SettingError
+from confsteer.errors import SettingError
 from confsteer.last_layer.readout import Readout
 from confsteer.last_layer.scores import TokenScores
 from confsteer.last_layer.states import TokenStates
-from confsteer.model.anatomy import Anatomy
 from confsteer.model.dissect import dissect
 from confsteer.model.states import Recording
 from confsteer.profile.profile import Profile
 from confsteer.results.bootstrap import Change, Interval, ratio_interval
 from confsteer.results.result import Result
-from confsteer.text.windows import (
-    FIRST_POSITIONS,
-    MIN_WINDOW,
-    Document,
-    Windows,
-    context_length,
-    control_ids,
-    leading_ids,
-    make_windows,
-)
+from confsteer.studies.repetition import DEFAULT_REPETITION, Repetition, check_repetition, natural_repeats, random_repeats
+from confsteer.text.windows import FIRST_POSITIONS, Windows
 
 SequenceKind = Literal["random", "natural"]
 
@@ -122,34 +112,27 @@ def induction(
     tokenizer: PreTrainedTokenizerBase,
     profile: Profile,
     *,
-    texts: Iterable[Document] | Windows | None = None,
-    source: str = "texts",
-    sequences: int = 100,
-    half: int = 100,
-    seed: int = 0,
+    text: Windows | None = None,
+    repeat: Repetition = DEFAULT_REPETITION,
     neurons: Sequence[int] | None = None,
     progress: bool = False,
 ) -> InductionStudy:
-    """Entropy, loss and neuron activations by position on stretches that are read twice, with and without clipping.
+    """Measure entropy, loss and activations by position on stretches that are read twice, with and without clipping.
 
-    A sequence is a stretch of `half` tokens, twice, after a BOS if the tokenizer starts texts with it.
+    A sequence is a stretch of tokens, twice, after a BOS if the tokenizer starts texts with it.
 
     Args:
         model: the profile's model; it is put in evaluation mode.
         tokenizer: its tokenizer.
         profile: says which neurons are entropy neurons.
-        texts: documents for natural stretches, cut one after the other from each, or windows that end in them; only random
-            stretches if None.
-        source: what `texts` are, for the report.
-        sequences: of each kind; fewer natural ones if the text is short.
-        half: tokens of a stretch.
-        seed: of the random tokens, which are uniform over the vocabulary without special tokens.
+        text: windows that end in natural stretches; only random stretches if None.
+        repeat: how many stretches, how long, and the seed of the random ones.
         neurons: of the last layer, to clip instead of the profile's entropy neurons.
         progress: whether to show a progress bar.
 
     Raises:
         NoNeuronsError: the profile has no entropy neurons and `neurons` is None.
-        SettingError: `sequences`, `half` or a neuron out of range.
+        SettingError: `repeat` or a neuron is out of range.
         CorpusError: the text has fewer than two stretches.
         ProfileMismatchError, UnsupportedModelError: see `confsteer.steer`.
     """
@@ -158,124 +141,116 @@ def induction(
         neurons = [neuron.index for neuron in profile.entropy_neurons]
     if not neurons or not all(0 <= index < profile.model.n_neurons for index in neurons):
         raise SettingError(f"neurons {list(neurons)}: give some from 0 to {profile.model.n_neurons - 1}")
-    check_repetition(model, tokenizer, sequences, half)
+    check_repetition(model, tokenizer, repeat)
     model.eval()
     anatomy = dissect(model)
     profile.check_model(anatomy)
-    random = random_stretches(tokenizer, profile.model.tokenizer_size, sequences, half, seed=seed)
-    repeated: dict[SequenceKind, Windows] = {"random": read_twice(tokenizer, random, "uniform tokens")}
-    if texts is not None:
-        length = len(leading_ids(tokenizer)) + half
-        # Twice as many as wanted, since some have control tokens.
-        windows = make_windows(texts, tokenizer, window=length, max_tokens=2 * sequences * length, source=source)
-        repeated["natural"] = read_twice(tokenizer, natural_stretches(windows, sequences, half), windows.source)
+    repeated: dict[SequenceKind, Windows] = {"random": random_repeats(tokenizer, profile.model.tokenizer_size, repeat)}
+    if text is not None:
+        repeated["natural"] = natural_repeats(tokenizer, text, repeat)
+
     kinds = []
     with torch.no_grad():
         readout = anatomy.readout(profile.model.tokenizer_size)
         for kind, windows in repeated.items():
-            kinds.append(_measure(model, anatomy, readout, windows, torch.tensor(neurons), half, kind, progress))
-    return InductionStudy(model=profile.model.id, half=half, seed=seed, kinds=tuple(kinds))
+            recording = Recording(model, anatomy, windows, readout.unembedding.device)
+            sequences = _Sequences(recording, repeat.half, kind, show=progress)
+            activations = _measure_activations(sequences, torch.tensor(neurons))
+            clips = _clips_at_first_means(sequences, activations)
+            outputs = _measure_clipped_outputs(sequences, readout, torch.tensor(neurons), clips)
+            kinds.append(_describe(sequences, neurons, activations, clips, outputs))
+    return InductionStudy(model=profile.model.id, half=repeat.half, seed=repeat.seed, kinds=tuple(kinds))
 
 
-def check_repetition(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sequences: int, half: int) -> None:
-    """
-    Raises:
-        SettingError: there are too few sequences for an interval, or the model cannot read stretches of `half` tokens twice.
-    """
-    if sequences < 2:
-        raise SettingError(f"{sequences} sequences give no interval: use at least 2")
-    context = context_length(model.config)
-    longest = half if context is None else (context - len(leading_ids(tokenizer))) // 2
-    if not MIN_WINDOW <= half <= longest:
-        raise SettingError(f"stretches of {half} tokens read twice: use {MIN_WINDOW} to {longest} for this model")
+class _Sequences:
+    """Stretches read twice, recorded, and which positions of them count."""
+
+    def __init__(self, recording: Recording, half: int, kind: SequenceKind, *, show: bool) -> None:
+        self.windows, self.kind, self.half = recording.windows, kind, half
+        self._recording, self._show = recording, show
+        self.length = self.windows.n_tokens // len(self.windows)
+        self.positions = range(FIRST_POSITIONS, self.length - 1)
+        # Pair a prediction of the second reading with the same one, `half` positions before, of the first.
+        self.first = slice(0, len(self.positions) - half)
+        self.second = slice(half, len(self.positions))
+
+    def read(self, stage: str) -> Iterator[TokenStates]:
+        tokens = self.windows.n_tokens
+        with tqdm(total=tokens, desc=f"{self.kind} {stage}", unit="tok", unit_scale=True, disable=not self._show) as bar:
+            yield from self._recording.read(bar.update)
 
 
-def read_twice(tokenizer: PreTrainedTokenizerBase, stretches: np.ndarray, source: str) -> Windows:
-    """A window for each of `stretches` ``[sequences, half]``: BOS if the tokenizer starts texts with it, the stretch, twice."""
-    first_ids = np.tile(leading_ids(tokenizer), (len(stretches), 1))
-    ids = np.concatenate([first_ids, stretches, stretches], axis=1).astype(np.int32)
-    starts = np.arange(len(ids) + 1, dtype=np.int64) * ids.shape[1]
-    return Windows(ids.ravel(), starts, control_ids(tokenizer), ids.shape[1], source, np.arange(len(ids)))
+class _Clips(NamedTuple):
+    """The range that each neuron is kept in, ``[neurons]`` each."""
+
+    first_mean: Tensor
+    second_mean: Tensor
+    rises: Tensor
+    """Whether the mean rises from the first reading to the second, bool."""
+
+    @property
+    def together(self) -> list[list[int]]:
+        """Rows of the neurons that are clipped at a time: each alone, then, if there are several, all."""
+        every = list(range(len(self.rises)))
+        return [[row] for row in every] + ([every] if len(every) > 1 else [])
+
+    def bounds(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Lowest and highest activation of each neuron, float32."""
+        low = torch.where(self.rises, -torch.inf, self.first_mean).float().to(device)
+        return low, torch.where(self.rises, self.first_mean, torch.inf).float().to(device)
 
 
-def random_stretches(
-    tokenizer: PreTrainedTokenizerBase, vocab_size: int, sequences: int, half: int, *, seed: int = 0
-) -> np.ndarray:
-    """Tokens drawn uniformly from the first `vocab_size` ids of the tokenizer without its special ones, ``[sequences, half]``."""
-    special = set(tokenizer.all_special_ids)
-    ids = sorted(i for i in set(tokenizer.get_vocab().values()) if i < vocab_size and i not in special)
-    return np.random.default_rng(seed).choice(ids, (sequences, half))
+class _Outputs(NamedTuple):
+    """Entropy and loss, unsteered and then under each clip, float64 ``[1 + clips, sequences, positions]``."""
+
+    entropy: Tensor
+    loss: Tensor
 
 
-def natural_stretches(windows: Windows, sequences: int, half: int) -> np.ndarray:
-    """The last `half` tokens of the first `sequences` full windows, ``[at most sequences, half]``.
-
-    A stretch with a control token is left out: it would start a text anew.
-
-    Raises:
-        CorpusError: there are fewer than two.
-    """
-    ends = windows.starts[1:][np.diff(windows.starts) == windows.window]
-    stretches = [windows.token_ids[end - half : end] for end in ends]
-    found = [stretch for stretch in stretches if not np.isin(stretch, windows.special_ids).any()]
-    if len(found) < 2:
-        raise CorpusError(f"the text has {len(found)} stretches of {half} tokens, too few for an interval; give more text")
-    return np.array(found[:sequences])
+def _measure_activations(sequences: _Sequences, neurons: Tensor) -> Tensor:
+    """Record the activations of `neurons`, float64 ``[sequences, positions, neurons]``."""
+    batches = [batch.activations[:, neurons].double().cpu() for batch in sequences.read("1/2 activations")]
+    return torch.cat(batches).view(len(sequences.windows), len(sequences.positions), len(neurons))
 
 
-def _measure(
-    model: PreTrainedModel,
-    anatomy: Anatomy,
-    readout: Readout,
-    windows: Windows,
-    neurons: Tensor,
-    half: int,
-    kind: SequenceKind,
-    progress: bool,
-) -> RepeatedSequences:
-    device = readout.unembedding.device
-    length = windows.n_tokens // len(windows)
-    positions = range(FIRST_POSITIONS, length - 1)
-    shape = (len(windows), len(positions))
-    # A prediction of the second reading and the same one, `half` positions before, of the first.
-    first, second = slice(0, len(positions) - half), slice(half, len(positions))
+def _clips_at_first_means(sequences: _Sequences, activations: Tensor) -> _Clips:
+    """Clip each neuron at its mean of the first reading, so that it cannot take part in the change to the second."""
+    first, second = (activations[:, where].mean(dim=(0, 1)) for where in (sequences.first, sequences.second))
+    return _Clips(first, second, second > first)
 
-    recording = Recording(model, anatomy, windows, device)
 
-    def states(stage: str) -> Iterator[TokenStates]:
-        with tqdm(total=windows.n_tokens, desc=f"{kind} {stage}", unit="tok", unit_scale=True, disable=not progress) as bar:
-            yield from recording.read(bar.update)
-
-    activations = torch.cat([batch.activations[:, neurons].double().cpu() for batch in states("1/2 activations")])
-    activations = activations.view(*shape, len(neurons))
-    first_mean, second_mean = activations[:, first].mean(dim=(0, 1)), activations[:, second].mean(dim=(0, 1))
-    rises = second_mean > first_mean
-    low = torch.where(rises, -torch.inf, first_mean).float().to(device)
-    high = torch.where(rises, first_mean, torch.inf).float().to(device)
-
-    every = list(range(len(neurons)))
-    clipped = [[row] for row in every] + ([every] if len(every) > 1 else [])
-    entropy = torch.empty(1 + len(clipped), *shape, dtype=torch.float64)
+def _measure_clipped_outputs(sequences: _Sequences, readout: Readout, neurons: Tensor, clips: _Clips) -> _Outputs:
+    """Measure what the model says of each token, unsteered and under each clip."""
+    low, high = clips.bounds(readout.unembedding.device)
+    few = readout.select(neurons.to(readout.unembedding.device))
+    positions = len(sequences.positions)
+    conditions = [[], *clips.together]
+    entropy = torch.empty(len(conditions), len(sequences.windows), positions, dtype=torch.float64)
     loss = torch.empty_like(entropy)
-    few = readout.select(neurons.to(device))
     done = 0
-    for batch in states("2/2 clips"):
+    for batch in sequences.read("2/2 clips"):
         before = batch.activations[:, neurons].float()
         delta = before.clamp(low, high) - before
-        rows = slice(done, done + len(before) // len(positions))
+        rows = slice(done, done + len(before) // positions)
         done = rows.stop
         state = few.state(batch.residual, batch.mlp_output)
-        for condition, chosen in enumerate([[], *clipped]):
-            change_by = torch.zeros_like(delta)
-            change_by[:, chosen] = delta[:, chosen]
-            residual = few.residual_after(state, change_by)
-            scores = TokenScores.of_residual(readout, residual, batch.targets)
-            entropy[condition, rows] = scores.entropy.double().cpu().view(-1, len(positions))
-            loss[condition, rows] = scores.nll.double().cpu().view(-1, len(positions))
+        for condition, chosen in enumerate(conditions):
+            change = torch.zeros_like(delta)
+            change[:, chosen] = delta[:, chosen]
+            scores = TokenScores.of_residual(readout, few.residual_after(state, change), batch.targets)
+            entropy[condition, rows] = scores.entropy.double().cpu().view(-1, positions)
+            loss[condition, rows] = scores.nll.double().cpu().view(-1, positions)
+    return _Outputs(entropy, loss)
 
-    n = torch.full((len(windows),), float(len(positions) - half), dtype=torch.float64)
 
-    def reading(where: slice) -> PassMeans:
+def _describe(
+    sequences: _Sequences, neurons: Sequence[int], activations: Tensor, clips: _Clips, outputs: _Outputs
+) -> RepeatedSequences:
+    """Report means over positions with intervals over sequences, and every curve by position."""
+    windows, (entropy, loss) = sequences.windows, outputs
+    n = torch.full((len(windows),), float(len(sequences.positions) - sequences.half), dtype=torch.float64)
+
+    def means(where: slice) -> PassMeans:
         return PassMeans(
             entropy=ratio_interval(entropy[0, :, where].sum(dim=1), n), loss=ratio_interval(loss[0, :, where].sum(dim=1), n)
         )
@@ -285,36 +260,36 @@ def _measure(
         return Change.of(after - before, before, n)
 
     return RepeatedSequences(
-        kind=kind,
+        kind=sequences.kind,
         source=windows.source,
         sequences=len(windows),
-        positions=tuple(positions),
-        repeats_from=length - half,
+        positions=tuple(sequences.positions),
+        repeats_from=sequences.length - sequences.half,
         entropy=_curve(entropy[0]),
         loss=_curve(loss[0]),
-        first=reading(first),
-        second=reading(second),
+        first=means(sequences.first),
+        second=means(sequences.second),
         neurons=tuple(
             ClippedNeuron(
-                index=int(index),
+                index=index,
                 activation=_curve(activations[:, :, row]),
-                first_mean=float(first_mean[row]),
-                second_mean=float(second_mean[row]),
-                clipped_from="above" if rises[row] else "below",
+                first_mean=float(clips.first_mean[row]),
+                second_mean=float(clips.second_mean[row]),
+                clipped_from="above" if clips.rises[row] else "below",
             )
             for row, index in enumerate(neurons)
         ),
         clips=tuple(
             ClipEffect(
-                neurons=tuple(int(neurons[row]) for row in chosen),
+                neurons=tuple(neurons[row] for row in chosen),
                 entropy=_curve(entropy[condition]),
                 loss=_curve(loss[condition]),
-                first_entropy=change(entropy, condition, first),
-                first_loss=change(loss, condition, first),
-                second_entropy=change(entropy, condition, second),
-                second_loss=change(loss, condition, second),
+                first_entropy=change(entropy, condition, sequences.first),
+                first_loss=change(loss, condition, sequences.first),
+                second_entropy=change(entropy, condition, sequences.second),
+                second_loss=change(loss, condition, sequences.second),
             )
-            for condition, chosen in enumerate(clipped, start=1)
+            for condition, chosen in enumerate(clips.together, start=1)
         ),
     )
 

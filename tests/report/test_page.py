@@ -25,6 +25,7 @@ from confsteer.report.page import render, write_report
 from confsteer.report.results import read_result
 from confsteer.results.bootstrap import Interval
 from confsteer.studies.induction import induction
+from confsteer.studies.repetition import Repetition
 from confsteer.text.questions import Question
 from confsteer.tuning.tune import Tuning
 from tests.models import zipf_texts
@@ -38,7 +39,7 @@ def evaluation() -> Evaluation:
     texts, steerings = {"zipf": zipf_texts(8, 60, seed=5)}, [Steering(entropy=0.3), Steering(unigram=0.05)]
     result = evaluate(model, tokenizer, texts, profile, steerings, window=64)
     other = result.texts[0].model_copy(update={"source": "other"})
-    study = induction(model, tokenizer, profile, half=16, sequences=3)
+    study = induction(model, tokenizer, profile, repeat=Repetition(sequences=3, half=16))
     questions = [Question(text, ("t1", "t2 t3"), i % 2) for i, text in enumerate(zipf_texts(20, 9))]
     answered = evaluate_choices(model, tokenizer, {"quiz": questions}, profile, steerings)
     return result.model_copy(update={"texts": (*result.texts, other), "induction": study, "choices": answered})

@@ -20,7 +20,7 @@ TEXTS = zipf_texts(6, 150, seed=9)
 
 def study(model_type: str, **settings: Any) -> CumulativeStudy:
     model, tokenizer, _, profile = planted(model_type)
-    return cumulative(model, tokenizer, TEXTS, profile, window=64, tokens=None, **{"repeats": 3, **settings})
+    return cumulative(model, make_windows(TEXTS, tokenizer, window=64), profile, **{"repeats": 3, **settings})
 
 
 def scores_with_means(model_type: str, neurons: Sequence[int]) -> TokenScores:
@@ -73,7 +73,7 @@ def test_every_step_is_what_the_model_does_with_the_neurons_at_their_means(model
 
 def test_one_neuron_alone_is_the_effect_that_calibration_measured() -> None:
     model, tokenizer, texts, profile = planted("gpt2")
-    step = cumulative(model, tokenizer, texts, profile, window=64, tokens=None, k=1, repeats=1).steps[0]
+    step = cumulative(model, make_windows(texts, tokenizer, window=64), profile, k=1, repeats=1).steps[0]
     neuron = profile.entropy_neurons[0]
     assert step.neurons == (neuron.index,)
     assert step.entropy.nats.value == pytest.approx(neuron.entropy_effect.value, abs=1e-5)
@@ -133,7 +133,7 @@ def test_a_model_without_entropy_neurons_is_refused_with_the_sentence() -> None:
     model = tiny_model(*next(f for f in FAMILIES if f.model_type == "llama"))
     profile = confsteer.calibrate(model, tiny_tokenizer(), TEXTS, window=64)
     with pytest.raises(NoNeuronsError, match="no entropy neurons"):
-        cumulative(model, tiny_tokenizer(), TEXTS, profile, window=64)
+        cumulative(model, make_windows(TEXTS, tiny_tokenizer(), window=64), profile)
 
 
 def test_a_study_survives_json() -> None:

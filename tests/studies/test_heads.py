@@ -12,7 +12,7 @@ from transformers.masking_utils import sdpa_mask
 from confsteer import NoNeuronsError, Profile, demo
 from confsteer.model.dissect import dissect
 from confsteer.studies.heads import HeadStudy, ablated, bos_ablation, induction_scores
-from confsteer.studies.induction import random_stretches, read_twice
+from confsteer.studies.repetition import Repetition, random_stretches, read_twice
 from tests.models import FAMILIES, VOCAB, TinyFamily, tiny_model, tiny_tokenizer
 from tests.planted import planted
 
@@ -88,7 +88,7 @@ def test_scores_are_attention_to_what_came_next(family: TinyFamily) -> None:
 
 def test_the_bundled_models_neurons_hear_of_repetition_through_its_induction_heads() -> None:
     model, tokenizer, profile = demo.load()
-    study = bos_ablation(model, tokenizer, profile, sequences=4)
+    study = bos_ablation(model, tokenizer, profile, repeat=Repetition(4))
     assert study.heads == ((1, 0), (1, 2), (1, 3))
     assert study.loss.nats.low > 3
     for neuron in study.neurons:
@@ -103,8 +103,8 @@ def test_means_are_those_of_the_induction_study() -> None:
     from confsteer.studies.induction import induction
 
     model, tokenizer, profile = copied("gpt2")
-    study = bos_ablation(model, tokenizer, profile, sequences=4, half=20)
-    (kind,) = induction(model, tokenizer, profile, sequences=4, half=20).kinds
+    study = bos_ablation(model, tokenizer, profile, repeat=Repetition(4, 20))
+    (kind,) = induction(model, tokenizer, profile, repeat=Repetition(4, 20)).kinds
     for ours, theirs in zip(study.neurons, kind.neurons, strict=True):
         assert ours.first_mean == pytest.approx(theirs.first_mean)
         assert ours.second_mean == pytest.approx(theirs.second_mean)
@@ -112,7 +112,7 @@ def test_means_are_those_of_the_induction_study() -> None:
 
 def test_a_model_without_induction_heads_has_nothing_ablated() -> None:
     model, tokenizer, profile = copied("llama")
-    study = bos_ablation(model, tokenizer, profile, sequences=4, half=20)
+    study = bos_ablation(model, tokenizer, profile, repeat=Repetition(4, 20))
     assert study.heads == ()
     assert study.entropy.nats == (0, 0, 0)
     assert all(neuron.change == (0, 0, 0) for neuron in study.neurons)

@@ -10,7 +10,8 @@ import torch
 import confsteer
 from confsteer import CorpusError, NoNeuronsError, Profile, SettingError, demo
 from confsteer.last_layer.scores import TokenScores
-from confsteer.studies.induction import InductionStudy, RepeatedSequences, induction, natural_stretches, random_stretches
+from confsteer.studies.induction import InductionStudy, RepeatedSequences, induction
+from confsteer.studies.repetition import Repetition, natural_cut, natural_stretches, random_stretches
 from confsteer.text.windows import make_windows
 from tests.models import ENTROPY_NEURONS, FAMILIES, VOCAB, tiny_model, tiny_tokenizer, zipf_texts
 from tests.planted import planted
@@ -21,7 +22,10 @@ PAIRED = HALF - 4  # without the first three positions and the last, each paired
 
 def study(model_type: str, **settings: Any) -> InductionStudy:
     model, tokenizer, texts, profile = planted(model_type)
-    return induction(model, tokenizer, profile, texts=texts, sequences=SEQUENCES, half=HALF, **settings)
+    repeat = Repetition(SEQUENCES, HALF, settings.pop("seed", 0))
+    window, tokens = natural_cut(tokenizer, repeat)
+    text = make_windows(texts, tokenizer, window=window, max_tokens=tokens)
+    return induction(model, tokenizer, profile, text=text, repeat=repeat, **settings)
 
 
 def sequences_of(kind: RepeatedSequences, seed: int = 0) -> torch.Tensor:
@@ -99,7 +103,7 @@ def test_a_clip_that_never_binds_changes_nothing() -> None:
     try:
         with torch.no_grad():
             gate[30] = 0
-        result = induction(model, tokenizer, profile, sequences=SEQUENCES, half=HALF, neurons=[30])
+        result = induction(model, tokenizer, profile, repeat=Repetition(SEQUENCES, HALF), neurons=[30])
     finally:
         with torch.no_grad():
             gate[30] = kept
@@ -119,8 +123,8 @@ def test_neurons_may_be_named() -> None:
 
 def test_a_bos_comes_first_where_the_tokenizer_puts_one(monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer, _, profile = planted("llama")
-    monkeypatch.setattr("confsteer.studies.induction.leading_ids", lambda tokenizer: [0])
-    (kind,) = induction(model, tokenizer, profile, sequences=SEQUENCES, half=HALF).kinds
+    monkeypatch.setattr("confsteer.studies.repetition.leading_ids", lambda tokenizer: [0])
+    (kind,) = induction(model, tokenizer, profile, repeat=Repetition(SEQUENCES, HALF)).kinds
     ids = torch.from_numpy(random_stretches(tokenizer, VOCAB, SEQUENCES, HALF)).long()
     entropy, _ = run_model(model, torch.cat([torch.zeros(SEQUENCES, 1, dtype=torch.long), ids, ids], dim=1))
     assert kind.repeats_from == 1 + HALF
@@ -160,13 +164,13 @@ def test_natural_stretches_follow_one_another_and_skip_special_tokens() -> None:
 def test_settings_out_of_range_are_named(settings: dict[str, Any], sentence: str) -> None:
     model, tokenizer, _, profile = planted("llama")
     with pytest.raises(SettingError, match=sentence):
-        induction(model, tokenizer, profile, **{"sequences": SEQUENCES, "half": HALF, **settings})
+        induction(model, tokenizer, profile, repeat=Repetition(SEQUENCES, HALF)._replace(**settings))
 
 
 def test_a_model_without_entropy_neurons_is_refused_with_the_sentence(empty: tuple[Any, Profile]) -> None:
     model, profile = empty
     with pytest.raises(NoNeuronsError, match="no entropy neurons"):
-        induction(model, tiny_tokenizer(), profile, sequences=SEQUENCES, half=HALF)
+        induction(model, tiny_tokenizer(), profile, repeat=Repetition(SEQUENCES, HALF))
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +189,7 @@ def test_a_study_survives_json() -> None:
 def test_the_bundled_model_knows_what_it_reads_again_and_its_neurons_take_part() -> None:
     """Random tokens cost it over 5 nats less at the second reading; without its entropy neurons it would be less sure."""
     model, tokenizer, profile = demo.load()
-    (kind,) = induction(model, tokenizer, profile, sequences=4).kinds
+    (kind,) = induction(model, tokenizer, profile, repeat=Repetition(4)).kinds
     assert kind.first.loss.low - kind.second.loss.high > 5
     assert kind.first.entropy.low - kind.second.entropy.high > 3
     together = kind.clips[-1]

@@ -13,6 +13,8 @@ from click.testing import CliRunner
 import confsteer
 from confsteer.studies.cumulative import CumulativeStudy
 from confsteer.studies.induction import InductionStudy
+from confsteer.studies.repetition import Repetition, natural_cut
+from confsteer.text.windows import make_windows
 from tests.models import ENTROPY_NEURONS, FAMILIES, FREQUENCY_NEURON, tiny_model, tiny_tokenizer, zipf_texts
 from tests.paths import ROOT
 from tests.planted import planted
@@ -77,7 +79,10 @@ def test_published_numbers_are_printed_beside_those_measured(script: ModuleType)
     model = tiny_model("gpt2", {"n_embd": 64, "n_inner": 3072, "n_layer": 1, "n_head": 4, "n_positions": 64})
     texts, tokenizer = zipf_texts(4, 150), tiny_tokenizer()
     profile = confsteer.calibrate(model, tokenizer, texts, window=64)
-    text = script.against_published(model, tokenizer, profile, texts, sequences=4, half=24)
+    repeat = Repetition(sequences=4, half=24)
+    window, tokens = natural_cut(tokenizer, repeat)
+    natural = make_windows(texts, tokenizer, window=window, max_tokens=tokens)
+    text = script.against_published(model, tokenizer, profile, natural, repeat)
     norm = float(profile.columns["norm"][584])
     assert f"| 584 | 10.94 | {norm:.4g} | 2.46e-05 |" in text
     assert "entropy neurons: 0 of the 6 named ones are found; missed: 584, 2378, 2870, 2123, 1611, 2910" in text
