@@ -31,6 +31,7 @@ at most ``0.8/c`` of the second-order term (3 % of it at ``c = 30``); exact pair
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -76,29 +77,35 @@ def ablation_effects(
         tokens = Tokens.measure(readout, states.at(rows))
         delta = mean.float() - states.activations[rows].float()
         moments = Moments.measure(readout, tokens, unigram)
-        above = _expand(readout, tokens, moments, delta, unigram, exact_above, effects, slopes, rows)
-        if len(above):
-            evaluate_pairs(readout, tokens, moments, delta, unigram, above, TokenEffects(*(e[rows] for e in effects)))
+        here = TokenEffects(*(effect[rows] for effect in effects))
+        slopes_here = TokenSlopes(*(slope[rows] for slope in slopes))
+        above = []
+        for block, expanded, block_slopes, variance in _expand(readout, tokens, moments, delta, unigram):
+            for whole, part in zip((*here, *slopes_here), (*expanded, *block_slopes), strict=True):
+                whole[block] = part
+            pairs = (variance > exact_above).nonzero()
+            pairs[:, 0] += block.start
+            above.append(pairs)
+        # Where the expansion is not good enough, overwrite it.
+        if len(pairs := torch.cat(above)):
+            evaluate_pairs(readout, tokens, moments, delta, unigram, pairs, here)
     return effects, slopes
 
 
 def _expand(
-    readout: Readout,
-    tokens: Tokens,
-    moments: Moments,
-    delta: Tensor,
-    unigram: Unigram,
-    exact_above: float,
-    effects: TokenEffects,
-    slopes: TokenSlopes,
-    where: slice,
-) -> Tensor:
-    """Effects and slopes to second order, written to the rows `where`; the pairs to evaluate exactly, ``[pairs, 2]``."""
-    above = []
+    readout: Readout, tokens: Tokens, moments: Moments, delta: Tensor, unigram: Unigram
+) -> Iterator[tuple[slice, TokenEffects, TokenSlopes, Tensor]]:
+    """Expand effects and slopes to second order, a block of tokens at a time.
+
+    Yields:
+        Which tokens; their effects and slopes; and the largest variance of ``Δ`` that any of the effects rests on, in nats²,
+        ``[tokens, n_neurons]`` each.
+    """
     W, v = readout.unembedding, unigram.direction
     for rows in blocks(len(delta), readout.n_neurons):
         m, state, targets = moments.at(rows), tokens.state.at(rows), tokens.targets[rows]
         total, direct = readout.move(state, delta[rows])
+        # The write and the token's own directions at the token that came.
         u_target = W[targets] @ readout.w_out.T
         y_target = (tokens.directions[:, rows] * W[targets]).sum(dim=-1, keepdim=True)
         if readout.softcap is not None:
@@ -107,6 +114,7 @@ def _expand(
         x_target = y_target - tokens.mean_x[:, rows]
         no_x = torch.zeros_like(x_target)  # the x_k are centred
 
+        # Second cumulants of Δ: of the whole move, with the norm frozen, and held along v.
         variance = total.bilinear(m.cov_xx, m.cov_xu, m.var_u)
         direct_variance = direct.bilinear(m.cov_xx, m.cov_xu, m.var_u)
         c = total.linear(m.x_on_v, m.u_on_v)  # how far Δ goes along v
@@ -124,11 +132,4 @@ def _expand(
         entropy_slope = -slope.linear(m.cov_lx, m.cov_lu)
         frequency_slope = unigram.length * slope.linear(m.cov_xv, m.cov_uv)
         block_slopes = TokenSlopes(entropy=entropy_slope, unigram_kl=-entropy_slope - frequency_slope)
-        start = where.start + rows.start
-        for whole, part in zip((*effects, *slopes), (*block, *block_slopes), strict=True):
-            whole[start : start + len(part)] = part
-        largest = torch.maximum(torch.maximum(variance, direct_variance), held_variance)
-        pairs = (largest > exact_above).nonzero()
-        pairs[:, 0] += rows.start
-        above.append(pairs)
-    return torch.cat(above)
+        yield rows, block, block_slopes, torch.maximum(torch.maximum(variance, direct_variance), held_variance)

@@ -144,6 +144,7 @@ class Moments(NamedTuple):
         all_weights = new(n_linear + (0 if readout.softcap is None else 2), n, chunks[0].stop)
         for columns in chunks:
             W, v, f = readout.unembedding[columns], unigram.direction[columns], frequency[columns]
+            # Elementwise work, in blocks that stay in the cache.
             y, weights = products(tokens.directions, W), all_weights[:, :, : columns.stop - columns.start]
             for rows in blocks(n, y.shape[-1]):
                 p, log_p, x, _, s = Chunk.of(readout, tokens, y, rows, columns)
@@ -154,11 +155,10 @@ class Moments(NamedTuple):
                 of_xx[:, :, :, rows] += _sums(px[:, None] * x, plx[:, None] * x)
                 parts = [p, pl, pv, *px, *plx]
                 if s is not None:
-                    parts = [s * part for part in (*parts, f.expand_as(p), v.expand_as(p))]
-                    parts += [s * parts[0], s * parts[1]]
+                    parts = _before_the_cap(parts, s, f, v)
                 for whole, part in zip(weights, parts, strict=True):
                     whole[rows] = part
-            # Weights of E_p[… u²]: p and pl, under a softcap times s².
+            # Matrix products, over all tokens of the chunk. Weights of E_p[… u²]: p and pl, under a softcap times s².
             squares = weights[:2] if readout.softcap is None else weights[-2:]
             u = readout.w_out @ W.T
             linear.flatten(0, 1).addmm_(weights[:n_linear].flatten(0, 1), u.T if few else W)
@@ -167,12 +167,8 @@ class Moments(NamedTuple):
             linear = linear @ readout.w_out.T
         mean_u, cov_lu, mean_uv = linear[:3]
         cov_xu, lxu = linear[3 : 3 + n_directions], linear[3 + n_directions : 3 + 2 * n_directions]
-        if readout.softcap is None:
-            u_frequency, u_on_v = (
-                (row @ readout.unembedding @ readout.w_out.T).expand_as(mean_u) for row in (frequency, unigram.direction)
-            )
-        else:
-            u_frequency, u_on_v = linear[-2:]
+        u_frequency, u_on_v = _fixed_means(readout, unigram, mean_u) if readout.softcap is None else linear[-2:]
+        # Centre what is not: the x_k and l are, u and v are not.
         cov_lx, cov_xv, x_frequency, x_on_v = of_x
         mean_v = of_v[0]
         return cls(
@@ -194,6 +190,19 @@ class Moments(NamedTuple):
             u_frequency=u_frequency,
             u_on_v=u_on_v,
         )
+
+
+def _fixed_means(readout: Readout, unigram: Unigram, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Means of ``u`` under the unigram distribution and along ``v``: without a softcap the same for every token."""
+    rows = unigram.log_frequency.exp(), unigram.direction
+    under_frequency, along_v = ((row @ readout.unembedding @ readout.w_out.T).expand_as(like) for row in rows)
+    return under_frequency, along_v
+
+
+def _before_the_cap(parts: list[Tensor], s: Tensor, f: Tensor, v: Tensor) -> list[Tensor]:
+    """Weights of writes before a softcap, whose derivative ``s`` they carry: linear ones, two more, and those of squares."""
+    linear = [s * part for part in (*parts, f.expand_as(s), v.expand_as(s))]
+    return [*linear, s * linear[0], s * linear[1]]
 
 
 def _sums(*terms: Tensor) -> Tensor:

@@ -38,6 +38,22 @@ CACHED_SET = 2**18
 """Elements of the temporaries of elementwise work (1 MiB in float32): in a core's cache it is ten times faster."""
 
 
+class NormParameters(NamedTuple):
+    """A norm as ``gain * (h − mean(h) if centred) / sqrt(mean(h²) + epsilon) + bias``."""
+
+    gain: Tensor
+    """``[d_model]``, ones where the norm has none."""
+    bias: Tensor | None
+    """``[d_model]``"""
+    epsilon: float
+    centred: bool
+    """Whether it subtracts the mean (LayerNorm) or not (RMSNorm)."""
+
+    def to(self, device: torch.device) -> NormParameters:
+        """Copy to a device what is elsewhere."""
+        return self._replace(gain=self.gain.to(device), bias=None if self.bias is None else self.bias.to(device))
+
+
 @dataclass(frozen=True)
 class WriteNorm:
     """An RMSNorm between the last MLP and the residual stream."""
@@ -147,51 +163,43 @@ class Readout:
         *,
         w_out: Tensor,
         unembedding: Tensor,
-        gain: Tensor,
-        bias: Tensor | None = None,
+        norm: NormParameters,
         unembedding_bias: Tensor | None = None,
-        epsilon: float,
-        centred: bool,
         logit_scale: float = 1.0,
         softcap: float | None = None,
-        write_gain: Tensor | None = None,
-        write_epsilon: float = 0.0,
+        write_norm: NormParameters | None = None,
     ) -> Readout:
         """Build from a model's raw weights, in float32.
 
         Args:
             w_out: ``[n_neurons, d_model]``, any residual multiplier already applied.
             unembedding: raw ``[vocab, d_model]``.
-            gain: the final norm's effective gain ``[d_model]`` (ones where it has none).
-            bias: the final norm's bias ``[d_model]``.
+            norm: the final norm.
             unembedding_bias: the unembedding's own bias ``[vocab]``.
-            epsilon: the final norm's epsilon.
-            centred: whether the final norm is a LayerNorm.
             logit_scale: what the raw logits are multiplied by.
             softcap: bound of the logits.
-            write_gain: effective gain ``[d_model]`` of an RMSNorm on the MLP's output; None if there is none.
-            write_epsilon: its epsilon.
+            write_norm: an RMSNorm on the MLP's output; None if there is none.
         """
         w_out = w_out.detach().float()
-        write_norm = None
-        if write_gain is not None:
-            write_gain = write_gain.detach().float()
-            write_norm = WriteNorm(write_gain, write_epsilon, inputs=w_out)
-            w_out = w_out * write_gain
+        write = None
+        if write_norm is not None:
+            write = WriteNorm(write_norm.gain.detach().float(), write_norm.epsilon, inputs=w_out)
+            w_out = w_out * write.gain
         raw = unembedding.detach().float()
-        folded = raw * (gain.detach().float() * logit_scale)
+        folded = raw * (norm.gain.detach().float() * logit_scale)
         logit_bias = torch.zeros(raw.shape[0], device=raw.device)
-        if bias is not None:
-            logit_bias += raw @ bias.detach().float() * logit_scale
+        if norm.bias is not None:
+            logit_bias += raw @ norm.bias.detach().float() * logit_scale
         if unembedding_bias is not None:
             logit_bias += unembedding_bias.detach().float() * logit_scale
-        if centred:
+        # Centre what the norm would centre, and over the vocabulary what no probability notices.
+        if norm.centred:
             w_out = w_out - w_out.mean(dim=1, keepdim=True)
             folded -= folded.mean(dim=1, keepdim=True)
         if softcap is None:
             folded -= folded.mean(dim=0)
             logit_bias -= logit_bias.mean()
-        return cls(w_out, folded, logit_bias, epsilon, centred, softcap, write_norm)
+        return cls(w_out, folded, logit_bias, norm.epsilon, norm.centred, softcap, write)
 
     def select(self, neurons: Tensor) -> Readout:
         """The readout of some of the neurons, by index ``[n]``."""

@@ -99,15 +99,11 @@ class Anatomy:
             return Readout.fold(
                 w_out=self.w_out().to(device) * self.residual_multiplier,
                 unembedding=unembedding,
-                gain=norm.gain.to(device),
-                bias=None if norm.bias is None else norm.bias.to(device),
+                norm=norm.to(device),
                 unembedding_bias=None if bias is None else bias[:vocab_size],
-                epsilon=norm.epsilon,
-                centred=norm.centred,
                 logit_scale=self.logit_scale,
                 softcap=self.softcap,
-                write_gain=None if write is None else write.gain.to(device),
-                write_epsilon=0.0 if write is None else write.epsilon,
+                write_norm=None if write is None else write.to(device),
             )
 
     def w_out(self) -> Tensor:

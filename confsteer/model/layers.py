@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from confsteer.errors import UnsupportedModelError
+from confsteer.last_layer.readout import NormParameters
 
 UNITS_AT_ONCE = 1024
 """Rows of the identity that a quantised layer is asked for at a time."""
-
-
-class NormParameters(NamedTuple):
-    """The final norm as ``gain * (h − mean(h) if centred) / sqrt(mean(h²) + epsilon) + bias``."""
-
-    gain: Tensor
-    bias: Tensor | None
-    epsilon: float
-    centred: bool
 
 
 def read_norm(norm: nn.Module, d_model: int) -> NormParameters:

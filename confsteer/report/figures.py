@@ -12,7 +12,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from confsteer.evaluation.comparison import ComparedRow, TextComparison
+from confsteer.evaluation.comparison import ComparedRow, Row, TextComparison
 from confsteer.evaluation.metrics import METRICS
 from confsteer.profile.profile import Profile
 from confsteer.report import plots
@@ -115,30 +115,35 @@ def text_figures(text: TextComparison) -> list[Figures]:
                 )
             ],
         ),
-        Figures(
-            "By how frequent the token is",
-            "Tokens that came, cut into tenths by their probability in the unigram distribution. The second picture shows where "
-            "a steering pays and where it gains; in the third, confidence above the dotted accuracy is overconfidence.",
-            [
-                _panel(
-                    partial(plots.draw_by_frequency, rows=rows, measure="loss"),
-                    f"Mean loss by tenth of token frequency of {names}.",
-                    "Loss.",
-                ),
-                _panel(
-                    partial(plots.draw_by_frequency, rows=rows, measure="loss", minus=neutral),
-                    f"Mean loss less neutral's by tenth of token frequency of {names}.",
-                    "Loss less neutral's.",
-                ),
-                _panel(
-                    partial(plots.draw_by_frequency, rows=rows, measure="confidence"),
-                    f"Mean confidence by tenth of token frequency of {names}.",
-                    "Confidence.",
-                ),
-            ],
-        ),
+        _frequency_figures(rows, neutral),
     ]
     return found
+
+
+def _frequency_figures(rows: Sequence[Row], neutral: Row) -> Figures:
+    names = _names(rows)
+    return Figures(
+        "By how frequent the token is",
+        "Tokens that came, cut into tenths by their probability in the unigram distribution. The second picture shows where "
+        "a steering pays and where it gains; in the third, confidence above the dotted accuracy is overconfidence.",
+        [
+            _panel(
+                partial(plots.draw_by_frequency, rows=rows, measure="loss"),
+                f"Mean loss by tenth of token frequency of {names}.",
+                "Loss.",
+            ),
+            _panel(
+                partial(plots.draw_by_frequency, rows=rows, measure="loss", minus=neutral),
+                f"Mean loss less neutral's by tenth of token frequency of {names}.",
+                "Loss less neutral's.",
+            ),
+            _panel(
+                partial(plots.draw_by_frequency, rows=rows, measure="confidence"),
+                f"Mean confidence by tenth of token frequency of {names}.",
+                "Confidence.",
+            ),
+        ],
+    )
 
 
 def _reliability_panel(row: ComparedRow) -> Panel:

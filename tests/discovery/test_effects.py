@@ -11,7 +11,7 @@ from confsteer.discovery.effects import ablation_effects
 from confsteer.discovery.exact import TokenEffects, exact_effects
 from confsteer.discovery.frequency import frequency_cosine
 from confsteer.discovery.streaming import ActivationMoments, EffectMeans
-from confsteer.last_layer.readout import FullOutputs, Readout
+from confsteer.last_layer.readout import FullOutputs, NormParameters, Readout
 from confsteer.last_layer.states import TokenStates
 from confsteer.last_layer.unigram import Unigram
 from confsteer.model.anatomy import LastLayerStates
@@ -34,14 +34,15 @@ def random_readout(
     return Readout.fold(
         w_out=torch.randn(neurons, d, generator=g) * torch.rand(neurons, 1, generator=g),
         unembedding=torch.randn(vocab, d, generator=g) * 0.4,
-        gain=1 + 0.3 * torch.randn(d, generator=g),
-        bias=0.2 * torch.randn(d, generator=g) if bias else None,
+        norm=NormParameters(
+            gain=1 + 0.3 * torch.randn(d, generator=g),
+            bias=0.2 * torch.randn(d, generator=g) if bias else None,
+            epsilon=1e-5,
+            centred=centred,
+        ),
         unembedding_bias=0.5 * torch.randn(vocab, generator=g) if bias else None,
-        epsilon=1e-5,
-        centred=centred,
         softcap=softcap,
-        write_gain=0.7 + 0.2 * torch.randn(d, generator=g) if write_norm else None,
-        write_epsilon=1e-6,
+        write_norm=NormParameters(0.7 + 0.2 * torch.randn(d, generator=g), None, 1e-6, False) if write_norm else None,
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from confsteer.errors import UnsupportedModelError
-from confsteer.model.layers import NormParameters
+from confsteer.last_layer.readout import NormParameters
 from confsteer.runtimes.vllm.worker.proof import PUSHES, ProofOutputs, prove, unexplained
 
 TOKENS, D = 4, 48

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
 from confsteer.errors import ProfileMismatchError, UnsupportedModelError
+from confsteer.last_layer.readout import NormParameters
 from confsteer.model.families import FAMILIES
-from confsteer.model.layers import UNITS_AT_ONCE, NormParameters, read_norm
+from confsteer.model.layers import UNITS_AT_ONCE, read_norm
 from confsteer.profile.profile import Profile
 from confsteer.runtimes.vllm.worker.table import SteeringTable
 

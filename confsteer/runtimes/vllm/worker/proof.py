@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from confsteer.errors import UnsupportedModelError
-from confsteer.model.layers import NormParameters
+from confsteer.last_layer.readout import NormParameters
 
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 1e-1, torch.float16: 5e-2}
 """Relative error that rounding in each precision explains."""
