@@ -338,7 +338,7 @@ def test_weights_that_come_later_steer_only_if_they_are_the_profile_s(make: Make
         parity.check(parity.compare(subject, asks, parity.ask_all(llm, asks)), asks)
         assert worker_of(llm)._projection.table is before
         # A front process that has not heard of it.
-        worker_of(llm)._batch.weights_fit = False
+        worker_of(llm)._steered_requests.weights_fit = False
         with pytest.raises(ProfileMismatchError, match="no longer steers"):
             parity.ask_all(llm, asks)
 
@@ -474,7 +474,7 @@ async def _end_in_all_ways(subject: Subject, others: Path) -> None:
 
 
 def _steered_requests(worker: Any) -> list[str]:
-    return list(worker._batch._requests)
+    return list(worker._steered_requests._requests)
 
 
 def test_the_start_up_line_says_what_can_be_steered() -> None:
