@@ -83,7 +83,7 @@ test-vllm:
 # What pdoc cannot resolve is an error, but for the constructors of named tuples, whose module Python does not tell.
 docs: $(VENV)/.dev
 	$(BIN)/python -W error::UserWarning -W "ignore:Error parsing type annotation ForwardRef" -m pdoc -d google -o docs-output \
-		confsteer confsteer.demo confsteer.model.loading confsteer.text.sources confsteer.text.windows confsteer.evaluation.comparison
+		confsteer confsteer.demo confsteer.model.loading confsteer.text.sources confsteer.text.windows confsteer.evaluation.comparison confsteer.evaluation.metrics
 	@echo "== Done: docs-output/index.html"
 
 lint: $(VENV)/.dev

@@ -81,21 +81,3 @@ def test_every_public_name_is_in_the_reference() -> None:
     assert sorted(reference) == confsteer.__all__
     for name, entry in reference.items():
         assert entry.docstring, name
-
-
-def test_the_science_does_not_know_of_models_or_files() -> None:
-    from pathlib import Path
-
-    package = Path(confsteer.__file__).parent
-    for file in (package / "discovery").glob("*.py"):
-        text = file.read_text()
-        for other in (
-            "transformers",
-            "pathlib",
-            "safetensors",
-            "confsteer.model.anatomy",
-            "confsteer.profile.profile",
-            "pydantic",
-        ):
-            assert f"import {other}" not in text
-            assert f"from {other}" not in text

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from confsteer.evaluation.metrics import BINS, Estimates, equal_mass_bins, token_metrics, width_bins
+from confsteer.evaluation.metrics import BINS, METRICS, Estimates, equal_mass_bins, token_metrics, width_bins
 from confsteer.last_layer.intervention import Intervention, TextStates, UnigramDivergences
 from confsteer.last_layer.scores import TokenScores
 from confsteer.last_layer.unigram import Unigram
@@ -21,11 +21,6 @@ RowKind = Literal["neutral", "steering", "temperature", "null write", "matched t
 FREQUENCY_GROUPS = 10
 ENTROPY_BINS = 40
 COVERAGES = tuple(i / 20 for i in range(1, 21))
-COMPARED = (
-    *("loss", "entropy", "ece", "ece_equal_mass", "brier", "brier_multiclass", "accuracy", "accuracy_normalised", "auroc"),
-    "kl_model_unigram",
-)
-"""Metrics whose paired differences are reported."""
 
 
 class ReliabilityBin(Result):
@@ -229,7 +224,11 @@ def paired_differences(
             against[kind] = estimates[j]
     ours = estimates[i]
     return {
-        kind: {name: (ours[name] - other[name]).interval for name in COMPARED if name in ours.keys() & other}
+        kind: {
+            name: (ours[name] - other[name]).interval
+            for name, metric in METRICS.items()
+            if metric.compared and name in ours.keys() & other
+        }
         for kind, other in against.items()
     }
 

@@ -2,24 +2,6 @@
 
 Calibration metrics judge a confidence against being right. Of a next token the confidence is the top probability and being
 right is that this token came; of an answer it is the top choice's share. None of them depends on which of the two it is.
-
-| name | what it is |
-|---|---|
-| ``loss``, ``perplexity`` | mean negative log-likelihood in nats, and its exponential |
-| ``entropy`` | mean entropy of the prediction, nats |
-| ``ece`` | expected calibration error, `BINS` bins of equal width |
-| ``ece_equal_mass`` | the same over `MASS_BINS` bins of equal numbers (HELM's convention), cut between distinct values |
-| ``mce`` | largest gap of an equal-width bin; bins of few tokens make it noisy |
-| ``smooth_ece`` | smooth ECE (Błasiok and Nakkiran 2023), by relplot, if asked for |
-| ``brier`` | mean squared difference of the confidence and being right |
-| ``brier_multiclass`` | of answers: mean ``Σ_c (p_c − [c is right])²`` |
-| ``accuracy`` | share of right top predictions |
-| ``accuracy_normalised`` | of answers: the same of the top log-likelihood per character of the choice (lm-eval's ``acc_norm``) |
-| ``auroc`` | of confidence as a score for being right; ½ is chance |
-| ``selective_accuracy`` | accuracy on the `SELECTED` most confident (HELM) |
-| ``coverage_area`` | area under accuracy on the c most confident against c (HELM) |
-| ``kl_model_unigram``, ``kl_unigram_model`` | mean KL(P_model ‖ P_freq) and KL(P_freq ‖ P_model), nats |
-| ``argmax_changed`` | share of tokens whose top prediction is not the unsteered model's |
 """
 
 from __future__ import annotations
@@ -44,13 +26,23 @@ Estimates = dict[str, Resampled]
 
 
 class Metric(NamedTuple):
-    """How a metric is shown."""
+    """A metric: what it is, how it is shown, and which way is better."""
 
     label: str
-    digits: int = 4
+    definition: str
     better: Literal["lower", "higher"] | None = None
     """None where neither is good or bad in itself."""
+    compared: bool = False
+    """Whether paired differences to the baselines are reported."""
+    digits: int = 4
     percent: bool = False
+    short: str = ""
+    """Heading in a narrow table; the label if empty."""
+
+    @property
+    def heading(self) -> str:
+        """Heading in a narrow table."""
+        return self.short or self.label
 
     def number(self, value: float, *, sign: bool = False) -> str:
         """Format with a true minus sign."""
@@ -60,25 +52,53 @@ class Metric(NamedTuple):
 
 
 METRICS = {
-    "loss": Metric("loss", better="lower"),
-    "perplexity": Metric("perplexity", 1, "lower"),
-    "entropy": Metric("entropy"),
-    "ece": Metric("ECE", better="lower"),
-    "ece_equal_mass": Metric("equal-mass ECE", better="lower"),
-    "mce": Metric("MCE", better="lower"),
-    "smooth_ece": Metric("smooth ECE", better="lower"),
-    "brier": Metric("Brier score", better="lower"),
-    "brier_multiclass": Metric("multi-class Brier score", better="lower"),
-    "accuracy": Metric("accuracy", better="higher"),
-    "accuracy_normalised": Metric("accuracy by length", better="higher"),
-    "auroc": Metric("AUROC", better="higher"),
-    "selective_accuracy": Metric("selective accuracy", better="higher"),
-    "coverage_area": Metric("coverage area", better="higher"),
-    "kl_model_unigram": Metric("KL(model ‖ unigram)", 3),
-    "kl_unigram_model": Metric("KL(unigram ‖ model)", 3),
-    "argmax_changed": Metric("argmax changed", 1, percent=True),
+    "loss": Metric("loss", "mean negative log-likelihood, nats", "lower", compared=True),
+    "perplexity": Metric("perplexity", "exponential of the loss", "lower", digits=1),
+    "entropy": Metric("entropy", "mean entropy of the prediction, nats", compared=True),
+    "ece": Metric("ECE", f"expected calibration error, {BINS} bins of equal width", "lower", compared=True),
+    "ece_equal_mass": Metric(
+        "equal-mass ECE",
+        f"the same over {MASS_BINS} bins of equal numbers (HELM's convention), cut between distinct values",
+        "lower",
+        compared=True,
+        short="ECE, equal mass",
+    ),
+    "mce": Metric("MCE", "largest gap of an equal-width bin; bins of few tokens make it noisy", "lower"),
+    "smooth_ece": Metric("smooth ECE", "smooth ECE (Błasiok and Nakkiran 2023), by relplot, if asked for", "lower"),
+    "brier": Metric(
+        "Brier score", "mean squared difference of the confidence and being right", "lower", compared=True, short="Brier"
+    ),
+    "brier_multiclass": Metric(
+        "multi-class Brier score", "of answers: mean ``Σ_c (p_c − [c is right])²``", "lower", compared=True
+    ),
+    "accuracy": Metric("accuracy", "share of right top predictions", "higher", compared=True),
+    "accuracy_normalised": Metric(
+        "accuracy by length",
+        "of answers: the same of the top log-likelihood per character of the choice (lm-eval's ``acc_norm``)",
+        "higher",
+        compared=True,
+        short="by length",
+    ),
+    "auroc": Metric("AUROC", "of confidence as a score for being right; ½ is chance", "higher", compared=True),
+    "selective_accuracy": Metric("selective accuracy", f"accuracy on the {SELECTED:.0%} most confident (HELM)", "higher"),
+    "coverage_area": Metric("coverage area", "area under accuracy on the c most confident against c (HELM)", "higher"),
+    "kl_model_unigram": Metric("KL(model ‖ unigram)", "mean KL(P_model ‖ P_freq), nats", compared=True, digits=3),
+    "kl_unigram_model": Metric("KL(unigram ‖ model)", "mean KL(P_freq ‖ P_model), nats", digits=3),
+    "argmax_changed": Metric(
+        "argmax changed", "share of tokens whose top prediction is not the unsteered model's", digits=1, percent=True
+    ),
 }
-"""In the order of the tables, by the names in `confsteer.evaluation.metrics`."""
+"""The one table of metrics, in the order of all others: tables, reports, paired differences and this page read it."""
+
+# The reference shows the same table.
+__doc__ = "\n".join(
+    [
+        str(__doc__),
+        "| name | definition |",
+        "|---|---|",
+        *(f"| ``{name}`` | {metric.definition} |" for name, metric in METRICS.items()),
+    ]
+)
 
 
 def token_metrics(scores: TokenScores, blocks: Blocks, *, unsteered: TokenScores, smooth: bool = False) -> Estimates:

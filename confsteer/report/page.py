@@ -11,7 +11,7 @@ from jinja2 import Environment, StrictUndefined
 
 from confsteer.errors import ProfileMismatchError
 from confsteer.evaluation.choices import ChoiceComparison
-from confsteer.evaluation.comparison import COMPARED, ComparedRow, RowKind, TextComparison
+from confsteer.evaluation.comparison import ComparedRow, RowKind, TextComparison
 from confsteer.evaluation.evaluate import Evaluation
 from confsteer.evaluation.metrics import BINS, MASS_BINS, METRICS, SELECTED
 from confsteer.files import write_result
@@ -143,7 +143,7 @@ def _metrics_table(rows: Sequence[ComparedRow]) -> Table:
 def _difference_table(rows: Sequence[ComparedRow], kind: RowKind) -> Table:
     """Of every row that is compared with the row of a kind."""
     compared = [row for row in rows if kind in row.minus]
-    names = [name for name in COMPARED if any(name in row.minus[kind] for row in compared)]
+    names = [name for name in METRICS if any(name in row.minus[kind] for row in compared)]
     return Table(
         f"Difference to {AGAINST[kind]}",
         [f"Δ {METRICS[name].label}" for name in names],

@@ -176,12 +176,15 @@ def print_tuning(console: Console, result: Tuning) -> None:
 
 
 def _print_comparison(console: Console, text: TextComparison, part: str = "") -> None:
-    """Ways to predict one text; matched temperatures are a column beside their steering."""
+    """Print ways to predict one text; matched temperatures are a column beside their steering."""
+    from confsteer.evaluation.metrics import METRICS
+
     title = f"{text.source}{f' ({part})' if part else ''}: {text.tokens:,} tokens in {text.windows} windows"
     table = Table(title=escape(title), title_justify="left")
     table.add_column("", no_wrap=True)
-    for name in ("loss", "entropy", "Δentropy", "ECE", "Brier", "accuracy", "argmax changed"):
-        table.add_column(name, justify="right")
+    loss, entropy, *others = (METRICS[name].heading for name in ("loss", "entropy", "ece", "brier", "accuracy", "argmax_changed"))
+    for heading in (loss, entropy, f"Δ{entropy}", *others):
+        table.add_column(heading, justify="right")
     table.add_column("Δloss to matched temperature", justify="right")
     table.add_column("ΔECE to it", justify="right")
     unsteered = text.rows[0].metrics["entropy"].value
@@ -204,8 +207,11 @@ def _print_comparison(console: Console, text: TextComparison, part: str = "") ->
 
 
 def print_choices(console: Console, model: str, compared: ChoiceComparison) -> None:
-    """Ways to answer the same questions; matched temperatures are a column beside their steering."""
-    table = Table("", "accuracy", "by length", "loss", "entropy", "ECE", "Brier")
+    """Print ways to answer the same questions; matched temperatures are a column beside their steering."""
+    from confsteer.evaluation.metrics import METRICS
+
+    names = ("accuracy", "accuracy_normalised", "loss", "entropy", "ece", "brier")
+    table = Table("", *(METRICS[name].heading for name in names))
     table.add_column("Δloss to temperature of same entropy", justify="right")
     table.add_column("ΔECE to it", justify="right")
     for row in compared.rows:
@@ -232,10 +238,12 @@ def print_choices(console: Console, model: str, compared: ChoiceComparison) -> N
 
 
 def print_answer_calibration(console: Console, rows: Sequence[TaskCalibration]) -> None:
-    """Multiple-choice tasks of lm-eval."""
-    table = Table("task", "n", "left out", "accuracy", "ECE", "ECE, equal mass", "Brier", "AUROC")
+    """Print multiple-choice tasks of lm-eval."""
+    from confsteer.evaluation.metrics import METRICS
+
+    names = ("accuracy", "ece", "ece_equal_mass", "brier", "auroc")
+    table = Table("task", "n", "left out", *(METRICS[name].heading for name in names))
     for row in rows:
-        names = ("accuracy", "ece", "ece_equal_mass", "brier", "auroc")
         numbers = (_with_half_width(row.metrics[name], 4) if name in row.metrics else "" for name in names)
         table.add_row(escape(row.task), f"{row.n:,}", f"{row.left_out:,}", *numbers)
     console.print(table)

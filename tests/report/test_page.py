@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from confsteer import ConfsteerError, ProfileMismatchError, Steering
 from confsteer.cli import main
 from confsteer.evaluation.choices import ChoiceComparison, evaluate_choices
-from confsteer.evaluation.comparison import COMPARED, RowKind, TextComparison
+from confsteer.evaluation.comparison import RowKind, TextComparison
 from confsteer.evaluation.evaluate import Evaluation, evaluate
 from confsteer.evaluation.metrics import METRICS
 from confsteer.report.findings import significant_sign
@@ -141,7 +141,7 @@ def test_the_numbers_of_the_tables_are_the_results() -> None:
             _, *rows = next(tables)
             subtracted = [row for row in text.rows if kind in row.minus]
             for cells, row in zip(rows, subtracted, strict=True):
-                for cell, name in zip(cells[1:], [name for name in COMPARED if name in row.minus[kind]], strict=True):
+                for cell, name in zip(cells[1:], [name for name in METRICS if name in row.minus[kind]], strict=True):
                     difference = row.minus[kind][name]
                     assert numbers(cell) == pytest.approx(difference, abs=0.51 * 10 ** -METRICS[name].digits)
                     good = METRICS[name].better

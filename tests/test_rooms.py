@@ -1,0 +1,117 @@
+"""The order of the rooms: imports point one way, and the mathematics knows of tensors alone."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import confsteer
+
+PACKAGE = Path(confsteer.__file__).parent
+ROOMS = (
+    "errors",
+    "defaults",
+    "files",
+    "steering",
+    "distributed",
+    "results",
+    "last_layer",
+    "text",
+    "discovery",
+    "model",
+    "profile",
+    "demo",
+    "calibration",
+    "runtimes",
+    "studies",
+    "evaluation",
+    "tuning",
+    "report",
+    "cli",
+    "__main__",
+)
+"""From the bottom up: a room imports what stands before it. `confsteer` itself, the face, imports all and may be imported by
+the last."""
+MODULES = sorted(PACKAGE.rglob("*.py"))
+FACE = PACKAGE / "__init__.py"
+
+
+def name_of(file: Path) -> str:
+    parts = file.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+NAMES = {name_of(file) for file in MODULES}
+
+
+def imports(file: Path) -> Iterator[str]:
+    """Every module that a file imports, wherever in it; a name taken from a package counts as its module, where it is one."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            assert node.module is not None
+            for alias in node.names:
+                module = f"{node.module}.{alias.name}"
+                yield module if module in NAMES else node.module
+
+
+def room(module: str) -> str:
+    """The room a module of confsteer is in, or the module itself if it is in none."""
+    return module.split(".")[1] if "." in module else "the face"
+
+
+def test_the_rooms_are_these() -> None:
+    found = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert found - {"__init__"} == set(ROOMS)
+    assert len(list(PACKAGE.glob("*.py"))) <= 8
+
+
+@pytest.mark.parametrize("file", [file for file in MODULES if file != FACE], ids=name_of)
+def test_imports_point_one_way(file: Path) -> None:
+    own = room(name_of(file))
+    allowed = {own, *ROOMS[: ROOMS.index(own)]}
+    if own in ("cli", "__main__"):
+        allowed.add("the face")
+    taken = {room(module) for module in imports(file) if module.split(".")[0] == "confsteer"}
+    assert taken <= allowed
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    arrows = {name_of(file): {m for m in imports(file) if m in NAMES} for file in MODULES if file != FACE}
+    settled: set[str] = set()
+    while free := {module for module, targets in arrows.items() if module not in settled and targets - {"confsteer"} <= settled}:
+        settled |= free
+    assert settled == arrows.keys()
+
+
+@pytest.mark.parametrize(
+    ("place", "others"),
+    [
+        ("last_layer", {"errors"}),
+        ("discovery", {"errors", "last_layer"}),
+    ],
+)
+def test_the_mathematics_knows_of_tensors_alone(place: str, others: set[str]) -> None:
+    """No models, no files, no schemas: what these rooms compute can be checked on paper."""
+    for file in (PACKAGE / place).glob("*.py"):
+        for module in imports(file):
+            package, *_ = module.split(".")
+            if package == "confsteer":
+                assert room(module) in {place, *others}, file
+            else:
+                assert package not in {"transformers", "pydantic", "safetensors", "pathlib", "os", "io", "json", "tqdm"}, file
+
+
+def test_the_two_processes_of_vllm_share_no_arrow() -> None:
+    vllm = PACKAGE / "runtimes" / "vllm"
+    for own, other in (("front", "worker"), ("worker", "front")):
+        for file in (vllm / own).glob("*.py"):
+            assert not [module for module in imports(file) if module.startswith(f"confsteer.runtimes.vllm.{other}")], file
+    for file in vllm.glob("*.py"):
+        taken = {module for module in imports(file) if module.startswith("confsteer.runtimes.vllm.worker")}
+        assert not taken, f"{file.name} is for both processes"
