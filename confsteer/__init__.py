@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from confsteer import demo
     from confsteer.calibration.calibrate import calibrate
     from confsteer.calibration.scan import Scan, scan
     from confsteer.errors import (
@@ -25,11 +26,14 @@ if TYPE_CHECKING:
         UnsupportedServerError,
     )
     from confsteer.evaluation.evaluate import Evaluation, evaluate
+    from confsteer.model.loading import load_model
     from confsteer.profile.profile import Profile
     from confsteer.profile.schema import Neuron, Response
     from confsteer.runtimes.baking import Baked, bake
     from confsteer.runtimes.transformers import Steerer, steer
     from confsteer.steering import Steering
+    from confsteer.text.counts import read_counts
+    from confsteer.text.sources import read_texts
     from confsteer.tuning.tune import Tuning, tune
 
 __all__ = [
@@ -59,7 +63,11 @@ __all__ = [
     "UnsupportedServerError",
     "bake",
     "calibrate",
+    "demo",
     "evaluate",
+    "load_model",
+    "read_counts",
+    "read_texts",
     "scan",
     "steer",
     "tune",
@@ -78,15 +86,21 @@ _MODULES = {
     "bake": "runtimes.baking",
     "calibrate": "calibration.calibrate",
     "evaluate": "evaluation.evaluate",
+    "load_model": "model.loading",
+    "read_counts": "text.counts",
+    "read_texts": "text.sources",
     "scan": "calibration.scan",
     "steer": "runtimes.transformers",
     "tune": "tuning.tune",
 }
-"""Where a name is; the others are errors."""
+"""The module of each name; those that are not listed are errors, and `demo` is a module itself."""
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used: vLLM loads this package in each of its processes, wanted or not."""
+    """Import a public name when it is first used, and call this package its home.
+
+    vLLM loads this package in each of its processes, wanted or not: nothing heavy may come along.
+    """
     if name == "__version__":
         from importlib.metadata import version
 
@@ -95,9 +109,26 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
+    if name == "demo":
+        return import_module(f"{__name__}.demo")
     value = getattr(import_module(f"{__name__}.{_MODULES.get(name, 'errors')}"), name)
+    _rehome(value)
     globals()[name] = value
     return value
+
+
+def _rehome(value: Any) -> None:
+    """Have a class or a function say that it is at home in this package.
+
+    Annotations are text that means something in the module they stand in, so they are read before.
+    """
+    from inspect import unwrap
+    from typing import get_type_hints
+
+    for one in {unwrap(value), value}:
+        hints = get_type_hints(one, include_extras=True)
+        one.__annotations__ = {name: hints[name] for name in vars(one).get("__annotations__", one.__annotations__)}
+        one.__module__ = __name__
 
 
 def __dir__() -> list[str]:

@@ -85,6 +85,12 @@ class ProfileMismatchError(ProfileError):
     """The profile belongs to another model."""
 
 
+# A traceback calls an error as the user imports it.
+for _error in [value for value in vars().values() if isinstance(value, type)]:
+    _error.__module__ = "confsteer"
+del _error
+
+
 def first_problem(error: ValidationError, *, whole: str, prefix: str = "") -> str:
     """Say the first problem that pydantic found: ``layer.null_dims: Input should be greater than 0``.
 

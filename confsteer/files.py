@@ -56,8 +56,8 @@ def shipped_profiles() -> dict[str, Path]:
     return {} if root is None else {folder.name: folder for folder in sorted(root.iterdir()) if folder.is_dir()}
 
 
-def read_at_most(file: Path, limit: int) -> bytes:
-    """The contents of a file from anywhere, of `limit` bytes or fewer.
+def read_at_most(file: str | os.PathLike[str], limit: int) -> bytes:
+    """Read the contents of a file from anywhere, of `limit` bytes or fewer.
 
     Raises:
         OSError: it cannot be read, is longer, or is no regular file: a pipe may never answer, a device never end.

@@ -5,19 +5,15 @@ python examples/own_model.py                    (the bundled model and the Pytho
 """
 
 import sys
-from pathlib import Path
 
 import confsteer
 from confsteer import Steering
-from confsteer.model.loading import DEMO_UNIGRAM, load_model
-from confsteer.text.counts import read_counts
-from confsteer.text.sources import python_docs, read_texts
 
 name = sys.argv[1] if len(sys.argv) > 1 else None
-model, tokenizer = load_model(name)
-texts = list(read_texts([Path(sys.argv[2])])) if len(sys.argv) > 2 else python_docs("calibration")
+model, tokenizer = confsteer.load_model(name)
+texts = list(confsteer.read_texts(sys.argv[2])) if len(sys.argv) > 2 else confsteer.demo.texts()
 
-counts = None if name else read_counts(DEMO_UNIGRAM)  # of the bundled model's training text
+counts = None if name else confsteer.demo.unigram_counts()  # of the bundled model's training text
 profile = confsteer.calibrate(model, tokenizer, texts, tokens=10_000, unigram_counts=counts, progress=True)
 profile.save("own.confsteer")
 if not profile.entropy_neurons:

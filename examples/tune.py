@@ -8,17 +8,15 @@ import sys
 from pathlib import Path
 
 import confsteer
-from confsteer.model.loading import load_model
-from confsteer.text.sources import python_docs, read_texts
 
 if len(sys.argv) > 4:
     name, profile_name, out, *files = sys.argv[1:]
-    texts = {Path(file).name: read_texts([Path(file)]) for file in files}
+    texts = {Path(file).name: confsteer.read_texts(file) for file in files}
 else:
     name, profile_name, out = None, "confsteer-demo", "tuned.confsteer"
-    texts = {"Python documentation": iter(python_docs("calibration"))}
+    texts = {"Python documentation": confsteer.demo.texts()}
 
-model, tokenizer = load_model(name)
+model, tokenizer = confsteer.load_model(name)
 profile = confsteer.Profile.load(profile_name)
 tuning = confsteer.tune(model, tokenizer, texts, profile, tokens=10_000, progress=True)
 for text in tuning.texts:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import pickle
 import subprocess
 import sys
 
@@ -16,9 +17,10 @@ from confsteer.cli import main
 
 def test_every_public_name_is_there_and_no_other() -> None:
     assert confsteer.__all__ == sorted(confsteer.__all__) == dir(confsteer)
-    for name in confsteer.__all__:
-        assert getattr(confsteer, name).__module__.startswith("confsteer.")
+    for name in set(confsteer.__all__) - {"demo"}:
+        assert getattr(confsteer, name).__module__ == "confsteer"
         assert getattr(confsteer, name).__name__ == name
+        assert pickle.loads(pickle.dumps(getattr(confsteer, name))) is getattr(confsteer, name)
     assert confsteer.__version__ == importlib.metadata.version("confsteer")
     with pytest.raises(AttributeError, match="no attribute 'calibration_'"):
         _ = confsteer.calibration_
@@ -31,6 +33,18 @@ def test_every_error_is_a_confsteer_error_and_drawn_in_the_tree() -> None:
             assert issubclass(value, errors.ConfsteerError)
             assert name in errors.__doc__
             assert name in confsteer.__all__
+
+
+def test_the_demonstration_needs_no_second_import() -> None:
+    code = "import sys, confsteer; assert 'torch' not in sys.modules; print(confsteer.demo.load().profile.model.id)"
+    printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert printed == "confsteer-demo\n"
+
+
+def test_an_error_goes_by_the_name_that_users_import() -> None:
+    code = "from confsteer.steering import Steering; Steering.parse('entropy')"
+    ended = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert ended.stderr.splitlines()[-1].startswith("confsteer.SteeringError: ")
 
 
 def test_importing_confsteer_is_light() -> None:
@@ -77,7 +91,8 @@ def test_the_shell_gets_its_completion(shell: str) -> None:
 
 
 def test_every_public_name_is_in_the_reference() -> None:
-    reference = pdoc.doc.Module(confsteer).members
+    module = pdoc.doc.Module(confsteer)
+    reference = {**module.members, **{entry.name: entry for entry in module.submodules}}
     assert sorted(reference) == confsteer.__all__
     for name, entry in reference.items():
         assert entry.docstring, name

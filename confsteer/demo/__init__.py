@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
-from confsteer.model.loading import DEMO_NAME, load_model
+from confsteer.model.loading import DEMO_NAME, DEMO_UNIGRAM, load_model
 from confsteer.profile.profile import Profile
+from confsteer.text.counts import read_counts
+from confsteer.text.sources import python_docs
 
 
 class Demo(NamedTuple):
@@ -19,7 +23,17 @@ class Demo(NamedTuple):
 
 
 def load() -> Demo:
-    """The demonstration model on the CPU, its tokenizer and its shipped profile."""
+    """Load the demonstration model on the CPU, its tokenizer and its shipped profile."""
     model, tokenizer = load_model(None, device="cpu")
     assert isinstance(model, GPT2LMHeadModel)
     return Demo(model, tokenizer, Profile.load(DEMO_NAME))
+
+
+def texts(part: Literal["calibration", "held-out"] = "calibration") -> list[str]:
+    """Read half of the Python documentation, one document per topic: text that is on every machine."""
+    return python_docs(part)
+
+
+def unigram_counts() -> NDArray[np.integer]:
+    """Read how often each token occurs in the text that the model was trained on, by id."""
+    return read_counts(DEMO_UNIGRAM)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from pathlib import Path
+import os
 
 import numpy as np
 import torch
@@ -18,8 +18,8 @@ MAX_COUNTED = 1e18
 """Tokens that counts add up to; more do not fit an int64."""
 
 
-def read_counts(path: Path) -> NDArray[np.integer]:
-    """Token counts by id, from a ``.npy`` file.
+def read_counts(path: str | os.PathLike[str]) -> NDArray[np.integer]:
+    """Read token counts by id from a ``.npy`` file.
 
     Raises:
         CorpusError: it is missing or no such file.

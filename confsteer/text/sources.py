@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import stat
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,6 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from confsteer.errors import CorpusError
 from confsteer.files import MAX_DOCUMENT_BYTES
 from confsteer.text.windows import Document, Windows, make_windows
+
+FilePath = str | os.PathLike[str]
 
 TEXT_SUFFIXES = (".txt", ".md")
 JSON_LINES_SUFFIXES = (".jsonl", ".ndjson")
@@ -103,8 +106,8 @@ def by_title(sources: Sequence[TextSource]) -> dict[str, TextSource]:
     return dict(zip(titles, sources, strict=True))
 
 
-def read_texts(paths: Sequence[Path], *, field: str | None = None, chat: bool = False) -> Iterator[Document]:
-    """Documents of UTF-8 files and folders, one at a time.
+def read_texts(paths: FilePath | Sequence[FilePath], *, field: str | None = None, chat: bool = False) -> Iterator[Document]:
+    """Read the documents of UTF-8 files and folders, one at a time.
 
     ``.json`` holds a list of documents and ``.jsonl`` or ``.ndjson`` one per line; a document is a string (of a chat: a list
     of messages) or an object that has it in `field`. Any other file is one document. All of them may be gzipped (``.gz``). Of
@@ -112,7 +115,7 @@ def read_texts(paths: Sequence[Path], *, field: str | None = None, chat: bool = 
     folders left out.
 
     Args:
-        paths: files and folders.
+        paths: files and folders, or one of them.
         field: where an object has its document; ``text`` if None, ``messages`` of a chat.
         chat: whether documents are conversations.
 
@@ -121,10 +124,11 @@ def read_texts(paths: Sequence[Path], *, field: str | None = None, chat: bool = 
             a file is not what its name says, has no document, or one of more than `MAX_DOCUMENT_BYTES` (a list in ``.json``
             counts as one), or a record has no such field.
     """
+    found = [Path(path) for path in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
     if chat:
-        files = _json_files(paths, "conversations")
+        files = _json_files(found, "conversations")
     else:
-        files = [file for path in paths for file in _files(path, (*TEXT_SUFFIXES, *JSON_SUFFIXES))]
+        files = [file for path in found for file in _files(path, (*TEXT_SUFFIXES, *JSON_SUFFIXES))]
     return (_document(record, where, field, chat) for file in files for where, record in _read_file(file, "text"))
 
 
