@@ -35,7 +35,7 @@ def init_distributed() -> Process:
 
 
 def this_process() -> Process:
-    """Which process this is of those that have met."""
+    """Say which process this is of those that have met."""
     return Process(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else SINGLE_PROCESS
 
 

@@ -45,7 +45,7 @@ MAX_RUN_FILE_BYTES = 1_000_000
 """A run file, in YAML."""
 
 TEMPORARY_SUFFIX = ".confsteer-draft"
-"""Of what is being written: hidden files and folders beside what they become."""
+"""Suffix of what is being written: hidden files and folders beside what they become."""
 
 
 def shipped_profiles() -> dict[str, Path]:

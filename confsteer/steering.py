@@ -13,7 +13,7 @@ Dial = Literal["entropy", "unigram"]
 
 
 class DialWords(NamedTuple):
-    """What the neurons on a dial are called."""
+    """Names of the neurons on a dial."""
 
     neurons: str
     """In a sentence: ``entropy`` or ``token-frequency`` neurons."""
@@ -26,7 +26,7 @@ DIALS: dict[Dial, DialWords] = {
     "unigram": DialWords("token-frequency", "frequency"),
 }
 MAX_CHARACTERS = 10_000
-"""Of a request in JSON or in text: dozens of neurons by name fit."""
+"""Longest request, in JSON or in text: dozens of neurons by name fit."""
 MAX_NEURONS = 1_000
 """That one request names: profiles have dozens."""
 Number = Annotated[float, Field(ge=-1e6, le=1e6)]
@@ -63,7 +63,7 @@ class Steering(BaseModel):
     scale: dict[NeuronKey, Number] = {}
     """Factor on a neuron's deviation from its mean activation: 0 ablates it, 1 leaves it."""
     shift: dict[NeuronKey, Number] = {}
-    """What is added to a neuron's activation, in the activation's own units."""
+    """Change of a neuron's activation, in the activation's own units."""
     clamp: dict[NeuronKey, Number | tuple[Bound, Bound]] = {}
     """Value a neuron's activation is set to, or the range it is kept in; None for no bound on a side."""
     positions: Literal["all", "generated"] = "all"

@@ -38,7 +38,7 @@ class FoldedLayer(NamedTuple):
     weights: WeightStatistics
     unigram: Unigram
     cosine: Tensor
-    """Of each neuron's write to the logits with the unigram direction, float64 ``[n_neurons]``."""
+    """Cosine of each neuron's write to the logits with the unigram direction, float64 ``[n_neurons]``."""
     chance_cosine: float
     """Exceeded by the luckiest of as many random directions 1 time in 20."""
 
@@ -53,7 +53,7 @@ class Responses(NamedTuple):
     reported: ReportedEffects
     """In the order of the dials."""
     curves: dict[Dial, ResponseMeans]
-    """Of each dial that has neurons."""
+    """Response of each dial that has neurons."""
     entropy: float
     """Mean output entropy of the unsteered model, in nats."""
     loss: float
@@ -161,7 +161,7 @@ def _empty_curves(
 
 
 def _push(chosen: Chosen, moments: ActivationMoments) -> Tensor:
-    """What position 1 of a dial adds to each activation: the neuron's standard deviation, signed; float32 ``[n_neurons]``."""
+    """Work out what position 1 of a dial adds to each activation, float32 ``[n_neurons]``: signed standard deviations."""
     on_dial = torch.zeros_like(moments.std)
     on_dial[chosen.neurons] = 1
     return (chosen.slope.sign() * moments.std * on_dial).float()

@@ -1,4 +1,4 @@
-"""What each neuron of the last MLP does to the output, by mean ablation.
+"""Effect of each neuron of the last MLP on the output, by mean ablation.
 
 Ablating neuron ``i`` at a token sets its activation ``a`` to its mean ``μ``: it adds ``δ = μ − a``. The logits move by
 
@@ -51,9 +51,9 @@ class TokenSlopes(NamedTuple):
     """Derivatives with respect to each neuron's activation, in nats per unit of activation, ``[tokens, n_neurons]``."""
 
     entropy: Tensor
-    """Of the output entropy."""
+    """Slope of the output entropy."""
     unigram_kl: Tensor
-    """Of ``KL(P_model ‖ P_freq)``."""
+    """Slope of ``KL(P_model ‖ P_freq)``."""
 
 
 def ablation_effects(

@@ -35,7 +35,7 @@ def frequency_cosine(readout: Readout, unigram: Unigram) -> Tensor:
 
 
 def chance_frequency_cosine(readout: Readout, unigram: Unigram, *, seed: int = 0) -> float:
-    """What the largest ``|cos(W_U w, v)|`` of ``n_neurons`` random writes exceeds 1 time in 20."""
+    """Estimate the ``|cos(W_U w, v)|`` that the luckiest of ``n_neurons`` random writes exceeds 1 time in 20."""
     # A random direction is as random in the eigenvectors of that matrix, where lengths need no matrix product.
     squares, vectors = torch.linalg.eigh(_logit_gram(readout))
     along_v = vectors.T @ (unigram.direction @ readout.unembedding).double()
@@ -50,13 +50,13 @@ def chance_frequency_cosine(readout: Readout, unigram: Unigram, *, seed: int = 0
 
 def _logit_gram(readout: Readout) -> Tensor:
     """``wᵀ G w`` is the squared length of a logit write less its mean over the vocabulary, float64 ``[d_model, d_model]``."""
-    # Zero but before a softcap, where the unembedding is not centred.
+    # Zero unless the model has a softcap: only then is the unembedding left uncentred.
     mean = readout.unembedding.mean(dim=0).double()
     return readout.gram - readout.vocab_size * torch.outer(mean, mean)
 
 
 def _cosine(readout: Readout, unigram: Unigram, w_out: Tensor) -> Tensor:
-    """Of the logit writes of ``w_out`` ``[n, d_model]`` with ``v``; zero where one does not reach the logits at all."""
+    """Cosines of the logit writes of ``w_out`` ``[n, d_model]`` with ``v``; zero where one does not reach the logits at all."""
     length = ((w_out @ _logit_gram(readout)) * w_out).sum(dim=1).clamp_min(0).sqrt()
     cosine = (w_out @ (unigram.direction @ readout.unembedding).double()) / length.clamp_min(torch.finfo(length.dtype).tiny)
     negligible = length <= 1e-6 * length.max()  # float32 rounding

@@ -82,7 +82,7 @@ class ResponseCurve:
     _QUANTITIES = ("largest", "at_target", "at_top", "z_frequency", "total", "total_z", "total_log_frequency")
 
     def _measure(self, z: Tensor, ids: Tensor, sums: Tensor) -> None:
-        """What the five quantities are made of, from logits ``[tokens, positions, vocab]``, which are overwritten.
+        """Take the sums behind all quantities, from logits ``[tokens, positions, vocab]``, which are overwritten.
 
         Small results go to `sums` as they come: work on them is put off until there are many.
         """
@@ -158,7 +158,7 @@ def choose_positions(readout: Readout, push: Tensor, unigram: Unigram, states: T
 
 
 def dial_change(means: ResponseMeans, dial: str) -> Tensor:
-    """What each position does in the dial's own units, relative to position 0, ``[positions]``.
+    """Measure what each position does in the dial's own units, relative to position 0, ``[positions]``.
 
     ``"entropy"``: change of the mean entropy. ``"unigram"``: how much closer ``KL(P_model ‖ P_freq)`` has come.
     """

@@ -1,4 +1,4 @@
-"""Which neurons count as entropy neurons and as token-frequency neurons.
+"""The bounds that make an entropy neuron or a token-frequency neuron.
 
 Thresholds are percentiles within the layer, comparisons with chance, shares of an effect and multiples of a standard
 error: never absolute sizes, which differ by orders of magnitude between models.

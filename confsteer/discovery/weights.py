@@ -1,4 +1,4 @@
-"""What the weights alone say about each neuron of the last MLP (no text needed).
+"""Statistics of each neuron of the last MLP that the weights alone give (no text needed).
 
 Source of the statistics: Stolfo et al. 2024 (arXiv 2406.16254), section 3.
 """
@@ -38,7 +38,7 @@ class WeightStatistics(NamedTuple):
     null_dims: int
     """``k``, the number of directions counted as effective null space."""
     chance_null_fraction: float
-    """What the luckiest of ``n_neurons`` random directions exceeds with a probability of 5 %."""
+    """Null fraction that the luckiest of ``n_neurons`` random directions exceeds with a probability of 5 %."""
 
 
 def _direction_covariance(unembedding: Tensor) -> Tensor:

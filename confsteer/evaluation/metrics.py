@@ -197,8 +197,7 @@ def _calibration_error(gap: Tensor, bin_of: Tensor, bins: int, blocks: Blocks) -
 
     values = errors(gaps.sum(dim=0), numbers.sum(dim=0))
     resampled = errors(blocks.weights @ gaps, blocks.weights @ numbers)
-    # Gaps are taken without their sign, so chance adds to them, in a resample once more than in the sample: without the shift
-    # an interval can lie beside its own value.
+    # ECE is biased upwards by noise, and resampling adds noise again; recentre the draws on the estimate.
     mean, largest = (Resampled(float(v), draws - draws.mean() + float(v)) for v, draws in zip(values, resampled, strict=True))
     return mean, largest
 

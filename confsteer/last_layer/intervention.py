@@ -1,4 +1,4 @@
-"""What a model predicts of a text under any intervention at its last layer, in closed form.
+"""Predictions of a text under any intervention at the last layer, in closed form.
 
 The model runs over the text once. What it leaves at the input of the final norm, and the activations of the neurons that
 steering can reach, decide every prediction that any steering of them, any temperature and any constant added to the residual
@@ -27,7 +27,7 @@ MAX_LOGITS = 2**20
 
 
 class Intervention(NamedTuple):
-    """What is done at the last layer, as tensors that can be differentiated.
+    """A change at the last layer, as tensors that can be differentiated.
 
     Neurons become ``clip(gain · a + bias, low, high)``, a constant is written along the direction that the unembedding reads
     least, and the logits are divided by a temperature.
@@ -112,13 +112,13 @@ class TextStates:
 
     @torch.no_grad()
     def scores(self, intervention: Intervention) -> TokenScores:
-        """What each token is predicted to be."""
+        """Score the prediction of each token."""
         parts = [TokenScores.of(chunk.logits(intervention), chunk.states.targets) for chunk in self.chunks()]
         return TokenScores(*(field.cpu() for field in TokenScores.join(parts)))
 
     @torch.no_grad()
     def scores_and_divergences(self, intervention: Intervention, unigram: Unigram) -> tuple[TokenScores, UnigramDivergences]:
-        """What each token is predicted to be, and how far that is from the unigram distribution."""
+        """Score the prediction of each token, and its distance from the unigram distribution."""
         log_frequency = unigram.log_frequency.to(self.null_direction.device)
         scores, divergences = [], []
         for chunk in self.chunks():

@@ -62,11 +62,11 @@ class WriteNorm:
     """``[d_model]``"""
     epsilon: float
     inputs: Tensor
-    """What each neuron adds to the norm's input per unit of activation, ``[n_neurons, d_model]``."""
+    """Writes to the norm's input per unit of activation, ``[n_neurons, d_model]``."""
 
 
 class ReadoutState(NamedTuple):
-    """What the readout needs to know of some tokens."""
+    """Residual and norms of some tokens, as the readout needs them."""
 
     residual: Tensor
     """Input of the final norm, centred if the norm centres, ``[tokens, d_model]``."""
@@ -131,7 +131,7 @@ class Readout:
     """
 
     w_out: Tensor
-    """What each neuron of the last MLP adds to the residual per unit of activation, ``[n_neurons, d_model]``."""
+    """Writes of the last MLP's neurons to the residual per unit of activation, ``[n_neurons, d_model]``."""
     unembedding: Tensor
     """Folded unembedding ``W_U``, ``[vocab, d_model]``."""
     logit_bias: Tensor
@@ -246,7 +246,7 @@ class Readout:
         return 1 - (capped / self.softcap).square()
 
     def state(self, residual: Tensor, mlp_output: Tensor | None = None) -> ReadoutState:
-        """What `move` needs to know of some tokens.
+        """Work out what `move` needs to know of some tokens.
 
         Args:
             residual: input of the final norm, ``[tokens, d_model]``.

@@ -1,4 +1,4 @@
-"""What a model said of each next token, in a few numbers."""
+"""Scores of a model's predictions of each next token."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from confsteer.last_layer.readout import WORKING_SET, Readout
 
 
 class TokenScores(NamedTuple):
-    """What a model said of each next token, ``[tokens]``."""
+    """Scores of each next-token prediction, ``[tokens]``."""
 
     nll: Tensor
     """Negative log-likelihood of the token that came, in nats."""
     entropy: Tensor
-    """Of the predicted distribution, in nats."""
+    """Entropy of the predicted distribution, in nats."""
     confidence: Tensor
     """Probability of the most likely token."""
     prediction: Tensor

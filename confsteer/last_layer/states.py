@@ -1,4 +1,4 @@
-"""What a model leaves in its last layer at some tokens."""
+"""The states of the last layer at some tokens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def rows_of(states: States, rows: slice | Tensor) -> States:
 
 
 class TokenStates(NamedTuple):
-    """What a model left in its last layer at some tokens."""
+    """States that a model left in its last layer at some tokens."""
 
     activations: Tensor
     """Input of the last MLP's output projection, ``[tokens, n_neurons]``."""
@@ -26,7 +26,7 @@ class TokenStates(NamedTuple):
     targets: Tensor
     """Ids of the tokens that follow, ``[tokens]``."""
     window: Tensor
-    """Which window each token is in, ``[tokens]``."""
+    """Window that each token is in, ``[tokens]``."""
 
     def at(self, rows: slice | Tensor) -> TokenStates:
         """The states of some of the tokens."""

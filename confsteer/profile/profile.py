@@ -1,4 +1,4 @@
-"""What calibration found in one model, and a steering as an edit of its neurons."""
+"""The findings of a calibration, and a steering as an edit of its neurons."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ MAX_PRESETS = 100
 
 
 class Profile(Strict):
-    """What calibration found in one model, or what a scan found in its weights alone."""
+    """Findings of a calibration of one model, or of a scan of its weights alone."""
 
     model: ModelIdentity
     corpus: CorpusIdentity | None
     """None: of the weights alone, without neurons and dials."""
     seed: int
-    """Of the random directions behind the chance levels."""
+    """Seed of the random directions behind the chance levels."""
     versions: dict[str, str]
-    """Of the libraries that made it."""
+    """Versions of the libraries that made it."""
     layer: Layer
     entropy_neurons: Annotated[tuple[Neuron, ...], FailFast()]
     """Largest mean |Δentropy| first."""
@@ -131,7 +131,7 @@ class Profile(Strict):
 
     @property
     def weights(self) -> WeightStatistics:
-        """What the weights alone say, as `confsteer.discovery.weights.weight_statistics` gave it."""
+        """Statistics of the weights alone, as `confsteer.discovery.weights.weight_statistics` gave it."""
         return WeightStatistics(
             **{name: self._columns[name] for name in store.WEIGHT_COLUMNS},
             null_dims=self.layer.null_dims,

@@ -1,4 +1,4 @@
-"""What ``profile.json`` holds, field by field; ``calibrations/profile.schema.json`` is made of it."""
+"""The fields of ``profile.json``; ``calibrations/profile.schema.json`` is made of them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Neuron(Strict):
     layer: Annotated[int, Field(ge=0)]
     index: Annotated[int, Field(ge=0)]
     sign: Literal[-1, 1]
-    """Which way its activation goes when its dial goes up."""
+    """Direction in which its activation goes when its dial goes up."""
     norm: NonNegative
     norm_percentile: Percent
     """Within the layer, as all percentiles."""
@@ -78,7 +78,7 @@ class Neuron(Strict):
 
 
 class Response(Strict):
-    """What one dial does: means over the corpus (over an even sample of a long one) at each of its positions, in nats."""
+    """Response to one dial: means over the corpus (over an even sample of a long one) at each of its positions, in nats."""
 
     position: CurveColumn
     """Dial positions, ascending, 0 among them; each neuron is pushed by position · sign · its standard deviation."""
@@ -105,7 +105,7 @@ class Response(Strict):
         return self.position.index(0.0)
 
     def change(self, dial: Dial) -> tuple[float, ...]:
-        """What each position does in the units of `dial`, in nats, relative to position 0.
+        """Say what each position does in the units of `dial`, in nats, relative to position 0.
 
         ``entropy``: change of the mean entropy. ``unigram``: how much closer to the unigram distribution the output comes.
         """
@@ -157,7 +157,7 @@ class CorpusIdentity(Strict):
 
     source: str
     sha256: Sha256
-    """Of the token ids and where the windows start."""
+    """SHA-256 of the token ids and of where the windows start."""
     tokens: Annotated[int, Field(gt=0)]
     kept_tokens: Annotated[int, Field(gt=0)]
     """Tokens that count: without the first positions and the last of each window, BOS, EOS and the token after these."""
@@ -167,11 +167,11 @@ class CorpusIdentity(Strict):
     unigram_tokens: Annotated[int, Field(ge=0)]
     """Tokens that the unigram distribution was counted on: those of the text, or of counts given."""
     unigram_sha256: Sha256
-    """Of the counts."""
+    """SHA-256 of the counts."""
 
 
 class Layer(Strict):
-    """What the neurons were held against."""
+    """Layer-wide baselines: chance levels, unsteered entropy and loss."""
 
     null_dims: Annotated[int, Field(gt=0)]
     """Directions counted as the unembedding's effective null space."""
@@ -193,11 +193,11 @@ class ColumnsFile(Strict):
 
 
 def model_id(config: PretrainedConfig) -> str:
-    """What a profile calls the model of `config`."""
+    """Name the model of `config` as profiles do."""
     # A folder's name need not be UTF-8.
     return str(config.name_or_path or config.model_type).encode(errors="replace").decode()
 
 
 def library_versions() -> dict[str, str]:
-    """Of the libraries that a profile's numbers depend on."""
+    """Look up the versions of the libraries that a profile's numbers depend on."""
     return {name: importlib.metadata.version(name) for name in ("confsteer", "torch", "transformers")}

@@ -1,4 +1,4 @@
-"""What people see: tables in a terminal, pictures, one HTML file.
+"""Output for people: tables in a terminal, pictures, one HTML file.
 
 printable.py    strings from anyone, for a terminal or a picture
 tables.py       tables of profiles, scans, evaluations and studies

@@ -52,7 +52,7 @@ class Figures(NamedTuple):
 
 
 def compared_figures(all_rows: Sequence[ComparedRow], what: str) -> list[Figures]:
-    """What can be drawn of any comparison: of predictions of tokens, or of answers to questions."""
+    """Draw what any comparison has: of predictions of tokens, or of answers to questions."""
     rows = plots.rows_to_draw(all_rows)
     steerings, shown = (sum(row.kind == "steering" for row in some) for some in (all_rows, rows))
     some = f" Of the {steerings} steerings {shown} are drawn: spread over their order, with the lowest loss and ECE among them."

@@ -1,4 +1,4 @@
-"""What the numbers say, in words that go no further than the paired intervals."""
+"""Findings in words that go no further than the paired intervals."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from confsteer.results.bootstrap import Interval
 from confsteer.tuning.tune import Tuning
 
 JUDGED = ("loss", "ece", "brier")
-"""What decides whether a steering is more than a temperature."""
+"""Metrics that decide whether a steering is more than a temperature."""
 LISTED = "loss, ECE and Brier score"
 OBJECTIVES = {"nll": "loss", "brier": "Brier score", "ece": "ECE"}
 AGAINST: dict[RowKind, str] = {
@@ -38,7 +38,7 @@ class Finding(NamedTuple):
 
 
 def significant_sign(difference: Interval) -> Literal["lower", "higher"] | None:
-    """Which way a paired difference goes, or None if its interval contains zero."""
+    """Say which way a paired difference goes, or None if its interval contains zero."""
     return "lower" if difference.high < 0 else "higher" if difference.low > 0 else None
 
 

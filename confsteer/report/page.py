@@ -28,7 +28,7 @@ class Cell(NamedTuple):
     value: str
     interval: str
     verdict: str = ""
-    """Of a difference: better or worse, if it is beyond its interval."""
+    """Better or worse, for a difference beyond its interval."""
 
 
 class TableRow(NamedTuple):
@@ -48,14 +48,14 @@ class Table(NamedTuple):
 
 
 class Section(NamedTuple):
-    """What the report says of one text, or of one set of questions."""
+    """The report on one text, or on one set of questions."""
 
     anchor: str
     title: str
     size: str
-    """What was scored."""
+    """Numbers of what was scored."""
     resampled: str
-    """What is resampled for the intervals."""
+    """Blocks that are resampled for the intervals."""
     findings: list[Finding]
     metrics: Table
     differences: list[Table]
@@ -141,7 +141,7 @@ def _metrics_table(rows: Sequence[ComparedRow]) -> Table:
 
 
 def _difference_table(rows: Sequence[ComparedRow], kind: RowKind) -> Table:
-    """Of every row that is compared with the row of a kind."""
+    """Make the table of every row that is compared with the row of a kind."""
     compared = [row for row in rows if kind in row.minus]
     names = [name for name in METRICS if any(name in row.minus[kind] for row in compared)]
     return Table(

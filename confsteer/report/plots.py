@@ -116,7 +116,7 @@ def plot_frequency_neurons(profile: Profile) -> Figure:
 
 
 def plot_response(profile: Profile) -> Figure:
-    """What each dial does over its reach.
+    """Draw what each dial does over its reach.
 
     Raises:
         NoNeuronsError: the profile has no dial to draw.
@@ -132,7 +132,7 @@ def plot_response(profile: Profile) -> Figure:
 
 
 def draw_response(axes: Axes, profile: Profile, dial: Dial) -> None:
-    """What a dial does over its reach: entropy, loss and divergence from the unigram distribution."""
+    """Draw what a dial does over its reach: entropy, loss and divergence from the unigram distribution."""
     curve, (lowest, highest) = profile.require_neurons(dial), profile.reach(dial)
     change = np.array(curve.change(dial))
     first, last = monotone_range(change.tolist(), curve.zero)
@@ -203,7 +203,7 @@ def single_dial_rows(text: TextComparison, dial: Dial) -> list[tuple[float, Row]
 
 
 def draw_obtained(axes: Axes, text: TextComparison, dial: Dial) -> None:
-    """What was asked of a dial against what the text shows, with 95 % intervals where the differences are paired."""
+    """Draw what was asked of a dial against what the text shows, with 95 % intervals where the differences are paired."""
     found = single_dial_rows(text, dial)
     asked = [value for value, _ in found]
     if dial == "entropy":

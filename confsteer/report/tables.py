@@ -1,4 +1,4 @@
-"""What the command line prints: tables of profiles, scans, evaluations and studies."""
+"""Tables that the command line prints: of profiles, scans, evaluations and studies."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def print_evaluation(console: Console, result: Evaluation) -> None:
 
 
 def print_tuning(console: Console, result: Tuning) -> None:
-    """What tuning found, on the part of each text that it did not see."""
+    """Print what tuning found, on the part of each text that it did not see."""
     for text in result.texts:
         _print_comparison(console, text, "test split")
     for text in result.left_out:

@@ -1,4 +1,4 @@
-"""What a measurement returns: numbers with intervals, in frozen records that go to JSON and back.
+"""Results of measurements: numbers with intervals, in frozen records that go to JSON and back.
 
 result.py       the base of every record
 bootstrap.py    intervals over blocks of tokens, paired where two estimates are of the same blocks

@@ -59,7 +59,7 @@ def mean(estimates: Sequence[Resampled]) -> Resampled:
 
 
 class Blocks:
-    """Which block each token is in, and the resamples of blocks."""
+    """The block of each token, and the resamples of blocks."""
 
     def __init__(self, block: Tensor, *, seed: int = 0) -> None:
         """
@@ -94,7 +94,7 @@ class Blocks:
 
 
 class Change(NamedTuple):
-    """What an intervention changes of a mean; both sides are of the same tokens, so the interval is of pairs."""
+    """Change of a mean by an intervention; both sides are of the same tokens, so the interval is of pairs."""
 
     nats: Interval
     relative: Interval

@@ -35,7 +35,7 @@ RECORD_NAME = "confsteer.json"
 
 
 class Baked(NamedTuple):
-    """What `bake` changed."""
+    """The changes that `bake` made."""
 
     steering: Steering
     """With its preset written out."""

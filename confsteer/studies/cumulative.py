@@ -35,7 +35,7 @@ class Controls(Result):
     """Random neurons in the place of entropy neurons: the mean over draws, and the lowest and the highest draw, in nats."""
 
     mean_norm: float
-    """Of the writes, over neurons and draws."""
+    """Mean norm of the writes, over neurons and draws."""
     entropy: Interval
     entropy_abs: Interval
     loss: Interval
@@ -47,9 +47,9 @@ class CumulativeStep(Result):
 
     neurons: tuple[int, ...]
     mean_norm: float
-    """Of their writes."""
+    """Mean norm of their writes."""
     entropy: Change
-    """Of the mean entropy."""
+    """Change of the mean entropy."""
     entropy_abs: Interval
     """Mean |Δentropy| of a token, in nats."""
     loss: Change
@@ -142,7 +142,7 @@ class _Sums(NamedTuple):
     n: Tensor
     """Tokens, ``[windows]``."""
     entropy: Tensor
-    """Of the unsteered model, ``[windows]``, as the next."""
+    """Entropy of the unsteered model, ``[windows]``, as the next."""
     loss: Tensor
     changes: Tensor
     """Δentropy, |Δentropy|, Δloss and |Δloss| with 1, 2, … neurons of each order ablated, ``[orders, k, 4, windows]``."""

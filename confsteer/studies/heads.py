@@ -48,7 +48,7 @@ class DrivenNeuron(Result):
     second_mean: float
     """Second reading, unsteered."""
     change: Interval
-    """Of the second reading's mean by the ablation."""
+    """Change of the second reading's mean by the ablation."""
 
 
 class HeadStudy(Result):
@@ -59,12 +59,12 @@ class HeadStudy(Result):
     sequences: int
     seed: int
     scores: tuple[tuple[float, ...], ...]
-    """Of every head, by layer: mean attention from a token of the second reading to the one after its first occurrence."""
+    """Score of every head, by layer: mean attention from a token of the second reading to the one after its first occurrence."""
     heads: tuple[Head, ...]
     """Those that were ablated: score above `INDUCTION_SCORE`."""
     neurons: tuple[DrivenNeuron, ...]
     entropy: Change
-    """Of the second reading's mean entropy."""
+    """Change of the second reading's mean entropy."""
     loss: Change
 
 

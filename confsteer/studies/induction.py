@@ -62,14 +62,14 @@ class ClippedNeuron(Result):
 
 
 class ClipEffect(Result):
-    """What clipping one or more neurons does."""
+    """Effect of clipping one or more neurons."""
 
     neurons: tuple[int, ...]
     entropy: PositionCurve
     """By position, with the clip."""
     loss: PositionCurve
     first_entropy: Change
-    """Of the mean entropy of the first reading, clipped less unsteered."""
+    """Change of the mean entropy of the first reading, clipped less unsteered."""
     first_loss: Change
     second_entropy: Change
     """The same of the second reading."""
@@ -77,7 +77,7 @@ class ClipEffect(Result):
 
 
 class RepeatedSequences(Result):
-    """What was measured on one kind of repeated sequences. Intervals and errors are over sequences, for the clips as they are."""
+    """Measurements on one kind of repeated sequences. Intervals and errors are over sequences, for the clips as they are."""
 
     kind: SequenceKind
     source: str
@@ -87,7 +87,7 @@ class RepeatedSequences(Result):
     repeats_from: int
     """Position at which the second reading starts."""
     entropy: PositionCurve
-    """Of the unsteered model, by position."""
+    """Entropy of the unsteered model, by position."""
     loss: PositionCurve
     first: PassMeans
     """Unsteered, over the positions of the first reading that have a counterpart in the second: the same predictions."""
@@ -295,7 +295,7 @@ def _describe(
 
 
 def _curve(values: Tensor) -> PositionCurve:
-    """Of ``[sequences, positions]``."""
+    """Average ``[sequences, positions]`` over sequences."""
     return PositionCurve(
         mean=tuple(values.mean(dim=0).tolist()),
         standard_error=tuple((values.std(dim=0) / len(values) ** 0.5).tolist()),

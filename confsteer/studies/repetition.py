@@ -16,11 +16,11 @@ class Repetition(NamedTuple):
     """How many stretches are read twice."""
 
     sequences: int = INDUCTION_SEQUENCES
-    """Of each kind; there are fewer natural ones if the text is short."""
+    """Number of stretches of each kind; there are fewer natural ones if the text is short."""
     half: int = INDUCTION_HALF
     """Tokens of a stretch."""
     seed: int = SEED
-    """Of the random tokens, which are uniform over the vocabulary without special tokens."""
+    """Seed of the random tokens, which are uniform over the vocabulary without special tokens."""
 
 
 DEFAULT_REPETITION = Repetition()

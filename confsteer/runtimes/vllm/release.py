@@ -1,4 +1,4 @@
-"""Which vLLM this is, and which of its features steering does not go together with."""
+"""The releases of vLLM that are known, and the features that steering does not go together with."""
 
 from __future__ import annotations
 

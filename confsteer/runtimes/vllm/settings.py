@@ -1,4 +1,4 @@
-"""What ``additional_config["confsteer"]`` holds."""
+"""The settings in ``additional_config["confsteer"]``."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from confsteer.errors import ProfileError, SettingError, first_problem
 from confsteer.profile.profile import Profile
 
 CONFIG_KEY = "confsteer"
-"""Of vLLM's ``additional_config``, and of a request's ``vllm_xargs`` or ``extra_args``."""
+"""Key of vLLM's ``additional_config``, and of a request's ``vllm_xargs`` or ``extra_args``."""
 
 
 class Settings(BaseModel):
-    """Of one engine. vLLM hashes them into the name of its compile cache, so that no graph without the edit is reused."""
+    """Settings of one engine.
+
+    vLLM hashes them into the name of its compile cache, so that no graph without the edit is reused.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -23,9 +26,9 @@ class Settings(BaseModel):
     default: dict[str, Any] | str = {}
     """The steering of requests that ask for none; text after start-up."""
     checksum: str | None = None
-    """Of the profile; filled in at start-up, for every process to compare with."""
+    """Checksum of the profile; filled in at start-up, for every process to compare with."""
     version: str | None = None
-    """Of confsteer; filled in at start-up."""
+    """Version of confsteer; filled in at start-up."""
     slots: int | None = None
     """Rows of the table besides the neutral one, a shape in the compiled graph; filled in at start-up."""
 

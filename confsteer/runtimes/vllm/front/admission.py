@@ -26,7 +26,7 @@ from confsteer.steering import Steering
 
 
 class Admission:
-    """What one engine admits."""
+    """The check of every request to one engine."""
 
     def __init__(self, profile: Profile, default: Any) -> None:
         """
@@ -63,7 +63,7 @@ class Admission:
         return canonical
 
     def steering_of(self, params: Any) -> str | None:
-        """What a request's ``SamplingParams`` ask for, or the default.
+        """Look up what a request's ``SamplingParams`` ask for, or the default.
 
         Raises:
             VLLMValidationError: the steering is wrong, or nothing can be steered; the server answers 400 with the sentence.

@@ -24,7 +24,7 @@ class Command(NamedTuple):
     """A process to become."""
 
     arguments: list[str]
-    """Of this Python."""
+    """Arguments for this Python."""
     environment: dict[str, str]
 
 

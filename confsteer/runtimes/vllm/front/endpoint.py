@@ -39,7 +39,7 @@ class Endpoint:
 
     def attach_router(self, app: FastAPI) -> None:
         def confsteer() -> Any:
-            """What this server can steer."""
+            """Describe what this server can steer."""
             if app.state.confsteer is None:
                 raise HTTPException(404, "this server was started without a confsteer profile")
             return app.state.confsteer

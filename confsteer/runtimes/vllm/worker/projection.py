@@ -31,16 +31,16 @@ class SteeredProjection(NamedTuple):
     """The projection of this rank, steered."""
 
     table: SteeringTable
-    """What its tokens follow."""
+    """Steerings that its tokens follow."""
     neurons: list[int]
     """Positions in `Profile.steerable` of the neurons that this rank holds, in the order of the table's."""
     writes: Tensor
-    """What the profile's neurons write to the residual, zero for those of other ranks; float32 ``[neurons, d_model]``."""
+    """Writes of the profile's neurons to the residual, zero for those of other ranks; float32 ``[neurons, d_model]``."""
     norms: Tensor
-    """Of what all of this rank's neurons write, ``[local neurons]``."""
+    """Norms of the writes of all of this rank's neurons, ``[local neurons]``."""
     final_norm: NormParameters
     write_gain: Tensor | None
-    """Of a norm on the MLP's output, ``[d_model]``."""
+    """Gain of a norm on the MLP's output, ``[d_model]``."""
 
 
 def _steer(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -65,7 +65,7 @@ def attach(model: nn.Module, profile: Profile, *, max_tokens: int, slots: int) -
     final_norm, write_gain = _norms(model, profile)
     name, layer, writes, first = _find(model, profile, final_norm, write_gain)
     if hasattr(layer, "requires_unquantized_input"):
-        # Otherwise a fused activation may hand over what is already quantised.
+        # Without this flag a fused activation may pass already-quantised inputs.
         layer.requires_unquantized_input = True
     columns = [neuron.index - first for neuron in profile.steerable]
     local = [i for i, column in enumerate(columns) if 0 <= column < len(writes)]
@@ -74,7 +74,7 @@ def attach(model: nn.Module, profile: Profile, *, max_tokens: int, slots: int) -
     profile_writes[local] = writes[own]
     table = SteeringTable(own, slots=slots, max_tokens=max_tokens)
     if local:
-        # Of a layer with LoRA the model calls the wrapper, which asks what is inside for its weights only.
+        # The model calls the LoRA wrapper, never the layer inside it: hook the wrapper.
         module = model.get_submodule(name.removesuffix(".base_layer"))
         module.add_module(TABLE, table)
         module.register_forward_pre_hook(_steer)
@@ -139,7 +139,7 @@ def _find(
 
 
 def writes_of(layer: LinearBase) -> Tensor:
-    """What a unit of each of this rank's inputs adds to the output, float32 ``[inputs, outputs]``.
+    """Ask the layer what a unit of each of this rank's inputs adds to the output, float32 ``[inputs, outputs]``.
 
     However the weights are quantised or packed, the layer can be asked.
     """

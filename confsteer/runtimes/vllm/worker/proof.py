@@ -1,4 +1,4 @@
-"""What steering must do to the output of a model's final norm, numerically. Pure functions of tensors.
+"""The numerical proof that a model is steered, from the output of its final norm. Pure functions of tensors.
 
 The output is ``y = γ ⊙ x/σ + β`` for a residual ``x``, centred first if the norm is a LayerNorm. Neither ``x`` nor ``σ`` can be
 seen from outside a compiled graph. But if the activations of some neurons are pushed so that they write ``w`` more, the new
@@ -22,12 +22,13 @@ TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 1e-1, torch.float16: 5e-2}
 
 
 PUSHES = {torch.float32: (4.0, 64.0, 1024.0), torch.bfloat16: (4.0, 64.0, 1024.0), torch.float16: (4.0, 16.0, 64.0)}
-"""Of the neurons, in their standard deviations: the first about as large as an ordinary residual, the last to be seen beside any;
-float16 overflows."""
+"""Pushes of the neurons, in their standard deviations.
+
+The first is about as large as an ordinary residual, the last can be seen beside any; float16 overflows."""
 
 
 class ProofOutputs(NamedTuple):
-    """Of the final norm, ``[tokens, d_model]`` each, for the same inputs under different steerings."""
+    """Outputs of the final norm, ``[tokens, d_model]`` each, for the same inputs under different steerings."""
 
     neutral: Tensor
     again: Tensor

@@ -1,4 +1,4 @@
-"""Which token of a step belongs to which request, and so which steering it follows, in both of vLLM's model runners."""
+"""The request that each token of a step belongs to, and so its steering, in both of vLLM's model runners."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class SteeredRequests:
         first = [0 if request is None else request.first for request in requests]
         self._neutral = not self._requests
         if self._neutral:
-            # The rows of a longer step before this one too: the next steps are not looked at.
+            # Clear every row, including those a longer earlier step left behind: later steps skip this code.
             self._projection.table.clear()
         else:
             self._projection.table.point(torch.from_numpy(token_rows(rows, counts, computed, first)))

@@ -39,7 +39,7 @@ class Slots:
         new = {}
         for steering in wanted:
             if steering not in self._row_of:
-                # The first is the longest unused: everything the batch wants has been moved behind it.
+                # Evict the least recently used row. Rows this batch needs were just moved to the end.
                 free = len(self._row_of) + 1 if len(self._row_of) < self.capacity else self._row_of.popitem(last=False)[1]
                 self._row_of[steering] = new[steering] = free
         return new

@@ -26,7 +26,7 @@ PROOF_TOKENS = 4
 
 
 class SteeringWorker:
-    """What is put in front of a worker class of vLLM."""
+    """Mixin that goes in front of a worker class of vLLM."""
 
     vllm_config: Any
     model_runner: Any
