@@ -6,8 +6,9 @@ BIN = $(VENV)/bin
 
 # vLLM's CPU build, the oldest and the newest release that confsteer knows, in an environment of its own: it pins much.
 VLLM_VENV ?= .venv-vllm
-VLLM_OLDEST = 0.27.1
-VLLM_NEWEST = 0.32.0
+VLLM_RELEASES = confsteer/runtimes/vllm/release.py
+VLLM_OLDEST := $(shell sed -n 's/^OLDEST = "\(.*\)"$$/\1/p' $(VLLM_RELEASES))
+VLLM_NEWEST := $(shell sed -n 's/^NEWEST = "\(.*\)"$$/\1/p' $(VLLM_RELEASES))
 # Of the models that are alike in vLLM, one is enough but for the newest release.
 FEWER = not mistral and not qwen2
 # What the worker does is the same whichever model runner it has.

@@ -115,3 +115,32 @@ def test_the_two_processes_of_vllm_share_no_arrow() -> None:
     for file in vllm.glob("*.py"):
         taken = {module for module in imports(file) if module.startswith("confsteer.runtimes.vllm.worker")}
         assert not taken, f"{file.name} is for both processes"
+
+
+def code_lines(function: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> int:
+    """Lines of a function without docstrings, comments and blank lines."""
+    prose: set[int] = set()
+    for node in ast.walk(function):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            prose |= set(range(node.lineno, (node.end_lineno or 0) + 1))
+    numbers = range(function.lineno, (function.end_lineno or 0) + 1)
+    return sum(n not in prose and lines[n - 1].strip() != "" and not lines[n - 1].strip().startswith("#") for n in numbers)
+
+
+@pytest.mark.parametrize("file", MODULES, ids=name_of)
+def test_functions_are_short_and_take_few_arguments(file: Path) -> None:
+    """`calibrate` alone takes more: it is the one call that a user makes with all its settings."""
+    text = file.read_text(encoding="utf-8")
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert code_lines(node, text.splitlines()) <= 60, f"{file}: {node.name}"
+            args = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs, node.args.vararg, node.args.kwarg]
+            number = sum(arg is not None and arg.arg not in ("self", "cls") for arg in args)
+            assert number <= 8 or (name_of(file), node.name) == ("confsteer.calibration.calibrate", "calibrate"), node.name
+
+
+@pytest.mark.parametrize("file", MODULES, ids=name_of)
+def test_docstrings_start_with_a_verb_or_a_noun(file: Path) -> None:
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            assert node.value.value.split(" ", 1)[0] not in ("Of", "What", "Which"), f"{file}:{node.lineno}"

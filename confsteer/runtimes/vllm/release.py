@@ -9,8 +9,13 @@ from packaging.version import Version
 
 from confsteer.errors import UnsupportedServerError
 
-OLDEST, NEXT = "0.27.1", "0.33"
-"""The releases whose internals are known: from the first up to, and without, the second."""
+OLDEST = "0.27.1"
+NEWEST = "0.32.0"
+NEXT = "0.33"
+"""The releases whose internals are known: from the oldest up to, and without, the next. The first two are tested by CI.
+
+The Makefile reads these lines, and a test holds pyproject.toml and the documentation to them.
+"""
 
 WORKERS = {
     "vllm.v1.worker.gpu_worker.Worker": "confsteer.runtimes.vllm.worker.gpu.SteeringGPUWorker",

@@ -1,23 +1,39 @@
 from __future__ import annotations
 
+import subprocess
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from packaging.version import Version
 
 from confsteer import UnsupportedServerError
-from confsteer.runtimes.vllm.release import check_features, check_release
+from confsteer.runtimes.vllm.release import NEWEST, NEXT, OLDEST, check_features, check_release
+from tests.paths import ROOT
 
 
-@pytest.mark.parametrize("version", ["0.27.1", "0.28.0", "0.32.0", "0.32.1+cpu", "0.32.0.dev3+g12"])
+def test_every_place_names_the_same_releases() -> None:
+    assert Version(OLDEST) <= Version(NEWEST) < Version(NEXT)
+    for file, words in {
+        "pyproject.toml": f'vllm = ["vllm>={OLDEST},<{NEXT}"]',
+        "README.md": f"**vLLM {OLDEST} to {NEWEST}**",
+        "examples/kubernetes.md": f"FROM vllm/vllm-openai:v{NEWEST}",
+    }.items():
+        assert words in (ROOT / file).read_text(encoding="utf-8"), file
+    makefile = subprocess.run(["make", "-pn", "lint"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    assert f"VLLM_OLDEST := {OLDEST}\n" in makefile
+    assert f"VLLM_NEWEST := {NEWEST}\n" in makefile
+
+
+@pytest.mark.parametrize("version", [OLDEST, "0.28.0", NEWEST, f"{NEWEST}+cpu", f"{NEWEST}.dev3+g12"])
 def test_known_releases_are_accepted(version: str) -> None:
     check_release(version)
 
 
-@pytest.mark.parametrize("version", ["0.27.0", "0.26.0", "0.33.0", "0.33.0rc1", "0.33.0.dev1", "1.0"])
+@pytest.mark.parametrize("version", ["0.27.0", "0.26.0", f"{NEXT}.0", f"{NEXT}.0rc1", f"{NEXT}.0.dev1", "1.0"])
 def test_unknown_releases_are_refused_with_the_range(version: str) -> None:
     with pytest.raises(
-        UnsupportedServerError, match=rf"this is vLLM {version}; .* steers vLLM 0\.27\.1 up to, not including, 0\.33"
+        UnsupportedServerError, match=rf"this is vLLM {version}; .* steers vLLM {OLDEST} up to, not including, {NEXT}"
     ):
         check_release(version)
 

@@ -205,6 +205,23 @@ def test_a_wrong_steering_is_a_400_with_the_sentence(
     assert sentence in answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("chat/completions", {"messages": [{"role": "user", "content": "w3 w4"}], "max_tokens": 4}),
+        ("responses", {"input": "w3 w4", "max_output_tokens": 16}),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_wrong_steering_is_a_400_of_every_endpoint_before_a_stream_begins(
+    server: Server, path: str, body: dict[str, Any], stream: bool
+) -> None:
+    steered = {"model": "subject", "stream": stream, "vllm_xargs": {"confsteer": "entropy=9"}, **body}
+    answer = httpx.post(f"{server.url}/v1/{path}", json=steered, timeout=60)
+    assert answer.status_code == 400, answer.text
+    assert "entropy=+9 is out of reach" in answer.json()["error"]["message"]
+
+
 def test_beams_and_a_steering_of_one_s_own_are_refused(server: Server) -> None:
     answer = server.complete("entropy=0.1", use_beam_search=True, n=2)
     assert answer.status_code == 400
