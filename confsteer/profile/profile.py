@@ -307,7 +307,7 @@ class Profile(Strict):
             ProfileVersionError: its format is unknown.
             ProfileCorruptError: it is truncated, tampered with, or not a profile.
         """
-        stored = store.read(store.find(source) / store.FILE_NAME)
+        stored = store.read(store.find_profile(source) / store.FILE_NAME)
         try:
             profile = cls.model_validate_json(json.dumps(stored.fields))
         except ValidationError as error:

@@ -35,7 +35,7 @@ MEASURED_COLUMNS = ("mean_activation", "mediation", "frequency", "frequency_medi
 """Columns of a profile with a corpus that something is made of."""
 
 
-def find(source: str | os.PathLike[str]) -> Path:
+def find_profile(source: str | os.PathLike[str]) -> Path:
     """The folder of a profile: a folder, the name of one in ``calibrations/``, or a hub repository, which is downloaded.
 
     Raises:

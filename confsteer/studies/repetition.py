@@ -70,8 +70,9 @@ def read_twice(tokenizer: PreTrainedTokenizerBase, stretches: np.ndarray, source
 def random_stretches(
     tokenizer: PreTrainedTokenizerBase, vocab_size: int, sequences: int, half: int, *, seed: int = 0
 ) -> np.ndarray:
-    """Tokens drawn uniformly from the first `vocab_size` ids of the tokenizer without its special ones, ``[sequences, half]``."""
-    special = set(tokenizer.all_special_ids)
+    """Draw tokens uniformly from the first `vocab_size` ids of the tokenizer without its special ones, ``[sequences, half]``."""
+    # Positions of control tokens do not count, and not all of these are special tokens by name: chat markers are not.
+    special = {*tokenizer.all_special_ids, *control_ids(tokenizer)}
     ids = sorted(i for i in set(tokenizer.get_vocab().values()) if i < vocab_size and i not in special)
     return np.random.default_rng(seed).choice(ids, (sequences, half))
 

@@ -31,7 +31,7 @@ from confsteer.discovery.response import monotone_range
 from confsteer.files import shipped_profiles
 from confsteer.profile.profile import schema
 from confsteer.profile.schema import Measurement
-from confsteer.profile.store import FILE_NAME, find
+from confsteer.profile.store import FILE_NAME, find_profile
 from confsteer.steering import Steering
 from tests.paths import ROOT
 from tests.planted import planted
@@ -244,9 +244,9 @@ def test_the_checked_in_schema_is_the_current_one() -> None:
 
 
 def test_profiles_are_found_by_folder_and_by_name(saved: Path) -> None:
-    assert find(saved) == saved
+    assert find_profile(saved) == saved
     for name, folder in shipped_profiles().items():
-        assert find(name) == folder
+        assert find_profile(name) == folder
         Profile.load(name)
     assert "confsteer-demo" in shipped_profiles()
 

@@ -13,7 +13,7 @@ from confsteer.last_layer.scores import TokenScores
 from confsteer.studies.induction import InductionStudy, RepeatedSequences, induction
 from confsteer.studies.repetition import Repetition, natural_cut, natural_stretches, random_stretches
 from confsteer.text.windows import make_windows
-from tests.models import ENTROPY_NEURONS, FAMILIES, VOCAB, tiny_model, tiny_tokenizer, zipf_texts
+from tests.models import ENTROPY_NEURONS, FAMILIES, VOCAB, chat_tokenizer, tiny_model, tiny_tokenizer, zipf_texts
 from tests.planted import planted
 
 HALF, SEQUENCES = 24, 6
@@ -140,6 +140,16 @@ def test_random_stretches_are_uniform_and_without_special_tokens() -> None:
     assert (drawn == random_stretches(tiny_tokenizer(), VOCAB, 500, 20)).all()
     assert (drawn != random_stretches(tiny_tokenizer(), VOCAB, 500, 20, seed=1)).any()
     assert random_stretches(tiny_tokenizer(), 10, 50, 20).max() == 9
+
+
+def test_chat_markers_are_no_random_tokens() -> None:
+    """Their positions would be left out, and the sequences differ in length."""
+    tokenizer = chat_tokenizer()
+    assert not {94, 95} & set(tokenizer.all_special_ids)
+    assert set(np.unique(random_stretches(tokenizer, VOCAB, 500, 20))) == set(range(1, 94))
+    model, _, _, profile = planted("llama")
+    (kind,) = induction(model, tokenizer, profile, repeat=Repetition(SEQUENCES, HALF)).kinds
+    assert kind.sequences == SEQUENCES
 
 
 def test_natural_stretches_follow_one_another_and_skip_special_tokens() -> None:
