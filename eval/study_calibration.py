@@ -3,8 +3,8 @@
     python eval/study_calibration.py --text books=FOLDER --text wikitext-2=FILE --text tinystories=FILE
 
 The Python documentation (its held-out half: the other half is what the shipped profile was calibrated on) is always among the
-texts. Each text is cut in three as `confsteer tune` does it; everything is fitted on first parts, stopped by second parts, and
-the tables are of third parts. ``control`` tunes as many neurons of the same layer that were drawn at random, in the same way.
+texts. Each text is cut in four as `confsteer tune` does it; everything is fitted on first parts, stopped by second parts, and
+the tables are of fourth parts. ``control`` tunes as many neurons of the same layer that were drawn at random, in the same way.
 """
 
 from __future__ import annotations

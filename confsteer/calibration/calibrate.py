@@ -96,16 +96,21 @@ def calibrate(
     if texts is None:
         most = CALIBRATION_TOKENS if tokens is None else tokens
         texts = sample_windows(model, tokenizer, tokens=most, window=window, seed=seed, progress=progress)
+
+    # The text, and what it takes for this model to read it.
     windows = make_windows(texts, tokenizer, window=window, max_tokens=tokens, source=source)
     check_context(windows.window, model.config)
     check_ids(windows.token_ids, anatomy.vocab_size)
     _check_processes(windows, keeps_progress=bool(checkpoint or resume))
+
+    # What the result depends on: an interrupted run of the same goes on.
     identity = ModelIdentity.of(model.config, tokenizer, anatomy, revision=getattr(model.config, "_commit_hash", None))
     counts = _token_counts(windows, unigram_counts, identity.tokenizer_size)
     settings = {"null_dims": null_dims, "scan": scanned and scanned.checksum, "seed": seed}
     file = None if checkpoint is None else Path(checkpoint)
     kept = Progress(file, {} if file is None else _settings(model, identity, windows, counts) | settings, resume=resume)
 
+    # The paper's procedure (arXiv 2406.16254, sections 2 to 4).
     with torch.no_grad():
         readout = anatomy.readout(identity.tokenizer_size)
         weights = None if scanned is None else _weights_of(scanned, identity)

@@ -93,6 +93,7 @@ def evaluate_pairs(
 
     Only sums over the vocabulary are needed, so it is taken in chunks.
     """
+    # The moves of the pairs, one after the other, in the order of their tokens.
     t, i = (column.contiguous() for column in pairs.unbind(dim=1))
     total, direct = (Move(tuple(c[t, i] for c in move.along), move.write[t, i]) for move in readout.move(tokens.state, delta))
     mean_u, mean_v, targets = moments.mean_u[t, i], moments.mean_v[t, 0], tokens.targets[t]
@@ -103,6 +104,8 @@ def evaluate_pairs(
     neurons, i = i.unique(return_inverse=True)
     frequency = unigram.log_frequency.exp()
     first_pair = torch.searchsorted(t, torch.arange(len(delta) + 1, device=t.device)).tolist()
+
+    # A chunk of the vocabulary, then a block of tokens, then some of their pairs: what is worked on stays in the cache.
     for columns in vocabulary_chunks(readout, len(delta)):
         W, v, f = readout.unembedding[columns], unigram.direction[columns], frequency[columns]
         y, u = products(tokens.directions, W), readout.w_out[neurons] @ W.T
@@ -129,6 +132,8 @@ def evaluate_pairs(
                 delta_z.addcmul_(v - mean_v[block, None], c[block, None], value=-1)
                 of_held = [_tilt(delta_z, p).sum(-1), delta_z.gather(1, at_target)[:, 0].where(inside, 0)]
                 sums[:, block] += torch.stack([*of_total, *of_direct, *of_held])
+
+    # The effects from their sums, see the module docstring.
     growth, of_f, of_q, at_target, direct_growth, direct_at_target, held_growth, held_at_target = sums
     exact = TokenEffects(
         loss=growth.log1p() - at_target,

@@ -43,6 +43,7 @@ def card(profile: Profile, repo: str) -> str:
     model, corpus = profile.model, profile.corpus
     if corpus is None:
         raise profile.no_neurons(*DIALS)
+    # Metadata that the hub reads, then what the profile is for.
     lines = [
         "---",
         "library_name: confsteer",
@@ -63,6 +64,7 @@ def card(profile: Profile, repo: str) -> str:
         "```",
         "",
     ]
+    # A table of neurons for each dial.
     for dial in DIALS:
         neurons = profile.neurons(dial)
         kind = DIALS[dial].neurons.capitalize()

@@ -93,6 +93,8 @@ def bake(model: nn.Module, profile: Profile | str | os.PathLike[str], steering: 
     anatomy = dissect(model)
     profile.check_model(anatomy)
     _check_weights(base, anatomy)
+
+    # Compute the new rows and the new bias, and refuse before anything is changed.
     projection: Any = anatomy.down_proj
     index = torch.tensor([neuron.index for neuron in profile.steerable])
     with torch.no_grad():
@@ -112,6 +114,8 @@ def bake(model: nn.Module, profile: Profile | str | os.PathLike[str], steering: 
             raise SteeringError(
                 f"{steering}: makes weights that {dtype_name(rows.dtype)} cannot hold. Ask for less, or load the model in float32"
             )
+
+        # Change the model, which gets a bias first where it has a place for one.
         without_bias: list[nn.Linear] = []
         if projection.bias is None and bias_changes:
             without_bias = _layers_of_mlp_bias(base)

@@ -113,11 +113,13 @@ def cumulative(
     model.eval()
     anatomy = dissect(model)
     profile.check_model(anatomy)
+    # The order of ablation, and draws of random neurons of like norm in their place.
     neurons = [neuron.index for neuron in profile.entropy_neurons[:k]]
     every_entropy_neuron = {neuron.index for neuron in profile.entropy_neurons}
     norm, rng = profile.columns["norm"].numpy(), np.random.default_rng(seed)
     draws = [draw_controls(norm, neurons, rng, excluding=every_entropy_neuron) for _ in range(repeats)]
 
+    # Run the model once: the closed form gives every set of neurons.
     with torch.no_grad():
         readout = anatomy.readout(profile.model.tokenizer_size)
         recording = Recording(model, anatomy, windows, readout.unembedding.device)

@@ -250,6 +250,7 @@ def _describe(
     windows, (entropy, loss) = sequences.windows, outputs
     n = torch.full((len(windows),), float(len(sequences.positions) - sequences.half), dtype=torch.float64)
 
+    # Sums per sequence, whose ratios have intervals over sequences.
     def means(where: slice) -> PassMeans:
         return PassMeans(
             entropy=ratio_interval(entropy[0, :, where].sum(dim=1), n), loss=ratio_interval(loss[0, :, where].sum(dim=1), n)
