@@ -9,7 +9,7 @@ import re
 import struct
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +31,8 @@ STRING, ARRAY = 8, 9
 MAX_DIMS = 4
 BYTE_LEVEL_WITH_BOS = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken")
 """Pre-tokenizers of byte-level vocabularies with which llama.cpp starts texts with BOS if the file says nothing."""
+CUT_AS_GPT2 = ("default", "gpt-2", "smollm", "starcoder", "refact", "command-r", "olmo", "mpt")
+"""Pre-tokenizers that cut text as GPT-2's does, or whose merges never cross what they cut more."""
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """Constants of all Llama 3.1 to 3.3; a file holds the factors that come out, not these."""
 GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3": 62}
@@ -337,13 +339,27 @@ def obey(tokenizer: PreTrainedTokenizerBase, file: GgufFile) -> None:
     chosen.add_bos_token = bool(starts) and tokenizer.bos_token_id is not None
     chosen.add_eos_token = bool(says("tokenizer.ggml.add_eos_token")) and tokenizer.eos_token_id is not None
     tokenizer.name_or_path = file.name
+    disobeyed = None
     prefix, words = says("tokenizer.ggml.add_space_prefix"), tokenizer.tokenize("a")
     if pieces and prefix is not None and words and words[0].startswith("▁") != prefix:
+        disobeyed = f"add_space_prefix = {str(prefix).lower()}"
+    if says("tokenizer.ggml.model") == "gpt2" and pre is not None and pre not in (*CUT_AS_GPT2, *_splits_known()):
+        disobeyed = f"pre = {pre}"
+    if disobeyed:
         warnings.warn(
-            f"{file.name} says add_space_prefix = {str(prefix).lower()}, which the tokenizer that transformers makes of it does "
-            "not obey: the first word of a text may be other tokens than the model was trained on",
+            f"{file.name} says {disobeyed}, which the tokenizer that transformers makes of it does not obey: text may become "
+            "other tokens than the model was trained on",
             stacklevel=3,
         )
+
+
+def _splits_known() -> Iterable[str]:
+    """Ask transformers which pre-tokenizers it has; none if it no longer says."""
+    try:
+        from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+    except ImportError:
+        return ()
+    return GGUF_PRE_TOKENIZER_SPLITS.keys()
 
 
 def ends_of_text(file: GgufFile) -> list[int]:

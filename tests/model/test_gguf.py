@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,29 @@ def test_a_text_starts_with_bos_where_the_file_says_so_or_llama_cpp_would(
     assert ids[bos:] == tokenizer("abc", add_special_tokens=False).input_ids
     tokenizer.save_pretrained(tmp_path / "saved")
     assert AutoTokenizer.from_pretrained(tmp_path / "saved")("abc").input_ids == ids
+
+
+SPACE = "tokenizer.ggml.add_space_prefix"
+
+
+@pytest.mark.parametrize(
+    ("pieces", "says", "warns"),
+    [
+        (False, {PRE: "deepseek-coder"}, True),
+        (False, {PRE: "smollm", SPACE: False}, False),
+        (False, {PRE: "llama-bpe"}, False),
+        (True, {SPACE: False}, True),
+        (True, {SPACE: True, PRE: "default"}, False),
+    ],
+)
+def test_a_tokenizer_that_does_not_obey_the_file_is_not_silent(
+    pieces: bool, says: dict[str, Any], warns: bool, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "tiny.gguf", tiny("llama"), pieces=pieces, says=says)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        load_model(str(path), device="cpu")
+    assert any("does not obey" in str(warning.message) for warning in caught) is warns
 
 
 def test_ends_and_the_chat_template_are_the_files(tmp_path: Path) -> None:
