@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from confsteer.discovery.weights import weight_statistics
 from confsteer.model.checkpoint import read_last_layer
-from confsteer.model.loading import DEMO, DEMO_NAME, load_tokenizer
+from confsteer.model.loading import DEMO_NAME, load_tokenizer, source_of
 from confsteer.profile.profile import Profile
 from confsteer.profile.schema import Layer, ModelIdentity, library_versions
 from confsteer.profile.store import WEIGHT_COLUMNS
@@ -31,6 +31,7 @@ class Scan(NamedTuple):
 def scan(
     name: str | None,
     *,
+    gguf_file: str | None = None,
     revision: str | None = None,
     null_dims: int | None = None,
     seed: int = 0,
@@ -44,8 +45,9 @@ def scan(
     check that `confsteer.calibrate` makes needs the whole model and is not made here.
 
     Args:
-        name: hub id or folder; the bundled demonstration model if None. From the hub, only files with a tensor that is
-            needed are downloaded.
+        name: hub id, folder or ``.gguf`` file; the bundled demonstration model if None. From the hub, only files with a
+            tensor that is needed are downloaded.
+        gguf_file: GGUF file of that hub repository or folder.
         revision: branch, tag or commit on the hub.
         null_dims: directions counted as the unembedding's effective null space; read off its spectrum if None.
         seed: of the random directions that give the chance level.
@@ -54,16 +56,15 @@ def scan(
 
     Raises:
         LoadError: there is no such model, or its checkpoint is not one of whole float32, bfloat16 or float16 tensors in
-            safetensors files.
+            safetensors files, nor a GGUF file whose last layer can be read alone.
         UnsupportedModelError: see `confsteer.model.locate`.
         SettingError: `null_dims` is out of range.
     """
-    source = str(DEMO) if name is None else name
+    source = source_of(name, gguf_file)
     with tqdm(total=3, desc="reading", unit="step", disable=not progress) as bar, torch.no_grad():
-        last = read_last_layer(source, revision=revision, trust_remote_code=trust_remote_code)
-        tokenizer = load_tokenizer(source, revision=last.commit or revision, trust_remote_code=trust_remote_code)
-        bytes_read = sum(tensor.nbytes for tensor in last.tensors.values())
-        bytes_total, names = last.bytes_total, tuple(last.tensors)
+        last = read_last_layer(source, gguf_file=gguf_file, revision=revision, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(source, file=last.file, revision=last.commit or revision, trust_remote_code=trust_remote_code)
+        bytes_read, bytes_total, names = last.bytes_read, last.bytes_total, tuple(last.tensors)
         bar.update()
         bar.set_description("hashing")
         if name is None:

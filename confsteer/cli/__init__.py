@@ -54,8 +54,8 @@ class _Group(click.Group):
 def main() -> None:
     """Confidence control for language models, with their own neurons.
 
-    MODEL is a hub id or a folder; without it the bundled demonstration model is used. PROFILE is a folder, the name of a
-    shipped profile (confsteer-demo) or a hub repository.
+    MODEL is a hub id, a folder or a GGUF file; without it the bundled demonstration model is used. PROFILE is a folder, the
+    name of a shipped profile (confsteer-demo) or a hub repository.
 
     Exit codes: 0 done, 1 a clear error, 2 wrong usage, 3 the model has no such neurons, 4 tuning gained
     nothing.

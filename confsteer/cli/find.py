@@ -17,6 +17,7 @@ from confsteer.cli.options import (
     TEXT_FILE,
     ModelOptions,
     WindowedTextOptions,
+    gguf_option,
     model_options,
     windowed_text_options,
     write_picture,
@@ -150,6 +151,7 @@ def _say_where_it_begins(checkpoint: Path, resume: bool) -> None:
 
 @click.command(short_help="Find candidates in the weights on disk: no text, no model loaded.")
 @click.argument("model", required=False)
+@gguf_option
 @click.option("--revision", help="Branch, tag or commit on the hub.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
 @null_dims_option
@@ -166,13 +168,14 @@ def _say_where_it_begins(checkpoint: Path, resume: bool) -> None:
 def scan(model: str | None, out: Path | None, plot: Path | None, **settings: Any) -> None:
     """Look for entropy neurons in MODEL's weights alone and save what they say.
 
-    Reads three weights of a safetensors checkpoint, without loading the model: a few percent of its bytes, no text. What is
-    found are candidates; what they do is for calibrate to measure.
+    Reads three weights of a safetensors checkpoint or a GGUF file, without loading the model: a few percent of its bytes, no
+    text. What is found are candidates; what they do is for calibrate to measure.
 
     \b
     confsteer scan                                        the bundled model
     confsteer scan openai-community/gpt2 --plot gpt2.png
     confsteer scan ./my-model --null-dims 12 --out my-model.scan
+    confsteer scan my-model.Q4_K_M.gguf
     """
     from confsteer.discovery.select import candidates
 

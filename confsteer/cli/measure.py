@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from confsteer.evaluation.evaluate import Evaluation
     from confsteer.evaluation.run_file import Run
 
-BESIDE_A_RUN_FILE = ("run_file", "as_json", "plot", "report", "device", "dtype", "revision", "trust_remote_code")
+BESIDE_A_RUN_FILE = ("run_file", "as_json", "plot", "report", "gguf_file", "device", "dtype", "revision", "trust_remote_code")
 
 """Options that may stand beside a run file: it does not say them."""
 

@@ -121,7 +121,8 @@ class ModelOptions:
     """Model that a command runs, and how it is loaded."""
 
     model: str | None
-    """Hub id or folder; the bundled model if None."""
+    """Hub id, folder or GGUF file; the bundled model if None."""
+    gguf_file: str | None
     device: str | None
     dtype: str
     revision: str | None
@@ -135,10 +136,12 @@ class ModelOptions:
         return load_model(settings.pop("model"), **settings)
 
 
+gguf_option = click.option("--gguf", "gguf_file", metavar="FILE", help="GGUF file of the hub repository or folder MODEL.")
 model_options = grouped(
     "chosen",
     ModelOptions,
     click.argument("model", required=False),
+    gguf_option,
     click.option("--device", help="cpu, cuda, cuda:1, or auto to spread over devices.  [default: CUDA if there is one]"),
     click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True),
     click.option("--revision", help="Branch, tag or commit on the hub."),

@@ -7,6 +7,7 @@ locate.py       finds them: by the table, or by the model's structure
 dissect.py      proves numerically that the model at hand is what was found
 states.py       forward passes over windows, and over answers to questions
 sampling.py     text that the model writes itself
-loading.py      models and tokenizers by hub id, by folder, or the bundled ones
+loading.py      models and tokenizers by hub id, by folder, by GGUF file, or the bundled ones
+gguf.py         GGUF files: metadata, single tensors, and what transformers leaves out of one
 checkpoint.py   the last layer of a model on disk, without the rest
 """

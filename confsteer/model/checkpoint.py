@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,16 +14,25 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from confsteer.errors import ConfsteerError, LoadError, UnsupportedModelError
+from confsteer.model import gguf
 from confsteer.model.anatomy import Anatomy
+from confsteer.model.gguf import GgufFile
 from confsteer.model.layers import dtype_name
-from confsteer.model.loading import reason
+from confsteer.model.loading import gguf_config, reason
 from confsteer.model.locate import locate
 
 READABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NORM_OFFSET = dict.fromkeys(("gpt2", "llama", "phi3", "qwen2", "qwen3", "stablelm", "starcoder2"), 0.0) | dict.fromkeys(
+    ("gemma2", "gemma3"), 1.0
+)
+"""Architecture of a GGUF file -> what its norms' weights have more than transformers'. Others are not read in part."""
+Places = dict[str, tuple[nn.Module, str]]
+"""Name of a tensor in the checkpoint -> module and parameter that it is."""
 
 
 class LastLayer(NamedTuple):
@@ -36,27 +45,82 @@ class LastLayer(NamedTuple):
     """Of a model without weights but for those read."""
     tensors: dict[str, Tensor]
     """What was read, by the names in the checkpoint."""
+    bytes_read: int
+    """Size of these tensors in the checkpoint."""
     bytes_total: int | None
     """Size of the whole checkpoint; None where its index does not say."""
+    file: GgufFile | None = None
+    """GGUF file it is from, if it is from one."""
 
 
-def read_last_layer(source: str, *, revision: str | None = None, trust_remote_code: bool = False) -> LastLayer:
+def read_last_layer(
+    source: str, *, gguf_file: str | None = None, revision: str | None = None, trust_remote_code: bool = False
+) -> LastLayer:
     """Read the unembedding, the final norm and the last MLP's output projection of a checkpoint, and nothing else of it.
 
     Raises:
         LoadError: as `scan`.
         UnsupportedModelError: see `confsteer.model.locate`.
     """
+    file = gguf.find(source, gguf_file, revision)
+    if file is not None:
+        return _read_gguf(file)
     try:
         # Whatever the branch moves to meanwhile, all files are of one commit.
         commit = extract_commit_hash(str(_file(source, CONFIG_NAME, revision)), None)
         revision = commit or revision
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many kinds
-        raise LoadError(f"cannot load {source}: {reason(error)}") from error
+        raise LoadError(f"cannot load {source}: {reason(error)}{gguf.hint(source)}") from error
     model, anatomy = _skeleton(config, trust_remote_code)
     shard_of, bytes_total = _shards(source, revision)
-    return LastLayer(config, commit, anatomy, _fill(model, anatomy, source, revision, shard_of), bytes_total)
+    places = _places(model, anatomy, source, shard_of)
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted({shard_of[name] for name in places}):
+        try:
+            path = _file(source, shard, revision)
+        except OSError as error:
+            raise LoadError(f"cannot read {shard} of {source}: {reason(error)}") from error
+        with _opened(path) as opened:
+            tensors |= {name: opened.get_tensor(name) for name in places if shard_of[name] == shard}
+    _fill(places, tensors, source)
+    return LastLayer(config, commit, anatomy, tensors, sum(tensor.nbytes for tensor in tensors.values()), bytes_total)
+
+
+def _read_gguf(file: GgufFile) -> LastLayer:
+    if file.architecture not in NORM_OFFSET:
+        raise LoadError(
+            f"{file.name} is of the architecture {file.architecture}, whose last layer is not read without the rest (it is of "
+            f"{', '.join(sorted(NORM_OFFSET))}): run confsteer calibrate, which loads the model"
+        )
+    config = gguf_config(file)
+    _, anatomy = _skeleton(config, trust_remote_code=False)
+    places = _gguf_places(anatomy, file)
+    tensors = {name: _as_loaded(file.tensor(name), module, file) for name, (module, _) in places.items()}
+    _fill(places, tensors, file.name)
+    bytes_read = sum(file.n_bytes(name) for name in tensors)
+    return LastLayer(config, file.commit, anatomy, tensors, bytes_read, file.path.stat().st_size, file)
+
+
+def _gguf_places(anatomy: Anatomy, file: GgufFile) -> Places:
+    """Find where the tensors at the end of a GGUF file go."""
+    block = f"blk.{anatomy.layer}"
+    # An unembedding that is not there is the embedding.
+    unembedding = "output" if "output.weight" in file.tensors else "token_embd"
+    names = {anatomy.down_proj: f"{block}.ffn_down", anatomy.final_norm: "output_norm", anatomy.unembedding: unembedding}
+    if anatomy.write_norm is not None:
+        names[anatomy.write_norm] = f"{block}.post_ffw_norm"
+    places = {f"{names[module]}.{parameter}": (module, parameter) for module, parameter in _needed(anatomy)}
+    if missing := [name for name in places if name not in file.tensors]:
+        raise LoadError(f"{file.name} has no tensor {missing[0]}: it is incomplete")
+    return places
+
+
+def _as_loaded(tensor: Tensor, module: nn.Module, file: GgufFile) -> Tensor:
+    """Give a tensor of a GGUF file the form it has in transformers."""
+    if isinstance(module, Conv1D):
+        return tensor.T
+    return tensor - NORM_OFFSET[file.architecture] if tensor.dim() == 1 else tensor
 
 
 def _skeleton(config: Any, trust_remote_code: bool) -> tuple[PreTrainedModel, Anatomy]:
@@ -94,17 +158,20 @@ def _shards(source: str, revision: str | None) -> tuple[dict[str, str], int | No
         return dict.fromkeys(file.keys(), SAFE_WEIGHTS_NAME), single.stat().st_size
 
 
-def _fill(
-    model: PreTrainedModel, anatomy: Anatomy, source: str, revision: str | None, shard_of: dict[str, str]
-) -> dict[str, Tensor]:
-    """Give the modules at the end of `model` their weights; these weights, by their name in the checkpoint."""
+def _needed(anatomy: Anatomy) -> list[tuple[nn.Module, str]]:
+    """List the modules at the end of a model, and their parameters that say what a neuron writes."""
     needed = [(anatomy.down_proj, "weight")]  # its bias is no neuron's write
     for module in filter(None, (anatomy.write_norm, anatomy.final_norm, anatomy.unembedding)):
         needed += [(module, parameter) for parameter, _ in module.named_parameters(recurse=False)]
+    return needed
+
+
+def _places(model: PreTrainedModel, anatomy: Anatomy, source: str, shard_of: dict[str, str]) -> Places:
+    """Find where the tensors at the end of a checkpoint of safetensors go."""
     stored = _stored_names(model, shard_of)
     path_of = {module: path for path, module in model.named_modules()}
     places = {}
-    for module, parameter in needed:
+    for module, parameter in _needed(anatomy):
         own = f"{path_of[module]}.{parameter}"
         value = module.get_parameter(parameter)
         # A tied parameter is stored under any of its names; its own comes first, as when transformers loads it.
@@ -113,14 +180,11 @@ def _fill(
         if found is None:
             raise LoadError(f"the checkpoint of {source} has no tensor for {own}: it is incomplete, or quantised")
         places[found] = module, parameter
-    tensors: dict[str, Tensor] = {}
-    for shard in sorted({shard_of[name] for name in places}):
-        try:
-            path = _file(source, shard, revision)
-        except OSError as error:
-            raise LoadError(f"cannot read {shard} of {source}: {reason(error)}") from error
-        with _opened(path) as file:
-            tensors |= {name: file.get_tensor(name) for name in places if shard_of[name] == shard}
+    return places
+
+
+def _fill(places: Places, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Give the modules at the end of a model their weights."""
     for name, (module, parameter) in places.items():
         tensor, shape = tensors[name], module.get_parameter(parameter).shape
         if tensor.dtype not in READABLE_DTYPES or tensor.shape != shape:
@@ -131,7 +195,6 @@ def _fill(
         if not tensor.isfinite().all():
             raise LoadError(f"{name} of {source} has numbers that are not finite: the checkpoint is damaged")
         setattr(module, parameter, nn.Parameter(tensor, requires_grad=False))
-    return tensors
 
 
 def _stored_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:

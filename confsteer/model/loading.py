@@ -1,12 +1,15 @@
-"""Models by hub id, by folder, or the bundled one."""
+"""Models by hub id, by folder, by GGUF file, or the bundled one."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -19,6 +22,8 @@ from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from confsteer.errors import ConfsteerError, LoadError, UnsupportedModelError
+from confsteer.model import gguf
+from confsteer.model.gguf import GgufFile
 
 DEMO = Path(__file__).parents[1] / "demo" / "model"
 """Folder of the bundled demonstration model."""
@@ -37,6 +42,7 @@ class LoadedModel(NamedTuple):
 def load_model(
     name: str | None,
     *,
+    gguf_file: str | None = None,
     device: str | None = None,
     dtype: str = "auto",
     revision: str | None = None,
@@ -45,21 +51,27 @@ def load_model(
     """A causal language model in evaluation mode, with its tokenizer.
 
     Args:
-        name: hub id or folder; the bundled demonstration model if None.
+        name: hub id, folder or ``.gguf`` file; the bundled demonstration model if None.
+        gguf_file: GGUF file of that hub repository or folder to load. Weights of a GGUF file are dequantised.
         device: ``cpu``, ``cuda``, ``cuda:1``, …, or ``auto`` to spread the model over what there is; CUDA if there is one,
             the CPU otherwise, if None.
-        dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the checkpoint's own.
+        dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the checkpoint's own, which of a GGUF file is float32.
         revision: branch, tag or commit on the hub.
         trust_remote_code: run code that comes with the model.
 
     Raises:
-        LoadError: there is no such model, or it cannot be loaded, or its checkpoint lacks weights.
+        LoadError: there is no such model, or it cannot be loaded, or its checkpoint lacks weights; or transformers would make
+            another model of a GGUF file than it is.
         UnsupportedModelError: it is an encoder-decoder.
     """
-    source = str(DEMO) if name is None else name
+    source = source_of(name, gguf_file)
+    file = gguf.find(source, gguf_file, revision)
     if device is None:
         # Of several processes on a machine, each has a GPU of its own.
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    how: dict[str, Any] = {"device_map": device, "output_loading_info": True}
+    if file is not None:
+        return _load_gguf(file, "float32" if dtype == "auto" else dtype, how)
     tokenizer = load_tokenizer(source, revision=revision, trust_remote_code=trust_remote_code)
     try:
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
@@ -70,10 +82,9 @@ def load_model(
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-            device_map=device,
             revision=revision,
             trust_remote_code=trust_remote_code,
-            output_loading_info=True,
+            **how,
         )
         model, found = loaded
         # transformers does not keep the commit it loaded.
@@ -82,29 +93,98 @@ def load_model(
         raise
     except Exception as error:  # transformers raises many kinds: of a config alone TypeError, KeyError, ZeroDivisionError, …
         raise LoadError(f"cannot load {source}: {reason(error)}") from error
-    if missing := sorted(found["missing_keys"]):
-        # transformers fills them with random numbers.
-        raise LoadError(
-            f"the checkpoint of {source} is incomplete, or not of this kind of model: it lacks {len(missing)} of its weights, "
-            f"such as {missing[0]}"
-        )
+    _check_none_missing(found["missing_keys"], source)
     if name is None:
         model.config.name_or_path = DEMO_NAME
     return LoadedModel(model.eval(), tokenizer)
 
 
-def load_tokenizer(source: str, *, revision: str | None, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """The tokenizer of a hub id or folder.
+def source_of(name: str | None, gguf_file: str | None) -> str:
+    """Choose where a model is read from: the bundled one if `name` is None.
+
+    Raises:
+        LoadError: a GGUF file is asked for, and not of which repository.
+    """
+    if name is None and gguf_file is not None:
+        raise LoadError(f"{gguf_file} is a file of which model? Give OWNER/REPO, or the path of the file in place of a model")
+    return str(DEMO) if name is None else name
+
+
+def _check_none_missing(names: set[str], source: str) -> None:
+    """Raise LoadError if the checkpoint lacks weights: transformers fills them with random numbers."""
+    if missing := sorted(names):
+        raise LoadError(
+            f"the checkpoint of {source} is incomplete, or not of this kind of model: it lacks {len(missing)} of its weights, "
+            f"such as {missing[0]}"
+        )
+
+
+def _load_gguf(file: GgufFile, dtype: str, how: dict[str, Any]) -> LoadedModel:
+    """Load a GGUF file with ordinary weights; `how` are further arguments of ``from_pretrained``."""
+    tokenizer = load_tokenizer(file.name, file=file)
+    config = gguf_config(file)
+    with _gguf_errors(file), gguf.alone(file) as place:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            **place,
+            config=config,
+            dtype=getattr(torch, dtype),
+            # Else transformers keeps the blocks, which nothing here can read.
+            quantization_config=transformers.GgufConfig(dequantize=True),
+            **how,
+        )
+    model, found = loaded
+    _check_none_missing(found["missing_keys"], file.name)
+    gguf.check_all_used(model, config, file)
+    model.config.name_or_path, model.config._commit_hash = file.name, file.commit
+    model.generation_config.eos_token_id = gguf.ends_of_text(file) or None
+    return LoadedModel(model.eval(), tokenizer)
+
+
+def gguf_config(file: GgufFile) -> Any:
+    """Read the config of the model in a GGUF file.
+
+    Raises:
+        LoadError: transformers cannot read the architecture, or not all that the file says of it.
+    """
+    with _gguf_errors(file), gguf.alone(file) as place:
+        config: Any = AutoConfig.from_pretrained(**place)
+        gguf.complete_config(config, file)
+    config.name_or_path = file.name
+    return config
+
+
+@contextlib.contextmanager
+def _gguf_errors(file: GgufFile) -> Iterator[None]:
+    """Turn what transformers raises over a file into a LoadError with the file's architecture."""
+    try:
+        yield
+    except ConfsteerError:
+        raise
+    except Exception as error:  # transformers raises many kinds
+        raise LoadError(
+            f"transformers {transformers.__version__} cannot read {file.name}, whose architecture is {file.architecture}: "
+            f"{reason(error)}. Give the checkpoint that the file was made from, or try a newer transformers"
+        ) from error
+
+
+def load_tokenizer(
+    source: str, *, file: GgufFile | None = None, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a hub id or folder, or of a GGUF file.
 
     Raises:
         LoadError: there is none, or it cannot be loaded.
     """
+    tokenizer: PreTrainedTokenizerBase
+    if file is not None:
+        with _gguf_errors(file), gguf.alone(file) as place:
+            tokenizer = AutoTokenizer.from_pretrained(**place)
+            gguf.obey(tokenizer, file)
+        return tokenizer
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            source, revision=revision, trust_remote_code=trust_remote_code
-        )
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # as many kinds as of a model
-        raise LoadError(f"cannot load the tokenizer of {source}: {reason(error)}") from error
+        raise LoadError(f"cannot load the tokenizer of {source}: {reason(error)}{gguf.hint(source)}") from error
     return tokenizer
 
 
