@@ -156,7 +156,7 @@ class Anatomy:
     @property
     def changed_since_readout(self) -> bool:
         """Whether the weights are others than those that `readout` last folded."""
-        return self._folded.get("content") != self._content()
+        return "content" in self._folded and self._folded["content"] != self._content()
 
     def _content(self) -> tuple[Any, ...]:
         norms = [norm for norm in (self.final_norm, self.write_norm) if norm is not None]
