@@ -82,7 +82,8 @@ def calibrate(
         The profile; its lists are empty if the model has no such neurons.
 
     Raises:
-        UnsupportedModelError: see `confsteer.model.dissect`.
+        UnsupportedModelError: see `confsteer.model.dissect` and `confsteer.model.states.check_closed_form`.
+        SteeringError: the model is being steered.
         CorpusError: the text is too short, or not of this model's tokenizer.
         SettingError: the window is too short or longer than the model's context, `null_dims` is out of range or given beside
             `scanned`, or there are more processes than batches of text, or several with a checkpoint.
@@ -115,7 +116,7 @@ def calibrate(
         readout = anatomy.readout(identity.tokenizer_size)
         weights = None if scanned is None else _weights_of(scanned, identity)
         layer = fold_layer(readout, counts, weights=weights, null_dims=null_dims, seed=seed)
-        recording = Recording(model, anatomy, windows, layer.device, this_process())
+        recording = Recording(model, anatomy, windows, layer.device, this_process(), readout=readout)
         passes = Passes(recording, kept, show=progress)
         moments = measure_activations(passes, layer, identity)
         effects = measure_effects(passes, layer, moments)

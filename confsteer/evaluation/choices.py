@@ -142,7 +142,8 @@ def evaluate_choices(
 
     Raises:
         CorpusError: there are too few questions, or a choice has no token of its own or more than the model can read.
-        SteeringError, ProfileMismatchError, NoNeuronsError: see `confsteer.steer`.
+        SteeringError, ProfileMismatchError, NoNeuronsError: see `confsteer.steer`; or the model is being steered.
+        UnsupportedModelError: see `confsteer.model.dissect` and `confsteer.model.states.check_closed_form`.
     """
     # Validate the steerings before the model runs.
     names = [str(steering) for steering in steerings]
@@ -189,7 +190,9 @@ def read_choices(
     encoded = [encode(question, tokenizer, most, f"{source}, question {i}") for i, question in enumerate(questions, start=1)]
     sequences = [sequence for choices, _ in encoded for sequence in choices]
     with tqdm(total=len(sequences), desc=f"read {source}"[:40], unit="choice", disable=not progress) as bar:
-        states = record_continuations(reader.model, reader.anatomy, sequences, reader.neurons, reader.device, bar.update)
+        states = record_continuations(
+            reader.model, reader.anatomy, sequences, reader.neurons, reader.device, bar.update, reader.readout
+        )
     return ChoiceSample(source, questions, reader.reading(states), block, unit, sum(truncated for _, truncated in encoded))
 
 

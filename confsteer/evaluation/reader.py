@@ -71,11 +71,13 @@ class Reader:
 
         Raises:
             SettingError: the windows are longer than the model's context.
+            SteeringError, UnsupportedModelError: see `confsteer.model.states.check_closed_form`.
         """
         check_context(windows.window, self.model.config)
         label = f"read {windows.source}"[:40]
         with tqdm(total=windows.n_tokens, desc=label, unit="tok", unit_scale=True, disable=not progress) as bar:
-            return self.reading(record(self.model, self.anatomy, windows, self.neurons, self.device, bar.update))
+            states = record(self.model, self.anatomy, windows, self.neurons, self.device, bar.update, self.readout)
+            return self.reading(states)
 
     def reading(self, states: TokenStates) -> TextStates:
         """Join the readout to what the model left at some tokens, the activations those of `neurons`."""

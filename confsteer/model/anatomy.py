@@ -27,10 +27,12 @@ from confsteer.model.layers import (
 )
 
 FINGERPRINT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+WHOLE_ROWS = 64
+"""Rows of a weight, spread evenly, that are compared number by number to notice a change."""
 
 
 class LastLayerStates(NamedTuple):
-    """What one forward pass left in the last layer, flattened over batch and positions."""
+    """States that one forward pass left in the last layer, flattened over batch and positions."""
 
     activations: Tensor
     """Input of the last MLP's output projection, ``[batch · positions, n_neurons]``."""
@@ -53,12 +55,14 @@ class Anatomy:
     unembedding: nn.Module
     logit_scale: float
     residual_multiplier: float
-    """What the MLP's output is multiplied by before it is added to the residual."""
+    """Factor on the MLP's output before it is added to the residual."""
     softcap: float | None = None
     """The logits ``y`` become ``softcap · tanh(y / softcap)``."""
     write_norm: nn.Module | None = None
     """A norm on the MLP's output, before it is added to the residual."""
     _digests: dict[Any, str] = field(default_factory=dict, compare=False, repr=False)
+    _folded: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    """The weights' content when `readout` last read them."""
 
     @property
     def n_neurons(self) -> int:
@@ -84,11 +88,16 @@ class Anatomy:
         return not all(map(is_plain, (self.unembedding, self.down_proj)))
 
     def readout(self, vocab_size: int | None = None) -> Readout:
-        """The folded last layer, a float32 copy.
+        """Fold the last layer, a float32 copy.
 
         Args:
             vocab_size: rows of the unembedding to keep; leave out those the tokenizer has no id for.
+
+        Raises:
+            UnsupportedModelError: this process does not have the weights whole, or a norm is of no known kind.
         """
+        self._require_whole_weights()
+        self._folded["content"] = self._content()
         norm = read_norm(self.final_norm, self.d_model)
         write = None if self.write_norm is None else read_norm(self.write_norm, self.d_model)
         if write is not None and (write.centred or write.bias is not None):
@@ -107,14 +116,16 @@ class Anatomy:
             )
 
     def w_out(self) -> Tensor:
-        """The last projection as ``[n_neurons, d_model]``, whatever way round and however quantised the model stores it."""
+        """Read the last projection as ``[n_neurons, d_model]``, whatever way round and however quantised the model stores it."""
         with on_device(without_adapter(self.down_proj)):
             return output_weights(self.down_proj).clone()
 
     def fingerprint(self, dtype: torch.dtype) -> str:
-        """SHA-256 of the unembedding and the last projection, rounded to `dtype`; kept until the weights change."""
-        key = (dtype, weights_version(self.unembedding), weights_version(self.down_proj))
+        """Hash the unembedding and the last projection, rounded to `dtype`, by SHA-256; kept until the weights change."""
+        layers = (self.unembedding, self.down_proj)
+        key = (dtype, *(weights_content(layer) or weights_version(layer) for layer in layers))
         if key not in self._digests:
+            self._require_whole_weights()
             self._digests[key] = self._hash_weights(dtype)
         return self._digests[key]
 
@@ -142,6 +153,31 @@ class Anatomy:
                 return True
         return False
 
+    @property
+    def changed_since_readout(self) -> bool:
+        """Whether the weights are others than those that `readout` last folded."""
+        return "content" in self._folded and self._folded["content"] != self._content()
+
+    def _content(self) -> tuple[Any, ...]:
+        norms = [norm for norm in (self.final_norm, self.write_norm) if norm is not None]
+        return tuple(weights_content(module) for module in (self.unembedding, self.down_proj, *norms))
+
+    def _require_whole_weights(self) -> None:
+        """
+        Raises:
+            UnsupportedModelError: other processes have parts of them.
+        """
+        for module in (self.unembedding, self.down_proj, self.final_norm):
+            for parameter in module.parameters():
+                # A neuron's index would be that of a shard: neither measuring nor steering could tell neurons apart.
+                # DeepSpeed leaves an empty tensor where a partitioned one was.
+                if type(parameter.data).__name__ == "DTensor" or hasattr(parameter, "ds_id"):
+                    raise UnsupportedModelError(
+                        "the weights are shared out over processes (tensor parallel, FSDP or ZeRO-3): each has a part of the "
+                        'last layer. Load the model whole in every process: without tp_plan; device_map="auto" spreads it over '
+                        "the devices of one"
+                    )
+
     @contextlib.contextmanager
     def recording(self, receive: Callable[[LastLayerStates], None]) -> Iterator[None]:
         """Within the context every forward pass hands its `LastLayerStates` to `receive`."""
@@ -162,3 +198,37 @@ class Anatomy:
                 stack.callback(self.write_norm.register_forward_pre_hook(partial(keep, "mlp_output")).remove)
             stack.callback(self.final_norm.register_forward_pre_hook(keep_residual).remove)
             yield
+
+
+def weights_content(module: nn.Module) -> tuple[Any, ...] | None:
+    """Summarise what the weights of a layer hold, so that writing into them shows, whichever way it was done.
+
+    PyTorch's own version counter does not see writes through ``.data``, NumPy views or other processes. The sums of all rows
+    do, and take as long as one product of the weights with a vector. Columns may be permuted, as in merging models: that
+    changes the few rows that are kept whole.
+
+    Returns:
+        None for quantised or offloaded weights, whose content costs too much to look at. Assumed: nobody writes into them
+        through ``.data``.
+    """
+    tensors = (*without_adapter(module).parameters(), *without_adapter(module).buffers())
+    if not all(type(tensor.data) is Tensor and tensor.is_floating_point() and not tensor.is_meta for tensor in tensors):
+        return None
+    return tuple(_summary(tensor.detach()) for tensor in tensors)
+
+
+def _summary(tensor: Tensor) -> tuple[Any, ...]:
+    if tensor.numel() == 0:
+        return (tuple(tensor.shape),)
+    rows = (tensor.flatten(1) if tensor.dim() > 1 else tensor.reshape(1, -1)).contiguous()
+    # Integers add up without rounding, and eight bytes at a time ten times faster than fewer.
+    units = next(
+        unit
+        for unit in (torch.int64, torch.int32, torch.int16, torch.uint8)
+        if rows.shape[1] * rows.element_size() % unit.itemsize == 0 and rows.data_ptr() % unit.itemsize == 0
+    )
+    whole = rows[:: max(1, len(rows) // WHOLE_ROWS)]
+    digest = hashlib.sha256()
+    for part in (rows.view(units).sum(dim=1, dtype=torch.int64), whole.contiguous()):
+        digest.update(part.view(torch.uint8).cpu().numpy().tobytes())
+    return (tuple(tensor.shape), dtype_name(tensor.dtype), digest.digest())

@@ -1,32 +1,45 @@
-"""Forward passes over texts, one batch at a time: the states of the last layer at the positions that count."""
+"""Forward passes over texts, one batch at a time: the states of the last layer at the positions that count.
+
+All that is measured follows from these states in closed form, so the closed form must be the model's own. `dissect` checks
+that on random ids, once per model. Here it is checked again on the text itself, for the model may have changed since.
+"""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from confsteer.distributed import SINGLE_PROCESS, Process
+from confsteer.errors import SteeringError, UnsupportedModelError
+from confsteer.last_layer.readout import Readout
 from confsteer.last_layer.states import TokenStates, rows_of
 from confsteer.model.anatomy import Anatomy, LastLayerStates
-from confsteer.model.locate import input_device
-from confsteer.text.windows import WindowBatch, Windows, check_ids
+from confsteer.model.layers import dtype_name, without_adapter
+from confsteer.model.locate import input_device, unwrap
+from confsteer.text.windows import FIRST_POSITIONS, WindowBatch, Windows, check_ids
 
 BATCH_SIZE = 4
 """Windows per forward pass: about a thousand tokens, enough to keep matrix products busy."""
 KEPT_BYTES = 2**30
 """States up to this size are kept for the next pass over the text unless told otherwise; the model runs again for the rest."""
+CHECKED_TOKENS = 16
+"""Tokens of a text on which the closed form is compared with the model: too few to take time."""
+TOLERANCE, HALF_TOLERANCE = 5e-3, 0.1
+"""Relative errors of logits that are rounding, in float32 and in half precision."""
 
 
 class Recording:
     """The states of a text, to be read more than once.
 
-    The caller must have put the model in evaluation mode. Logits are not computed.
+    The caller must have put the model in evaluation mode. Logits are not computed, but for a few tokens of the first batch that
+    the model runs: see `check_closed_form`.
     """
 
     def __init__(
@@ -37,6 +50,7 @@ class Recording:
         device: torch.device,
         process: Process = SINGLE_PROCESS,
         room: int = KEPT_BYTES,
+        readout: Readout | None = None,
     ) -> None:
         """
         Args:
@@ -46,17 +60,22 @@ class Recording:
             device: where the states go.
             process: this one, which reads every ``world_size``-th batch.
             room: bytes of states to keep.
+            readout: the closed form that the states are for, to be checked; folded for the time of the check if None.
         """
         self.model, self.anatomy, self.windows, self.device, self.process = model, anatomy, windows, device, process
+        self._readout, self._checked = readout, False
         self._kept: dict[int, TokenStates] = {}
         self._room = room
 
     def read(self, on_read: Callable[[int], object] = lambda tokens: None, *, start: int = 0) -> Iterator[TokenStates]:
-        """One pass over the text, a batch at a time.
+        """Pass over the text once, a batch at a time.
 
         Args:
             on_read: called with the number of tokens read after each batch was used, and of each that is passed over.
             start: how many batches to pass over, without running the model.
+
+        Raises:
+            SteeringError, UnsupportedModelError: see `check_closed_form`.
         """
         mine = islice(self.windows.batches(BATCH_SIZE), self.process.rank, None, self.process.world_size)
         for position, batch in enumerate(mine):
@@ -71,6 +90,9 @@ class Recording:
             on_read(int(batch.attention_mask.sum()))
 
     def _run(self, batch: WindowBatch) -> TokenStates:
+        if not self._checked:
+            check_closed_form(self.model, self.anatomy, batch.input_ids[0, : int(batch.attention_mask[0].sum())], self._readout)
+            self._checked = True
         states, _ = _forward(self.model, self.anatomy, batch.input_ids, batch.attention_mask, use_cache=False)
         kept = batch.kept.flatten().to(states.residual.device)
         return TokenStates(
@@ -85,15 +107,132 @@ class Recording:
 def _forward(
     model: PreTrainedModel, anatomy: Anatomy, input_ids: Tensor, attention_mask: Tensor, **cache: Any
 ) -> tuple[LastLayerStates, Any]:
-    """What one pass leaves in the last layer, and what the model's body returns."""
+    """Run the body once; the states it leaves in the last layer, and its output.
+
+    Raises:
+        SteeringError: see `check_closed_form`.
+    """
     check_ids(input_ids, anatomy.vocab_size)
+    # The body alone: the unembedding of every position is not needed here.
+    return _watched(model.base_model, model, anatomy, input_ids, attention_mask, **cache)
+
+
+def _watched(
+    run: Callable[..., Any], model: PreTrainedModel, anatomy: Anatomy, input_ids: Tensor, attention_mask: Tensor, **cache: Any
+) -> tuple[LastLayerStates, Any]:
+    """Run a model or its body, and see that nothing changes the activations on their way."""
     inputs_on = input_device(model)
     received: list[LastLayerStates] = []
-    with torch.no_grad(), anatomy.recording(received.append):
-        # The body alone: the unembedding of every position is not needed here.
-        output = model.base_model(input_ids=input_ids.to(inputs_on), attention_mask=attention_mask.to(inputs_on), **cache)
+    before: list[tuple[Tensor, int]] = []
+
+    def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
+        activations: Tensor = args[0]
+        # In inference mode PyTorch does not count how often a tensor is written into.
+        inference = activations.is_inference()
+        before.append((activations.clone(), 0) if inference else (activations, activations._version))
+
+    with torch.no_grad(), anatomy.recording(received.append), contextlib.ExitStack() as stack:
+        # The first of the hooks sees what the model computed, the last what the projection is given.
+        stack.callback(anatomy.down_proj.register_forward_pre_hook(keep, prepend=True).remove)
+        output = run(input_ids=input_ids.to(inputs_on), attention_mask=attention_mask.to(inputs_on), **cache)
     (states,) = received
+    ((own, version),) = before
+    # Without other hooks they share their memory, and there is nothing to compare.
+    shared = own.data_ptr() == states.activations.data_ptr()
+    given = own.flatten(0, -2).to(states.activations.device)
+    written = not own.is_inference() and own._version != version
+    if written or not (shared or torch.equal(given, states.activations)):
+        raise SteeringError(
+            "the model is being steered: something changes the activations of its last MLP, such as an open steer() context. "
+            "Leave the context first (or remove the hook): measuring compares steerings with the unsteered model by itself"
+        )
     return states, output
+
+
+@torch.no_grad()
+def check_closed_form(model: PreTrainedModel, anatomy: Anatomy, ids: Tensor, readout: Readout | None = None) -> None:
+    """Compare the closed form with the model itself on the first `CHECKED_TOKENS` of a text.
+
+    Two passes over these tokens: of the body, as it is measured, and of the whole model, as it is used.
+
+    Args:
+        model: the model, as the caller has it: adapters and all.
+        anatomy: its last layer.
+        ids: of the text, ``[tokens]``.
+        readout: the closed form to be checked; folded anew if None.
+
+    Raises:
+        SteeringError: the model is being steered.
+        UnsupportedModelError: its weights have changed since they were read; adapters on its last projection or unembedding
+            take part; or its logits on this text are not the closed form's.
+    """
+    name = unwrap(model).config.model_type
+    if anatomy.changed_since_readout:
+        raise UnsupportedModelError(
+            f"{name}: the weights of the last layer have changed since they were read: measure again, and let nothing write "
+            "into the model meanwhile"
+        )
+    readout = anatomy.readout() if readout is None else readout
+    ids = ids[None, :CHECKED_TOKENS]
+    mask, device = torch.ones_like(ids), readout.unembedding.device
+    states, _ = _forward(model, anatomy, ids, mask, use_cache=False)
+    with _eagerly():
+        own, output = _watched(getattr(model, "_orig_mod", model), model, anatomy, ids, mask, use_cache=False)
+    residual, theirs = own.residual, output.logits.flatten(0, -2)
+    exact = all(t.dtype == torch.float32 for t in (states.activations, residual, theirs))
+    tolerance = TOLERANCE if exact else HALF_TOLERANCE
+    if not (residual.isfinite().all() and theirs.isfinite().all()):
+        raise UnsupportedModelError(
+            f"{name}: its outputs are not finite on this text: its weights are damaged, or too large for "
+            f"{dtype_name(theirs.dtype)} (--dtype float32)"
+        )
+    if residual.shape != states.residual.shape or _relative_error(states.residual, residual) > tolerance:
+        raise UnsupportedModelError(
+            f"{name}: the whole model reads this text in another way than its body does: {type(model).__name__} adds to it, as "
+            "prompt and prefix tuning do. Those cannot be measured; give the model without them"
+        )
+    _refuse_adapters(anatomy, states, name)
+    # The first tokens of a text may be unlike all others.
+    counted = slice(FIRST_POSITIONS if ids.shape[1] > FIRST_POSITIONS else 0, None)
+    ours = readout.logits(residual[counted].to(device))
+    expected = theirs[counted, : readout.vocab_size].float().to(device)
+    error = _relative_error(ours - ours.mean(dim=-1, keepdim=True), expected - expected.mean(dim=-1, keepdim=True))
+    if not error < tolerance:
+        raise UnsupportedModelError(
+            f"{name}: on this text the model's logits are not its unembedding applied to its final norm (relative error "
+            f"{error:.1e}, at most {tolerance:.0e}): a hook, an adapter or a patch changes them. Remove it, or merge it into the "
+            "weights and calibrate those"
+        )
+
+
+def _refuse_adapters(anatomy: Anatomy, states: LastLayerStates, name: str) -> None:
+    """
+    Raises:
+        UnsupportedModelError: adapters on the last projection or the unembedding take part; the closed form has neither.
+    """
+    inputs = {"last MLP projection": (anatomy.down_proj, states.activations), "unembedding": (anatomy.unembedding, None)}
+    for place, (module, x) in inputs.items():
+        inner = without_adapter(module)
+        if inner is module:
+            continue
+        x = anatomy.final_norm(states.residual) if x is None else x
+        # To the bit: where an adapter adds nothing, or is switched off, the layer inside answers by itself.
+        if not torch.equal(module(x), inner(x)):
+            raise UnsupportedModelError(
+                f"{name}: the model has adapters (PEFT) on its {place}, which are not part of its weights: merge them first, "
+                "model = model.merge_and_unload(), and calibrate the merged model"
+            )
+
+
+def _eagerly() -> contextlib.AbstractContextManager[Any]:
+    """Within the context nothing is compiled for a few tokens; releases of PyTorch before 2.6 cannot be told so."""
+    set_stance = getattr(torch.compiler, "set_stance", None)
+    return contextlib.nullcontext() if set_stance is None else set_stance("force_eager")
+
+
+def _relative_error(ours: Tensor, theirs: Tensor) -> float:
+    theirs = theirs.float()
+    return float((ours.float() - theirs).norm() / theirs.norm().clamp_min(1e-12))
 
 
 def _size(states: TokenStates) -> int:
@@ -130,8 +269,9 @@ def record(
     neurons: Tensor,
     device: torch.device,
     on_read: Callable[[int], object] = lambda tokens: None,
+    readout: Readout | None = None,
 ) -> TokenStates:
-    """The states of a whole text in memory: of the activations those of some neurons, ``d_model`` numbers a token besides.
+    """Keep the states of a whole text in memory: of the activations those of some neurons, ``d_model`` numbers a token besides.
 
     The caller must have put the model in evaluation mode.
 
@@ -142,9 +282,13 @@ def record(
         neurons: indices ``[n]`` of the neurons whose activations to keep.
         device: where the states go.
         on_read: see `Recording.read`.
+        readout: see `Recording`.
+
+    Raises:
+        SteeringError, UnsupportedModelError: see `check_closed_form`.
     """
     kept = []
-    for first, batch in enumerate(Recording(model, anatomy, windows, device, room=0).read(on_read)):
+    for first, batch in enumerate(Recording(model, anatomy, windows, device, room=0, readout=readout).read(on_read)):
         activations = batch.activations[:, neurons.to(device)]
         kept.append(batch._replace(activations=activations, window=batch.window + first * BATCH_SIZE))
     return _concatenate(kept)
@@ -157,8 +301,9 @@ def record_continuations(
     neurons: Tensor,
     device: torch.device,
     on_read: Callable[[int], object] = lambda sequences: None,
+    readout: Readout | None = None,
 ) -> TokenStates:
-    """The states at the positions that predict the tokens of continuations.
+    """Record the states at the positions that predict the tokens of continuations.
 
     A context runs once, however many continuations it has: they run as one batch on its keys and values.
     The caller must have put the model in evaluation mode.
@@ -171,7 +316,13 @@ def record_continuations(
         neurons: indices ``[n]`` of the neurons whose activations to keep.
         device: where the states go.
         on_read: called with a number of sequences after these were read.
+        readout: see `Recording`.
+
+    Raises:
+        SteeringError, UnsupportedModelError: see `check_closed_form`.
     """
+    if sequences:
+        check_closed_form(model, anatomy, torch.tensor(sequences[0][0]), readout)
     by_context: dict[tuple[int, ...], list[int]] = {}
     for i, (context, _) in enumerate(sequences):
         by_context.setdefault(tuple(context), []).append(i)
@@ -195,7 +346,10 @@ def record_continuations(
 def _continue(
     model: PreTrainedModel, anatomy: Anatomy, context: Tensor, continuations: list[Tensor]
 ) -> Iterator[tuple[LastLayerStates, Tensor, Tensor]]:
-    """States, the token that each predicts, and the continuation it is of: first tokens, then the rest, padded on the right."""
+    """Yield states, the token that each predicts, and the continuation it is of.
+
+    First tokens come first, then the rest, padded on the right.
+    """
     number, lengths = len(continuations), torch.tensor([len(one) - 1 for one in continuations])
     states, output = _forward(model, anatomy, context, torch.ones_like(context), use_cache=True)
     last = torch.full((number,), context.shape[1] - 1)

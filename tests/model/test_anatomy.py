@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from confsteer import UnsupportedModelError
-from confsteer.model.anatomy import LastLayerStates
+from confsteer.model.anatomy import LastLayerStates, weights_content
 from confsteer.model.dissect import dissect
 from confsteer.model.families import FAMILIES
 from confsteer.model.layers import read_norm
@@ -186,3 +187,69 @@ def test_auto_model_of_an_unknown_family_is_searched() -> None:
     config = AutoConfig.for_model("gpt_bigcode", vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64)
     anatomy = dissect(AutoModelForCausalLM.from_config(config).eval())
     assert anatomy.n_neurons == 128
+
+
+def permute_columns(weight: torch.Tensor) -> None:
+    """As a merge that first brings the neurons of two models into one order."""
+    weight.data.copy_(weight.data.flip(1))
+
+
+def exchange_rows(weight: torch.Tensor) -> None:
+    weight.data[[3, 4]] = weight.data[[4, 3]]
+
+
+def change_one_number(weight: torch.Tensor) -> None:
+    weight.detach().numpy()[17, 5] += 0.1
+
+
+def change_one_number_through_data(weight: torch.Tensor) -> None:
+    weight.data[17, 5] *= 1.1
+
+
+@pytest.mark.parametrize("write", [permute_columns, exchange_rows, change_one_number, change_one_number_through_data])
+def test_weights_written_past_the_version_counter_are_other_weights(write: Any) -> None:
+    for name in ("lm_head", "model.layers.1.mlp.down_proj"):
+        model = tiny_model("llama", config_of("llama"))
+        anatomy = dissect(model)
+        anatomy.readout()
+        before, weight = anatomy.fingerprints(), model.get_submodule(name).weight
+        version = weight._version
+        assert anatomy.matches(before)
+        assert not anatomy.changed_since_readout
+        write(weight)
+        assert weight._version == version
+        assert anatomy.changed_since_readout
+        assert not anatomy.matches(before)
+        anatomy.readout()
+        assert not anatomy.changed_since_readout
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (7,), (0, 3), (3, 0), (5, 7), (6, 8), (2, 3, 5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_the_content_of_weights_of_any_shape(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    module = nn.Module()
+    module.weight = nn.Parameter(torch.arange(float(torch.Size(shape).numel()), dtype=dtype).reshape(shape) + 1)
+    before = weights_content(module)
+    assert weights_content(module) == before
+    assert before is not None
+    module.weight.data.view(-1)[-1:].add_(1)
+    assert (weights_content(module) != before) == (module.weight.numel() > 0)
+
+
+def test_weights_that_other_processes_have_parts_of_are_refused(tmp_path: Path) -> None:
+    """A DTensor over a single process is one all the same: the modules' inputs may be shards."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    model = tiny_model("llama", config_of("llama"))
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        anatomy = locate(model)
+        weight = distribute_tensor(model.lm_head.weight.detach(), DeviceMesh("cpu", [0]), [Shard(0)])
+        model.lm_head.weight = nn.Parameter(weight)
+        for ask in (anatomy.readout, anatomy.fingerprints, lambda: anatomy.matches({"float32": "0"})):
+            with pytest.raises(UnsupportedModelError, match=r"tensor parallel.*without tp_plan"):
+                ask()
+    finally:
+        dist.destroy_process_group()
