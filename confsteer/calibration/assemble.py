@@ -1,4 +1,4 @@
-"""What the stages measured, as a profile."""
+"""Profile made of what the stages measured."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Measurements(NamedTuple):
 
     moments: ActivationMoments
     effects: NeuronEffects
-    """Of every neuron of the layer."""
+    """Effects of every neuron of the layer."""
     chosen: dict[Dial, Chosen]
     responses: Responses
 

@@ -100,6 +100,7 @@ def calibrate(
     windows = make_windows(texts, tokenizer, window=window, max_tokens=tokens, source=source)
     check_context(windows.window, model.config)
     check_ids(windows.token_ids, anatomy.vocab_size)
+    windows.check_counted()
     _check_processes(windows, keeps_progress=bool(checkpoint or resume))
     identity = ModelIdentity.of(model.config, tokenizer, anatomy, revision=getattr(model.config, "_commit_hash", None))
     counts = _token_counts(windows, unigram_counts, identity.tokenizer_size)

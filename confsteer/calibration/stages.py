@@ -38,7 +38,7 @@ class FoldedLayer(NamedTuple):
     weights: WeightStatistics
     unigram: Unigram
     cosine: Tensor
-    """Of each neuron's write to the logits with the unigram direction, float64 ``[n_neurons]``."""
+    """Cosine of each neuron's write to the logits with the unigram direction, float64 ``[n_neurons]``."""
     chance_cosine: float
     """Exceeded by the luckiest of as many random directions 1 time in 20."""
 
@@ -53,7 +53,7 @@ class Responses(NamedTuple):
     reported: ReportedEffects
     """In the order of the dials."""
     curves: dict[Dial, ResponseMeans]
-    """Of each dial that has neurons."""
+    """Curve of each dial that has neurons."""
     entropy: float
     """Mean output entropy of the unsteered model, in nats."""
     loss: float
@@ -90,7 +90,7 @@ def measure_activations(passes: Passes, layer: FoldedLayer, identity: ModelIdent
     for batch in passes.over("activations", moments, label="1/3 activations"):
         moments.update(batch.activations)
     if moments.count == 0:
-        raise CorpusError("no token of the text counts: its windows are too short")
+        raise CorpusError("no token of the text counts")
     if not (moments.mean.isfinite().all() and moments.std.isfinite().all()):
         raise UnsupportedModelError(
             f"the activations of {identity.id} are not finite on this text: its weights are damaged, or too large for "
@@ -161,7 +161,7 @@ def _empty_curves(
 
 
 def _push(chosen: Chosen, moments: ActivationMoments) -> Tensor:
-    """What position 1 of a dial adds to each activation: the neuron's standard deviation, signed; float32 ``[n_neurons]``."""
+    """Compute what position 1 of a dial adds to each activation: its standard deviation, signed; float32 ``[n_neurons]``."""
     on_dial = torch.zeros_like(moments.std)
     on_dial[chosen.neurons] = 1
     return (chosen.slope.sign() * moments.std * on_dial).float()
