@@ -102,6 +102,7 @@ def calibrate(
     windows = make_windows(texts, tokenizer, window=window, max_tokens=tokens, source=source)
     check_context(windows.window, model.config)
     check_ids(windows.token_ids, anatomy.vocab_size)
+    windows.check_counted()
     _check_processes(windows, keeps_progress=bool(checkpoint or resume))
 
     # What the result depends on: an interrupted run of the same goes on.

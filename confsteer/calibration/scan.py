@@ -16,10 +16,10 @@ from confsteer.profile.store import WEIGHT_COLUMNS
 
 
 class Scan(NamedTuple):
-    """What `scan` found, and what it read for that."""
+    """Profile that `scan` made, and what it read for that."""
 
     profile: Profile
-    """Of the weights alone: no corpus, no neurons, no dials."""
+    """Profile of the weights alone: no corpus, no neurons, no dials."""
     tensors: tuple[str, ...]
     """Names of the tensors read, as in the checkpoint."""
     bytes_read: int
@@ -38,7 +38,7 @@ def scan(
     trust_remote_code: bool = False,
     progress: bool = False,
 ) -> Scan:
-    """What a model's weights alone say about the neurons of its last MLP, without building the model.
+    """Read what a model's weights alone say about the neurons of its last MLP, without building the model.
 
     Of the checkpoint only the unembedding, the final norm and the last MLP's output projection are read. Where they are is
     known from the table of families or from the structure of the model, which is laid out without weights; the numerical

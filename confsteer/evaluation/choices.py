@@ -28,7 +28,7 @@ from confsteer.results.bootstrap import Blocks
 from confsteer.results.result import Result
 from confsteer.steering import Steering
 from confsteer.text.questions import Question
-from confsteer.text.windows import context_length
+from confsteer.text.windows import context_length, surrounding_ids
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.1, 1e4
 """Temperatures between which fits look. Answers no better than chance are best at the hottest, where all choices are alike."""
@@ -202,7 +202,8 @@ def encode(
     """Tokenize the prompt and each choice, as lm-eval splits them, and say whether a prompt lost its beginning.
 
     Prompt and choice are tokenized together, and what comes after as many tokens as the prompt has by itself is the choice.
-    BOS is where the tokenizer puts it, and is the first to be lost.
+    BOS is where the tokenizer puts it, and is the first to be lost. EOS, where the tokenizer ends texts with it, would stand
+    between prompt and choice, and is left out.
 
     Args:
         question: to be answered.
@@ -213,9 +214,11 @@ def encode(
     Raises:
         CorpusError: a choice has no token of its own, or more than the model can read.
     """
+    _, after = surrounding_ids(tokenizer)
 
     def ids(text: str) -> list[int]:
-        return list(tokenizer(text, verbose=False)["input_ids"])
+        whole = list(tokenizer(text, verbose=False)["input_ids"])
+        return whole[: len(whole) - len(after)]
 
     prompt, sequences, truncated = ids(question.prompt), [], False
     for choice, continuation in zip(question.choices, question.continuations, strict=True):

@@ -71,9 +71,11 @@ class Reader:
 
         Raises:
             SettingError: the windows are longer than the model's context.
+            CorpusError: no token of the text counts.
             SteeringError, UnsupportedModelError: see `confsteer.model.states.check_closed_form`.
         """
         check_context(windows.window, self.model.config)
+        windows.check_counted()
         label = f"read {windows.source}"[:40]
         with tqdm(total=windows.n_tokens, desc=label, unit="tok", unit_scale=True, disable=not progress) as bar:
             states = record(self.model, self.anatomy, windows, self.neurons, self.device, bar.update, self.readout)

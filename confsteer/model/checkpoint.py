@@ -42,9 +42,9 @@ class LastLayer(NamedTuple):
     commit: str | None
     """On the hub, where there is one."""
     anatomy: Anatomy
-    """Of a model without weights but for those read."""
+    """Last layer of a model without weights but for those read."""
     tensors: dict[str, Tensor]
-    """What was read, by the names in the checkpoint."""
+    """Tensors that were read, by the names in the checkpoint."""
     bytes_read: int
     """Size of these tensors in the checkpoint."""
     bytes_total: int | None

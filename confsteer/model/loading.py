@@ -189,6 +189,6 @@ def load_tokenizer(
 
 
 def reason(error: Exception) -> str:
-    """What transformers says, which may go on for pages and begin with a blank line, on one line."""
+    """Put what transformers says on one line; it may go on for pages and begin with a blank line."""
     words = " ".join(str(error).split()) or type(error).__name__
     return words if len(words) <= 300 else words[:299] + "…"

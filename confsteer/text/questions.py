@@ -9,7 +9,8 @@ from string import ascii_uppercase
 from typing import Any, NamedTuple
 
 from confsteer.errors import CorpusError
-from confsteer.text.sources import json_kind, read_records
+from confsteer.text.sources import read_records
+from confsteer.text.windows import json_kind
 
 FIELDS = {
     "question": ("question",),
@@ -17,7 +18,7 @@ FIELDS = {
     "answer": ("answer", "label"),
     "passage": ("passage", "context"),
 }
-"""What a record may call each part: the first that it has and that is not null."""
+"""Names that a record may give each part: the first that it has and that is not null."""
 
 
 class Question(NamedTuple):
@@ -29,22 +30,22 @@ class Question(NamedTuple):
     answer: int
     """Index of the right choice."""
     passage: str = ""
-    """What the question is about; empty if it stands alone."""
+    """Text that the question is about; empty if it stands alone."""
 
     @property
     def prompt(self) -> str:
-        """What the model reads before a choice, in the words of lm-eval's ARC and SciQ."""
+        """Put what the model reads before a choice in the words of lm-eval's ARC and SciQ."""
         passage = f"{self.passage}\n" if self.passage else ""
         return f"{passage}Question: {self.question}\nAnswer:"
 
     @property
     def continuations(self) -> tuple[str, ...]:
-        """What each choice adds to the prompt."""
+        """Put what each choice adds to the prompt."""
         return tuple(f" {choice}" for choice in self.choices)
 
 
 def read_questions(paths: Sequence[Path]) -> list[Question]:
-    """Questions of JSON files and folders: JSON lines, or a JSON list.
+    """Read questions of JSON files and folders: JSON lines, or a JSON list.
 
     A record is ``{"question": "…", "choices": ["…", …], "answer": …}``, the answer being the text of a choice, its letter (A
     for the first) or its index (0 for the first), and may have a ``"passage"``. The names that `FIELDS` lists do as well, so
@@ -102,7 +103,7 @@ def _text(value: Any, what: str, where: str, *, empty: bool = False) -> str:
 
 
 def _answer(answer: Any, choices: Sequence[str], where: str) -> int:
-    """Index of the choice that is meant."""
+    """Find the choice that is meant, by index."""
     letters = ascii_uppercase[: len(choices)]
     if isinstance(answer, str):
         meant = {i for i, choice in enumerate(choices) if choice == answer.strip()}

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from confsteer.errors import CorpusError
 from confsteer.files import MAX_DOCUMENT_BYTES
-from confsteer.text.windows import Document, Windows, make_windows
+from confsteer.text.windows import Document, Windows, json_kind, make_windows, message_texts
 
 FilePath = str | os.PathLike[str]
 
@@ -36,7 +36,7 @@ class TextSource(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str | None = None
-    """What reports call it; made of the rest if None."""
+    """Name in reports; made of the rest if None."""
     text: tuple[Path, ...] = ()
     """Files and folders, see `read_texts`."""
     bundled: Literal["calibration", "held-out"] | None = None
@@ -46,7 +46,7 @@ class TextSource(BaseModel):
     config: str | None = None
     split: str | None = None
     field: str | None = None
-    """What a JSON object calls its text."""
+    """Name of the text in a JSON object."""
     chat: bool = False
     """Whether documents are conversations."""
     join: bool = False
@@ -62,7 +62,7 @@ class TextSource(BaseModel):
 
     @property
     def title(self) -> str:
-        """Its name, or one made of where it comes from."""
+        """Take its name, or make one of where it comes from."""
         if self.name:
             return self.name
         if self.dataset:
@@ -75,7 +75,7 @@ class TextSource(BaseModel):
         return where.encode(errors="replace").decode() + (" (conversations)" if self.chat else "")
 
     def documents(self) -> Iterable[Document]:
-        """Its documents.
+        """Read its documents.
 
         Raises:
             CorpusError: see `read_texts` and `read_dataset`.
@@ -88,14 +88,14 @@ class TextSource(BaseModel):
         return read_texts(self.text, field=self.field, chat=self.chat)
 
     def windows(self, tokenizer: PreTrainedTokenizerBase, window: int, tokens: int | None) -> Windows:
-        """Its windows; see `confsteer.text.windows.make_windows`."""
+        """Cut its windows; see `confsteer.text.windows.make_windows`."""
         return make_windows(
             self.documents(), tokenizer, window=window, max_tokens=tokens, cross_documents=self.join, source=self.title
         )
 
 
 def by_title(sources: Sequence[TextSource]) -> dict[str, TextSource]:
-    """Texts by what reports call them.
+    """Order texts by what reports call them.
 
     Raises:
         CorpusError: two have the same title.
@@ -135,7 +135,7 @@ def read_texts(paths: FilePath | Sequence[FilePath], *, field: str | None = None
 def read_dataset(
     name: str, *, config: str | None = None, split: str = DEFAULT_SPLIT, field: str | None = None, chat: bool = False
 ) -> Iterator[Document]:
-    """Documents of a dataset on the hub or in a local folder, streamed.
+    """Read documents of a dataset on the hub or in a local folder, streamed.
 
     Args:
         name: hub id or folder.
@@ -167,7 +167,7 @@ def read_dataset(
 
 
 def read_records(paths: Sequence[Path], what: str) -> Iterator[tuple[str, Any]]:
-    """What JSON files and folders hold, one record at a time, each with the file and the line it is from.
+    """Read what JSON files and folders hold, one record at a time, each with the file and the line it is from.
 
     Args:
         paths: files and folders as of `read_texts`.
@@ -180,7 +180,7 @@ def read_records(paths: Sequence[Path], what: str) -> Iterator[tuple[str, Any]]:
 
 
 def python_docs(part: Literal["calibration", "held-out"]) -> list[str]:
-    """Half of the language reference that ships with CPython (`pydoc_data.topics`), one document per topic.
+    """Read half of the language reference that ships with CPython (`pydoc_data.topics`), one document per topic.
 
     English prose that is on every machine: the text of the demonstration. Its topics go to the two parts in turn. Topics
     repeat each other, so a paragraph stays only where it comes first: the parts share no text beyond short phrases.
@@ -197,7 +197,7 @@ def python_docs(part: Literal["calibration", "held-out"]) -> list[str]:
 
 
 def _files(path: Path, suffixes: Sequence[str]) -> list[Path]:
-    """The path itself, or what is below it."""
+    """List the path itself, or what is below it."""
     try:
         mode = path.stat().st_mode
     except OSError as error:
@@ -222,7 +222,7 @@ def _json_files(paths: Sequence[Path], what: str) -> list[Path]:
 
 
 def _suffix(file: Path) -> str:
-    """What the file is, under the compression."""
+    """Tell what the file is, under the compression."""
     name = file.name.lower()
     return Path(name.removesuffix(".gz")).suffix
 
@@ -243,7 +243,7 @@ def _read_file(file: Path, what: str) -> Iterator[tuple[str, Any]]:
 
 
 def _records(stream: BufferedIOBase, file: Path) -> Iterator[tuple[str, Any]]:
-    """What the file holds, each with where that is. Of JSON lines no more is read than is asked for."""
+    """Read what the file holds, each with where that is. Of JSON lines no more is read than is asked for."""
     suffix = _suffix(file)
     if suffix in JSON_LINES_SUFFIXES:
         for number in count(start=1):
@@ -265,7 +265,7 @@ def _records(stream: BufferedIOBase, file: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _read(read: Callable[[int], bytes], where: str) -> bytes:
-    """A file or a line of one, which goes into memory as a whole, however few tokens are asked for."""
+    """Read a file or a line of one, which goes into memory as a whole, however few tokens are asked for."""
     content = read(MAX_DOCUMENT_BYTES + 1)
     if len(content) > MAX_DOCUMENT_BYTES:
         raise CorpusError(
@@ -298,7 +298,7 @@ def _parse(content: bytes, where: str) -> Any:
 
 
 def _document(record: Any, where: str, field: str | None, chat: bool) -> Document:
-    """The document in a record: the record itself, or its field."""
+    """Take the document in a record: the record itself, or its field."""
     field = field or ("messages" if chat else "text")
     document = record
     if isinstance(record, dict):
@@ -308,13 +308,10 @@ def _document(record: Any, where: str, field: str | None, chat: bool) -> Documen
     if chat:
         if not (isinstance(document, list) and document and all(isinstance(m, dict) and "role" in m for m in document)):
             raise CorpusError(f"{where} is not a list of messages with 'role' and 'content'")
+        message_texts(document, where)
         return document
+    if document is None:
+        raise CorpusError(f"{where} is null, not a string: leave records without text out")
     if not isinstance(document, str):
         raise CorpusError(f"{where} is {json_kind(document)}, not a string")
     return document
-
-
-def json_kind(value: Any) -> str:
-    """What JSON calls a value."""
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a truth value", type(None): "null"}
-    return names.get(type(value), "a number")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, Literal, NamedTuple
@@ -24,11 +24,15 @@ MIN_DOCUMENTS = 20
 """That can be resampled, or shared out over splits; of a text that has fewer it is windows."""
 PART_CHARACTERS = 1_000_000
 """A longer text is tokenized in parts: a tokenizer needs about a hundred bytes per token of what it is given at once."""
+MOST_PROBES = 100
+"""Words tried to tell a text's own tokens from those around them; one does, but for tokenizers of a few words."""
 
 
 Conversation = Sequence[Mapping[str, Any]]
-"""Messages with ``role`` and ``content``, as a chat template takes them."""
+"""Messages with ``role`` and ``content``, which is a string, null, or a list of parts of type ``text``."""
 Document = str | Conversation
+PLACEHOLDER = "confsteer-content"
+"""Stands for a message's content, to see what a template does with a string."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +48,12 @@ class WindowBatch:
 
     @property
     def targets(self) -> Tensor:
-        """The token that follows each kept position, ``[kept tokens]``."""
+        """Take the token that follows each kept position, ``[kept tokens]``."""
         return self.input_ids.roll(-1, dims=1)[self.kept]
 
     @property
     def window(self) -> Tensor:
-        """Index within the batch of the window each kept position is in, ``[kept tokens]``."""
+        """Number, within the batch, the window each kept position is in, ``[kept tokens]``."""
         return self.kept.nonzero()[:, 0]
 
 
@@ -66,9 +70,9 @@ class Windows:
     window: int
     """Tokens in the longest window there may be."""
     source: str
-    """What the text was, for the profile."""
+    """A description of the text, for the profile."""
     document: NDArray[np.int64]
-    """Which document each window is of, ``[windows]``; windows that cross documents are all of one."""
+    """Number of the document that each window is of, ``[windows]``; windows that cross documents are all of one."""
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -86,7 +90,7 @@ class Windows:
 
     @property
     def blocks(self) -> tuple[NDArray[np.int64], Literal["documents", "windows"]]:
-        """What of the text is unlike the rest, by window ``[windows]``, and what that is.
+        """Number what of the text is unlike the rest, by window ``[windows]``, and name it.
 
         Documents, if there are `MIN_DOCUMENTS`; windows of a text that has fewer.
         """
@@ -95,13 +99,13 @@ class Windows:
         return np.arange(len(self)), "windows"
 
     def counts(self, vocab_size: int) -> Tensor:
-        """How often each token occurs, control tokens not counted, ``[vocab_size]`` int64."""
+        """Count how often each token occurs, control tokens left out, ``[vocab_size]`` int64."""
         counts = np.bincount(self.token_ids, minlength=vocab_size)
         counts[[i for i in self.special_ids if i < len(counts)]] = 0
         return torch.from_numpy(counts)
 
     def batches(self, batch_size: int) -> Iterator[WindowBatch]:
-        """The windows in order, `batch_size` at a time."""
+        """Yield the windows in order, `batch_size` at a time."""
         for first in range(0, len(self), batch_size):
             last = min(first + batch_size, len(self))
             windows = [self.token_ids[self.starts[i] : self.starts[i + 1]] for i in range(first, last)]
@@ -117,8 +121,19 @@ class Windows:
                 torch.from_numpy(self._kept(input_ids, attention_mask)),
             )
 
+    def check_counted(self) -> None:
+        """
+        Raises:
+            CorpusError: no position counts.
+        """
+        if not any(bool(batch.kept.any()) for batch in self.batches(1)):
+            raise CorpusError(
+                f"{self.source}: no token counts: after the first {FIRST_POSITIONS} of a window there are only control tokens, "
+                "and the token after each. Give text that the tokenizer does not read as special tokens"
+            )
+
     def _kept(self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Without the first positions, the last of each window, control tokens and the token after these."""
+        """Leave out the first positions, the last of each window, control tokens and the token after these."""
         kept = attention_mask.astype(bool)
         kept[:, :-1] &= attention_mask[:, 1:].astype(bool)
         kept[:, -1] = False
@@ -133,7 +148,7 @@ class TokenizedDocument(NamedTuple):
     """A document as `cut_windows` takes it."""
 
     start: Sequence[int]
-    """What each of its windows begins with: BOS, or nothing."""
+    """Ids that each of its windows begins with: BOS or the like, or none."""
     token_ids: Iterable[int]
     """The rest; it is read no further than needed."""
 
@@ -149,15 +164,16 @@ def make_windows(
 ) -> Windows:
     """Tokenize documents into windows.
 
-    Every window of a text starts with BOS if the tokenizer starts texts with it. A conversation becomes what the model is
-    served: the ids of the tokenizer's chat template, nothing added; if they start with BOS, so do the windows that continue
-    it. All turns count, the user's as well: few templates tell which tokens are the assistant's. What templates put around
-    turns does not count where it is a control token (see `control_ids`).
+    Every window of a text starts with what the tokenizer puts in front of texts, such as BOS. A conversation becomes what the
+    model is served: the ids of the tokenizer's chat template, nothing added; if they start with the same, so do the windows
+    that continue it. Content that is null or in parts is given in the form that the template takes. All turns count, the user's
+    as well: few templates tell which tokens are the assistant's. What templates put around turns does not count where it is a
+    control token (see `control_ids`).
 
     Args:
         documents: strings, or conversations; or windows already made, which are returned as they are.
         tokenizer: the model's.
-        window: tokens per window, BOS included.
+        window: tokens per window, those in front included.
         max_tokens: stop here, and read no more documents than that takes; all if None.
         cross_documents: cut texts as pre-training does, joined with EOS between them, so that all windows but the last are
             full.
@@ -165,7 +181,8 @@ def make_windows(
 
     Raises:
         SettingError: `window` or `max_tokens` is too small; or `cross_documents` with conversations, or without an EOS token.
-        CorpusError: there are not enough tokens for one window; or there is no chat template, or it refuses a conversation.
+        CorpusError: there are not enough tokens for one window; or there is no chat template, or it refuses a conversation; or
+            a message has other content than text.
     """
     if isinstance(documents, Windows):
         return documents
@@ -179,9 +196,11 @@ def make_windows(
             elif cross_documents:
                 raise SettingError("conversations are served one by one: windows of them cannot cross documents")
             else:
-                ids = _token_ids(_apply_chat_template(document, tokenizer, number), tokenizer)
-                first = list(islice(ids, 1))
-                yield TokenizedDocument(first, ids) if first == [bos] else TokenizedDocument([], chain(first, ids))
+                ids = _token_ids(_apply_chat_template(document, tokenizer, f"conversation {number}"), tokenizer)
+                # A template may write BOS where the tokenizer puts none.
+                first = list(islice(ids, len(start) or 1))
+                starts = bool(first) and first == (start or [bos])
+                yield TokenizedDocument(first, ids) if starts else TokenizedDocument([], chain(first, ids))
 
     def joined() -> Iterator[int]:
         for number, document in enumerate(tokenized()):
@@ -208,7 +227,7 @@ def cut_windows(
     max_tokens: int | None = None,
     source: str,
 ) -> Windows:
-    """Windows of token ids. A document's last, shorter window is kept if it has `MIN_WINDOW` tokens.
+    """Cut token ids into windows. A document's last, shorter window is kept if it has `MIN_WINDOW` tokens.
 
     Args:
         documents: see `TokenizedDocument`.
@@ -229,6 +248,8 @@ def cut_windows(
     document: list[int] = []
     total = 0
     for number, (start, token_ids) in enumerate(documents):
+        if len(start) >= window:
+            raise SettingError(f"a window of {window} tokens has no room for text after the {len(start)} that start every text")
         ids = iter(token_ids)
         while (max_tokens is None or total + MIN_WINDOW <= max_tokens) and (body := [*islice(ids, window - len(start))]):
             piece = [*start, *body]
@@ -247,13 +268,44 @@ def cut_windows(
 
 
 def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """BOS, if the tokenizer starts texts with it; otherwise nothing."""
-    bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []
+    """Find what the tokenizer puts in front of every text: BOS in most, ``[gMASK]<sop>`` in GLM-4, or nothing."""
+    return surrounding_ids(tokenizer)[0]
+
+
+def surrounding_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Find what the tokenizer puts in front of every text and after it.
+
+    Assumed: these are the same for all texts, and control tokens, so that they do not count.
+
+    Raises:
+        CorpusError: the tokens of a text are others when special tokens are added to them.
+    """
+    possible: set[tuple[tuple[int, ...], tuple[int, ...]]] | None = None
+    for text in islice(_probes(tokenizer), MOST_PROBES):
+        whole, own = tokenizer(text)["input_ids"], tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not own:
+            continue
+        firsts = range(len(whole) - len(own) + 1)
+        found = {(tuple(whole[:i]), tuple(whole[i + len(own) :])) for i in firsts if whole[i : i + len(own)] == own}
+        possible = found if possible is None else possible & found
+        if not possible:
+            break
+        if len(possible) == 1:
+            ((before, after),) = possible
+            return list(before), list(after)
+    raise CorpusError(
+        "what the tokenizer puts in front of a text is not to be told: its tokens are others when special ones are added to them"
+    )
+
+
+def _probes(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    yield from ("a", "1", "the")
+    # An unknown word may become the very token that is put in front; these are known.
+    yield from (str(tokenizer.decode([i])) for i in tokenizer.get_vocab().values())
 
 
 def control_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """BOS, EOS and what else the tokenizer marks as special, such as a chat template's ``<|im_start|>``.
+    """List BOS, EOS and what else the tokenizer marks as special, such as a chat template's ``<|im_start|>``.
 
     At role markers as at BOS no model is asked for the next token: the template writes it. The unknown token is not among
     them: it stands for words of the text.
@@ -263,7 +315,7 @@ def control_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The tokenizer's largest id plus one; a model may have more rows, as padding."""
+    """Take the tokenizer's largest id plus one; a model may have more rows, as padding."""
     return int(max(tokenizer.get_vocab().values())) + 1
 
 
@@ -281,12 +333,12 @@ def check_ids(ids: Tensor | NDArray[np.integer], vocab_size: int) -> None:
 
 
 def context_length(config: PretrainedConfig) -> int | None:
-    """Tokens that a model can read at once; None if it does not say."""
+    """Say how many tokens a model can read at once; None if it does not say."""
     return getattr(config, "max_position_embeddings", None)
 
 
 def _token_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[int]:
-    """Tokens of the text as it stands, part by part; parts end before a space, where words end too."""
+    """Yield the tokens of the text as it stands, part by part; parts end before a space, where words end too."""
     first = 0
     while first < len(text):
         last = first + PART_CHARACTERS
@@ -296,12 +348,103 @@ def _token_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[int]:
         first = last
 
 
-def _apply_chat_template(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, number: int) -> str:
+def message_texts(conversation: Conversation, where: str) -> list[str | None]:
+    """Read the text of each message: of null none, of several parts one under the other, as servers join them.
+
+    Args:
+        conversation: messages.
+        where: they are from, for the message.
+
+    Returns:
+        None for a message without content.
+
+    Raises:
+        CorpusError: a message has other content than text, such as an image.
+    """
+    texts: list[str | None] = []
+    for number, message in enumerate(conversation, start=1):
+        content = message.get("content")
+        if not (content is None or isinstance(content, str | list | tuple)):
+            raise CorpusError(
+                f"{where}: the content of message {number} is {json_kind(content)}, neither text nor a list of parts"
+            )
+        strings: list[str] = []
+        for part in [content or ""] if content is None or isinstance(content, str) else content:
+            string = part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else part
+            if not isinstance(string, str):
+                kind = f"type {part.get('type')!r}" if isinstance(part, Mapping) else json_kind(part)
+                raise CorpusError(
+                    f"{where}: message {number} has a part that is no text ({kind}), and only text is read: leave the "
+                    "conversation out, or that part"
+                )
+            strings.append(string)
+        texts.append("\n".join(strings) if "content" in message else None)
+    return texts
+
+
+def _apply_chat_template(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, where: str) -> str:
+    """Render a conversation, each content in the form that the template takes.
+
+    A template that knows strings alone prints Python of null and of parts; one that knows parts alone prints nothing of a
+    string. Servers give each the form it takes, which shows in what it prints.
+    """
     from jinja2 import TemplateError
 
     if not tokenizer.chat_template:
         raise CorpusError("the tokenizer has no chat template: it is not a chat model's; give plain text")
+    failures = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
+    texts = message_texts(conversation, where)
+    messages = [
+        dict(message) if text is None else {**message, "content": text} for message, text in zip(conversation, texts, strict=True)
+    ]
+
+    def render() -> str:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+
+    def attempt() -> str | None:
+        try:
+            return render()
+        except failures:
+            return None
+
+    rendered = attempt()
+    for message, given, text in zip(messages, conversation, texts, strict=True):
+        is_string = text is None or isinstance(given["content"], str)
+        if text is None or (is_string and rendered is not None and text.strip() in rendered):
+            continue
+        parts = [text] if is_string else given["content"]
+        form = parts and [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
+        if not _takes(message, form, attempt, instead=is_string):
+            message["content"] = text
     try:
-        return str(tokenizer.apply_chat_template([dict(message) for message in conversation], tokenize=False))
-    except (TemplateError, TypeError, ValueError) as error:
-        raise CorpusError(f"the chat template refuses conversation {number}: {error}") from error
+        return render()
+    except failures as error:
+        raise CorpusError(f"the chat template refuses {where}: {error}") from error
+
+
+def _takes(message: dict[str, Any], form: Any, attempt: Callable[[], str | None], *, instead: bool) -> bool:
+    """Give a message its content in another form than a string, and say whether the template knows that form.
+
+    Args:
+        message: gets the content, **in place**.
+        form: null or parts.
+        attempt: renders the conversation; None if the template fails.
+        instead: whether the template must know this form instead of strings, some of which it may have reasons to leave out.
+    """
+    message["content"] = PLACEHOLDER
+    of_a_string = attempt() or ""
+    message["content"] = form
+    rendered = attempt()
+    if rendered is None or (instead and PLACEHOLDER in of_a_string):
+        return False
+    # Python shows: of parts it is unlike any text, of null what stands where a string would.
+    as_python = of_a_string.replace(PLACEHOLDER, str(form)) if PLACEHOLDER in of_a_string else None
+    if rendered == as_python or (form and str(form) in rendered):
+        return False
+    return all(part["text"].strip() in rendered for part in form or ())
+
+
+def json_kind(value: Any) -> str:
+    """Name a value as JSON does."""
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a truth value", type(None): "null"}
+    return names.get(type(value), "a number")

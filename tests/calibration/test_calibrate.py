@@ -244,3 +244,13 @@ def test_a_scan_stands_in_for_the_statistics_of_the_weights(found: Planted, tmp_
     other = planted("llama" if found.model.config.model_type != "llama" else "gpt2").profile
     with pytest.raises(ProfileMismatchError):
         calibrate(scanned=other)
+
+
+def test_a_text_of_control_tokens_says_so() -> None:
+    model, tokenizer, _, profile = planted("llama")
+    for measure in (
+        lambda: confsteer.calibrate(model, tokenizer, ["<eos> " * 100], window=64),
+        lambda: confsteer.evaluate(model, tokenizer, ["<eos> " * 100], profile, [], window=64),
+    ):
+        with pytest.raises(CorpusError, match=r"no token counts: .*only control tokens"):
+            measure()

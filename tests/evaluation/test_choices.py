@@ -92,6 +92,15 @@ def test_log_likelihoods_are_those_of_a_pass_per_choice_of_the_steered_model(mod
         assert [(row > -math.inf).sum().item() for row in ours] == [len(row) for row in theirs]
 
 
+def test_an_end_that_the_tokenizer_puts_after_texts_is_no_part_of_a_choice() -> None:
+    tokenizer, ending = tiny_tokenizer(), tiny_tokenizer()
+    ending.backend_tokenizer.post_processor = TemplateProcessing(single="t9 $A <eos>", special_tokens=[("<eos>", 0), ("t9", 9)])
+    question = Question("t1 t2 t3", ("t4", "t5 t6"), 0)
+    sequences, _ = encode(question, tokenizer, 64)
+    assert [own for _, own in sequences] == [[4], [5, 6]]
+    assert encode(question, ending, 64)[0] == [([9, *context], own) for context, own in sequences]
+
+
 def test_log_likelihoods_are_those_of_lm_eval() -> None:
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM

@@ -142,6 +142,19 @@ def test_what_is_no_conversation_is_named(tmp_path: Path, record: Any) -> None:
         list(read_texts([write(tmp_path / "a.jsonl", [TURNS, record])], chat=True))
 
 
+@pytest.mark.parametrize(("content", "sentence"), [([{"type": "audio"}], "type 'audio'"), (3, "is a number")])
+def test_content_that_is_no_text_is_named_with_its_line(tmp_path: Path, content: Any, sentence: str) -> None:
+    turns = [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, {"role": "assistant", "content": None}]
+    file = write(tmp_path / "a.jsonl", [{"messages": turns}, {"messages": [*turns, {"role": "user", "content": content}]}])
+    with pytest.raises(CorpusError, match=rf"line 2, field 'messages': .*message 3.*{sentence}"):
+        list(read_texts([file], chat=True))
+
+
+def test_null_records_are_named_with_a_way_out(tmp_path: Path) -> None:
+    with pytest.raises(CorpusError, match="line 2, field 'text' is null, not a string: leave records without text out"):
+        list(read_texts([write(tmp_path / "a.jsonl", ["one", {"text": None}])]))
+
+
 def test_a_dataset_is_streamed_by_split_and_field(tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", [{"text": "one", "n": 1}, {"text": "two", "n": 2}])
     write(tmp_path / "validation.jsonl", [{"text": "three", "n": 3}])

@@ -16,7 +16,16 @@ from confsteer import CorpusError, SettingError
 from confsteer.model.loading import DEMO
 from confsteer.text.counts import read_counts
 from confsteer.text.sources import python_docs
-from confsteer.text.windows import FIRST_POSITIONS, MIN_WINDOW, Windows, control_ids, make_windows
+from confsteer.text.windows import (
+    FIRST_POSITIONS,
+    MIN_WINDOW,
+    Windows,
+    control_ids,
+    leading_ids,
+    make_windows,
+    message_texts,
+    surrounding_ids,
+)
 from tests.models import CHAT_TEMPLATE, VOCAB, chat_tokenizer, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -253,3 +262,121 @@ def test_counts_are_read_and_never_unpickled(tmp_path: Path) -> None:
     ):
         with pytest.raises(CorpusError, match=sentence):
             read_counts(tmp_path / name)
+
+
+def with_frame(single: str) -> PreTrainedTokenizerFast:
+    """A tokenizer that puts its own tokens around a text; ``<eos>`` is the unknown word as well, ``t90`` a word."""
+    tokenizer = tiny_tokenizer()
+    tokens = [(token, TOKENIZER.convert_tokens_to_ids(token)) for token in ("<eos>", "t90", "t91")]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=tokens)
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("single", "before", "after"),
+    [
+        ("$A", [], []),
+        ("<eos> $A", [0], []),
+        ("t90 t91 $A", [90, 91], []),
+        ("$A <eos>", [], [0]),
+        ("<eos> t90 $A t90 <eos>", [0, 90], [90, 0]),
+        ("<eos> <eos> $A <eos>", [0, 0], [0]),
+    ],
+)
+def test_windows_start_with_what_the_tokenizer_puts_in_front(single: str, before: list[int], after: list[int]) -> None:
+    tokenizer = with_frame(single)
+    assert surrounding_ids(tokenizer) == (before, after)
+    assert leading_ids(tokenizer) == before
+    words = [i % 80 + 1 for i in range(40)]
+    found = cut(make_windows([text_of(words)], tokenizer, window=16))
+    assert [ids[: len(before)] for ids in found] == [before] * len(found)
+    assert [token for ids in found for token in ids[len(before) :]] == words[: sum(len(ids) - len(before) for ids in found)]
+    assert tokenizer(text_of(words[:10]))["input_ids"] == [*before, *words[:10], *after]
+
+
+def test_a_tokenizer_whose_special_tokens_change_the_text_is_refused() -> None:
+    def tokenize(text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        return {"input_ids": [1, 2, 3] if add_special_tokens else [4, 3]}
+
+    tokenizer: Any = tokenize
+    with pytest.raises(CorpusError, match="not to be told"):
+        surrounding_ids(tokenizer)
+
+
+def test_a_conversation_that_starts_as_texts_do_goes_on_so() -> None:
+    tokenizer = chat_tokenizer("<|start|> <|end|> {% for message in messages %}{{ message.content }} {% endfor %}")
+    frame = TemplateProcessing(single="<|start|> <|end|> $A", special_tokens=[("<|start|>", 94), ("<|end|>", 95)])
+    tokenizer.backend_tokenizer.post_processor = frame
+    found = cut(make_windows([[{"role": "user", "content": "t7 " * 30}]], tokenizer, window=12))
+    assert [ids[:3] for ids in found] == [[94, 95, 7]] * 3
+    assert sum(ids.count(7) for ids in found) == 30
+
+
+def test_a_window_has_room_for_text() -> None:
+    tokenizer = with_frame(" ".join(["t90"] * 12) + " $A")
+    with pytest.raises(SettingError, match="no room for text after the 12 that start every text"):
+        make_windows(["t1 " * 30], tokenizer, window=12)
+
+
+PARTS = [{"type": "text", "text": "t5 t6 "}, {"type": "text", "text": "t7 t8"}]
+PRINTING = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
+TEMPLATES = {
+    "prints": PRINTING,
+    "trims": PRINTING.replace("m.content", "m['content'] | trim"),
+    "adds": PRINTING.replace("m.content", "'' + m.content"),
+    "knows parts": "{% for m in messages %}{{ m.role }} {% if m.content is string %}{{ m.content }} {% else %}"
+    "{% for part in m.content or [] %}{{ part.text }} {% endfor %}{% endif %}{% endfor %}",
+    "knows parts alone": "{% for m in messages %}{{ m.role }} "
+    "{% for part in m.content %}{{ part.text }} {% endfor %}{% endfor %}",
+    "asks for null": "{% for m in messages %}{{ m.role }} {% if m.content is not none %}{{ m.content }}{% endif %} {% endfor %}",
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("content", ["t5 t6 t7 t8", PARTS, ["t5 t6 ", *PARTS[1:]], None, []], ids=str)
+def test_content_is_text_whatever_form_a_template_takes(template: str, content: Any) -> None:
+    tokenizer = chat_tokenizer(TEMPLATES[template])
+    turns = [{"role": "user", "content": "t1 t2 t3 t4 t9"}, {"role": "assistant", "content": content}, CONVERSATIONS[0][0]]
+    (found,) = cut(make_windows([turns], tokenizer))
+    assert found == [92, 1, 2, 3, 4, 9, 93, *([5, 6, 7, 8] if content else []), 92, 1, 2, 3]
+
+
+def test_what_a_template_makes_of_null_and_strings_on_purpose_stays() -> None:
+    calls = chat_tokenizer("{% for m in messages %}{{ 't80 ' * 8 if m.content is none else m.content }} {% endfor %}")
+    assert cut(make_windows([[{"role": "assistant", "content": None}]], calls)) == [[80] * 8]
+    # Thoughts are left out of a string, and would not be of parts.
+    thinking = chat_tokenizer(
+        "{% for m in messages %}{% if m.content is string %}{{ m.content.split('t66')[-1] }} {% else %}"
+        "{% for part in m.content %}{{ part.text }} {% endfor %}{% endif %}{% endfor %}"
+    )
+    assert cut(make_windows([[{"role": "assistant", "content": "t1 t66 " + "t2 " * 9}]], thinking)) == [[2] * 9]
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ([{"type": "image_url", "image_url": {"url": "x"}}], "message 2 has a part that is no text (type 'image_url')"),
+        ([*PARTS, 3], "message 2 has a part that is no text (a number)"),
+        ([{"type": "text", "text": None}], "message 2 has a part that is no text (type 'text')"),
+        ([{"text": "t1"}], "message 2 has a part that is no text (type None)"),
+        ({"type": "text", "text": "t1"}, "the content of message 2 is an object"),
+        (0, "the content of message 2 is a number"),
+        (False, "the content of message 2 is a truth value"),
+    ],
+)
+def test_content_that_is_no_text_is_refused(content: Any, sentence: str) -> None:
+    turns = [*CONVERSATIONS[0][:1], {"role": "assistant", "content": content}]
+    with pytest.raises(CorpusError) as error:
+        make_windows([CONVERSATIONS[0], turns], chat_tokenizer())
+    assert f"conversation 2: {sentence}" in str(error.value)
+
+
+def test_a_message_may_have_no_content() -> None:
+    assert message_texts([{"role": "assistant", "tool_calls": []}, {"role": "user", "content": None}], "here") == [None, ""]
+
+
+def test_a_text_of_control_tokens_says_so() -> None:
+    windows = make_windows(["<eos> " * 40], TOKENIZER, source="ends")
+    with pytest.raises(CorpusError, match=r"ends: no token counts: .*only control tokens"):
+        windows.check_counted()
+    make_windows(["<eos> " * 40, "t1 " * 8], TOKENIZER).check_counted()
