@@ -24,7 +24,7 @@ MIN_DOCUMENTS = 20
 """That can be resampled, or shared out over splits; of a text that has fewer it is windows."""
 PART_CHARACTERS = 1_000_000
 """A longer text is tokenized in parts: a tokenizer needs about a hundred bytes per token of what it is given at once."""
-MOST_PROBES = 100
+MAX_PROBES = 100
 """Words tried to tell a text's own tokens from those around them; one does, but for tokenizers of a few words."""
 
 
@@ -281,7 +281,7 @@ def surrounding_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list
         CorpusError: the tokens of a text are others when special tokens are added to them.
     """
     possible: set[tuple[tuple[int, ...], tuple[int, ...]]] | None = None
-    for text in islice(_probes(tokenizer), MOST_PROBES):
+    for text in islice(_probes(tokenizer), MAX_PROBES):
         whole, own = tokenizer(text)["input_ids"], tokenizer(text, add_special_tokens=False)["input_ids"]
         if not own:
             continue
