@@ -21,7 +21,7 @@ from confsteer.errors import SteeringError, UnsupportedModelError
 from confsteer.last_layer.readout import Readout
 from confsteer.last_layer.states import TokenStates, rows_of
 from confsteer.model.anatomy import Anatomy, LastLayerStates
-from confsteer.model.layers import dtype_name, without_adapter
+from confsteer.model.layers import dtype_name, is_plain, on_device, output_weights, without_adapter
 from confsteer.model.locate import input_device, unwrap
 from confsteer.text.windows import FIRST_POSITIONS, WindowBatch, Windows, check_ids
 
@@ -29,7 +29,7 @@ BATCH_SIZE = 4
 """Windows per forward pass: about a thousand tokens, enough to keep matrix products busy."""
 KEPT_BYTES = 2**30
 """States up to this size are kept for the next pass over the text unless told otherwise; the model runs again for the rest."""
-CHECKED_TOKENS = 16
+CHECKED_TOKENS = 8
 """Tokens of a text on which the closed form is compared with the model: too few to take time."""
 TOLERANCE, HALF_TOLERANCE = 5e-3, 0.1
 """Relative errors of logits that are rounding, in float32 and in half precision."""
@@ -113,47 +113,62 @@ def _forward(
         SteeringError: see `check_closed_form`.
     """
     check_ids(input_ids, anatomy.vocab_size)
-    # The body alone: the unembedding of every position is not needed here.
-    return _watched(model.base_model, model, anatomy, input_ids, attention_mask, **cache)
+    with _unsteered(anatomy):
+        # The body alone: the unembedding of every position is not needed here.
+        return _pass(model.base_model, model, anatomy, input_ids, attention_mask, **cache)
 
 
-def _watched(
+def _pass(
     run: Callable[..., Any], model: PreTrainedModel, anatomy: Anatomy, input_ids: Tensor, attention_mask: Tensor, **cache: Any
 ) -> tuple[LastLayerStates, Any]:
-    """Run a model or its body, and see that nothing changes the activations on their way."""
+    """Run a model or its body."""
     inputs_on = input_device(model)
     received: list[LastLayerStates] = []
-    before: list[tuple[Tensor, int]] = []
+    with torch.no_grad(), anatomy.recording(received.append):
+        output = run(input_ids=input_ids.to(inputs_on), attention_mask=attention_mask.to(inputs_on), **cache)
+    (states,) = received
+    return states, output
+
+
+@contextlib.contextmanager
+def _unsteered(anatomy: Anatomy) -> Iterator[None]:
+    """Within the context no hook may change the activations that the last projection is given.
+
+    Raises:
+        SteeringError: from within the forward pass.
+    """
+    kept: dict[nn.Module, tuple[Tensor, int]] = {}
 
     def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
         activations: Tensor = args[0]
         # In inference mode PyTorch does not count how often a tensor is written into.
         inference = activations.is_inference()
-        before.append((activations.clone(), 0) if inference else (activations, activations._version))
+        kept[module] = (activations.clone(), 0) if inference else (activations, activations._version)
 
-    with torch.no_grad(), anatomy.recording(received.append), contextlib.ExitStack() as stack:
-        # The first of the hooks sees what the model computed, the last what the projection is given.
-        stack.callback(anatomy.down_proj.register_forward_pre_hook(keep, prepend=True).remove)
-        output = run(input_ids=input_ids.to(inputs_on), attention_mask=attention_mask.to(inputs_on), **cache)
-    (states,) = received
-    ((own, version),) = before
-    # Without other hooks they share their memory, and there is nothing to compare.
-    shared = own.data_ptr() == states.activations.data_ptr()
-    given = own.flatten(0, -2).to(states.activations.device)
-    written = not own.is_inference() and own._version != version
-    if written or not (shared or torch.equal(given, states.activations)):
-        raise SteeringError(
-            "the model is being steered: something changes the activations of its last MLP, such as an open steer() context. "
-            "Leave the context first (or remove the hook): measuring compares steerings with the unsteered model by itself"
-        )
-    return states, output
+    def compare(module: nn.Module, args: tuple[Any, ...]) -> None:
+        before, version = kept.pop(module)
+        # Without other hooks it is the same tensor, and there is nothing to compare.
+        written = not before.is_inference() and before._version != version
+        if written or not (args[0] is before or torch.equal(args[0], before)):
+            raise SteeringError(
+                "the model is being steered: something changes the activations of its last MLP, such as an open steer() context. "
+                "Leave the context first (or remove the hook): measuring compares steerings with the unsteered model by itself"
+            )
+
+    with contextlib.ExitStack() as stack:
+        # A context that was opened before an adapter was put around the layer has its hook inside.
+        for module in {anatomy.down_proj, without_adapter(anatomy.down_proj)}:
+            stack.callback(module.register_forward_pre_hook(keep, prepend=True).remove)
+            stack.callback(module.register_forward_pre_hook(compare).remove)
+        yield
 
 
 @torch.no_grad()
 def check_closed_form(model: PreTrainedModel, anatomy: Anatomy, ids: Tensor, readout: Readout | None = None) -> None:
     """Compare the closed form with the model itself on the first `CHECKED_TOKENS` of a text.
 
-    Two passes over these tokens: of the body, as it is measured, and of the whole model, as it is used.
+    Three passes over these tokens: of the body, as it is measured; of the whole model, as it is used; and with a few activations
+    changed.
 
     Args:
         model: the model, as the caller has it: adapters and all.
@@ -164,7 +179,7 @@ def check_closed_form(model: PreTrainedModel, anatomy: Anatomy, ids: Tensor, rea
     Raises:
         SteeringError: the model is being steered.
         UnsupportedModelError: its weights have changed since they were read; adapters on its last projection or unembedding
-            take part; or its logits on this text are not the closed form's.
+            take part; or its logits on this text, or what its neurons write, are not the closed form's.
     """
     name = unwrap(model).config.model_type
     if anatomy.changed_since_readout:
@@ -176,8 +191,8 @@ def check_closed_form(model: PreTrainedModel, anatomy: Anatomy, ids: Tensor, rea
     ids = ids[None, :CHECKED_TOKENS]
     mask, device = torch.ones_like(ids), readout.unembedding.device
     states, _ = _forward(model, anatomy, ids, mask, use_cache=False)
-    with _eagerly():
-        own, output = _watched(getattr(model, "_orig_mod", model), model, anatomy, ids, mask, use_cache=False)
+    with _eagerly(), _unsteered(anatomy):
+        own, output = _pass(getattr(model, "_orig_mod", model), model, anatomy, ids, mask, use_cache=False)
     residual, theirs = own.residual, output.logits.flatten(0, -2)
     exact = all(t.dtype == torch.float32 for t in (states.activations, residual, theirs))
     tolerance = TOLERANCE if exact else HALF_TOLERANCE
@@ -203,6 +218,44 @@ def check_closed_form(model: PreTrainedModel, anatomy: Anatomy, ids: Tensor, rea
             f"{error:.1e}, at most {tolerance:.0e}): a hook, an adapter or a patch changes them. Remove it, or merge it into the "
             "weights and calibrate those"
         )
+    moved, expected = _push(model, anatomy, states, ids, mask, counted)
+    error = _relative_error(moved, expected)
+    if not error < tolerance:
+        raise UnsupportedModelError(
+            f"{name}: on this text a neuron of the last MLP does not move the residual by its output weights (relative error "
+            f"{error:.1e}, at most {tolerance:.0e}): a hook or a patch changes the MLP's output. Remove it, or merge it into the "
+            "weights and calibrate those"
+        )
+
+
+def _push(
+    model: PreTrainedModel, anatomy: Anatomy, states: LastLayerStates, ids: Tensor, mask: Tensor, counted: slice
+) -> tuple[Tensor, Tensor]:
+    """Add as much to every activation; how the residual moves, and how it should, ``[counted tokens, d_model]`` each."""
+    projection, norm = anatomy.down_proj, anatomy.write_norm
+    ones = torch.ones_like(states.activations[:1])
+    with on_device(without_adapter(projection)):
+        if is_plain(projection):
+            write = output_weights(projection).sum(dim=0, dtype=torch.float32).to(ones.device)
+        else:
+            write = (projection(ones) - projection(torch.zeros_like(ones)))[0].float()
+    onto = (states.residual if norm is None or states.mlp_output is None else states.mlp_output)[counted]
+    # As large as what it is added to, so that rounding in half precision stays small beside it.
+    size = float((onto.float().norm(dim=-1).mean() / write.norm().clamp_min(1e-12)).to(ones.dtype))
+
+    def push(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0] + size, *args[1:])
+
+    handle = projection.register_forward_pre_hook(push, prepend=True)
+    try:
+        after, _ = _pass(model.base_model, model, anatomy, ids, mask, use_cache=False)
+    finally:
+        handle.remove()
+    moved = (after.residual.float() - states.residual.float())[counted]
+    if norm is None or states.mlp_output is None:
+        return moved, (anatomy.residual_multiplier * size * write).expand_as(moved)
+    pushed = (onto.float() + size * write).to(onto.dtype)
+    return moved, norm(pushed).float() - norm(onto).float()
 
 
 def _refuse_adapters(anatomy: Anatomy, states: LastLayerStates, name: str) -> None:

@@ -157,6 +157,29 @@ def test_what_happens_to_logits_after_the_first_check_is_noticed() -> None:
     record_continuations(found.model, anatomy, [([1, 2, 3], [4])], torch.arange(2), CPU)
 
 
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "granite", "falcon"])
+def test_what_happens_to_a_neurons_write_after_the_first_check_is_noticed(model_type: str) -> None:
+    model = tiny_model(model_type, {f.model_type: f.config for f in FAMILIES}[model_type])
+    anatomy = dissect(model)
+    mlp = anatomy.last_layer.get_submodule("mlp")
+    direction = torch.nn.functional.normalize(torch.randn(anatomy.d_model), dim=0)
+    for module in (mlp, anatomy.down_proj):
+        # As ablating a direction does it.
+        handle = module.register_forward_hook(lambda m, args, output: output - (output @ direction)[..., None] * direction)
+        with pytest.raises(UnsupportedModelError, match="does not move the residual by its output weights"):
+            check_closed_form(model, anatomy, IDS)
+        handle.remove()
+    check_closed_form(model, anatomy, IDS)
+
+
+def test_a_context_inside_an_adapter_is_noticed() -> None:
+    found = copied()
+    with confsteer.steer(found.model, found.profile, entropy=0.2):
+        model = adapted(found.model, ["down_proj"], init_lora_weights=True)
+        with pytest.raises(SteeringError, match="being steered"):
+            check_closed_form(model, dissect(model), IDS)
+
+
 def test_weights_that_change_after_they_were_folded_are_noticed() -> None:
     found = copied()
     anatomy = dissect(found.model)
@@ -208,7 +231,7 @@ def test_a_recording_is_checked_once_and_runs_the_model_no_more_than_that() -> N
     for _ in range(2):
         list(one.read())
     batches = [batch.input_ids.numel() for batch in windows.batches(4)]
-    assert lengths == [CHECKED_TOKENS, CHECKED_TOKENS, *batches]
+    assert lengths == [CHECKED_TOKENS] * 3 + batches
     assert not any(module._forward_pre_hooks for module in found.model.model.layers.modules())
 
 
