@@ -7,24 +7,25 @@ model otherwise.
 
 from __future__ import annotations
 
-import contextlib
 import weakref
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from confsteer.errors import UnsupportedModelError
 from confsteer.model.anatomy import Anatomy, LastLayerStates
+from confsteer.model.layers import adapters_off, own_arithmetic
 from confsteer.model.locate import locate, probe_ids, probe_logits, unwrap
 
 _verified: weakref.WeakKeyDictionary[nn.Module, Anatomy] = weakref.WeakKeyDictionary()
 
 
 def dissect(model: nn.Module) -> Anatomy:
-    """The `Anatomy` of a loaded causal language model, checked numerically (two short forward passes, once per model).
+    """Find the `Anatomy` of a loaded causal language model, checked numerically (two short forward passes, once per model).
 
-    A PEFT-wrapped model is checked without its adapters.
+    A model with PEFT's adapters is checked without them, and autocast is off.
 
     Raises:
         UnsupportedModelError: with what does not fit.
@@ -32,26 +33,23 @@ def dissect(model: nn.Module) -> Anatomy:
     anatomy = locate(model)
     base = unwrap(model)
     if _verified.get(base) != anatomy:
-        verify(model, anatomy)
+        with own_arithmetic(base), adapters_off(base):
+            verify(base, anatomy)
         _verified[base] = anatomy
     return _verified[base]
 
 
-def verify(model: nn.Module, anatomy: Anatomy) -> None:
-    """Check on the model at hand that its last layer is what `anatomy` says.
+def verify(base: PreTrainedModel, anatomy: Anatomy) -> None:
+    """Check on the model at hand that its last layer is what `anatomy` says; adapters and autocast are to be off.
 
     Raises:
         UnsupportedModelError: logits are not ``unembed(norm(residual))``, or an activation does not move the residual by
             its neuron's write.
     """
-    base = unwrap(model)
     name = base.config.model_type
-    tolerance = 1e-3 if anatomy.dtype == torch.float32 else 5e-2
     ids = probe_ids(anatomy.vocab_size)
     states: list[LastLayerStates] = []
-    # PEFT's own switch where the model has one; elsewhere there is nothing to switch off.
-    without_adapters = getattr(model, "disable_adapter", contextlib.nullcontext)
-    with without_adapters(), anatomy.recording(states.append):
+    with anatomy.recording(states.append):
         logits = probe_logits(base, ids)
         if len(states) != 1:
             raise UnsupportedModelError(
@@ -59,12 +57,15 @@ def verify(model: nn.Module, anatomy: Anatomy) -> None:
                 f"they ran {len(states)} times"
             )
         before = states.pop()
+        # Float32 weights may meet in half precision all the same: autocast inside ``forward``, quantised layers below.
+        halves = {anatomy.dtype, before.activations.dtype} & {torch.bfloat16, torch.float16}
+        tolerance = 5e-2 if halves else 1e-3
         readout = anatomy.readout()
         device = readout.w_out.device
         mlp_output = None if before.mlp_output is None else before.mlp_output.to(device)
         state = readout.state(before.residual.to(device), mlp_output)
-        neurons = torch.linspace(0, anatomy.n_neurons - 1, steps=min(4, anatomy.n_neurons)).long()
-        chosen = torch.zeros(1, anatomy.n_neurons, device=device)
+        neurons = torch.linspace(0, anatomy.n_neurons - 1, steps=min(4, anatomy.n_neurons), device=device).long()
+        chosen = torch.zeros(1, anatomy.n_neurons, dtype=torch.float32, device=device)
         chosen[:, neurons] = 1
         # A push as large as what it is added to, so that rounding in half precision stays small beside it.
         write, onto = readout.w_out, state.residual

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,11 +25,11 @@ def read_norm(norm: nn.Module, d_model: int) -> NormParameters:
     Raises:
         UnsupportedModelError: it computes none of these.
     """
-    with on_device(norm), torch.no_grad():
+    with on_device(norm), torch.no_grad(), own_arithmetic(norm):
         weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
-        like = weight if weight is not None else torch.ones(d_model)
-        generator = torch.Generator().manual_seed(0)
-        probe = torch.randn(4, d_model, generator=generator) + 0.5
+        like = weight if weight is not None else torch.ones(d_model, dtype=torch.float32, device="cpu")
+        generator = torch.Generator("cpu").manual_seed(0)
+        probe = torch.randn(4, d_model, generator=generator, dtype=torch.float32, device="cpu") + 0.5
         # The small rows make epsilon count; float16 would underflow their squares in some implementations.
         probe[2:] *= 1e-2
         probe = probe.to(like.device, like.dtype)
@@ -36,7 +37,8 @@ def read_norm(norm: nn.Module, d_model: int) -> NormParameters:
         # Norms of vLLM that also add the residual give it back beside.
         expected = (answer[0] if isinstance(answer, tuple) else answer).float()
         epsilon = next((float(getattr(norm, n)) for n in ("eps", "variance_epsilon") if hasattr(norm, n)), 1e-5)
-        gains = [torch.ones(d_model, device=like.device)] if weight is None else [weight.float(), 1 + weight.float()]
+        one = torch.ones(d_model, dtype=torch.float32, device=like.device)
+        gains = [one] if weight is None else [weight.float(), 1 + weight.float()]
         tolerance = 1e-4 if like.dtype == torch.float32 else 2e-2
         for centred in (True, False):
             x = probe.float()
@@ -60,8 +62,9 @@ def output_weights(projection: nn.Module) -> Tensor:
         weight = weight_of(projection).detach()
         return weight if isinstance(projection, Conv1D) else weight.T
     inputs, _ = sizes(projection)
-    like = next((t for t in (*projection.parameters(), *projection.buffers()) if t.is_floating_point()), torch.ones(()))
-    with torch.no_grad():
+    floating = (t for t in (*projection.parameters(), *projection.buffers()) if t.is_floating_point())
+    like = next(floating, torch.ones((), dtype=torch.float32, device="cpu"))
+    with torch.no_grad(), own_arithmetic(projection):
         nothing = projection(torch.zeros(1, inputs, device=like.device, dtype=like.dtype))
         units = torch.eye(inputs, device=like.device, dtype=like.dtype).split(UNITS_AT_ONCE)
         return torch.cat([projection(rows) - nothing for rows in units])
@@ -98,8 +101,15 @@ def weight_of(module: nn.Module) -> Tensor:
 
 
 def without_adapter(module: nn.Module) -> nn.Module:
-    """The layer inside a PEFT adapter layer, or the layer itself."""
-    inner = getattr(module, "base_layer", module)
+    """Find the layer inside a PEFT adapter layer, or the layer itself."""
+    inner = without_compiler(getattr(module, "base_layer", module))
+    assert isinstance(inner, nn.Module)
+    return inner
+
+
+def without_compiler(module: nn.Module) -> nn.Module:
+    """Find the module inside what `torch.compile` made of it, or the module itself."""
+    inner = getattr(module, "_orig_mod", module)
     assert isinstance(inner, nn.Module)
     return inner
 
@@ -112,6 +122,38 @@ def on_device(module: nn.Module) -> contextlib.AbstractContextManager[Any]:
 
     aligned: contextlib.AbstractContextManager[Any] = align_module_device(module)
     return aligned
+
+
+def own_arithmetic(module: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """Compute in the precision of the tensors within the context, whatever autocast is on around it."""
+    stack = contextlib.ExitStack()
+    for device_type in {"cpu", execution_device(module).type}:
+        if torch.amp.is_autocast_available(device_type):
+            stack.enter_context(torch.autocast(device_type, enabled=False))
+    return stack
+
+
+def execution_device(module: nn.Module) -> torch.device:
+    """Where a layer computes; weights that accelerate has offloaded are on the meta device, their inputs are not."""
+    hook = getattr(module, "_hf_hook", None)
+    tensors = (tensor.device for tensor in (*module.parameters(), *module.buffers()))
+    return torch.device(getattr(hook, "execution_device", None) or next(tensors, "cpu"))
+
+
+@contextlib.contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Compute without PEFT's adapters within the context, whoever put them there: a `PeftModel`, transformers or the user.
+
+    Merged ones stay: they are in the weights. PEFT's own switches would take them out, and change which weights are trained.
+    """
+    switched = [m for m in model.modules() if getattr(m, "_disable_adapters", None) is False and not getattr(m, "merged", False)]
+    for module in switched:
+        module._disable_adapters = True  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module in switched:
+            module._disable_adapters = False  # type: ignore[assignment]
 
 
 def dtype_name(dtype: torch.dtype) -> str:

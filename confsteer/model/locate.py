@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from confsteer.errors import UnsupportedModelError
 from confsteer.model.anatomy import Anatomy
 from confsteer.model.families import FAMILIES, Family
-from confsteer.model.layers import sizes
+from confsteer.model.layers import sizes, without_adapter, without_compiler
 
 
 def locate(model: nn.Module) -> Anatomy:
@@ -32,7 +32,7 @@ def locate(model: nn.Module) -> Anatomy:
     if unembedding is None:
         raise UnsupportedModelError(f"{type(base).__name__} has no unembedding: it is not a causal language model")
     layers = _last_layers(base, FAMILIES.get(config.model_type))
-    last_layer = layers[-1]
+    last_layer = without_compiler(layers[-1])
     for name, module in last_layer.named_modules():
         if name.split(".")[-1] == "experts" or type(module).__name__.endswith("Experts"):
             raise UnsupportedModelError(
@@ -51,7 +51,7 @@ def locate(model: nn.Module) -> Anatomy:
         last_layer=last_layer,
         down_proj=down_proj,
         final_norm=final_norm,
-        unembedding=unembedding,
+        unembedding=without_compiler(unembedding),
         logit_scale=getattr(config, "logit_scale", None) or 1.0 / getattr(config, "logits_scaling", 1.0),
         residual_multiplier=getattr(config, "residual_multiplier", 1.0),
         softcap=getattr(config, "final_logit_softcapping", None),
@@ -65,7 +65,7 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
     Raises:
         UnsupportedModelError: there is none.
     """
-    inner: Any = getattr(model, "_orig_mod", model)
+    inner: Any = without_compiler(model)
     if not isinstance(inner, PreTrainedModel) and hasattr(inner, "get_base_model"):
         inner = inner.get_base_model()
     if not isinstance(inner, PreTrainedModel):
@@ -81,7 +81,7 @@ def input_device(base: PreTrainedModel) -> torch.device:
 
 def _submodule(parent: nn.Module, path: str) -> nn.Module:
     try:
-        return parent.get_submodule(path)
+        return without_compiler(parent.get_submodule(path))
     except AttributeError as error:
         raise UnsupportedModelError(f"{type(parent).__name__} has no {path}") from error
 
@@ -131,7 +131,9 @@ def _search(
         )
     last = max(i for i, module in enumerate(calls) if module is projections[-1])
     write_norm = next((m for m in calls[last + 1 :] if m in in_last_layer and _is_norm(m)), None)
-    return projections[-1], write_norm, norms[-1]
+    # An adapter reads the activations beside the projection inside of it.
+    adapters = (m for m in in_last_layer if without_adapter(m) is projections[-1] is not m)
+    return next(adapters, projections[-1]), write_norm, norms[-1]
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -143,18 +145,25 @@ def _maps_to(module: nn.Module, d_model: int) -> bool:
 
 
 def probe_ids(vocab_size: int) -> Tensor:
-    return torch.randint(0, vocab_size, (2, 8), generator=torch.Generator().manual_seed(0))
+    return torch.randint(0, vocab_size, (2, 8), generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+
+
+def _eager() -> contextlib.AbstractContextManager[Any]:
+    """Run compiled functions as they were written, where torch can (2.6)."""
+    stance: contextlib.AbstractContextManager[Any] = getattr(torch.compiler, "set_stance", contextlib.nullcontext)("force_eager")
+    return stance
 
 
 def probe_logits(base: PreTrainedModel, ids: Tensor) -> Tensor:
     """Logits ``[batch, positions, vocab]`` in evaluation mode; every module's mode is put back.
 
-    The mask says what models otherwise look for in the ids, which have no values on the meta device.
+    Nothing runs compiled, for code compiled before does not know of hooks that came since. The mask says what models
+    otherwise look for in the ids, which have no values on the meta device.
     """
     modes = [(module, module.training) for module in base.modules()]
     base.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _eager():
             ids = ids.to(input_device(base))
             logits: Tensor = base(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
         return logits

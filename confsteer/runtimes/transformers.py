@@ -11,25 +11,27 @@ from typing import Any, NoReturn, Unpack
 
 import numpy as np
 import torch
-import torch._dynamo
 from torch import Tensor, nn
-from transformers import Cache
+from transformers import PreTrainedModel
 
 from confsteer.errors import SteeringError
 from confsteer.last_layer.edit import edited
 from confsteer.model.dissect import dissect
+from confsteer.model.layers import execution_device
+from confsteer.model.locate import unwrap
 from confsteer.profile.profile import Profile
+from confsteer.runtimes.passes import Asked, Watch, continues, generating, keeps_graphs, recompiled, replaced
 from confsteer.steering import Steering, SteeringFields
 
 Request = Steering | dict[str, Any] | str
-"""What `Steering.parse` takes."""
+"""A steering in any of the forms that `Steering.parse` takes."""
 
 _steered: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _entering = threading.Lock()
 
 
 class Steerer:
-    """What `steer` yields: change the steering while the context is open."""
+    """A model's steering within the context of `steer`; change it while the context is open."""
 
     def __init__(self, profile: Profile, steerings: Sequence[Steering]) -> None:
         self.profile = profile
@@ -37,11 +39,15 @@ class Steerer:
         self.positions = self.steerings[0].positions
         self.by_row = len(steerings) > 1 or self.positions == "generated"
         """Whether edits depend on the row of the batch, or on where in the text a pass is."""
-        self._neurons = torch.tensor([neuron.index for neuron in profile.steerable])
-        self._table = self._build(self.steerings)  # [4, steerings, neurons]: gain, bias, low, high
+        # Tensors made in inference mode could not be trained through or updated outside of it.
+        with torch.inference_mode(False):
+            self._neurons = torch.from_numpy(np.array([neuron.index for neuron in profile.steerable]))
+            self._table = self._build(self.steerings)  # [4, steerings, neurons]: gain, bias, low, high
         self._layer = profile.model.layer
         self._rows = 1
-        self._continues = False
+        self._marked: Tensor | None = None
+        """Positions to steer in this pass, ``[1 or rows, positions]``; None for all."""
+        self._watch = Watch(asks=self.positions == "generated")
 
     def update(self, steering: Request | Sequence[Request] | None = None, /, **request: Unpack[SteeringFields]) -> None:
         """Steer differently from the next forward pass on. Hooks stay in place, so compiled code stays valid.
@@ -73,23 +79,39 @@ class Steerer:
         edits = [self.profile.edit(steering) for steering in steerings]
         return torch.from_numpy(np.stack([np.stack(columns) for columns in zip(*edits, strict=True)]))
 
+    def _move(self, device: torch.device) -> None:
+        """Go where the activations are."""
+        with torch.inference_mode(False):
+            self._neurons, self._table = self._neurons.to(device), self._table.to(device)
+
     def _note_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before the last layer: the batch size of this pass, and whether it continues a cached text."""
+        """Before the last layer: the batch size of this pass, and its positions to steer.
+
+        The first argument is ``[rows, positions, d_model]``, and a cache is among the others: `dissect` ran the model, and
+        transformers hands its caches down.
+        """
         hidden_states: Tensor = args[0] if args else kwargs["hidden_states"]
         self._rows = hidden_states.shape[0]
-        cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
-        self._continues = cache is not None and cache.get_seq_length(self._layer) > 0
         if self._rows % len(self.steerings):
             raise SteeringError(
                 f"{len(self.steerings)} steerings for a batch of {self._rows}: give one, or one per row (beams and returned "
                 "sequences follow their row)"
             )
+        if self.positions == "generated":
+            asked = self._watch.asked
+            if asked is None:
+                # Its own number for each run of backward(), which repeats parts of a pass that are checkpointed.
+                if torch._C._current_graph_task_id() != -1:
+                    raise SteeringError('gradient checkpointing forgets which positions generate: steer with positions="all"')
+                asked = Asked(continues=continues((*args, *kwargs.values()), self._layer))
+            self._marked = generating(asked, hidden_states.shape[1], hidden_states.device)
 
     def _edit(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Before the last MLP projection: ``a' = clip(gain · a + bias, low, high)`` on the profile's neurons."""
+        self._watch.reach()
         activations: Tensor = args[0]
         if self._neurons.device != activations.device:
-            self._neurons, self._table = self._neurons.to(activations.device), self._table.to(activations.device)
+            self._move(activations.device)
         selected = activations.index_select(-1, self._neurons)
         gain, bias, low, high = self._table
         if self.by_row:
@@ -98,12 +120,19 @@ class Steerer:
             per_steering = self._rows // len(self.steerings)
             gain, bias, low, high = (t.repeat_interleave(per_steering, dim=0)[:, None] for t in (gain, bias, low, high))
             after = edited(by_row, gain, bias, low, high)
-            if self.positions == "generated" and not self._continues:
-                after = torch.cat([by_row[:, :-1], after[:, -1:]], dim=1)
+            if self._marked is not None:
+                after = torch.where(self._marked[..., None], after, by_row)
             after = after.reshape(selected.shape)
         else:
             after = edited(selected, gain[0], bias[0], low[0], high[0])
         return (activations.index_copy(-1, self._neurons, after), *args[1:])
+
+    def _refuse_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Stand for a model's continuous batching, which packs requests in an order of its own."""
+        raise SteeringError(
+            f"{len(self.steerings)} steerings cannot be told apart in continuous batching, which packs all requests into one "
+            "row: give one steering for all, or use generate() with a row per request"
+        )
 
 
 @contextlib.contextmanager
@@ -116,8 +145,8 @@ def steer(
 ) -> Iterator[Steerer]:
     """Steer `model` within the context.
 
-    **The model is changed in place** (two forward hooks) when the context is entered, and restored when it is left, however it is
-    left. Without ``with``, nothing happens.
+    **The model is changed in place** (forward hooks, and functions around ``forward``) when the context is entered, and
+    restored when it is left, however it is left. Without ``with``, nothing happens.
 
         with confsteer.steer(model, profile, entropy=+0.3):
             model.generate(**inputs)
@@ -128,8 +157,8 @@ def steer(
     thread at a time may run it. A forked process has a steered model of its own.
 
     Args:
-        model: a transformers causal language model, PEFT-wrapped or compiled too. Compile after entering the context, and
-            use `Steerer.update` to change the steering of compiled code.
+        model: a transformers causal language model, PEFT-wrapped or compiled too. Code that was compiled before is compiled
+            anew in the context; `Steerer.update` changes the steering of compiled code without that.
         profile: the model's profile, or what `Profile.load` takes.
         steering: a `Steering` or what `Steering.parse` takes, or one per row of the batch; or give the keywords of one:
         **request: ``entropy``, ``unigram``, ``scale``, ``shift``, ``clamp``, ``positions``, ``preset``: see `Steering`. None of
@@ -144,20 +173,38 @@ def steer(
     if not isinstance(profile, Profile):
         profile = Profile.load(profile)
     steerer = Steerer(profile, _as_steerings(steering, request))
-    anatomy = dissect(model)
+    anatomy, base = dissect(model), unwrap(model)
     profile.check_model(anatomy)
+    steerer._move(execution_device(anatomy.down_proj))
+    if keeps_graphs(base):
+        raise SteeringError(
+            "this model keeps CUDA graphs that were captured without steering, for continuous batching: call its "
+            "destroy_cached_continuous_batching_manager() first"
+        )
     with contextlib.ExitStack() as stack:
         with _entering:
             if anatomy.down_proj in _steered:
                 raise SteeringError("this model is being steered already: leave that context first, or use its update()")
             _steered.add(anatomy.down_proj)
         stack.callback(_steered.discard, anatomy.down_proj)
-        # Without these guards code compiled for a part of the model that has no hooks serves for one that has.
-        stack.enter_context(torch._dynamo.config.patch(skip_nnmodule_hook_guards=False))
+        stack.callback(_drop_graphs, base)
+        stack.enter_context(recompiled(anatomy.down_proj))
         if steerer.by_row:
+            stack.enter_context(recompiled(anatomy.last_layer))
             stack.callback(anatomy.last_layer.register_forward_pre_hook(steerer._note_pass, with_kwargs=True).remove)
+        if len(steerer.steerings) > 1:
+            stack.enter_context(replaced(base, "init_continuous_batching", steerer._refuse_batching))
         stack.callback(anatomy.down_proj.register_forward_pre_hook(steerer._edit).remove)
+        # Watch last, and stop first: threads may run the model before and after.
+        stack.enter_context(steerer._watch.over(base))
         yield steerer
+
+
+def _drop_graphs(base: PreTrainedModel) -> None:
+    """Leave no CUDA graph that was captured with the steering in it."""
+    model: Any = base
+    if keeps_graphs(base):
+        model.destroy_cached_continuous_batching_manager()
 
 
 def _as_steerings(steering: Request | Sequence[Request] | None, request: SteeringFields) -> Sequence[Steering]:
