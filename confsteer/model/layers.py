@@ -34,7 +34,7 @@ def read_norm(norm: nn.Module, d_model: int) -> NormParameters:
         probe[2:] *= 1e-2
         probe = probe.to(like.device, like.dtype)
         answer = norm(probe)
-        # Norms of vLLM that also add the residual give it back beside.
+        # vLLM's fused norms return (output, residual).
         expected = (answer[0] if isinstance(answer, tuple) else answer).float()
         epsilon = next((float(getattr(norm, n)) for n in ("eps", "variance_epsilon") if hasattr(norm, n)), 1e-5)
         one = torch.ones(d_model, dtype=torch.float32, device=like.device)
@@ -52,7 +52,7 @@ def read_norm(norm: nn.Module, d_model: int) -> NormParameters:
 
 
 def output_weights(projection: nn.Module) -> Tensor:
-    """What a unit of each input adds to the output of a linear layer, ``[inputs, outputs]``.
+    """Read what a unit of each input adds to the output of a linear layer, ``[inputs, outputs]``.
 
     Quantised weights come in many layouts. All of them can be asked: the layer's answer to each unit input, less its answer
     to none, is the row as the model itself uses it.
