@@ -7,6 +7,7 @@ model otherwise.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from typing import Any
 
@@ -20,6 +21,7 @@ from confsteer.model.layers import adapters_off, own_arithmetic
 from confsteer.model.locate import locate, probe_ids, probe_logits, unwrap
 
 _verified: weakref.WeakKeyDictionary[nn.Module, Anatomy] = weakref.WeakKeyDictionary()
+_looking = threading.Lock()
 
 
 def dissect(model: nn.Module) -> Anatomy:
@@ -30,13 +32,14 @@ def dissect(model: nn.Module) -> Anatomy:
     Raises:
         UnsupportedModelError: with what does not fit.
     """
-    anatomy = locate(model)
-    base = unwrap(model)
-    if _verified.get(base) != anatomy:
-        with own_arithmetic(base), adapters_off(base):
-            verify(base, anatomy)
-        _verified[base] = anatomy
-    return _verified[base]
+    # Two threads that look at one model would meet each other's hooks.
+    with _looking:
+        anatomy, base = locate(model), unwrap(model)
+        if _verified.get(base) != anatomy:
+            with own_arithmetic(base), adapters_off(base):
+                verify(base, anatomy)
+            _verified[base] = anatomy
+        return _verified[base]
 
 
 def verify(base: PreTrainedModel, anatomy: Anatomy) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,6 +16,8 @@ from confsteer.errors import UnsupportedModelError
 from confsteer.model.anatomy import Anatomy
 from confsteer.model.families import FAMILIES, Family
 from confsteer.model.layers import sizes, without_adapter, without_compiler
+
+_stance = threading.Lock()
 
 
 def locate(model: nn.Module) -> Anatomy:
@@ -148,10 +152,12 @@ def probe_ids(vocab_size: int) -> Tensor:
     return torch.randint(0, vocab_size, (2, 8), generator=torch.Generator("cpu").manual_seed(0), device="cpu")
 
 
-def _eager() -> contextlib.AbstractContextManager[Any]:
+@contextlib.contextmanager
+def _eager() -> Iterator[None]:
     """Run compiled functions as they were written, where torch can (2.6)."""
-    stance: contextlib.AbstractContextManager[Any] = getattr(torch.compiler, "set_stance", contextlib.nullcontext)("force_eager")
-    return stance
+    # The stance is the whole process's: of two threads the later one would restore what the earlier one set.
+    with _stance, getattr(torch.compiler, "set_stance", contextlib.nullcontext)("force_eager"):
+        yield
 
 
 def probe_logits(base: PreTrainedModel, ids: Tensor) -> Tensor:

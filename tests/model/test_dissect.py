@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -106,6 +107,13 @@ def test_the_structural_search_finds_the_layer_around_an_adapter(model: Any, mon
     assert dissect(wrapped) == from_table
 
 
+def test_threads_may_look_at_one_model_at_once(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("confsteer.model.locate.FAMILIES", {})
+    with ThreadPoolExecutor(4) as threads:
+        first, *others = threads.map(dissect, [model] * 4)
+    assert others == [first] * 3
+
+
 @pytest.mark.parametrize("table", [True, False])
 def test_parts_that_ran_compiled_are_found(model: Any, table: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     def modules(anatomy: Anatomy) -> list[torch.nn.Module]:
@@ -121,6 +129,9 @@ def test_parts_that_ran_compiled_are_found(model: Any, table: bool, monkeypatch:
         model(input_ids=torch.arange(1, 9)[None])
     if not table:
         monkeypatch.setattr("confsteer.model.locate.FAMILIES", {})
-    assert all(map(lambda one, other: one is other, modules(dissect(model)), inside))
+    with ThreadPoolExecutor(4) as threads:
+        for found in threads.map(dissect, [model] * 4):
+            assert all(map(lambda one, other: one is other, modules(found), inside))
+    assert torch._dynamo.eval_frame._stance.stance == "default"
     assert list(map(type, inside)) == list(map(type, expected))
     torch._dynamo.reset()
