@@ -18,7 +18,7 @@ UNITS_AT_ONCE = 1024
 
 
 def read_norm(norm: nn.Module, d_model: int) -> NormParameters:
-    """Kind, gain, bias and epsilon of a norm, decided by what it computes rather than by what it is called.
+    """Read kind, gain, bias and epsilon of a norm, decided by what it computes rather than by what it is called.
 
     LayerNorm and RMSNorm, with gain ``weight``, ``1 + weight`` (Gemma) or none, are tried against the module itself.
 
@@ -71,13 +71,13 @@ def output_weights(projection: nn.Module) -> Tensor:
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether its weight is an ordinary matrix."""
+    """Tell whether its weight is an ordinary matrix."""
     weight = getattr(without_adapter(module), "weight", None)
     return isinstance(weight, Tensor) and type(weight.data) is Tensor and weight.is_floating_point()
 
 
 def sizes(module: nn.Module) -> tuple[int, int]:
-    """Inputs and outputs of a linear layer."""
+    """Count the inputs and outputs of a linear layer."""
     module = without_adapter(module)
     if isinstance(module, Conv1D):
         return module.weight.shape[0], module.weight.shape[1]
@@ -88,7 +88,7 @@ def sizes(module: nn.Module) -> tuple[int, int]:
 
 
 def weights_version(module: nn.Module) -> tuple[Any, ...]:
-    """Changes when the weights of a layer do."""
+    """Name a state of a layer's weights: another name when they change."""
     module = without_adapter(module)
     tensors = (*module.parameters(), *module.buffers())
     return tuple((id(t), None if t.is_inference() else t._version) for t in tensors)
@@ -115,7 +115,7 @@ def without_compiler(module: nn.Module) -> nn.Module:
 
 
 def on_device(module: nn.Module) -> contextlib.AbstractContextManager[Any]:
-    """Weights that accelerate has offloaded are on the meta device; this brings them back for the time of the context."""
+    """Bring weights that accelerate has offloaded back from the meta device for the time of the context."""
     if not hasattr(module, "_hf_hook"):
         return contextlib.nullcontext()
     from accelerate.utils import align_module_device
@@ -134,7 +134,7 @@ def own_arithmetic(module: nn.Module) -> contextlib.AbstractContextManager[Any]:
 
 
 def execution_device(module: nn.Module) -> torch.device:
-    """Where a layer computes; weights that accelerate has offloaded are on the meta device, their inputs are not."""
+    """Find where a layer computes; weights that accelerate has offloaded are on the meta device, their inputs are not."""
     hook = getattr(module, "_hf_hook", None)
     tensors = (tensor.device for tensor in (*module.parameters(), *module.buffers()))
     return torch.device(getattr(hook, "execution_device", None) or next(tensors, "cpu"))
@@ -157,5 +157,5 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """``"float32"`` for ``torch.float32``."""
+    """Name a dtype: ``"float32"`` for ``torch.float32``."""
     return str(dtype).removeprefix("torch.")

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from confsteer.errors import UnsupportedModelError
 from confsteer.model.anatomy import Anatomy
 from confsteer.model.families import FAMILIES, Family
-from confsteer.model.layers import sizes, without_adapter, without_compiler
+from confsteer.model.layers import execution_device, sizes, without_adapter, without_compiler
 
 _stance = threading.Lock()
 
@@ -64,7 +64,7 @@ def locate(model: nn.Module) -> Anatomy:
 
 
 def unwrap(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside a PEFT or `torch.compile` wrapper, or the model itself.
+    """Find the transformers model inside a PEFT or `torch.compile` wrapper, or the model itself.
 
     Raises:
         UnsupportedModelError: there is none.
@@ -78,9 +78,8 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
 
 
 def input_device(base: PreTrainedModel) -> torch.device:
-    """Where token ids go; weights that accelerate has offloaded are on the meta device, their inputs are not."""
-    hook = getattr(base.get_input_embeddings(), "_hf_hook", None)
-    return torch.device(getattr(hook, "execution_device", None) or base.device)
+    """Find where token ids go."""
+    return execution_device(base.get_input_embeddings())
 
 
 def _submodule(parent: nn.Module, path: str) -> nn.Module:
@@ -91,7 +90,7 @@ def _submodule(parent: nn.Module, path: str) -> nn.Module:
 
 
 def _last_layers(base: PreTrainedModel, family: Family | None) -> nn.ModuleList:
-    """The stack of transformer layers: by the table, or the longest list of modules."""
+    """Find the stack of transformer layers: by the table, or the longest list of modules."""
     if family is not None:
         layers = _submodule(base, family.layers)
         if len(layers) == 0:  # type: ignore[arg-type]
@@ -108,7 +107,7 @@ def _last_layers(base: PreTrainedModel, family: Family | None) -> nn.ModuleList:
 def _search(
     base: PreTrainedModel, last_layer: nn.Module, unembedding: nn.Module
 ) -> tuple[nn.Module, nn.Module | None, nn.Module]:
-    """The last projection, the norm on its output and the final norm of a model not in the table, by the order of calls.
+    """Find the last projection, the norm on its output and the final norm by the order of calls.
 
     The final norm is the last module before the unembedding that is callable on the residual as a norm; the projection
     is the last ``Linear`` of the last layer that maps a wider space to ``d_model``. A norm of the layer that is called
@@ -161,7 +160,7 @@ def _eager() -> Iterator[None]:
 
 
 def probe_logits(base: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Logits ``[batch, positions, vocab]`` in evaluation mode; every module's mode is put back.
+    """Compute logits ``[batch, positions, vocab]`` in evaluation mode; every module's mode is put back.
 
     Nothing runs compiled, for code compiled before does not know of hooks that came since. The mask says what models
     otherwise look for in the ids, which have no values on the meta device.

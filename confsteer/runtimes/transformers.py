@@ -69,7 +69,7 @@ class Steerer:
         self.steerings = steerings
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
-        """Neither copied nor pickled, and so is no module that holds its hooks."""
+        """Refuse to be copied or pickled, and so does every module that holds the hooks."""
         raise SteeringError(
             "a model cannot be copied or pickled while it is steered, for nothing would end the steering of the copy: leave the "
             "context first (state_dict() and save_pretrained() may be used in it: they hold the model's own weights)"
@@ -85,7 +85,7 @@ class Steerer:
             self._neurons, self._table = self._neurons.to(device), self._table.to(device)
 
     def _note_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before the last layer: the batch size of this pass, and its positions to steer.
+        """Note, before the last layer, the batch size of this pass and its positions to steer.
 
         The first argument is ``[rows, positions, d_model]``, and a cache is among the others: `dissect` ran the model, and
         transformers hands its caches down.
@@ -100,14 +100,14 @@ class Steerer:
         if self.positions == "generated":
             asked = self._watch.asked
             if asked is None:
-                # Its own number for each run of backward(), which repeats parts of a pass that are checkpointed.
+                # Within backward(), which runs checkpointed layers again, and does not say of which pass.
                 if torch._C._current_graph_task_id() != -1:
                     raise SteeringError('gradient checkpointing forgets which positions generate: steer with positions="all"')
                 asked = Asked(continues=continues((*args, *kwargs.values()), self._layer))
             self._marked = generating(asked, hidden_states.shape[1], hidden_states.device)
 
     def _edit(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Before the last MLP projection: ``a' = clip(gain · a + bias, low, high)`` on the profile's neurons."""
+        """Edit, before the last MLP projection: ``a' = clip(gain · a + bias, low, high)`` on the profile's neurons."""
         self._watch.reach()
         activations: Tensor = args[0]
         if self._neurons.device != activations.device:
