@@ -187,7 +187,7 @@ class Readout:
             w_out = w_out * write.gain
         raw = unembedding.detach().float()
         folded = raw * (norm.gain.detach().float() * logit_scale)
-        logit_bias = torch.zeros(raw.shape[0], device=raw.device)
+        logit_bias = torch.zeros(raw.shape[0], dtype=torch.float32, device=raw.device)
         if norm.bias is not None:
             logit_bias += raw @ norm.bias.detach().float() * logit_scale
         if unembedding_bias is not None:
