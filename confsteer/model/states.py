@@ -190,8 +190,9 @@ def check_closed_form(model: PreTrainedModel, anatomy: Anatomy, ids: Tensor, rea
     readout = anatomy.readout() if readout is None else readout
     ids = ids[None, :CHECKED_TOKENS]
     mask, device = torch.ones_like(ids), readout.unembedding.device
-    states, _ = _forward(model, anatomy, ids, mask, use_cache=False)
+    check_ids(ids, anatomy.vocab_size)
     with _eagerly(), _unsteered(anatomy):
+        states, _ = _pass(model.base_model, model, anatomy, ids, mask, use_cache=False)
         own, output = _pass(getattr(model, "_orig_mod", model), model, anatomy, ids, mask, use_cache=False)
     residual, theirs = own.residual, output.logits.flatten(0, -2)
     exact = all(t.dtype == torch.float32 for t in (states.activations, residual, theirs))
