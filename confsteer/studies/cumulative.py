@@ -122,7 +122,7 @@ def cumulative(
     # Run the model once: the closed form gives every set of neurons.
     with torch.no_grad():
         readout = anatomy.readout(profile.model.tokenizer_size)
-        recording = Recording(model, anatomy, windows, readout.unembedding.device)
+        recording = Recording(model, anatomy, windows, readout.unembedding.device, readout=readout)
         mean = profile.columns["mean_activation"].to(readout.unembedding.device).float()
         sums = _measure(recording, readout, mean, [neurons, *draws], show=progress)
     return CumulativeStudy(

@@ -102,10 +102,15 @@ def bos_ablation(
     neurons = torch.tensor([neuron.index for neuron in profile.entropy_neurons])
     with torch.no_grad():
         readout = anatomy.readout(profile.model.tokenizer_size)
-        # Nothing is kept between the passes: the second runs another model.
-        unsteered = _read(Recording(model, anatomy, windows, readout.unembedding.device), readout, neurons, repeat.half, progress)
+
+        def read() -> _Sums:
+            # A new recording each time: the second pass runs another model.
+            recording = Recording(model, anatomy, windows, readout.unembedding.device, readout=readout)
+            return _read(recording, readout, neurons, repeat.half, progress)
+
+        unsteered = read()
         with ablated(model, anatomy, heads):
-            after = _read(Recording(model, anatomy, windows, readout.unembedding.device), readout, neurons, repeat.half, progress)
+            after = read()
     counted = windows.n_tokens // repeat.sequences - FIRST_POSITIONS - 1 - repeat.half
     n = torch.full((repeat.sequences,), float(counted), dtype=torch.float64)
     return HeadStudy(

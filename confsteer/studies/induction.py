@@ -153,7 +153,7 @@ def induction(
     with torch.no_grad():
         readout = anatomy.readout(profile.model.tokenizer_size)
         for kind, windows in repeated.items():
-            recording = Recording(model, anatomy, windows, readout.unembedding.device)
+            recording = Recording(model, anatomy, windows, readout.unembedding.device, readout=readout)
             sequences = _Sequences(recording, repeat.half, kind, show=progress)
             activations = _measure_activations(sequences, torch.tensor(neurons))
             clips = _clips_at_first_means(sequences, activations)
