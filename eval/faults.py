@@ -289,7 +289,7 @@ def faults(kills: int, seed: int, out: Path) -> None:
     # A forked child must not wait for threads that it does not have.
     torch.set_num_threads(1)
     chance = random.Random(seed)
-    confsteer.loading.load_model = lambda *args, **options: LoadedModel(FOUND.model, FOUND.tokenizer)
+    confsteer.model.loading.load_model = lambda *args, **options: LoadedModel(FOUND.model, FOUND.tokenizer)
     context = {"python": platform.python_version(), **library_versions(), "seed": seed}
     results: dict[str, Any] = {}
     strikes: dict[str, Callable[[Path], dict[str, Any]]] = {
