@@ -15,7 +15,7 @@ from confsteer.discovery.response import ResponseCurve, ResponseMeans, choose_po
 from confsteer.discovery.select import Chosen, select_neurons
 from confsteer.discovery.streaming import ActivationMoments, EffectMeans, ExactEffectMeans, NeuronEffects, ReportedEffects
 from confsteer.discovery.weights import WeightStatistics, weight_statistics
-from confsteer.errors import CorpusError, UnsupportedModelError
+from confsteer.errors import UnsupportedModelError
 from confsteer.last_layer.readout import FullOutputs, Readout
 from confsteer.last_layer.states import TokenStates
 from confsteer.last_layer.unigram import Unigram
@@ -83,14 +83,11 @@ def measure_activations(passes: Passes, layer: FoldedLayer, identity: ModelIdent
     """Measure the mean and the standard deviation of every neuron's activation.
 
     Raises:
-        CorpusError: no token of the text counts.
         UnsupportedModelError: activations are not finite.
     """
     moments = ActivationMoments(layer.readout.n_neurons)
     for batch in passes.over("activations", moments, label="1/3 activations"):
         moments.update(batch.activations)
-    if moments.count == 0:
-        raise CorpusError("no token of the text counts: its windows are too short")
     if not (moments.mean.isfinite().all() and moments.std.isfinite().all()):
         raise UnsupportedModelError(
             f"the activations of {identity.id} are not finite on this text: its weights are damaged, or too large for "

@@ -162,8 +162,6 @@ def read_sample(reader: Reader, windows: Windows, *, progress: bool = False) -> 
         SettingError: its windows are longer than the model's context.
     """
     layer = reader.read(windows, progress=progress)
-    if layer.tokens == 0:
-        raise CorpusError(f"{windows.source}: no token counts: its windows are too short")
     block, unit = windows.blocks
     return Sample(windows.source, layer, torch.from_numpy(block)[layer.states.window.cpu()], unit)
 

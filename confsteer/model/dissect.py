@@ -12,12 +12,12 @@ import weakref
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from confsteer.errors import UnsupportedModelError
 from confsteer.model.anatomy import Anatomy, LastLayerStates
-from confsteer.model.layers import adapters_off, own_arithmetic
+from confsteer.model.layers import adapters_off, own_arithmetic, relative_error
 from confsteer.model.locate import locate, probe_ids, probe_logits, unwrap
 
 _verified: weakref.WeakKeyDictionary[nn.Module, Anatomy] = weakref.WeakKeyDictionary()
@@ -90,20 +90,16 @@ def verify(base: PreTrainedModel, anatomy: Anatomy) -> None:
     if not torch.isfinite(logits).all():
         raise UnsupportedModelError(f"{name}: the model's logits are not finite; its weights may be damaged")
     ours, theirs = readout.logits(state.residual), logits.flatten(0, -2).float().to(device)
-    error = _relative_error(ours - ours.mean(dim=-1, keepdim=True), theirs - theirs.mean(dim=-1, keepdim=True))
+    error = relative_error(ours - ours.mean(dim=-1, keepdim=True), theirs - theirs.mean(dim=-1, keepdim=True))
     if not error < tolerance:
         raise UnsupportedModelError(
             f"{name}: its logits are not its unembedding applied to its final norm (relative error {error:.1e}, at most "
             f"{tolerance:.0e}); something else happens to them"
         )
     moved = readout.centre(after.residual.to(device)) - state.residual
-    error = _relative_error(moved, readout.residual_after(state, push * chosen) - state.residual)
+    error = relative_error(moved, readout.residual_after(state, push * chosen) - state.residual)
     if not error < tolerance:
         raise UnsupportedModelError(
             f"{name}: a neuron of the last MLP does not move the residual by its output weights (relative error {error:.1e}, "
             f"at most {tolerance:.0e}); something else happens to the MLP's output before it is added"
         )
-
-
-def _relative_error(ours: Tensor, theirs: Tensor) -> float:
-    return float((ours - theirs).norm() / theirs.norm().clamp_min(1e-12))

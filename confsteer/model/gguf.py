@@ -1,7 +1,7 @@
 """GGUF files: their metadata, single tensors of them, and what transformers leaves out when it reads one.
 
-The header is read here. The reader of the package ``gguf`` makes an object of every token of the vocabulary, which took
-40 seconds for Gemma's 262,144 where this takes milliseconds. Blocks are dequantised by the package.
+The header is read here: the reader of the package ``gguf`` makes an object of every token of the vocabulary, which takes far
+longer than reading the tensors. Blocks are dequantised by the package.
 """
 
 from __future__ import annotations

@@ -156,6 +156,12 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
             module._disable_adapters = False  # type: ignore[assignment]
 
 
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    """Compare two tensors of one shape: the length of their difference over that of the second."""
+    theirs = theirs.float()
+    return float((ours.float() - theirs).norm() / theirs.norm().clamp_min(1e-12))
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """Name a dtype: ``"float32"`` for ``torch.float32``."""
     return str(dtype).removeprefix("torch.")

@@ -152,7 +152,7 @@ def probe_ids(vocab_size: int) -> Tensor:
 
 
 @contextlib.contextmanager
-def _eager() -> Iterator[None]:
+def eagerly() -> Iterator[None]:
     """Run compiled functions as they were written, where torch can (2.6)."""
     # The stance is the whole process's: of two threads the later one would restore what the earlier one set.
     with _stance, getattr(torch.compiler, "set_stance", contextlib.nullcontext)("force_eager"):
@@ -168,7 +168,7 @@ def probe_logits(base: PreTrainedModel, ids: Tensor) -> Tensor:
     modes = [(module, module.training) for module in base.modules()]
     base.eval()
     try:
-        with torch.no_grad(), _eager():
+        with torch.no_grad(), eagerly():
             ids = ids.to(input_device(base))
             logits: Tensor = base(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
         return logits

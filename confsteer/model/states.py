@@ -21,8 +21,16 @@ from confsteer.errors import SteeringError, UnsupportedModelError
 from confsteer.last_layer.readout import Readout
 from confsteer.last_layer.states import TokenStates, rows_of
 from confsteer.model.anatomy import Anatomy, LastLayerStates
-from confsteer.model.layers import dtype_name, is_plain, on_device, output_weights, without_adapter
-from confsteer.model.locate import input_device, unwrap
+from confsteer.model.layers import (
+    dtype_name,
+    is_plain,
+    on_device,
+    output_weights,
+    relative_error,
+    without_adapter,
+    without_compiler,
+)
+from confsteer.model.locate import eagerly, input_device, unwrap
 from confsteer.text.windows import FIRST_POSITIONS, WindowBatch, Windows, check_ids
 
 BATCH_SIZE = 4
@@ -191,9 +199,9 @@ def check_closed_form(model: PreTrainedModel, anatomy: Anatomy, ids: Tensor, rea
     ids = ids[None, :CHECKED_TOKENS]
     mask, device = torch.ones_like(ids), readout.unembedding.device
     check_ids(ids, anatomy.vocab_size)
-    with _eagerly(), _unsteered(anatomy):
+    with eagerly(), _unsteered(anatomy):
         states, _ = _pass(model.base_model, model, anatomy, ids, mask, use_cache=False)
-        own, output = _pass(getattr(model, "_orig_mod", model), model, anatomy, ids, mask, use_cache=False)
+        own, output = _pass(without_compiler(model), model, anatomy, ids, mask, use_cache=False)
     residual, theirs = own.residual, output.logits.flatten(0, -2)
     exact = all(t.dtype == torch.float32 for t in (states.activations, residual, theirs))
     tolerance = TOLERANCE if exact else HALF_TOLERANCE
@@ -202,7 +210,7 @@ def check_closed_form(model: PreTrainedModel, anatomy: Anatomy, ids: Tensor, rea
             f"{name}: its outputs are not finite on this text: its weights are damaged, or too large for "
             f"{dtype_name(theirs.dtype)} (--dtype float32)"
         )
-    if residual.shape != states.residual.shape or _relative_error(states.residual, residual) > tolerance:
+    if residual.shape != states.residual.shape or relative_error(states.residual, residual) > tolerance:
         raise UnsupportedModelError(
             f"{name}: the whole model reads this text in another way than its body does: {type(model).__name__} adds to it, as "
             "prompt and prefix tuning do. Those cannot be measured; give the model without them"
@@ -212,7 +220,7 @@ def check_closed_form(model: PreTrainedModel, anatomy: Anatomy, ids: Tensor, rea
     counted = slice(FIRST_POSITIONS if ids.shape[1] > FIRST_POSITIONS else 0, None)
     ours = readout.logits(residual[counted].to(device))
     expected = theirs[counted, : readout.vocab_size].float().to(device)
-    error = _relative_error(ours - ours.mean(dim=-1, keepdim=True), expected - expected.mean(dim=-1, keepdim=True))
+    error = relative_error(ours - ours.mean(dim=-1, keepdim=True), expected - expected.mean(dim=-1, keepdim=True))
     if not error < tolerance:
         raise UnsupportedModelError(
             f"{name}: on this text the model's logits are not its unembedding applied to its final norm (relative error "
@@ -220,7 +228,7 @@ def check_closed_form(model: PreTrainedModel, anatomy: Anatomy, ids: Tensor, rea
             "weights and calibrate those"
         )
     moved, expected = _push(model, anatomy, states, ids, mask, counted)
-    error = _relative_error(moved, expected)
+    error = relative_error(moved, expected)
     if not error < tolerance:
         raise UnsupportedModelError(
             f"{name}: on this text a neuron of the last MLP does not move the residual by its output weights (relative error "
@@ -276,17 +284,6 @@ def _refuse_adapters(anatomy: Anatomy, states: LastLayerStates, name: str) -> No
                 f"{name}: the model has adapters (PEFT) on its {place}, which are not part of its weights: merge them first, "
                 "model = model.merge_and_unload(), and calibrate the merged model"
             )
-
-
-def _eagerly() -> contextlib.AbstractContextManager[Any]:
-    """Within the context nothing is compiled for a few tokens; releases of PyTorch before 2.6 cannot be told so."""
-    set_stance = getattr(torch.compiler, "set_stance", None)
-    return contextlib.nullcontext() if set_stance is None else set_stance("force_eager")
-
-
-def _relative_error(ours: Tensor, theirs: Tensor) -> float:
-    theirs = theirs.float()
-    return float((ours.float() - theirs).norm() / theirs.norm().clamp_min(1e-12))
 
 
 def _size(states: TokenStates) -> int:

@@ -23,7 +23,7 @@ from confsteer.errors import ResultError, SteeringError, UnsupportedModelError
 from confsteer.files import sync_folder, temporary_sibling
 from confsteer.model.anatomy import Anatomy
 from confsteer.model.dissect import dissect
-from confsteer.model.layers import dtype_name, output_weights
+from confsteer.model.layers import dtype_name, output_weights, without_compiler
 from confsteer.model.loading import LoadedModel
 from confsteer.model.locate import unwrap
 from confsteer.profile.profile import Profile
@@ -85,7 +85,7 @@ def bake(model: nn.Module, profile: Profile | str | os.PathLike[str], steering: 
     steering = profile.resolve(Steering.parse(steering))
     gain, shift = _linear_edit(steering, profile)
     base = unwrap(model)
-    if getattr(model, "_orig_mod", model) is not base or any(hasattr(module, "base_layer") for module in base.modules()):
+    if without_compiler(model) is not base or any(hasattr(module, "base_layer") for module in base.modules()):
         raise UnsupportedModelError(
             "the model has adapters (PEFT), which are not part of its weights: merge them first, model = "
             "model.merge_and_unload(), and calibrate the merged model"
