@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 
 from confsteer.model.anatomy import Anatomy
@@ -35,7 +36,12 @@ def test_autocast_changes_nothing(model: Any) -> None:
 
 
 def test_a_forward_that_casts_by_itself_is_accepted(model: Any) -> None:
-    assert dissect(Accelerator(cpu=True, mixed_precision="bf16").prepare(model)).dtype == torch.float32
+    # Accelerate keeps the first precision of a process, which another test may have chosen.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        assert dissect(Accelerator(cpu=True, mixed_precision="bf16").prepare(model)).dtype == torch.float32
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_norms_in_another_precision_than_the_projections_are_accepted() -> None:
