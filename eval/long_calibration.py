@@ -31,8 +31,7 @@ from confsteer import Profile
 from confsteer.calibration import stages
 from confsteer.calibration.calibrate import calibrate
 from confsteer.discovery import streaming
-from confsteer.discovery.effects import TokenSlopes
-from confsteer.discovery.exact import TokenEffects
+from confsteer.discovery.exact import TokenEffects, TokenSlopes
 from confsteer.discovery.streaming import ActivationMoments, EffectMeans, NeuronEffects
 from confsteer.model.loading import DEMO_UNIGRAM, load_model
 from confsteer.text.counts import read_counts

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from confsteer.calibration.stages import FoldedLayer, Responses
+from confsteer.calibration.stages import Contenders, FoldedLayer
 from confsteer.discovery.response import ResponseMeans
 from confsteer.discovery.select import Chosen, percentile
 from confsteer.discovery.streaming import ActivationMoments, NeuronEffects, WithError
 from confsteer.profile.profile import Profile
 from confsteer.profile.schema import CorpusIdentity, Layer, Measurement, ModelIdentity, Neuron, Response, library_versions
-from confsteer.steering import DIALS, Dial
+from confsteer.steering import Dial
 from confsteer.text.counts import counts_sha256
 from confsteer.text.windows import Windows
 
@@ -23,9 +24,11 @@ class Measurements(NamedTuple):
 
     moments: ActivationMoments
     effects: NeuronEffects
-    """Effects of every neuron of the layer."""
+    """Effects of every neuron of the layer: of the contenders on all tokens, of the others on the sample."""
+    sample_tokens: int
+    contenders: Contenders
     chosen: dict[Dial, Chosen]
-    responses: Responses
+    curves: dict[Dial, ResponseMeans]
 
 
 def identify_corpus(windows: Windows, counts: Tensor, *, kept_tokens: int) -> CorpusIdentity:
@@ -54,7 +57,7 @@ def assemble_profile(
         measured: the same, by what it does.
         seed: of the random directions behind the chance levels.
     """
-    weights, moments, effects = layer.weights, measured.moments, measured.effects
+    weights, moments, effects, contenders = layer.weights, measured.moments, measured.effects, measured.contenders
     statistics = {
         "norm": weights.norm,
         "logit_variance": weights.logit_variance,
@@ -63,16 +66,12 @@ def assemble_profile(
         "mean_activation": moments.mean,
         "std_activation": moments.std,
     }
-    # The reported effects are in the order of the dials.
-    neurons: dict[Dial, list[Neuron]] = {}
-    row = 0
-    for dial in DIALS:
-        chosen = measured.chosen[dial]
-        neurons[dial] = [
-            _neuron(identity.layer, index, statistics, chosen.slope, _reported(measured.responses, row + i))
-            for i, index in enumerate(chosen.neurons)
-        ]
-        row += len(chosen.neurons)
+    neurons = {
+        dial: tuple(_neuron(identity.layer, i, statistics, chosen.slope, _reported(contenders, i)) for i in chosen.neurons)
+        for dial, chosen in measured.chosen.items()
+    }
+    effect_tokens = torch.full_like(moments.mean, measured.sample_tokens)
+    effect_tokens[contenders.neurons] = contenders.tokens
     return Profile.create(
         model=identity,
         corpus=corpus,
@@ -82,15 +81,16 @@ def assemble_profile(
             null_dims=weights.null_dims,
             chance_null_fraction=weights.chance_null_fraction,
             chance_frequency_cosine=layer.chance_cosine,
-            entropy=measured.responses.entropy,
-            loss=measured.responses.loss,
+            entropy=contenders.measured.entropy,
+            loss=contenders.measured.loss,
         ),
-        entropy_neurons=tuple(neurons["entropy"]),
-        frequency_neurons=tuple(neurons["unigram"]),
-        response={dial: _response(curve) for dial, curve in measured.responses.curves.items()},
+        entropy_neurons=neurons["entropy"],
+        frequency_neurons=neurons["unigram"],
+        response={dial: _response(curve) for dial, curve in measured.curves.items()},
         columns={
             **statistics,
             "singular_values": weights.singular_values,
+            "effect_tokens": effect_tokens,
             **{name: estimate.value for name, estimate in effects._asdict().items()},
             **{f"{name}_standard_error": estimate.standard_error for name, estimate in effects._asdict().items()},
         },
@@ -106,8 +106,9 @@ class _Reported(NamedTuple):
     argmax_changed: float
 
 
-def _reported(responses: Responses, row: int) -> _Reported:
-    effects, uncapped, argmax_changed = responses.reported
+def _reported(contenders: Contenders, neuron: int) -> _Reported:
+    row = contenders.neurons.index(neuron)
+    effects, uncapped, argmax_changed, *_ = contenders.measured
     return _Reported(
         effects=_measurements(effects, row),
         uncapped={} if uncapped is None else _measurements(uncapped, row),

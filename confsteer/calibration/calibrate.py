@@ -17,7 +17,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from confsteer.calibration.assemble import Measurements, assemble_profile, identify_corpus
 from confsteer.calibration.passes import Passes
 from confsteer.calibration.progress import Progress, sample_of_weights
-from confsteer.calibration.stages import choose_neurons, fold_layer, measure_activations, measure_effects, measure_responses
+from confsteer.calibration.stages import (
+    SAMPLE_TOKENS,
+    choose_neurons,
+    fold_layer,
+    measure_activations,
+    measure_contenders,
+    measure_responses,
+    measure_sample,
+)
 from confsteer.defaults import CALIBRATION_TOKENS, SEED, SOURCE, WINDOW
 from confsteer.discovery.frequency import ranks_tokens
 from confsteer.discovery.weights import WeightStatistics
@@ -51,9 +59,10 @@ def calibrate(
 ) -> Profile:
     """Find a model's entropy and token-frequency neurons and measure what turning them does.
 
-    Three passes over the text: mean activations; effects of every neuron; exact effects of the selected neurons and the
-    response curves. The model runs once over as much of it as `confsteer.model.states.KEPT_BYTES` hold, and again in every pass
-    over the rest: memory does not grow with the text, but for four bytes per token.
+    Four passes: mean activations, over all the text; effects of every neuron, over a sample of it; exact effects of the neurons
+    that the sample leaves in question, over all; response curves, over the sample. The model runs once over as much of the text
+    as `confsteer.model.states.KEPT_BYTES` hold, and again over the rest for the third pass: memory does not grow with the text,
+    but for four bytes per token.
 
     In several processes (`confsteer.distributed.init_distributed`) each reads its share of the text, and all return the same
     profile.
@@ -117,14 +126,17 @@ def calibrate(
         readout = anatomy.readout(identity.tokenizer_size)
         weights = None if scanned is None else _weights_of(scanned, identity)
         layer = fold_layer(readout, counts, weights=weights, null_dims=null_dims, seed=seed)
-        recording = Recording(model, anatomy, windows, layer.device, this_process(), readout=readout)
+        recording = Recording(model, anatomy, windows, layer.device, this_process(), readout=readout, sample_tokens=SAMPLE_TOKENS)
         passes = Passes(recording, kept, show=progress)
         moments = measure_activations(passes, layer, identity)
-        effects = measure_effects(passes, layer, moments)
-        chosen = choose_neurons(layer, effects)
-        responses = measure_responses(passes, layer, chosen, moments)
+        sample = measure_sample(passes, layer, moments)
+        contenders = measure_contenders(passes, layer, moments, sample.effects)
+        effects = sample.effects.with_rows(contenders.neurons, contenders.measured.effects)
+        chosen = choose_neurons(layer, effects, contenders.neurons)
+        curves = measure_responses(passes, layer, chosen, moments)
     corpus = identify_corpus(windows, counts, kept_tokens=moments.count)
-    return assemble_profile(identity, corpus, layer, Measurements(moments, effects, chosen, responses), seed=seed)
+    measured = Measurements(moments, effects, sample.tokens, contenders, chosen, curves)
+    return assemble_profile(identity, corpus, layer, measured, seed=seed)
 
 
 def _check_scan(scanned: Profile, anatomy: Anatomy, null_dims: int | None) -> None:

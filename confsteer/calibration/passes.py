@@ -29,7 +29,9 @@ class Passes:
         """
         self._recording, self._progress, self._show = recording, progress, show
 
-    def over(self, name: str, *into: Accumulator, label: str, at_least: int = 0) -> Iterator[TokenStates]:
+    def over(
+        self, name: str, *into: Accumulator, label: str, at_least: int = 0, sample: bool = False
+    ) -> Iterator[tuple[TokenStates, Callable[[float], None]]]:
         """Read the text once.
 
         Args:
@@ -37,12 +39,30 @@ class Passes:
             into: what the caller updates with each batch before it asks for the next.
             label: for the progress bar.
             at_least: tokens in a batch. Batches end where they would have ended without an interruption.
+            sample: whether to read the recording's sample only.
+
+        Yields:
+            The states of a batch; and a function to call with the share of the work on them that is done, for the bar to move
+            before all of it is.
         """
         batches = self._progress.track(name, [tensor for accumulator in into for tensor in accumulator.sums])
         tokens = self._recording.windows.n_tokens // self._recording.process.world_size
         with tqdm(total=tokens, desc=label, unit="tok", unit_scale=True, disable=not self._show) as bar:
-            for group in in_groups(self._recording.read(bar.update, start=int(batches)), at_least):
-                yield join_batches(group)
+            read = 0
+
+            def count(tokens: int) -> None:
+                nonlocal read
+                read += tokens
+
+            batches_of_text = self._recording.read(count, start=int(batches), sample=sample)
+            for group in in_groups(batches_of_text, at_least):
+                first, size = bar.n, read - bar.n
+
+                def move_to(share: float, first: int = first, size: int = size) -> None:
+                    bar.update(first + round(share * size) - bar.n)
+
+                yield join_batches(group), move_to
+                move_to(1)
                 # The caller has added them up by now.
                 batches += len(group)
                 self._progress.write_if_due()
@@ -54,12 +74,12 @@ class Passes:
 
         Args:
             name: of the decision, in the progress file.
-            decide: from the first batch to a tensor whose shape does not depend on it.
+            decide: from the first batch of the sample to a tensor whose shape does not depend on it.
             at_least: tokens in that batch.
         """
 
         def compute() -> Tensor:
-            first = next(in_groups(self._recording.read(), at_least))
+            first = next(in_groups(self._recording.read(sample=True), at_least))
             return broadcast(decide(join_batches(first)))
 
         return self._progress.once(name, compute)

@@ -12,7 +12,7 @@ from confsteer.discovery.effects import ablation_effects
 from confsteer.discovery.frequency import chance_frequency_cosine, frequency_cosine
 from confsteer.discovery.moments import tokens_at_once
 from confsteer.discovery.response import ResponseCurve, ResponseMeans, choose_positions
-from confsteer.discovery.select import Chosen, select_neurons
+from confsteer.discovery.select import Chosen, contenders, select_neurons
 from confsteer.discovery.streaming import ActivationMoments, EffectMeans, ExactEffectMeans, NeuronEffects, ReportedEffects
 from confsteer.discovery.weights import WeightStatistics, weight_statistics
 from confsteer.errors import UnsupportedModelError
@@ -22,10 +22,11 @@ from confsteer.last_layer.unigram import Unigram
 from confsteer.profile.schema import ModelIdentity
 from confsteer.steering import DIALS, Dial
 
-CURVE_TOKENS = 4096
-"""Response curves are measured on about this many tokens, spread evenly over the text.
+SAMPLE_TOKENS = 2560
+"""About so many tokens, spread evenly over the text, tell which neurons could be selected, and what the dials do.
 
-What a dial does differs more from one text to the next than this sample differs from its text.
+All tokens are read for the neurons that could be. What a dial does differs more from one text to the next than this sample
+differs from its text.
 """
 POSITION_SAMPLE = 64
 """Tokens on which the range of each response curve is found."""
@@ -47,17 +48,22 @@ class FoldedLayer(NamedTuple):
         return self.readout.unembedding.device
 
 
-class Responses(NamedTuple):
-    """The neurons reported, measured exactly, and their dials."""
+class Sample(NamedTuple):
+    """Every neuron of the layer, measured on the sample."""
 
-    reported: ReportedEffects
-    """In the order of the dials."""
-    curves: dict[Dial, ResponseMeans]
-    """Response of each dial that has neurons."""
-    entropy: float
-    """Mean output entropy of the unsteered model, in nats."""
-    loss: float
-    """Mean next-token loss of the unsteered model, in nats."""
+    effects: NeuronEffects
+    tokens: int
+    """Tokens they were measured on."""
+
+
+class Contenders(NamedTuple):
+    """The neurons that the sample leaves in question, measured exactly on all tokens."""
+
+    neurons: list[int]
+    measured: ReportedEffects
+    """In the order of `neurons`."""
+    tokens: int
+    """Tokens they were measured on: all."""
 
 
 def fold_layer(
@@ -86,7 +92,7 @@ def measure_activations(passes: Passes, layer: FoldedLayer, identity: ModelIdent
         UnsupportedModelError: activations are not finite.
     """
     moments = ActivationMoments(layer.readout.n_neurons)
-    for batch in passes.over("activations", moments, label="1/3 activations"):
+    for batch, _ in passes.over("activations", moments, label="1/4 activations"):
         moments.update(batch.activations)
     if not (moments.mean.isfinite().all() and moments.std.isfinite().all()):
         raise UnsupportedModelError(
@@ -96,48 +102,50 @@ def measure_activations(passes: Passes, layer: FoldedLayer, identity: ModelIdent
     return moments
 
 
-def measure_effects(passes: Passes, layer: FoldedLayer, moments: ActivationMoments) -> NeuronEffects:
-    """Measure what setting each neuron of the layer to its mean does."""
+def measure_sample(passes: Passes, layer: FoldedLayer, moments: ActivationMoments) -> Sample:
+    """Measure what setting each neuron of the layer to its mean does, on the sample."""
     mean, means = moments.mean.to(layer.device), EffectMeans(layer.readout.n_neurons)
     at_once = tokens_at_once(layer.readout.n_neurons)
-    for batch in passes.over("effects", means, label="2/3 effects", at_least=at_once):
-        effects, slopes = ablation_effects(layer.readout, batch, mean, layer.unigram)
+    for batch, move_to in passes.over("effects", means, label="2/4 all neurons", at_least=at_once, sample=True):
+        effects, slopes = ablation_effects(layer.readout, batch, mean, layer.unigram, on_progress=move_to)
         means.update(effects, batch.window, slopes)
-    return means.result()
+    return Sample(means.result(), means.count)
 
 
-def choose_neurons(layer: FoldedLayer, effects: NeuronEffects) -> dict[Dial, Chosen]:
+def measure_contenders(passes: Passes, layer: FoldedLayer, moments: ActivationMoments, sample: NeuronEffects) -> Contenders:
+    """Measure the neurons that could be selected exactly, and the unsteered model, on all tokens."""
+    readout, device = layer.readout, layer.device
+    neurons = contenders(layer.weights, sample, layer.cosine, layer.chance_cosine)
+    indices = torch.tensor(neurons, dtype=torch.long, device=device)
+    effects = ExactEffectMeans(readout, indices, moments.mean.to(device), layer.unigram)
+    for batch, move_to in passes.over("contenders", effects, label="3/4 contenders"):
+        for outputs, rows in FullOutputs.stream(readout, batch):
+            effects.evaluate(outputs, batch.activations[rows])
+            move_to(rows.stop / len(batch.targets))
+        effects.update(batch.window)
+    return Contenders(neurons, effects.result(), moments.count)
+
+
+def choose_neurons(layer: FoldedLayer, effects: NeuronEffects, among: list[int]) -> dict[Dial, Chosen]:
     """Choose the neurons on each dial; a dial may have none."""
-    selection = select_neurons(layer.weights, effects, layer.cosine, layer.chance_cosine)
+    selection = select_neurons(layer.weights, effects, layer.cosine, layer.chance_cosine, among=among)
     return {"entropy": selection.entropy, "unigram": selection.unigram}
 
 
-def measure_responses(passes: Passes, layer: FoldedLayer, chosen: dict[Dial, Chosen], moments: ActivationMoments) -> Responses:
-    """Measure the chosen neurons exactly, and what each dial does to the output."""
-    readout, device = layer.readout, layer.device
-    neurons = torch.tensor([i for dial in DIALS for i in chosen[dial].neurons], dtype=torch.long, device=device)
-    at_once = tokens_at_once(len(neurons))
-    effects = ExactEffectMeans(readout, neurons, moments.mean.to(device), layer.unigram)
-    baseline = ResponseCurve(readout, torch.zeros(readout.n_neurons, device=device), layer.unigram, torch.zeros(1))
+def measure_responses(
+    passes: Passes, layer: FoldedLayer, chosen: dict[Dial, Chosen], moments: ActivationMoments
+) -> dict[Dial, ResponseMeans]:
+    """Measure on the sample what each dial that has neurons does to the output."""
+    at_once = tokens_at_once(layer.readout.n_neurons)
     curves = _empty_curves(passes, layer, chosen, moments, at_once)
-
-    stride = max(1, moments.count // CURVE_TOKENS)
-    for batch in passes.over("responses", effects, baseline, *curves.values(), label="3/3 responses", at_least=at_once):
-        sampled = _every(stride, batch)
-        for outputs, rows in FullOutputs.stream(readout, batch):
-            baseline.update(outputs)
+    if not curves:
+        return {}
+    for batch, move_to in passes.over("responses", *curves.values(), label="4/4 responses", at_least=at_once, sample=True):
+        for outputs, rows in FullOutputs.stream(layer.readout, batch):
             for curve in curves.values():
-                curve.update(outputs.at(sampled[rows]))
-            effects.evaluate(outputs, batch.activations[rows])
-        effects.update(batch.window)
-
-    unsteered = baseline.result()
-    return Responses(
-        reported=effects.result(),
-        curves={dial: curve.result() for dial, curve in curves.items()},
-        entropy=float(unsteered.entropy),
-        loss=float(unsteered.loss),
-    )
+                curve.update(outputs)
+            move_to(rows.stop / len(batch.targets))
+    return {dial: curve.result() for dial, curve in curves.items()}
 
 
 def _empty_curves(
@@ -162,9 +170,3 @@ def _push(chosen: Chosen, moments: ActivationMoments) -> Tensor:
     on_dial = torch.zeros_like(moments.std)
     on_dial[chosen.neurons] = 1
     return (chosen.slope.sign() * moments.std * on_dial).float()
-
-
-def _every(stride: int, batch: TokenStates) -> Tensor:
-    """Mark every stride-th token of each window, in however many processes and batches the windows come, ``[tokens]`` bool."""
-    in_window = torch.arange(len(batch.window), device=batch.window.device) - torch.searchsorted(batch.window, batch.window)
-    return in_window % stride == 0

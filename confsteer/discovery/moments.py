@@ -6,7 +6,7 @@ work is done on blocks that stay in a core's cache, where it is ten times faster
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -57,6 +57,17 @@ class Tokens(NamedTuple):
         log_z = largest + sums[0].log()
         return cls(state, directions, states.targets, log_z, sums[1] / sums[0] - log_z, sums[2:] / sums[0])
 
+    def at(self, rows: slice) -> Tokens:
+        """Some of the tokens."""
+        return Tokens(
+            self.state.at(rows),
+            self.directions[:, rows],
+            self.targets[rows],
+            self.log_z[rows],
+            self.mean_log_p[rows],
+            self.mean_x[:, rows],
+        )
+
 
 class Chunk(NamedTuple):
     """A block of tokens on a chunk of the vocabulary."""
@@ -73,6 +84,15 @@ class Chunk(NamedTuple):
         log_p = z - tokens.log_z[rows]
         p = log_p.exp()
         return cls(p, log_p.sub_(tokens.mean_log_p[rows]), x - tokens.mean_x[:, rows], z, s)
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies matrices faster in bfloat16 than in float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported())
+    # An old torch cannot tell, and emulates it slowly where the processor has no such instruction.
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return device.type == "cpu" and bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def vocabulary_chunks(readout: Readout, n_tokens: int) -> Iterator[slice]:
@@ -127,10 +147,26 @@ class Moments(NamedTuple):
         """The moments of some of the tokens."""
         return Moments(*(field[..., rows, :] for field in self))
 
+    def of_pairs(self, token: Tensor, neuron: Tensor) -> Moments:
+        """The moments of pairs of a token and a neuron, by index ``[pairs]``: ``[…, pairs]``."""
+        return Moments(*(field[..., token, neuron if field.shape[-1] > 1 else 0] for field in self))
+
     @classmethod
-    def measure(cls, readout: Readout, tokens: Tokens, unigram: Unigram) -> Moments:
+    def measure(
+        cls, readout: Readout, tokens: Tokens, unigram: Unigram, on_progress: Callable[[float], object] = lambda share: None
+    ) -> Moments:
+        """Take the moments of a chunk of tokens.
+
+        Args:
+            readout: the model's last layer.
+            tokens: the tokens.
+            unigram: the corpus's unigram distribution.
+            on_progress: called with the share of the work that is done.
+        """
         n_directions, n = tokens.directions.shape[:2]
         new = tokens.directions.new_zeros
+        # What is squared is part of the second order only: half precision, where it is faster, is precise enough.
+        second_order = torch.bfloat16 if has_fast_bfloat16(new(0).device) else torch.float32
         frequency = unigram.log_frequency.exp()
         # E_p[… u] has the weights p, pl, pv, p x_k, p l x_k; under a softcap the means of u under the unigram distribution
         # and along v differ from token to token too. Few neurons are cheaper one by one than d_model directions.
@@ -162,7 +198,8 @@ class Moments(NamedTuple):
             squares = weights[:2] if readout.softcap is None else weights[-2:]
             u = readout.w_out @ W.T
             linear.flatten(0, 1).addmm_(weights[:n_linear].flatten(0, 1), u.T if few else W)
-            quadratic.flatten(0, 1).addmm_(squares.flatten(0, 1), u.square_().T)
+            quadratic += squares.to(second_order) @ u.square_().to(second_order).T
+            on_progress(columns.stop / readout.vocab_size)
         if not few:
             linear = linear @ readout.w_out.T
         mean_u, cov_lu, mean_uv = linear[:3]

@@ -22,6 +22,8 @@ MIN_SHARE = 0.3
 """At least this share of a selected neuron's total effect goes through the norm (entropy) or the unigram direction."""
 STANDARD_ERRORS = 2.0
 """A selected neuron's share and slope exceed these bounds by this many standard errors."""
+CONTENDER_ERRORS = 3.0
+"""A neuron that a sample leaves short of a bound by more standard errors than this is not looked at again."""
 MAX_SELECTED = 32
 """No more neurons of a kind than this are reported, the largest effects first."""
 
@@ -47,8 +49,17 @@ def percentile(values: Tensor) -> Tensor:
     return 100.0 * torch.searchsorted(ordered, values.contiguous(), right=True).double() / len(values)
 
 
-def _clear(estimate: WithError, bound: float) -> Tensor:
-    return estimate.value - STANDARD_ERRORS * estimate.standard_error > bound
+def _above(estimate: WithError, bound: float, errors: float) -> Tensor:
+    """Whether an estimate exceeds a bound after so many standard errors are added."""
+    # Of a single window there are no errors: nothing is clear, and nothing is ruled out.
+    return estimate.value + errors * estimate.standard_error > bound
+
+
+def _at_high_percentile(effect: WithError, errors: float) -> Tensor:
+    """Whether an effect is at or above `HIGH_PERCENTILE` of the layer's after so many standard errors are added."""
+    ranked = percentile(effect.value) >= HIGH_PERCENTILE
+    lowest = effect.value[ranked].min()
+    return effect.value + (errors * effect.standard_error if errors else 0) >= lowest
 
 
 def _is_signed(slope: WithError) -> Tensor:
@@ -77,6 +88,30 @@ def candidates(weights: WeightStatistics) -> list[int]:
     return _largest_first(_unread_writes(weights), weights.null_fraction * weights.norm)
 
 
+def contenders(weights: WeightStatistics, sample: NeuronEffects, cosine: Tensor, chance_cosine: float) -> list[int]:
+    """Neurons that could be selected by their effects on more text than the sample, ascending.
+
+    Args:
+        weights: statistics of the layer's weights.
+        sample: effects of the layer, measured on a sample of the text.
+        cosine: see `frequency_neurons`.
+        chance_cosine: see `frequency_neurons`.
+    """
+    entropy = _could_be_entropy(weights, sample, CONTENDER_ERRORS)
+    frequency = _could_be_frequency(sample, cosine, chance_cosine, CONTENDER_ERRORS)
+    return (entropy | frequency).nonzero()[:, 0].tolist()
+
+
+def _could_be_entropy(weights: WeightStatistics, effects: NeuronEffects, errors: float) -> Tensor:
+    large = _at_high_percentile(effects.entropy_abs, max(errors, 0))
+    return _unread_writes(weights) & large & _above(effects.mediation, MIN_SHARE, errors)
+
+
+def _could_be_frequency(effects: NeuronEffects, cosine: Tensor, chance_cosine: float, errors: float) -> Tensor:
+    large = _at_high_percentile(effects.frequency, max(errors, 0))
+    return (cosine.abs() > chance_cosine) & large & _above(effects.frequency_mediation, MIN_SHARE, errors)
+
+
 def entropy_neurons(weights: WeightStatistics, effects: NeuronEffects) -> list[int]:
     """Neurons that regulate confidence through the final norm, the largest mean ``|Δentropy|`` first.
 
@@ -85,12 +120,7 @@ def entropy_neurons(weights: WeightStatistics, effects: NeuronEffects) -> list[i
     reads a high norm of the write off a plot as a sign of a large effect; here the effect itself is measured, and a small
     write of a neuron that is very active counts as well.
     """
-    eligible = (
-        _unread_writes(weights)
-        & (percentile(effects.entropy_abs.value) >= HIGH_PERCENTILE)
-        & _clear(effects.mediation, MIN_SHARE)
-        & _is_signed(effects.entropy_slope)
-    )
+    eligible = _could_be_entropy(weights, effects, -STANDARD_ERRORS) & _is_signed(effects.entropy_slope)
     return _largest_first(eligible, effects.entropy_abs.value)
 
 
@@ -103,17 +133,14 @@ def frequency_neurons(effects: NeuronEffects, cosine: Tensor, chance_cosine: flo
         chance_cosine: what the luckiest of as many random directions reaches.
         excluding: neurons that are entropy neurons already: a neuron sits on one dial only.
     """
-    eligible = (
-        (cosine.abs() > chance_cosine)
-        & (percentile(effects.frequency.value) >= HIGH_PERCENTILE)
-        & _clear(effects.frequency_mediation, MIN_SHARE)
-        & _is_signed(effects.unigram_slope)
-    )
+    eligible = _could_be_frequency(effects, cosine, chance_cosine, -STANDARD_ERRORS) & _is_signed(effects.unigram_slope)
     eligible[excluding] = False
     return _largest_first(eligible, effects.frequency.value)
 
 
-def select_neurons(weights: WeightStatistics, effects: NeuronEffects, cosine: Tensor, chance_cosine: float) -> Selection:
+def select_neurons(
+    weights: WeightStatistics, effects: NeuronEffects, cosine: Tensor, chance_cosine: float, *, among: list[int]
+) -> Selection:
     """Choose the neurons of both dials; a neuron that could sit on either is an entropy neuron.
 
     Args:
@@ -121,7 +148,10 @@ def select_neurons(weights: WeightStatistics, effects: NeuronEffects, cosine: Te
         effects: measured effects of the layer.
         cosine: see `frequency_neurons`.
         chance_cosine: see `frequency_neurons`.
+        among: the `contenders`: the others rest on a sample, and are ruled out already.
     """
-    entropy = entropy_neurons(weights, effects)
+    entropy = [i for i in entropy_neurons(weights, effects) if i in among]
     unigram = frequency_neurons(effects, cosine, chance_cosine, excluding=entropy)
-    return Selection(Chosen(entropy, effects.entropy_slope.value), Chosen(unigram, effects.unigram_slope.value))
+    return Selection(
+        Chosen(entropy, effects.entropy_slope.value), Chosen([i for i in unigram if i in among], effects.unigram_slope.value)
+    )

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from confsteer.discovery.effects import TokenSlopes
-from confsteer.discovery.exact import TokenEffects, exact_effects
+from confsteer.discovery.exact import ExactEffects, TokenEffects, TokenSlopes, exact_effects
 from confsteer.last_layer.readout import FullOutputs, Readout
 from confsteer.last_layer.unigram import Unigram
+
+Columns = TypeVar("Columns", TokenEffects, TokenSlopes)
 
 
 class Accumulator(Protocol):
@@ -102,6 +103,14 @@ class NeuronEffects(NamedTuple):
     """``mean d entropy / d activation``: its sign is the neuron's sign on the entropy dial."""
     unigram_slope: WithError
     """``mean −d KL(P_model ‖ P_freq) / d activation``: its sign is the neuron's sign on the unigram dial."""
+
+    def with_rows(self, neurons: list[int], rows: NeuronEffects) -> NeuronEffects:
+        """A copy with the effects of some neurons replaced by `rows`, which are in the order of `neurons`."""
+
+        def replace(column: Tensor, by: Tensor) -> Tensor:
+            return column.index_put((torch.tensor(neurons, dtype=torch.long),), by)
+
+        return NeuronEffects(*(WithError(*map(replace, own, new)) for own, new in zip(self, rows, strict=True)))
 
 
 class EffectMeans:
@@ -197,6 +206,11 @@ class EffectMeans:
         )
 
 
+def _join(parts: Sequence[Columns]) -> Columns:
+    """Join the columns of several stretches of tokens."""
+    return type(parts[0])(*map(torch.cat, zip(*parts, strict=True)))
+
+
 class ReportedEffects(NamedTuple):
     """Exact effects of a few neurons, averaged over tokens."""
 
@@ -205,6 +219,10 @@ class ReportedEffects(NamedTuple):
     """The same of the logits before the softcap, in a model that has one."""
     argmax_changed: Tensor
     """Share of tokens whose most likely next token changes, float64 ``[neurons]``."""
+    entropy: float
+    """Mean output entropy of the unsteered model, in nats."""
+    loss: float
+    """Mean next-token loss of the unsteered model, in nats."""
 
 
 class ExactEffectMeans:
@@ -223,34 +241,37 @@ class ExactEffectMeans:
         self._before_cap = None if readout.softcap is None else dataclasses.replace(self._readout, softcap=None)
         self._means, self._uncapped_means = EffectMeans(len(neurons)), EffectMeans(len(neurons))
         self._changed = torch.zeros(len(neurons), dtype=torch.float64)
-        self._waiting: list[tuple[TokenEffects, Tensor]] = []
+        self._unsteered = torch.zeros(2, dtype=torch.float64)
+        self._waiting: list[ExactEffects] = []
         self._waiting_uncapped: list[TokenEffects] = []
 
     def evaluate(self, outputs: FullOutputs, activations: Tensor) -> None:
         """Evaluate the next tokens of a batch, with activations ``[tokens, n_neurons]`` of all neurons."""
         delta = self._mean.float() - activations[:, self._neurons].float()
-        self._waiting.append(exact_effects(self._readout, outputs, delta, self._unigram))
+        exact = exact_effects(self._readout, outputs, delta, self._unigram)
+        self._waiting.append(exact)
+        self._unsteered += torch.stack([exact.entropy, exact.loss]).double().sum(dim=1).cpu()
         if self._before_cap is not None:
-            self._waiting_uncapped.append(exact_effects(self._before_cap, outputs, delta, self._unigram)[0])
+            self._waiting_uncapped.append(exact_effects(self._before_cap, outputs, delta, self._unigram).effects)
 
     def update(self, window: Tensor) -> None:
         """Add the tokens evaluated since the last call; `window` as `EffectMeans.update` takes it."""
-        capped = [effects for effects, _ in self._waiting]
-        for means, parts in ((self._means, capped), (self._uncapped_means, self._waiting_uncapped)):
-            if parts:
-                means.update(TokenEffects(*map(torch.cat, zip(*parts, strict=True))), window)
-        self._changed += torch.cat([changed for _, changed in self._waiting]).double().sum(dim=0).cpu()
+        effects, slopes, changed, *_ = zip(*self._waiting, strict=True)
+        self._means.update(_join(effects), window, _join(slopes))
+        if self._waiting_uncapped:
+            self._uncapped_means.update(_join(self._waiting_uncapped), window)
+        self._changed += torch.cat(changed).double().sum(dim=0).cpu()
         self._waiting.clear()
         self._waiting_uncapped.clear()
 
     @property
     def sums(self) -> tuple[Tensor, ...]:
-        return self._changed, *self._means.sums, *self._uncapped_means.sums
+        return self._changed, self._unsteered, *self._means.sums, *self._uncapped_means.sums
 
     def pool(self, all_reduce: Callable[[Tensor], Tensor]) -> None:
         self._means.pool(all_reduce)
         self._uncapped_means.pool(all_reduce)
-        self._changed = all_reduce(self._changed)
+        self._changed, self._unsteered = all_reduce(self._changed), all_reduce(self._unsteered)
 
     def result(self) -> ReportedEffects:
         """The averages over all tokens so far."""
@@ -258,4 +279,6 @@ class ExactEffectMeans:
             effects=self._means.result(),
             uncapped=None if self._before_cap is None else self._uncapped_means.result(),
             argmax_changed=self._changed / self._means.count,
+            entropy=float(self._unsteered[0]) / self._means.count,
+            loss=float(self._unsteered[1]) / self._means.count,
         )

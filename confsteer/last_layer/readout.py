@@ -99,6 +99,10 @@ class Move(NamedTuple):
     along: tuple[Tensor, ...]
     write: Tensor
 
+    def at(self, rows: slice) -> Move:
+        """The moves at some of the tokens."""
+        return Move(tuple(along[rows] for along in self.along), self.write[rows])
+
     def linear(self, of_x: Tensor, of_u: Tensor) -> Tensor:
         """A linear functional of the move, from its values on the directions (first dimension) and on ``W_U w_i``."""
         total = self.write * of_u
@@ -322,7 +326,7 @@ class FullOutputs(NamedTuple):
     targets: Tensor
     """Ids of the tokens that follow, ``[tokens]``."""
 
-    def at(self, rows: Tensor) -> FullOutputs:
+    def at(self, rows: slice | Tensor) -> FullOutputs:
         """The outputs at some of the tokens."""
         return FullOutputs(self.state.at(rows), self.x[:, rows], self.y[rows], self.argmax[rows], self.targets[rows])
 

@@ -59,6 +59,7 @@ class Recording:
         process: Process = SINGLE_PROCESS,
         room: int = KEPT_BYTES,
         readout: Readout | None = None,
+        sample_tokens: int | None = None,
     ) -> None:
         """
         Args:
@@ -69,33 +70,47 @@ class Recording:
             process: this one, which reads every ``world_size``-th batch.
             room: bytes of states to keep.
             readout: the closed form that the states are for, to be checked; folded for the time of the check if None.
+            sample_tokens: about how many tokens the sample has, which is always kept; the whole text if None.
         """
         self.model, self.anatomy, self.windows, self.device, self.process = model, anatomy, windows, device, process
         self._readout, self._checked = readout, False
         self._kept: dict[int, TokenStates] = {}
         self._room = room
+        self._stride = 1 if sample_tokens is None else max(1, windows.n_tokens // sample_tokens)
+        self._sampled: dict[int, TokenStates] = {}
 
-    def read(self, on_read: Callable[[int], object] = lambda tokens: None, *, start: int = 0) -> Iterator[TokenStates]:
+    def read(
+        self, on_read: Callable[[int], object] = lambda tokens: None, *, start: int = 0, sample: bool = False
+    ) -> Iterator[TokenStates]:
         """Pass over the text once, a batch at a time.
 
         Args:
-            on_read: called with the number of tokens read after each batch was used, and of each that is passed over.
+            on_read: called with the number of tokens of each batch when its turn comes, and of each that is passed over.
             start: how many batches to pass over, without running the model.
+            sample: whether to read every so-many-th token of each window only.
 
         Raises:
             SteeringError, UnsupportedModelError: see `check_closed_form`.
         """
         mine = islice(self.windows.batches(BATCH_SIZE), self.process.rank, None, self.process.world_size)
         for position, batch in enumerate(mine):
-            if position >= start:
-                states = self._kept.get(position)
-                if states is None:
-                    states = self._run(batch)
-                    if (size := _size(states)) <= self._room:
-                        self._kept[position] = states
-                        self._room -= size
-                yield states
             on_read(int(batch.attention_mask.sum()))
+            if position >= start:
+                yield self._states(position, batch, sample=sample)
+
+    def _states(self, position: int, batch: WindowBatch, *, sample: bool) -> TokenStates:
+        """Look up the states of a batch or of its sample; run the model if they were not kept."""
+        sample = sample and self._stride > 1
+        states = (self._sampled if sample else self._kept).get(position)
+        if states is not None:
+            return states
+        states = self._run(batch)
+        if (size := _size(states)) <= self._room:
+            self._kept[position] = states
+            self._room -= size
+        if self._stride > 1:
+            self._sampled[position] = states.at(_every(self._stride, states))
+        return self._sampled[position] if sample else states
 
     def _run(self, batch: WindowBatch) -> TokenStates:
         if not self._checked:
@@ -284,6 +299,12 @@ def _refuse_adapters(anatomy: Anatomy, states: LastLayerStates, name: str) -> No
                 f"{name}: the model has adapters (PEFT) on its {place}, which are not part of its weights: merge them first, "
                 "model = model.merge_and_unload(), and calibrate the merged model"
             )
+
+
+def _every(stride: int, states: TokenStates) -> Tensor:
+    """Mark every stride-th token of each window, in however many batches the windows come, ``[tokens]`` bool."""
+    in_window = torch.arange(len(states.window), device=states.window.device) - torch.searchsorted(states.window, states.window)
+    return in_window % stride == 0
 
 
 def _size(states: TokenStates) -> int:

@@ -84,12 +84,23 @@ def test_response_curves_pass_through_the_unsteered_model(found: Planted) -> Non
         assert curve.argmax_changed[curve.zero] == 0
 
 
-def test_a_curve_on_a_sample_is_close_to_that_on_all_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sample_decides_what_is_looked_at_and_all_tokens_what_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     found = planted("llama")
-    monkeypatch.setattr("confsteer.calibration.stages.CURVE_TOKENS", 600)
+    monkeypatch.setattr("confsteer.calibration.calibrate.SAMPLE_TOKENS", 600)
     sampled = confsteer.calibrate(found.model, found.tokenizer, found.texts, window=64, source="zipf")
     assert sampled.layer == found.profile.layer
     assert sampled.entropy_neurons == found.profile.entropy_neurons
+    assert sampled.frequency_neurons == found.profile.frequency_neurons
+    assert found.profile.corpus is not None
+    planted_neurons = [*ENTROPY_NEURONS, FREQUENCY_NEURON]
+    on_all = sampled.columns["effect_tokens"] == found.profile.corpus.kept_tokens
+    assert on_all[planted_neurons].all()
+    assert not on_all.all()
+    assert sampled.columns["effect_tokens"].unique().numel() == 2
+    for name in ("total", "mediation", "entropy_abs", "entropy_slope", "entropy_abs_standard_error"):
+        ours, on_text = sampled.columns[name], found.profile.columns[name]
+        assert torch.equal(ours[planted_neurons], on_text[planted_neurons])
+        assert (ours[~on_all] != on_text[~on_all]).all()
     for dial, curve in found.profile.response.items():
         low, high = found.profile.reach(dial)
         assert sampled.response[dial].entropy != curve.entropy

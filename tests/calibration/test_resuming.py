@@ -27,10 +27,10 @@ BATCHES = 5
 
 @pytest.fixture
 def every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Checkpoints after every batch, of which there are several in every pass; curves on a sample."""
+    """Checkpoints after every batch, of which there are several in every pass; a sample smaller than the text."""
     monkeypatch.setattr(progress, "WRITE_INTERVAL_SECONDS", 0.0)
-    monkeypatch.setattr("confsteer.calibration.stages.tokens_at_once", lambda n_neurons: 300)
-    monkeypatch.setattr("confsteer.calibration.stages.CURVE_TOKENS", 400)
+    monkeypatch.setattr("confsteer.calibration.stages.tokens_at_once", lambda n_neurons: 100)
+    monkeypatch.setattr("confsteer.calibration.calibrate.SAMPLE_TOKENS", 500)
 
 
 def text(model_type: str = "gpt2") -> Windows:
@@ -92,16 +92,17 @@ def test_interrupted_anywhere_a_calibration_ends_as_if_it_had_not_been(
         patch.setattr(progress, "write_atomically", lambda file, payload: left.append(payload))
         whole = calibrate(model_type, checkpoint=tmp_path / FILE_NAME)
     assert whole.response.keys() == {"entropy", "unigram"}
-    passes: list[list[int]] = [[], [], []]
+    names = ("activations", "effects", "contenders", "responses")
+    passes: list[list[int]] = [[] for _ in names]
     for payload in left:
         (tmp_path / FILE_NAME).write_bytes(payload)
         tensors = safetensors.torch.load(payload)
-        come_to = [int(tensors[f"{name}.0"]) for name in ("activations", "effects", "responses") if f"{name}.0" in tensors]
+        come_to = [int(tensors[f"{name}.0"]) for name in names if f"{name}.0" in tensors]
         passes[len(come_to) - 1].append(come_to[-1])
         run.clear()
         assert equal(calibrate(model_type, checkpoint=tmp_path / FILE_NAME, resume=True), whole)
         # What is left of the pass, and of the batches before it what later passes need.
-        needed_later = range(come_to[-1]) if len(come_to) < 3 else []
+        needed_later = range(come_to[-1]) if len(come_to) < len(names) else []
         assert run == [*range(come_to[-1], BATCHES), *needed_later]
     assert passes[0] == [*range(1, BATCHES + 1)]
     for ends in passes[1:]:

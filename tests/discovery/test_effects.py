@@ -139,8 +139,8 @@ def test_exact_effects_equal_the_definition(kind: dict[str, Any]) -> None:
     readout = random_readout(**kind)
     states, mean, unigram = random_states(readout, tokens=20), random_mean(readout), random_unigram(readout.vocab_size)
     ((outputs, _),) = FullOutputs.stream(readout, states)
-    effects, _ = exact_effects(readout, outputs, mean - states.activations, unigram)
-    for ours, theirs in zip(effects, by_definition(readout, states, mean, unigram), strict=True):
+    effects = exact_effects(readout, outputs, mean - states.activations, unigram)
+    for ours, theirs in zip(effects.effects, by_definition(readout, states, mean, unigram), strict=True):
         torch.testing.assert_close(ours.double(), theirs, atol=5e-6, rtol=1e-5)
 
 
@@ -242,9 +242,9 @@ def test_chunking_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     chunks = list(FullOutputs.stream(readout, states))
     assert len(chunks) > 1
     in_chunks = [exact_effects(readout, out, mean - states.activations[rows], unigram) for out, rows in chunks]
-    for one, parts_of_it in zip(exact[0], zip(*(effects for effects, _ in in_chunks), strict=True), strict=True):
+    for one, parts_of_it in zip(exact.effects, zip(*(part.effects for part in in_chunks), strict=True), strict=True):
         torch.testing.assert_close(one, torch.cat(parts_of_it), atol=1e-6, rtol=1e-5)
-    assert torch.equal(exact[1], torch.cat([changed for _, changed in in_chunks]))
+    assert torch.equal(exact.argmax_changed, torch.cat([part.argmax_changed for part in in_chunks]))
 
 
 RUN = ("gpt2", "llama", "gpt_neox", "granite", "phi", "cohere", "gemma2", "gemma3_text", "olmo2")
@@ -274,7 +274,7 @@ def test_effects_equal_running_the_model_with_the_neuron_replaced(family: TinyFa
     unigram = random_unigram(VOCAB)
     effects, _ = ablation_effects(readout, states, mean, unigram, exact_above=-1.0)
     ((outputs, _),) = FullOutputs.stream(readout, states)
-    _, changed = exact_effects(readout, outputs, mean - states.activations, unigram)
+    changed = exact_effects(readout, outputs, mean - states.activations, unigram).argmax_changed
     f = unigram.log_frequency.exp()
     for i in (0, 3, anatomy.n_neurons - 1):
 

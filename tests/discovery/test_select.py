@@ -142,3 +142,32 @@ def test_one_window_shows_nothing_for_sure() -> None:
     weights, effects, _ = layer()
     unsure = effects._replace(mediation=effects.mediation._replace(standard_error=torch.full((N,), float("inf"))))
     assert select.entropy_neurons(weights, unsure) == []
+
+
+def test_contenders_are_those_that_more_text_could_select() -> None:
+    weights, effects, cosine = layer()
+    no_cosine = torch.zeros_like(cosine)
+    assert select.contenders(weights, effects, no_cosine, 0.5) == GOOD
+    assert select.contenders(weights._replace(null_fraction=no_cosine), effects, cosine, 0.5) == GOOD
+    for error, stays in ((0.02, True), (0.01, False)):
+        short = effects.mediation.value.clone()
+        short[8] = 0.26
+        unsure = effects._replace(mediation=WithError(short, torch.full_like(short, error)))
+        assert select.entropy_neurons(weights, unsure) == [50, 3]
+        assert (8 in select.contenders(weights, unsure, no_cosine, 0.5)) == stays
+    # A sample has to show no sign, and cannot rule out one.
+    unsigned = effects._replace(entropy_slope=WithError(no_cosine, no_cosine))
+    assert select.contenders(weights, unsigned, no_cosine, 0.5) == GOOD
+
+
+def test_a_single_window_rules_out_no_effect() -> None:
+    weights, effects, cosine = layer()
+    errors = torch.full((N,), torch.inf, dtype=torch.float64)
+    unknown = NeuronEffects(*(WithError(estimate.value, errors) for estimate in effects))
+    unread = (weights.null_fraction > weights.chance_null_fraction).nonzero()[:, 0].tolist()
+    assert select.contenders(weights, unknown, torch.zeros_like(cosine), 0.5) == unread
+
+
+def test_selection_is_among_the_contenders() -> None:
+    weights, effects, cosine = layer()
+    assert select.select_neurons(weights, effects, cosine, 0.5, among=[3, 50]).entropy.neurons == [50, 3]
