@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -13,7 +13,16 @@ from confsteer.discovery.response import ResponseMeans
 from confsteer.discovery.select import Chosen, percentile
 from confsteer.discovery.streaming import ActivationMoments, NeuronEffects, WithError
 from confsteer.profile.profile import Profile
-from confsteer.profile.schema import CorpusIdentity, Layer, Measurement, ModelIdentity, Neuron, Response, library_versions
+from confsteer.profile.schema import (
+    CorpusIdentity,
+    Layer,
+    Measurement,
+    ModelIdentity,
+    Neuron,
+    OtherNullSpace,
+    Response,
+    library_versions,
+)
 from confsteer.steering import Dial
 from confsteer.text.counts import counts_sha256
 from confsteer.text.windows import Windows
@@ -28,6 +37,8 @@ class Measurements(NamedTuple):
     sample_tokens: int
     contenders: Contenders
     chosen: dict[Dial, Chosen]
+    other_null_spaces: dict[int, list[int]]
+    """Entropy neurons with other numbers of directions counted as the null space."""
     curves: dict[Dial, ResponseMeans]
 
 
@@ -67,7 +78,7 @@ def assemble_profile(
         "std_activation": moments.std,
     }
     neurons = {
-        dial: tuple(_neuron(identity.layer, i, statistics, chosen.slope, _reported(contenders, i)) for i in chosen.neurons)
+        dial: tuple(_neuron(identity.layer, i, statistics, chosen.sign, _reported(contenders, i)) for i in chosen.neurons)
         for dial, chosen in measured.chosen.items()
     }
     effect_tokens = torch.full_like(moments.mean, measured.sample_tokens)
@@ -79,6 +90,10 @@ def assemble_profile(
         versions=library_versions(),
         layer=Layer(
             null_dims=weights.null_dims,
+            cliff=weights.cliff if math.isfinite(weights.cliff) else None,
+            other_null_spaces=tuple(
+                OtherNullSpace(null_dims=k, entropy_neurons=tuple(neurons)) for k, neurons in measured.other_null_spaces.items()
+            ),
             chance_null_fraction=weights.chance_null_fraction,
             chance_frequency_cosine=layer.chance_cosine,
             entropy=contenders.measured.entropy,
@@ -116,13 +131,13 @@ def _reported(contenders: Contenders, neuron: int) -> _Reported:
     )
 
 
-def _neuron(layer: int, index: int, statistics: dict[str, Tensor], slope: Tensor, reported: _Reported) -> Neuron:
+def _neuron(layer: int, index: int, statistics: dict[str, Tensor], sign: Tensor, reported: _Reported) -> Neuron:
     """Gather what is known of a neuron of the layer."""
     effects, uncapped = reported.effects, reported.uncapped
     return Neuron(
         layer=layer,
         index=index,
-        sign=1 if float(slope[index]) > 0 else -1,
+        sign=cast(Literal[-1, 0, 1], int(sign[index])),
         **{name: float(column[index]) for name, column in statistics.items()},
         norm_percentile=float(percentile(statistics["norm"])[index]),
         logit_variance_percentile=float(percentile(statistics["logit_variance"])[index]),
@@ -132,6 +147,10 @@ def _neuron(layer: int, index: int, statistics: dict[str, Tensor], slope: Tensor
         loss_effect=effects["loss"],
         entropy_effect=effects["entropy"],
         entropy_effect_abs=effects["entropy_abs"],
+        entropy_norm=effects["entropy_norm"],
+        entropy_write_norm=effects["entropy_write_norm"],
+        entropy_straight=effects["entropy_straight"],
+        norm_share=effects["norm_share"],
         frequency_effect=effects["frequency"],
         frequency_mediation=effects["frequency_mediation"],
         argmax_changed=reported.argmax_changed,

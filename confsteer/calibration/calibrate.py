@@ -25,6 +25,7 @@ from confsteer.calibration.stages import (
     measure_contenders,
     measure_responses,
     measure_sample,
+    other_null_spaces,
 )
 from confsteer.defaults import CALIBRATION_TOKENS, SEED, SOURCE, WINDOW
 from confsteer.discovery.frequency import ranks_tokens
@@ -135,7 +136,8 @@ def calibrate(
         chosen = choose_neurons(layer, effects, contenders.neurons)
         curves = measure_responses(passes, layer, chosen, moments)
     corpus = identify_corpus(windows, counts, kept_tokens=moments.count)
-    measured = Measurements(moments, effects, sample.tokens, contenders, chosen, curves)
+    others = other_null_spaces(layer, effects, seed=seed)
+    measured = Measurements(moments, effects, sample.tokens, contenders, chosen, others, curves)
     return assemble_profile(identity, corpus, layer, measured, seed=seed)
 
 

@@ -59,7 +59,7 @@ class Passes:
                 first, size = bar.n, read - bar.n
 
                 def move_to(share: float, first: int = first, size: int = size) -> None:
-                    bar.update(first + round(share * size) - bar.n)
+                    bar.update(first + round(min(share, 1) * size) - bar.n)
 
                 yield join_batches(group), move_to
                 move_to(1)

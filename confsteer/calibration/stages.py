@@ -12,9 +12,9 @@ from confsteer.discovery.effects import ablation_effects
 from confsteer.discovery.frequency import chance_frequency_cosine, frequency_cosine
 from confsteer.discovery.moments import tokens_at_once
 from confsteer.discovery.response import ResponseCurve, ResponseMeans, choose_positions
-from confsteer.discovery.select import Chosen, contenders, select_neurons
+from confsteer.discovery.select import Chosen, contenders, entropy_neurons, select_neurons
 from confsteer.discovery.streaming import ActivationMoments, EffectMeans, ExactEffectMeans, NeuronEffects, ReportedEffects
-from confsteer.discovery.weights import WeightStatistics, weight_statistics
+from confsteer.discovery.weights import WeightStatistics, weight_statistics, with_null_dims
 from confsteer.errors import UnsupportedModelError
 from confsteer.last_layer.readout import FullOutputs, Readout
 from confsteer.last_layer.states import TokenStates
@@ -132,6 +132,16 @@ def choose_neurons(layer: FoldedLayer, effects: NeuronEffects, among: list[int])
     return {"entropy": selection.entropy, "unigram": selection.unigram}
 
 
+def other_null_spaces(layer: FoldedLayer, effects: NeuronEffects, *, seed: int) -> dict[int, list[int]]:
+    """Entropy neurons with half and with twice as many directions counted as the null space, by that number."""
+    k, most = layer.weights.null_dims, len(layer.weights.singular_values) - 1
+    sizes = sorted({max(1, k // 2), min(2 * k, most)} - {k})
+    return {
+        weights.null_dims: entropy_neurons(weights, effects)
+        for weights in with_null_dims(layer.readout, layer.weights, sizes, seed=seed)
+    }
+
+
 def measure_responses(
     passes: Passes, layer: FoldedLayer, chosen: dict[Dial, Chosen], moments: ActivationMoments
 ) -> dict[Dial, ResponseMeans]:
@@ -153,7 +163,9 @@ def _empty_curves(
 ) -> dict[Dial, ResponseCurve]:
     """Choose the positions of each dial that has neurons, with nothing measured at them yet."""
     readout, unigram = layer.readout, layer.unigram
-    pushes = {dial: _push(chosen[dial], moments).to(layer.device) for dial in DIALS if chosen[dial].neurons}
+    pushes = {
+        dial: _push(chosen[dial], moments).to(layer.device) for dial in DIALS if chosen[dial].sign[chosen[dial].neurons].any()
+    }
     if not pushes:
         return {}
 
@@ -169,4 +181,4 @@ def _push(chosen: Chosen, moments: ActivationMoments) -> Tensor:
     """Work out what position 1 of a dial adds to each activation, float32 ``[n_neurons]``: signed standard deviations."""
     on_dial = torch.zeros_like(moments.std)
     on_dial[chosen.neurons] = 1
-    return (chosen.slope.sign() * moments.std * on_dial).float()
+    return (chosen.sign * moments.std * on_dial).float()

@@ -204,10 +204,13 @@ def scan(model: str | None, out: Path | None, plot: Path | None, **settings: Any
     help="Draw norm against logit variance and null fraction against mediation (of a scan: against norm, and the spectrum).",
 )
 @click.option("--response", type=PICTURE_FILE, metavar="FILE.png", help="Draw what the dials do.")
-def show(profile: str, plot: Path | None, response: Path | None) -> None:
+@click.option("--near", is_flag=True, help="List the neurons that lack one thing only to be reported, and what they lack.")
+def show(profile: str, plot: Path | None, response: Path | None, near: bool) -> None:
     """Print what PROFILE holds, or draw it."""
     loaded = confsteer.Profile.load(profile)
     tables.print_profile(tables.console(), loaded)
+    if near:
+        tables.print_near_misses(tables.console(), loaded)
     if plot or response:
         from confsteer.report.plots import plot_neurons, plot_response
 

@@ -89,8 +89,7 @@ def ablation_effects(
         for block, second, block_slopes in _expand(readout, tokens, moments, delta, unigram):
             for whole, part in zip((*here, *slopes_here), (*second.effects(), *block_slopes), strict=True):
                 whole[block] = part
-            largest = torch.maximum(torch.maximum(second.variance, second.direct_variance), second.held_variance)
-            pairs = (largest > exact_above).nonzero()
+            pairs = (second.largest_variance > exact_above).nonzero()
             pairs[:, 0] += block.start
             above.append(pairs)
         # Where the expansion is not good enough, overwrite it.
@@ -108,7 +107,7 @@ def _expand(
         m, here = moments.at(rows), tokens.at(rows)
         u_target = readout.unembedding[here.targets] @ readout.w_out.T
         target = AtTarget.of(readout, here, u_target, unigram.direction[here.targets, None])
-        second = SecondOrder.of(m, here.mean_x, target, *readout.move(here.state, delta[rows]))
+        second = SecondOrder.of(m, here.mean_x, target, readout.move(here.state, delta[rows]))
         # dH = −Cov(l, dz);  dKL(P ‖ P_freq) = Cov(l − log p_freq, dz).
         slope = readout.slope(here.state)
         entropy = -slope.linear(m.cov_lx, m.cov_lu)

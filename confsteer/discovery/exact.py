@@ -26,10 +26,19 @@ class TokenEffects(NamedTuple):
     """The same with the final norm frozen."""
     entropy: Tensor
     """Change of the output entropy."""
+    direct_entropy: Tensor
+    """The same with the final norm frozen."""
+    straight_entropy: Tensor
+    """The same with the write norm frozen too, in a model that has one."""
     frequency_kl: Tensor
     """Change of ``KL(P_freq ‖ P_model)``."""
     loss_without_frequency: Tensor
     """Change of the loss with the logits held at their original projection on the unigram direction."""
+
+    @classmethod
+    def of_moves(cls, *, loss: Tensor, entropy: Tensor, frequency_kl: Tensor, loss_without_frequency: Tensor) -> TokenEffects:
+        """From changes of loss and entropy by each of the moves of `Readout.move`, their first dimension."""
+        return cls(loss[0], loss[1], entropy[0], entropy[1], entropy[-1], frequency_kl, loss_without_frequency)
 
 
 class TokenSlopes(NamedTuple):
@@ -64,19 +73,16 @@ def exact_effects(readout: Readout, outputs: FullOutputs, delta: Tensor, unigram
     changed = torch.empty_like(delta, dtype=torch.bool)
     entropy, loss = delta.new_empty(2, len(delta))
     u = readout.w_out @ readout.unembedding.T
-    total, direct = readout.move(outputs.state, delta)
+    moves = readout.move(outputs.state, delta)
     # Some tokens by the vocabulary stay in the cache.
     for rows in blocks(len(delta), readout.vocab_size):
         here = ExactEffects(rows_of(effects, rows), rows_of(slopes, rows), changed[rows], entropy[rows], loss[rows])
-        _evaluate(readout, outputs.at(rows), u, unigram, (total.at(rows), direct.at(rows)), here)
+        _evaluate(readout, outputs.at(rows), u, unigram, moves.at(slice(None), rows), here)
     return ExactEffects(effects, slopes, changed, entropy, loss)
 
 
-def _evaluate(
-    readout: Readout, outputs: FullOutputs, u: Tensor, unigram: Unigram, moves: tuple[Move, Move], into: ExactEffects
-) -> None:
+def _evaluate(readout: Readout, outputs: FullOutputs, u: Tensor, unigram: Unigram, moves: Move, into: ExactEffects) -> None:
     """Evaluate a few tokens; ``u`` ``[n_neurons, vocab]``."""
-    v, f, (total, direct) = unigram.direction, unigram.log_frequency.exp(), moves
     z = readout.cap(outputs.y)
     log_p = z.log_softmax(dim=-1)
     torch.neg(log_p.gather(1, outputs.targets[:, None])[:, 0], out=into.loss)
@@ -87,37 +93,61 @@ def _evaluate(
     for slope, values in zip(into.slopes, _slopes(readout, outputs, z, p, pl, u, unigram), strict=True):
         slope.copy_(values)
     step = max(1, CACHED_SET // readout.vocab_size)
-    for t, (target, top) in enumerate(zip(outputs.targets.tolist(), outputs.argmax.tolist(), strict=True)):
-
-        def change(move: Move, neurons: slice, t: int = t) -> Tensor:
-            """``Δ`` ``[neurons, vocab]``."""
-            change = move.write[t, neurons, None] * u[neurons]
-            for along, direction in zip(move.along, outputs.x, strict=False):
-                change.addcmul_(along[t, neurons, None], direction[t])
-            if readout.softcap is not None:
-                change = readout.cap(change.add_(outputs.y[t])).sub_(z[t])
-            return change
-
-        for first in range(0, len(u), step):
-            neurons = slice(first, first + step)
-            delta_z = change(total, neurons)
-            tilt = delta_z.exp().sub_(1)
-            log_mean = (tilt @ p[t]).log1p()
-            into.effects.loss[t, neurons] = log_mean - delta_z[:, target]
-            into.effects.frequency_kl[t, neurons] = log_mean - delta_z @ f
-            of_p = delta_z @ p[t] + tilt @ pl[t] + tilt.mul_(delta_z) @ p[t]
-            into.effects.entropy[t, neurons] = log_mean - of_p / log_mean.exp()
-            moved = torch.add(delta_z, z[t], out=tilt)
-            into.argmax_changed[t, neurons] = moved.amax(dim=-1) > moved[:, top]
-            delta_z.addcmul_((delta_z @ v)[:, None], v, value=-1)
-            into.effects.loss_without_frequency[t, neurons] = _log_mean_exp(delta_z, p[t]) - delta_z[:, target]
-            delta_z = change(direct, neurons)
-            into.effects.direct_loss[t, neurons] = _log_mean_exp(delta_z, p[t]) - delta_z[:, target]
+    for first in range(0, len(u), step):
+        neurons = slice(first, first + step)
+        for tokens in blocks(len(z), readout.vocab_size * len(u[neurons])):
+            some = _Unsteered(*(field[..., tokens, :] for field in (outputs.x, outputs.y, z, p, pl)))
+            move = moves.at(slice(None), tokens, neurons, None)
+            effects, changed = _ablate(readout, some, outputs.targets[tokens], u[neurons], unigram, move)
+            into.argmax_changed[tokens, neurons] = changed
+            for whole, part in zip(into.effects, effects, strict=True):
+                whole[tokens, neurons] = part
 
 
-def _log_mean_exp(delta_z: Tensor, p: Tensor) -> Tensor:
-    """``log E_p[e^Δ]`` of ``Δ`` ``[n, vocab]``."""
-    return (delta_z.exp().sub_(1) @ p).log1p()
+class _Unsteered(NamedTuple):
+    """The unsteered output at a few tokens, ``[tokens, vocab]``."""
+
+    x: Tensor  # [K, tokens, vocab]
+    y: Tensor
+    z: Tensor
+    p: Tensor
+    pl: Tensor  # p log p, with log p centred
+
+
+def _ablate(
+    readout: Readout, before: _Unsteered, targets: Tensor, u: Tensor, unigram: Unigram, moves: Move
+) -> tuple[TokenEffects, Tensor]:
+    """Evaluate some neurons at a few tokens, with moves ``[moves, tokens, n, 1]``; and whether the argmax changes."""
+    p, pl = before.p[..., None], before.pl[..., None]
+    at_target = targets[:, None, None].expand(-1, len(u), 1)
+    loss, entropy = [], []
+    for number in range(len(moves.write)):
+        move = moves.at(number)
+        delta_z = move.write * u
+        # Each move leaves out one more of the token's own directions, from the last.
+        for along, direction in zip(move.along[: len(before.x) - number], before.x, strict=False):
+            delta_z.addcmul_(along, direction[:, None])
+        if readout.softcap is not None:
+            delta_z = readout.cap(delta_z.add_(before.y[:, None])).sub_(before.z[:, None])
+        delta_z.sub_(delta_z @ p)  # a constant that no probability notices, and that keeps it small
+        growth = delta_z.exp().sub_(1)
+        log_mean = (growth @ p).log1p_()[..., 0]
+        loss.append(log_mean - delta_z.gather(-1, at_target)[..., 0])
+        of_p = growth @ pl + growth.mul_(delta_z) @ p
+        entropy.append(log_mean - of_p[..., 0] / log_mean.exp())
+        if number == 0:
+            frequency_kl = log_mean - delta_z @ unigram.log_frequency.exp()
+            moved, top = torch.add(delta_z, before.z[:, None], out=growth), before.z.argmax(dim=-1)
+            changed = moved.amax(dim=-1) > moved.gather(-1, top[:, None, None].expand_as(at_target))[..., 0]
+            held = delta_z.addcmul_((delta_z @ unigram.direction)[..., None], unigram.direction, value=-1)
+            without_frequency = (held.exp().sub_(1) @ p).log1p_()[..., 0] - held.gather(-1, at_target)[..., 0]
+    effects = TokenEffects.of_moves(
+        loss=torch.stack(loss),
+        entropy=torch.stack(entropy),
+        frequency_kl=frequency_kl,
+        loss_without_frequency=without_frequency,
+    )
+    return effects, changed
 
 
 def _slopes(readout: Readout, outputs: FullOutputs, z: Tensor, p: Tensor, pl: Tensor, u: Tensor, unigram: Unigram) -> TokenSlopes:

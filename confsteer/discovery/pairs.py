@@ -24,7 +24,6 @@ from confsteer.discovery.exact import TokenEffects
 from confsteer.discovery.moments import Moments, Tokens
 from confsteer.discovery.second_order import AtTarget, SecondOrder
 from confsteer.last_layer.readout import WORKING_SET, Move, Readout
-from confsteer.last_layer.states import rows_of
 from confsteer.last_layer.unigram import Unigram
 
 POINTS = 2048
@@ -60,19 +59,27 @@ class Points(NamedTuple):
 
 
 class _Pairs(NamedTuple):
-    """Pairs, and all that is known of them before anything is summed, ``[pairs]``."""
+    """Pairs, and all that is known of them before anything is summed: ``[…, pairs]``."""
 
     token: Tensor
     neuron: Tensor
-    total: Move
-    direct: Move
+    moves: Move
     second: SecondOrder
     mean_u: Tensor
     mean_v: Tensor
     beyond_at_target: Tensor
-    """Part of the whole move at the target that a softcap makes, beyond first order."""
-    direct_beyond_at_target: Tensor
-    """The same of the direct move."""
+    """Part of each move at the target that a softcap makes, beyond first order."""
+
+    def at(self, here: slice) -> _Pairs:
+        return _Pairs(
+            self.token[here],
+            self.neuron[here],
+            self.moves.at(slice(None), here),
+            self.second.at(here),
+            self.mean_u[here],
+            self.mean_v[here],
+            self.beyond_at_target[:, here],
+        )
 
 
 def evaluate_pairs(
@@ -88,101 +95,79 @@ def evaluate_pairs(
     known = _know(readout, tokens, moments, delta, unigram, pairs)
     present, counts = known.token.unique_consecutive(return_counts=True)
     ends = [0, *counts.cumsum(dim=0).tolist()]
-    largest = torch.segment_reduce(known.second.variance, "max", lengths=counts)
+    largest = torch.segment_reduce(known.second.largest_variance, "max", lengths=counts)
     most = torch.where(largest > LARGE, POINTS_IF_LARGE, POINTS).tolist()
-    sums = torch.empty(5, len(pairs), device=delta.device)
+    sums = torch.empty(2 * len(known.moves.write) + 2, len(pairs), device=delta.device)
     at_once = max(1, WORKING_SET // readout.vocab_size)
     for start in range(0, len(present), at_once):
         block = present[start : start + at_once]
         y = tokens.directions[-1, block] @ readout.unembedding.T + readout.logit_bias
         p = (readout.cap(y) - tokens.log_z[block]).exp()
-        for row, token in enumerate(block.tolist(), start):
+        for row in range(start, start + len(block)):
             here = slice(ends[row], ends[row + 1])
             points = Points.of(p[row - start], most[row])
-            sums[:, here] = _remainders(readout, tokens, unigram, token, points, _at(known, here))
-    for approximate, values in zip(effects, _with_remainders(known, *sums), strict=True):
+            sums[:, here] = _remainders(readout, tokens, unigram, points, known.at(here))
+    for approximate, values in zip(effects, _with_remainders(known, sums), strict=True):
         approximate[known.token, known.neuron] = values
 
 
 def _know(readout: Readout, tokens: Tokens, moments: Moments, delta: Tensor, unigram: Unigram, pairs: Tensor) -> _Pairs:
     t, i = (column.contiguous() for column in pairs.unbind(dim=1))
-    total, direct = (Move(tuple(c[t, i] for c in move.along), move.write[t, i]) for move in readout.move(tokens.state, delta))
+    moves = readout.move(tokens.state, delta).at(slice(None), t, i)
     m, mean_x, targets = moments.of_pairs(t, i), tokens.mean_x[:, t, 0], tokens.targets[t]
     rows = readout.unembedding[tokens.targets]
-    u = (rows[t] * readout.w_out[i]).sum(dim=-1)
+    u, v = (rows[t] * readout.w_out[i]).sum(dim=-1), unigram.direction[targets]
     y = (tokens.directions * rows).sum(dim=-1)[:, t]
-    v = unigram.direction[targets]
     if readout.softcap is None:
-        beyond, direct_beyond = torch.zeros_like(u), torch.zeros_like(u)
-        target = AtTarget(u, y, v)
+        beyond, target = torch.zeros_like(moves.write), AtTarget(u, y, v)
     else:
-        z = y[-1] + readout.logit_bias[targets]
+        z, change = y[-1] + readout.logit_bias[targets], moves.linear(y, u)
         s = readout.cap_slope(readout.cap(z))
-        target = AtTarget(s * u, s * y, v)
-        beyond, direct_beyond = (
-            readout.cap(z + move.linear(y, u)) - readout.cap(z) - s * move.linear(y, u) for move in (total, direct)
-        )
-    second = SecondOrder.of(m, mean_x, target, total, direct)
-    return _Pairs(t, i, total, direct, second, m.mean_u, m.mean_v, beyond, direct_beyond)
+        beyond, target = readout.cap(z + change) - readout.cap(z) - s * change, AtTarget(s * u, s * y, v)
+    return _Pairs(t, i, moves, SecondOrder.of(m, mean_x, target, moves), m.mean_u, m.mean_v, beyond)
 
 
-def _at(known: _Pairs, here: slice) -> _Pairs:
-    t, i, total, direct, second, *rest = known
-    return _Pairs(t[here], i[here], total.at(here), direct.at(here), rows_of(second, here), *(field[here] for field in rest))
-
-
-def _remainders(readout: Readout, tokens: Tokens, unigram: Unigram, token: int, points: Points, pairs: _Pairs) -> Tensor:
-    """Sum what the pairs of one token are beyond second order, ``[5, pairs]``.
+def _remainders(readout: Readout, tokens: Tokens, unigram: Unigram, points: Points, pairs: _Pairs) -> Tensor:
+    """Sum what the pairs of one token are beyond second order.
 
     Returns:
-        Of the whole move ``Σ p r``; ``Σ p e^Δ (l + Δ)``; and ``Δ`` under the unigram distribution, which a softcap alone has and
-        which is summed over the points that stand alone. ``Σ p r`` with the norm frozen; and held along ``v``.
+        ``Σ p r`` of each move; ``Σ p e^Δ (l + Δ)`` of each; ``Σ p r`` of the whole move held along ``v``; and that move under the
+        unigram distribution, which a softcap alone has and which is summed over the points that stand alone: ``[…, pairs]``.
     """
-    W, w = readout.unembedding[points.ids], points.weight
+    token, W, w = pairs.token[0], readout.unembedding[points.ids], points.weight
     y, u = tokens.directions[:, token] @ W.T, readout.w_out[pairs.neuron] @ W.T
     z = y[-1] + readout.logit_bias[points.ids]
     capped = readout.cap(z)
-    s = None if readout.softcap is None else readout.cap_slope(capped)
     log_p = capped - tokens.log_z[token] - tokens.mean_log_p[token]  # centred
-
-    def change(move: Move) -> tuple[Tensor, Tensor]:
-        """``Δ`` and its first order, centred, ``[pairs, points]``."""
-        move = Move(tuple(c[:, None] for c in move.along), move.write[:, None])
-        centre = move.linear(tokens.mean_x[:, token], pairs.mean_u[:, None])
-        linear = move.linear(y[:, None], u)
-        if s is None:
-            linear -= centre
-            return linear, linear
-        return readout.cap(z + linear) - capped - centre, s * linear - centre
-
-    delta, first = change(pairs.total)
+    # Δ and its first order, centred: [moves, pairs, points].
+    moves = pairs.moves.at(..., None)
+    centre = moves.linear(tokens.mean_x[:, token, :, None], pairs.mean_u[:, None])
+    first = moves.linear(y[:, None], u)
+    if readout.softcap is None:
+        delta = first = first.sub_(centre)
+    else:
+        delta = readout.cap(z + first) - capped - centre
+        first = readout.cap_slope(capped) * first - centre
     second = first + 0.5 * first.square()
     growth = delta.expm1()
-    beyond = growth - second
     with_l = growth * (log_p + delta) + (delta - first) - log_p * second - first.square()
-    frequency = (delta - first) @ torch.where(points.alone, unigram.log_frequency[points.ids].exp(), 0)
     along_v = pairs.second.along_v[:, None] * (unigram.direction[points.ids] - pairs.mean_v[:, None])
-    held = _beyond(delta - along_v, first - along_v)
-    return torch.stack([beyond @ w, with_l @ w, frequency, _beyond(*change(pairs.direct)) @ w, held @ w])
+    held = first[0] - along_v
+    held_remainder = (delta[0] - along_v).expm1() - held - 0.5 * held.square()
+    frequency = (delta[0] - first[0]) @ torch.where(points.alone, unigram.log_frequency[points.ids].exp(), 0)
+    return torch.cat([(growth - second) @ w, with_l @ w, (held_remainder @ w)[None], frequency[None]])
 
 
-def _beyond(delta: Tensor, first: Tensor) -> Tensor:
-    """``e^Δ`` without its orders up to the second."""
-    return delta.expm1() - first - 0.5 * first.square()
-
-
-def _with_remainders(
-    pairs: _Pairs, total: Tensor, with_l: Tensor, frequency: Tensor, direct: Tensor, held: Tensor
-) -> TokenEffects:
-    """Effects from the two orders that are known and what is beyond them."""
-    second, beyond = pairs.second, pairs.beyond_at_target
-    growth = 0.5 * second.variance + total
+def _with_remainders(pairs: _Pairs, sums: Tensor) -> TokenEffects:
+    """Effects from the two orders that are known and the sums of what is beyond them."""
+    second, n_moves = pairs.second, len(pairs.moves.write)
+    remainder, with_l, (held, frequency) = sums.split([n_moves, n_moves, 2])
+    growth = 0.5 * second.variance + remainder
     of_p = second.with_l + 0.5 * second.with_l_squared + second.variance + with_l
-    log_mean = growth.log1p()
-    return TokenEffects(
+    log_mean, beyond = growth.log1p(), pairs.beyond_at_target
+    return TokenEffects.of_moves(
         loss=log_mean - second.at_target - beyond,
-        direct_loss=(0.5 * second.direct_variance + direct).log1p() - second.direct_at_target - pairs.direct_beyond_at_target,
         entropy=log_mean - of_p / (1 + growth),
-        frequency_kl=log_mean - second.under_frequency - frequency,
-        loss_without_frequency=(0.5 * second.held_variance + held).log1p() - second.held_at_target - beyond,
+        frequency_kl=log_mean[0] - second.under_frequency - frequency,
+        loss_without_frequency=(0.5 * second.held_variance + held).log1p() - second.held_at_target - beyond[0],
     )

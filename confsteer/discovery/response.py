@@ -62,7 +62,7 @@ class ResponseCurve:
         readout = self.readout
         u = self._u
         delta = self.positions.to(u).expand(len(outputs.targets), -1)
-        move, _ = readout.move(outputs.state, delta)
+        move = readout.move(outputs.state, delta).at(0)
         ids = torch.stack([outputs.targets, outputs.argmax], dim=-1)
         sums = u.new_empty(len(self._QUANTITIES), *delta.shape)
         # A block of tokens and positions by the vocabulary stays in the cache.

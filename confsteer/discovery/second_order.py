@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from confsteer.discovery.exact import TokenEffects
@@ -32,54 +33,61 @@ class AtTarget(NamedTuple):
 
 
 class SecondOrder(NamedTuple):
-    """Expectations of ``Δ``, centred under ``p``, each in the shape of the moves: ``[tokens, n_neurons]`` or ``[pairs]``."""
+    """Expectations of ``Δ``, centred under ``p``. The moves are those of `Readout.move`, ``[moves, tokens, n_neurons]`` or
+    ``[moves, pairs]``; what is of the whole move alone has no first dimension.
+    """
 
     variance: Tensor
-    """``κ(Δ,Δ)`` of the whole move."""
-    direct_variance: Tensor
-    """The same with the norm frozen."""
-    held_variance: Tensor
-    """The same of the whole move held along ``v``."""
+    """``κ(Δ,Δ)`` of each move."""
     with_l: Tensor
-    """``E_p[l Δ]``"""
+    """``E_p[l Δ]`` of each move."""
     with_l_squared: Tensor
-    """``E_p[l Δ²]``"""
-    under_frequency: Tensor
-    """``Δ`` under the unigram distribution."""
-    along_v: Tensor
-    """How far ``Δ`` goes along ``v``."""
+    """``E_p[l Δ²]`` of each move."""
     at_target: Tensor
-    direct_at_target: Tensor
+    """``Δ`` of each move at the token that came."""
+    held_variance: Tensor
+    """``κ(Δ,Δ)`` of the whole move held along ``v``."""
     held_at_target: Tensor
+    along_v: Tensor
+    """How far the whole move goes along ``v``."""
+    under_frequency: Tensor
+    """``Δ`` of the whole move under the unigram distribution."""
 
     @classmethod
-    def of(cls, m: Moments, mean_x: Tensor, target: AtTarget, total: Move, direct: Move) -> SecondOrder:
+    def of(cls, m: Moments, mean_x: Tensor, target: AtTarget, moves: Move) -> SecondOrder:
         """From moments, means of the ``x_k`` and values at the target that broadcast to the moves' shape."""
         x_target = target.x - mean_x
         no_x = x_target.new_zeros(x_target.shape)  # the x_k are centred
-        mean, c = total.linear(no_x, m.mean_u), total.linear(m.x_on_v, m.u_on_v)
-        variance = total.bilinear(m.cov_xx, m.cov_xu, m.var_u)
-        at_target = total.linear(x_target, target.u) - mean
+        variance = moves.bilinear(m.cov_xx, m.cov_xu, m.var_u)
+        at_target = moves.linear(x_target, target.u) - moves.linear(no_x, m.mean_u)
+        whole = moves.at(0)
+        c = whole.linear(m.x_on_v, m.u_on_v)
         return cls(
             variance=variance,
-            direct_variance=direct.bilinear(m.cov_xx, m.cov_xu, m.var_u),
-            held_variance=variance - 2 * c * total.linear(m.cov_xv, m.cov_uv) + c.square() * m.var_v,
-            with_l=total.linear(m.cov_lx, m.cov_lu),
-            with_l_squared=total.bilinear(m.k_lxx, m.k_lxu, m.k_luu),
-            under_frequency=total.linear(m.x_frequency, m.u_frequency) - mean,
-            along_v=c,
+            with_l=moves.linear(m.cov_lx, m.cov_lu),
+            with_l_squared=moves.bilinear(m.k_lxx, m.k_lxu, m.k_luu),
             at_target=at_target,
-            direct_at_target=direct.linear(x_target, target.u) - direct.linear(no_x, m.mean_u),
-            held_at_target=at_target - c * (target.v - m.mean_v),
+            held_variance=variance[0] - 2 * c * whole.linear(m.cov_xv, m.cov_uv) + c.square() * m.var_v,
+            held_at_target=at_target[0] - c * (target.v - m.mean_v),
+            along_v=c,
+            under_frequency=whole.linear(m.x_frequency, m.u_frequency) - whole.linear(no_x, m.mean_u),
         )
+
+    def at(self, pairs: slice) -> SecondOrder:
+        """The expectations of some of the pairs."""
+        return SecondOrder(*(field[..., pairs] for field in self))
+
+    @property
+    def largest_variance(self) -> Tensor:
+        """Largest variance that any effect rests on, in nats²."""
+        return torch.maximum(self.variance.amax(dim=0), self.held_variance)
 
     def effects(self) -> TokenEffects:
         """The effects to second order."""
         half = 0.5 * self.variance
-        return TokenEffects(
+        return TokenEffects.of_moves(
             loss=half - self.at_target,
-            direct_loss=0.5 * self.direct_variance - self.direct_at_target,
             entropy=-self.with_l - 0.5 * self.with_l_squared - half,
-            frequency_kl=half - self.under_frequency,
+            frequency_kl=half[0] - self.under_frequency,
             loss_without_frequency=0.5 * self.held_variance - self.held_at_target,
         )

@@ -95,6 +95,17 @@ class NeuronEffects(NamedTuple):
     """``mean Δentropy``, signed."""
     entropy_abs: WithError
     """``mean |Δentropy|``."""
+    entropy_norm: WithError
+    """Part of ``mean Δentropy`` that goes through the final norm: signed, and the three parts add up to `entropy`."""
+    entropy_write_norm: WithError
+    """Part that goes through the norm on the MLP's output; zero in a model without one."""
+    entropy_straight: WithError
+    """Part that goes straight to the logits."""
+    norm_share: WithError
+    """``mean |part through the final norm|`` over the sum of the three parts' ``mean |part|``.
+
+    Parts may oppose each other, and then total and direct effect tell little of how large either part is. This share does.
+    """
     frequency: WithError
     """``mean |ΔKL(P_freq ‖ P_model)|``."""
     frequency_mediation: WithError
@@ -127,15 +138,22 @@ class EffectMeans:
         "loss",
         "entropy",
         "entropy_abs",
+        "entropy_norm",
+        "entropy_write_norm",
+        "entropy_straight",
+        "entropy_norm_abs",
+        "entropy_parts_abs",
         "frequency",
         "entropy_slope",
         "unigram_slope",
     )
 
+    WHOLES = ("total", "entropy_parts_abs")
+
     def __init__(self, n_neurons: int) -> None:
         shape = (len(self.MEANS), n_neurons)
-        # Σ S_w, Σ S_w², Σ S_w n_w and Σ S_w (S_w of the first mean); Σ n_w, Σ n_w² and the number of windows.
-        self._sums = torch.zeros(4, *shape, dtype=torch.float64)
+        # Σ S_w, Σ S_w², Σ S_w n_w and Σ S_w · (that of each whole); Σ n_w, Σ n_w² and the number of windows.
+        self._sums = torch.zeros(3 + len(self.WHOLES), *shape, dtype=torch.float64)
         self._counts = torch.zeros(3, dtype=torch.float64)
 
     def update(self, effects: TokenEffects, window: Tensor, slopes: TokenSlopes | None = None) -> None:
@@ -145,6 +163,8 @@ class EffectMeans:
         """
         _, index, n = window.unique(return_inverse=True, return_counts=True)
         in_window = (torch.arange(len(n), device=window.device)[:, None] == index).to(effects.loss.dtype)
+        norm, write_norm = effects.entropy - effects.direct_entropy, effects.direct_entropy - effects.straight_entropy
+        straight = effects.straight_entropy
         columns = (
             effects.loss.abs(),
             effects.direct_loss.abs(),
@@ -152,13 +172,19 @@ class EffectMeans:
             effects.loss,
             effects.entropy,
             effects.entropy.abs(),
+            norm,
+            write_norm,
+            straight,
+            norm.abs(),
+            norm.abs() + write_norm.abs() + straight.abs(),
             effects.frequency_kl.abs(),
             slopes.entropy if slopes else torch.zeros_like(effects.loss),
             -slopes.unigram_kl if slopes else torch.zeros_like(effects.loss),
         )
         sums = torch.stack([in_window @ column for column in columns]).double().cpu()  # [means, windows, neurons]
         sizes = n.double().cpu()
-        products = (torch.ones_like(sums), sums, sizes[:, None], sums[0])
+        wholes = (sums[self.MEANS.index(name)] for name in self.WHOLES)
+        products = (torch.ones_like(sums), sums, sizes[:, None], *wholes)
         self._sums += torch.stack([(sums * factor).sum(dim=1) for factor in products])
         self._counts += torch.stack([sizes.sum(), sizes.square().sum(), torch.tensor(len(n), dtype=torch.float64)])
 
@@ -176,7 +202,7 @@ class EffectMeans:
 
     def result(self) -> NeuronEffects:
         """The averages; standard errors are infinite if there is one window only."""
-        total_sum, squared, times_n, times_total = self._sums
+        total_sum, squared, times_n, *times_whole = self._sums
         n, n_squared, windows = self._counts.tolist()
         correction = windows / (windows - 1) if windows > 1 else float("inf")
 
@@ -186,21 +212,30 @@ class EffectMeans:
             squares = squared[row] - 2 * value * times_n[row] + value.square() * n_squared
             return WithError(value, (correction * squares.clamp_min(0)).sqrt() / n)
 
-        def share_of_total(name: str) -> WithError:
-            row, total = self.MEANS.index(name), total_sum[0].clamp_min(torch.finfo(torch.float64).tiny)
+        def share(name: str, whole: str) -> WithError:
+            row, of = self.MEANS.index(name), self.MEANS.index(whole)
+            total, times_total = total_sum[of].clamp_min(torch.finfo(torch.float64).tiny), times_whole[self.WHOLES.index(whole)]
             ratio = total_sum[row] / total
-            squares = squared[row] - 2 * ratio * times_total[row] + ratio.square() * squared[0]
-            return WithError(1 - ratio, (correction * squares.clamp_min(0)).sqrt() / total)
+            squares = squared[row] - 2 * ratio * times_total[row] + ratio.square() * squared[of]
+            return WithError(ratio, (correction * squares.clamp_min(0)).sqrt() / total)
+
+        def rest_of_total(name: str) -> WithError:
+            ratio, error = share(name, "total")
+            return WithError(1 - ratio, error)
 
         return NeuronEffects(
             total=mean("total"),
             direct=mean("direct"),
-            mediation=share_of_total("direct"),
+            mediation=rest_of_total("direct"),
             loss=mean("loss"),
             entropy=mean("entropy"),
             entropy_abs=mean("entropy_abs"),
+            entropy_norm=mean("entropy_norm"),
+            entropy_write_norm=mean("entropy_write_norm"),
+            entropy_straight=mean("entropy_straight"),
+            norm_share=share("entropy_norm_abs", "entropy_parts_abs"),
             frequency=mean("frequency"),
-            frequency_mediation=share_of_total("without_frequency"),
+            frequency_mediation=rest_of_total("without_frequency"),
             entropy_slope=mean("entropy_slope"),
             unigram_slope=mean("unigram_slope"),
         )

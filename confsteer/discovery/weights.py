@@ -5,6 +5,7 @@ Source of the statistics: Stolfo et al. 2024 (arXiv 2406.16254), section 3.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -39,6 +40,12 @@ class WeightStatistics(NamedTuple):
     """``k``, the number of directions counted as effective null space."""
     chance_null_fraction: float
     """Null fraction that the luckiest of ``n_neurons`` random directions exceeds with a probability of 5 %."""
+
+    @property
+    def cliff(self) -> float:
+        """Smallest singular value beyond the null space over the largest within: infinite for an exact null space."""
+        within, beyond = (float(value) for value in self.singular_values[self.null_dims - 1 : self.null_dims + 1])
+        return beyond / within if within > 0 else float("inf")
 
 
 def _direction_covariance(unembedding: Tensor) -> Tensor:
@@ -111,6 +118,31 @@ def chance_null_fraction(d: int, null_dims: int, n_neurons: int, *, seed: int = 
     null = chi_square(null_dims)
     squared = null / (null + chi_square(d - null_dims))
     return float(squared.max(dim=1).values.sqrt().quantile(0.95))
+
+
+def with_null_dims(readout: Readout, weights: WeightStatistics, sizes: Sequence[int], *, seed: int = 0) -> list[WeightStatistics]:
+    """The statistics with other numbers of directions counted as the null space.
+
+    Args:
+        readout: the model's last layer.
+        weights: its statistics.
+        sizes: numbers of directions, each between 1 and the rank of the spectrum less one.
+        seed: of the random directions behind the chance level.
+    """
+    directions = unembedding_spectrum(readout).directions
+    found = []
+    for k in sizes:
+        inside = torch.cat(
+            [(rows.double() @ directions[:, :k]).norm(dim=1).cpu() for rows in readout.w_out.split(ROWS_PER_CHUNK)]
+        )
+        found.append(
+            weights._replace(
+                null_fraction=(inside / weights.norm.clamp_min(torch.finfo(torch.float64).tiny)).clamp_max(1),
+                null_dims=k,
+                chance_null_fraction=chance_null_fraction(len(weights.singular_values), k, readout.n_neurons, seed=seed),
+            )
+        )
+    return found
 
 
 def weight_statistics(readout: Readout, *, null_dims: int | None = None, seed: int = 0) -> WeightStatistics:

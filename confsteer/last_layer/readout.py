@@ -23,7 +23,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -91,7 +91,7 @@ class ReadoutState(NamedTuple):
 
 
 class Move(NamedTuple):
-    """How far the logits (before a softcap) go along a token's own directions and along a neuron's write, ``[tokens, n]``.
+    """How far the logits (before a softcap) go along a token's own directions and along a neuron's write, ``[…, tokens, n]``.
 
     ``y' − y = Σ_k along[k] · W_U directions[k] + write · W_U w_i``.
     """
@@ -99,15 +99,14 @@ class Move(NamedTuple):
     along: tuple[Tensor, ...]
     write: Tensor
 
-    def at(self, rows: slice) -> Move:
-        """The moves at some of the tokens."""
-        return Move(tuple(along[rows] for along in self.along), self.write[rows])
+    def at(self, *index: Any) -> Move:
+        """Some of the moves."""
+        return Move(tuple(along[index] for along in self.along), self.write[index])
 
     def linear(self, of_x: Tensor, of_u: Tensor) -> Tensor:
         """A linear functional of the move, from its values on the directions (first dimension) and on ``W_U w_i``."""
         total = self.write * of_u
-        # With a frozen final norm there is no move along the last direction, the residual.
-        for along, value in zip(self.along, of_x, strict=False):
+        for along, value in zip(self.along, of_x, strict=True):
             total = total + along * value
         return total
 
@@ -276,29 +275,34 @@ class Readout:
         assert state.normed is not None
         return state.residual - state.normed + after
 
-    def move(self, state: ReadoutState, delta: Tensor) -> tuple[Move, Move]:
+    def move(self, state: ReadoutState, delta: Tensor) -> Move:
         """How the logits move when ``delta`` ``[tokens, n_neurons]`` is added to each activation alone.
 
         Returns:
-            The move, and the move with the final norm's denominator frozen.
+            ``[moves, tokens, n_neurons]``: the whole move; the same with the final norm's denominator frozen; and, in a model
+            with a write norm, with both frozen. So the last is always what goes straight to the logits.
         """
         d, residual, sigma = self.d_model, state.residual, state.sigma
         dot, length = residual @ self.w_out.T, self.w_out.square().sum(dim=1)
+        none = torch.zeros_like(delta)
         if self.write_norm is None:
             growth = (2 * delta * dot + delta.square() * length) / (d * sigma.square())
-            alpha = _inverse_root(growth)
-            return Move((alpha,), delta / sigma * (1 + alpha)), Move((), delta / sigma)
+            alpha, direct = _inverse_root(growth), delta / sigma
+            return Move((torch.stack([alpha, none]),), torch.stack([direct * (1 + alpha), direct]))
         assert state.mlp_output is not None
         assert state.rho is not None
         assert state.normed is not None
         inputs, rho, normed = self.write_norm.inputs, state.rho, state.normed
         growth = (2 * delta * (state.mlp_output @ inputs.T) + delta.square() * inputs.square().sum(dim=1)) / (d * rho.square())
-        gamma = _inverse_root(growth)
-        delta = delta / rho * (1 + gamma)
+        gamma, straight = _inverse_root(growth), delta / rho
+        delta = straight * (1 + gamma)
         growth = 2 * delta * dot + delta.square() * length + 2 * gamma * (residual * normed).sum(-1, keepdim=True)
         growth += gamma.square() * normed.square().sum(-1, keepdim=True) + 2 * gamma * delta * (normed @ self.w_out.T)
         alpha = _inverse_root(growth / (d * sigma.square()))
-        return Move((gamma * (1 + alpha), alpha), delta / sigma * (1 + alpha)), Move((gamma,), delta / sigma)
+        return Move(
+            (torch.stack([gamma * (1 + alpha), gamma, none]), torch.stack([alpha, none, none])),
+            torch.stack([delta * (1 + alpha), delta, straight]) / sigma,
+        )
 
     def slope(self, state: ReadoutState) -> Move:
         """Derivative of `move` with respect to ``delta`` at zero, ``[tokens, n_neurons]``."""

@@ -11,6 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from confsteer.errors import ProfileError
 from confsteer.profile.profile import Profile
+from confsteer.profile.schema import Neuron
 from confsteer.steering import DIALS
 
 
@@ -71,20 +72,24 @@ def card(profile: Profile, repo: str) -> str:
         if not neurons:
             lines += [f"{kind} neurons: none found.", ""]
             continue
-        low, high = profile.reach(dial)
+        reach = "{:+.2f} to {:+.2f} nats".format(*profile.reach(dial)) if dial in profile.response else "none: no clear sign"
         lines += [
-            f"## {kind} neurons ({dial} dial: {low:+.2f} to {high:+.2f} nats)",
+            f"## {kind} neurons ({dial} dial: {reach})",
             "",
-            "| neuron | sign | null fraction | mediation | Δentropy when ablated | cosine with unigram |",
-            "|---|---|---|---|---|---|",
+            "| neuron | sign | null fraction | share through norm | mediation | Δentropy when ablated | cosine with unigram |",
+            "|---|---|---|---|---|---|---|",
         ]
         lines += [
-            f"| {n.layer}.{n.index} | {n.sign:+d} | {n.null_fraction:.3f} | {n.mediation.value:.2f} "
+            f"| {n.layer}.{n.index} | {n.sign:+d} | {n.null_fraction:.3f} | {_share(n)} | {n.mediation.value:.2f} "
             f"| {n.entropy_effect_abs.value:.4f} | {n.frequency_cosine:+.2f} |"
             for n in neurons
         ]
         lines.append("")
     return "\n".join(lines)
+
+
+def _share(neuron: Neuron) -> str:
+    return "?" if neuron.norm_share is None else f"{neuron.norm_share.value:.2f}"
 
 
 def _text(value: str) -> str:

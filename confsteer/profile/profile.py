@@ -15,6 +15,7 @@ from pydantic import FailFast, Field, PrivateAttr, ValidationError, model_valida
 from torch import Tensor
 
 from confsteer.discovery.response import monotone_range
+from confsteer.discovery.streaming import NeuronEffects, WithError
 from confsteer.discovery.weights import WeightStatistics
 from confsteer.errors import (
     NoNeuronsError,
@@ -73,8 +74,8 @@ class Profile(Strict):
         if any(neuron.layer != self.model.layer for neuron in neurons):
             raise ValueError(f"a neuron is not in layer {self.model.layer}")
         for dial in DIALS:
-            if bool(self.neurons(dial)) != (dial in self.response):
-                raise ValueError(f"the {dial} dial must have a response curve if and only if it has neurons")
+            if any(neuron.sign for neuron in self.neurons(dial)) != (dial in self.response):
+                raise ValueError(f"the {dial} dial must have a response curve if and only if it has neurons with a sign")
         for name in ("chance_frequency_cosine", "entropy", "loss"):
             if (getattr(self.layer, name) is None) != (self.corpus is None):
                 raise ValueError(f"layer.{name} must be given if and only if there is a corpus")
@@ -138,6 +139,14 @@ class Profile(Strict):
             chance_null_fraction=self.layer.chance_null_fraction,
         )
 
+    @property
+    def effects(self) -> NeuronEffects | None:
+        """Effects of every neuron of the layer; None in a scan, and in a profile made before all of them were kept."""
+        names = NeuronEffects._fields
+        if not all(name in self._columns for name in names):
+            return None
+        return NeuronEffects(*(WithError(self._columns[name], self._columns[f"{name}_standard_error"]) for name in names))
+
     def neurons(self, dial: Dial) -> tuple[Neuron, ...]:
         """The neurons on a dial."""
         return self.entropy_neurons if dial == "entropy" else self.frequency_neurons
@@ -158,6 +167,11 @@ class Profile(Strict):
             return NoNeuronsError(
                 f"this profile of {self.model.id} is a scan of its weights alone: there is nothing to steer before the neurons' "
                 "effects are measured. Run confsteer calibrate on the model"
+            )
+        if unsigned := [neuron.index for dial in dials for neuron in self.neurons(dial)]:
+            return NoNeuronsError(
+                f"the {DIALS[dials[0]].neurons} neurons of {self.model.id} ({', '.join(map(str, unsigned))}) have no clear sign "
+                "on the calibration text, so that no dial can turn them: scale, shift or clamp them by index"
             )
         missing = " and ".join(f"no {DIALS[dial].neurons} neurons" for dial in dials)
         return NoNeuronsError(

@@ -40,8 +40,8 @@ class Neuron(Strict):
 
     layer: Annotated[int, Field(ge=0)]
     index: Annotated[int, Field(ge=0)]
-    sign: Literal[-1, 1]
-    """Direction in which its activation goes when its dial goes up."""
+    sign: Literal[-1, 0, 1]
+    """Direction in which its activation goes when its dial goes up; 0: its effect has no clear sign, and the dial leaves it."""
     norm: NonNegative
     norm_percentile: Percent
     """Within the layer, as all percentiles."""
@@ -63,6 +63,15 @@ class Neuron(Strict):
     """Mean Δentropy."""
     entropy_effect_abs: Measurement
     """Mean |Δentropy|."""
+    entropy_norm: Measurement | None = None
+    """Part of mean Δentropy that goes through the final norm; the parts add up. None in profiles made before there were parts,
+    as the next three."""
+    entropy_write_norm: Measurement | None = None
+    """Part that goes through the norm on the MLP's output; 0 in a model without one."""
+    entropy_straight: Measurement | None = None
+    """Part that goes straight to the logits."""
+    norm_share: Measurement | None = None
+    """Mean |part through the final norm| over the sum of the parts' mean |part|."""
     frequency_effect: Measurement
     """Mean |ΔKL(P_freq ‖ P_model)|."""
     frequency_mediation: Measurement
@@ -170,11 +179,23 @@ class CorpusIdentity(Strict):
     """SHA-256 of the counts."""
 
 
+class OtherNullSpace(Strict):
+    """Entropy neurons with another number of directions counted as the null space."""
+
+    null_dims: Annotated[int, Field(gt=0)]
+    entropy_neurons: tuple[Annotated[int, Field(ge=0)], ...]
+
+
 class Layer(Strict):
     """Layer-wide baselines: chance levels, unsteered entropy and loss."""
 
     null_dims: Annotated[int, Field(gt=0)]
     """Directions counted as the unembedding's effective null space."""
+    cliff: Annotated[float, Field(ge=1)] | None = None
+    """Smallest singular value beyond the null space over the largest within; None where that is 0, as in profiles made before
+    this was written down."""
+    other_null_spaces: tuple[OtherNullSpace, ...] = ()
+    """Selection with half and with twice as many directions."""
     chance_null_fraction: Fraction
     """Exceeded by the luckiest of as many random directions as the layer has neurons 1 time in 20."""
     chance_frequency_cosine: Fraction | None

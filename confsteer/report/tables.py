@@ -9,6 +9,7 @@ from rich import markup
 from rich.console import Console
 from rich.table import Table
 
+from confsteer.errors import ProfileError
 from confsteer.report.printable import one_safe_line
 from confsteer.steering import DIALS
 
@@ -56,8 +57,13 @@ def print_profile(console: Console, profile: Profile) -> None:
         if not neurons:
             console.print(f"[bold]{kind} neurons: none found.[/bold]")
             continue
+        if dial not in profile.response:
+            console.print(_neuron_table(f"{kind} neurons (none has a clear sign: no {dial} dial)", neurons, dial))
+            continue
         low, high = profile.reach(dial)
         console.print(_neuron_table(f"{kind} neurons ({dial} dial: {low:+.2f} to {high:+.2f} nats)", neurons, dial))
+    if layer.other_null_spaces:
+        console.print(_null_space_sentence(profile))
     for name, steering in profile.presets.items():
         console.print(f"Preset {escape(name)}: {escape(str(steering))}")
     console.print(
@@ -65,6 +71,67 @@ def print_profile(console: Console, profile: Profile) -> None:
         f"exceeds {layer.chance_null_fraction:.3f} 1 time in 20, and a cosine with unigram of "
         f"{layer.chance_frequency_cosine:.3f}. Effects: neuron set to its mean, nats, ± standard error over windows."
     )
+
+
+CLEAR_CLIFF = 2.0
+"""From this ratio on a singular value beyond the null space is far from those within."""
+
+
+def _null_space_sentence(profile: Profile) -> str:
+    """How clear the null space is, and what the selection is with half and with twice as many directions."""
+    layer, found = profile.layer, {neuron.index for neuron in profile.entropy_neurons}
+    if layer.cliff is None:
+        cliff = "The null space is exact"
+    elif layer.cliff >= CLEAR_CLIFF:
+        cliff = f"The null space ends at a cliff: the next singular value is {layer.cliff:.3g} times as large"
+    else:
+        cliff = f"The null space has no clear end: the next singular value is {layer.cliff:.3g} times as large"
+    others = []
+    for other in layer.other_null_spaces:
+        more, fewer = sorted({*other.entropy_neurons} - found), sorted(found - {*other.entropy_neurons})
+        changes = [f"{sign}{', '.join(map(str, neurons))}" for sign, neurons in (("also ", more), ("not ", fewer)) if neurons]
+        others.append(f"with {other.null_dims}, {' and '.join(changes) or 'the same'}")
+    return f"{cliff}. Entropy neurons: {'; '.join(others)}."
+
+
+def print_near_misses(console: Console, profile: Profile) -> None:
+    """Neurons that lack one thing only, and what.
+
+    Raises:
+        ProfileError: the profile does not have what this needs.
+    """
+    from confsteer.discovery.select import near_misses, percentile
+
+    effects, chance = profile.effects, profile.layer.chance_frequency_cosine
+    if effects is None or chance is None:
+        raise ProfileError(
+            f"the profile of {profile.model.id} does not have the effects of all neurons: confsteer calibrate makes one that has"
+        )
+    weights, cosine = profile.weights, profile.columns["frequency_cosine"]
+    variance = percentile(weights.logit_variance)
+    for kind, effect, share, misses in zip(
+        ("entropy", "token-frequency"),
+        (effects.entropy_abs, effects.frequency),
+        (effects.norm_share, effects.frequency_mediation),
+        near_misses(weights, effects, cosine, chance),
+        strict=True,
+    ):
+        table = Table(title=f"Not {kind} neurons for one thing only, the largest effects first", title_justify="left")
+        for name in ("neuron", "null fraction", "logit var %ile", "cosine", "effect", "share", "tokens"):
+            table.add_column(name, justify="right")
+        table.add_column("lacks")
+        for i, lacks in misses:
+            table.add_row(
+                f"{profile.model.layer}.{i}",
+                f"{weights.null_fraction[i]:.3f}",
+                f"{variance[i]:.1f}",
+                f"{cosine[i]:+.3f}",
+                f"{effect.value[i]:.4f} ±{effect.standard_error[i]:.4f}",
+                f"{share.value[i]:.3f} ±{share.standard_error[i]:.3f}",
+                f"{profile.columns['effect_tokens'][i]:,.0f}",
+                lacks,
+            )
+        console.print(table if misses else f"No neuron lacks one thing only to be a {kind} neuron.")
 
 
 def _print_scan(console: Console, profile: Profile) -> None:
@@ -114,9 +181,9 @@ def _neuron_table(title: str, neurons: tuple[Neuron, ...], dial: str) -> Table:
     for name in ("neuron", "sign", "norm %ile", "logit var %ile", "null fraction"):
         table.add_column(name, justify="right")
     if dial == "entropy":
-        columns = ("mediation", "|Δentropy|", "|Δloss|", "argmax changed")
+        columns = ["through norm", "mediation", "|Δentropy|", "|Δloss|", "argmax changed"]
     else:
-        columns = ("via unigram", "|ΔKL|", "|Δloss|", "cosine with unigram")
+        columns = ["via unigram", "|ΔKL|", "|Δloss|", "cosine with unigram"]
     for name in columns:
         table.add_column(name, justify="right")
     capped = any(n.total_effect_uncapped is not None for n in neurons)
@@ -124,17 +191,23 @@ def _neuron_table(title: str, neurons: tuple[Neuron, ...], dial: str) -> Table:
         table.add_column("|Δloss| before softcap", justify="right")
     for n in neurons:
         if dial == "entropy":
-            effects = (measured(n.mediation), measured(n.entropy_effect_abs), measured(n.total_effect), f"{n.argmax_changed:.2%}")
+            effects: list[str] = [
+                "" if n.norm_share is None else measured(n.norm_share),
+                measured(n.mediation),
+                measured(n.entropy_effect_abs),
+                measured(n.total_effect),
+                f"{n.argmax_changed:.2%}",
+            ]
         else:
-            effects = (
+            effects = [
                 measured(n.frequency_mediation),
                 measured(n.frequency_effect),
                 measured(n.total_effect),
                 f"{n.frequency_cosine:+.3f}",
-            )
+            ]
         table.add_row(
             f"{n.layer}.{n.index}",
-            f"{n.sign:+d}",
+            f"{n.sign:+d}" if n.sign else "none",
             f"{n.norm_percentile:.1f}",
             f"{n.logit_variance_percentile:.1f}",
             f"{n.null_fraction:.3f}",

@@ -19,6 +19,12 @@ from confsteer.model.dissect import dissect
 from tests.models import FAMILIES, VOCAB, TinyFamily, tiny_model
 
 
+@pytest.fixture(autouse=True)
+def single_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On every processor; what half precision leaves of the second order is in test_pairs.py."""
+    monkeypatch.setattr("confsteer.discovery.moments.has_fast_bfloat16", lambda device: False)
+
+
 def random_readout(
     *,
     d: int = 24,
@@ -70,7 +76,7 @@ def by_definition(readout: Readout, states: TokenStates, mean: Tensor, unigram: 
     as64 = {f.name: v.double() for f in dataclasses.fields(readout) if isinstance(v := getattr(readout, f.name), Tensor)}
     W, b = as64["unembedding"], as64["logit_bias"]
     v, f = unigram.direction.double(), unigram.log_frequency.double().exp()
-    out = TokenEffects(*(torch.zeros(states.activations.shape, dtype=torch.float64) for _ in range(5)))
+    out = TokenEffects(*(torch.zeros(states.activations.shape, dtype=torch.float64) for _ in TokenEffects._fields))
 
     def centre(h: Tensor) -> Tensor:
         return h - h.mean() if readout.centred else h
@@ -101,15 +107,20 @@ def by_definition(readout: Readout, states: TokenStates, mean: Tensor, unigram: 
             else:
                 assert states.mlp_output is not None
                 m = states.mlp_output[t].double()
+                rho = (m.square().mean() + norm.epsilon).sqrt()
                 after = m + delta * norm.inputs[i].double()
+                written = h + centre(norm.gain.double() * delta * norm.inputs[i].double() / rho)
                 before, after = (norm.gain.double() * x / (x.square().mean() + norm.epsilon).sqrt() for x in (m, after))
                 ablated = h + centre(after - before)
             total, direct = logits(ablated, sigma(ablated)), logits(ablated, sigma(h))
+            straight = direct if norm is None else logits(written, sigma(h))
             held = total - ((total - z) @ v) * v
             values = (
                 loss(total, target) - loss(z, target),
                 loss(direct, target) - loss(z, target),
                 entropy(total) - entropy(z),
+                entropy(direct) - entropy(z),
+                entropy(straight) - entropy(z),
                 kl(total) - kl(z),
                 loss(held, target) - loss(z, target),
             )

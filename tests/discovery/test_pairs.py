@@ -62,7 +62,7 @@ def layer(*, write_norm: bool = False, softcap: float | None = None) -> tuple[Re
 
     norm = NormParameters(torch.ones(D_MODEL), None, 1e-5, False)
     readout = Readout.fold(
-        w_out=draw(NEURONS, D_MODEL) * torch.tensor([0.1, 0.3, 1.0, 2.0, 3.0, 4.0])[:, None],
+        w_out=draw(NEURONS, D_MODEL) * torch.tensor([0.1, 0.2, 0.4, 0.8, 1.2, 1.6])[:, None],
         unembedding=0.8 * draw(VOCAB, D_MODEL),
         norm=norm,
         softcap=softcap,

@@ -31,7 +31,7 @@ def layer() -> tuple[WeightStatistics, NeuronEffects, Tensor]:
     effects = NeuronEffects(
         **{name: estimate(0.01, 0.1) for name in NeuronEffects._fields}
         | {
-            "mediation": estimate(0.05, 0.6),
+            "norm_share": estimate(0.05, 0.8),
             "frequency_mediation": estimate(0.05, 0.6),
             "entropy_slope": estimate(0.2, 0.2),
             "unigram_slope": estimate(0.2, -0.2),
@@ -61,7 +61,7 @@ def test_each_weight_criterion_is_needed(name: str, value: float) -> None:
     assert select.entropy_neurons(worse, effects) == [50, 3]
 
 
-@pytest.mark.parametrize(("name", "value"), [("entropy_abs", 0.001), ("mediation", 0.301), ("entropy_slope", 0.0019)])
+@pytest.mark.parametrize(("name", "value"), [("entropy_abs", 0.001), ("norm_share", 0.667)])
 def test_each_effect_criterion_of_entropy_neurons_is_needed(name: str, value: float) -> None:
     """0.301 is above the bound, but not by two standard errors of 0.001."""
     weights, effects, _ = layer()
@@ -70,7 +70,7 @@ def test_each_effect_criterion_of_entropy_neurons_is_needed(name: str, value: fl
     assert select.entropy_neurons(weights, worse) == [50, 3]
 
 
-@pytest.mark.parametrize(("name", "value"), [("frequency", 0.001), ("frequency_mediation", 0.301), ("unigram_slope", -0.0019)])
+@pytest.mark.parametrize(("name", "value"), [("frequency", 0.001), ("frequency_mediation", 0.301)])
 def test_each_effect_criterion_of_frequency_neurons_is_needed(name: str, value: float) -> None:
     _, effects, cosine = layer()
     old = getattr(effects, name)
@@ -111,16 +111,16 @@ def test_a_large_effect_is_in_the_highest_quarter(rank: int, in_it: bool) -> Non
 @pytest.mark.parametrize(
     ("name", "inside", "outside"),
     [
-        *(("mediation", 0.3021, 0.3019), ("entropy_slope", 0.0021, 0.0019)),
-        *(("frequency_mediation", 0.3021, 0.3019), ("unigram_slope", -0.0021, -0.0019)),
+        ("norm_share", 0.6688, 0.6685),
+        ("frequency_mediation", 0.3021, 0.3019),
     ],
 )
-def test_shares_and_slopes_exceed_their_bounds_by_two_standard_errors(name: str, inside: float, outside: float) -> None:
+def test_shares_exceed_their_bounds_by_two_standard_errors(name: str, inside: float, outside: float) -> None:
     weights, effects, cosine = layer()
     for value, found in ((inside, [50, 8, 3]), (outside, [50, 3])):
         old = getattr(effects, name)
         changed = effects._replace(**{name: old._replace(value=spoiled(old.value, value))})
-        if name.startswith(("mediation", "entropy")):
+        if name == "norm_share":
             assert select.entropy_neurons(weights, changed) == found
         else:
             assert select.frequency_neurons(changed, cosine, 0.5, excluding=[]) == found
@@ -140,7 +140,7 @@ def test_no_more_than_the_most(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_one_window_shows_nothing_for_sure() -> None:
     """Without a standard error nothing is clear."""
     weights, effects, _ = layer()
-    unsure = effects._replace(mediation=effects.mediation._replace(standard_error=torch.full((N,), float("inf"))))
+    unsure = effects._replace(norm_share=effects.norm_share._replace(standard_error=torch.full((N,), float("inf"))))
     assert select.entropy_neurons(weights, unsure) == []
 
 
@@ -150,14 +150,11 @@ def test_contenders_are_those_that_more_text_could_select() -> None:
     assert select.contenders(weights, effects, no_cosine, 0.5) == GOOD
     assert select.contenders(weights._replace(null_fraction=no_cosine), effects, cosine, 0.5) == GOOD
     for error, stays in ((0.02, True), (0.01, False)):
-        short = effects.mediation.value.clone()
-        short[8] = 0.26
-        unsure = effects._replace(mediation=WithError(short, torch.full_like(short, error)))
+        short = effects.norm_share.value.clone()
+        short[8] = 0.626
+        unsure = effects._replace(norm_share=WithError(short, torch.full_like(short, error)))
         assert select.entropy_neurons(weights, unsure) == [50, 3]
         assert (8 in select.contenders(weights, unsure, no_cosine, 0.5)) == stays
-    # A sample has to show no sign, and cannot rule out one.
-    unsigned = effects._replace(entropy_slope=WithError(no_cosine, no_cosine))
-    assert select.contenders(weights, unsigned, no_cosine, 0.5) == GOOD
 
 
 def test_a_single_window_rules_out_no_effect() -> None:
@@ -171,3 +168,31 @@ def test_a_single_window_rules_out_no_effect() -> None:
 def test_selection_is_among_the_contenders() -> None:
     weights, effects, cosine = layer()
     assert select.select_neurons(weights, effects, cosine, 0.5, among=[3, 50]).entropy.neurons == [50, 3]
+
+
+@pytest.mark.parametrize(("slope", "sign"), [(0.0021, 1), (-0.0021, -1), (0.0019, 0), (-0.0019, 0), (0.0, 0)])
+def test_a_sign_is_clear_from_two_standard_errors_on_and_no_condition(slope: float, sign: int) -> None:
+    weights, effects, cosine = layer()
+    changed = effects._replace(
+        entropy_slope=effects.entropy_slope._replace(value=spoiled(effects.entropy_slope.value, slope)),
+        unigram_slope=effects.unigram_slope._replace(value=spoiled(effects.unigram_slope.value, slope)),
+    )
+    every = list(range(N))
+    selection = select.select_neurons(weights, changed, cosine, 0.5, among=every)
+    assert selection.entropy.neurons == GOOD[::-1]
+    assert int(selection.entropy.sign[8]) == sign
+    only_frequency = select.select_neurons(weights._replace(null_fraction=torch.zeros(N)), changed, cosine, 0.5, among=every)
+    assert only_frequency.unigram.neurons == GOOD[::-1]
+    assert int(only_frequency.unigram.sign[8]) == sign
+
+
+def test_near_misses_say_what_is_lacking() -> None:
+    weights, effects, cosine = layer()
+    short = effects._replace(norm_share=effects.norm_share._replace(value=spoiled(effects.norm_share.value, 0.4)))
+    entropy, frequency = select.near_misses(weights, short, cosine, 0.5)
+    assert entropy == [(8, "a share of more than 0.67 through the final norm")]
+    assert frequency == []
+    entropy, frequency = select.near_misses(weights, effects, spoiled(cosine, 0.4), 0.5)
+    assert (entropy, frequency) == ([], [(8, "a cosine with the unigram direction beyond chance (0.500)")])
+    # Two things lacking are no near miss.
+    assert select.near_misses(weights._replace(null_fraction=spoiled(weights.null_fraction, 0.1)), short, cosine, 0.5)[0] == []

@@ -68,7 +68,7 @@ def test_every_neuron_moves_the_logits_by_the_closed_form(family: TinyFamily) ->
         state = readout.state(states[0].residual, states[0].mlp_output)
         ours = readout.logits(readout.residual_after(state, change)).log_softmax(-1)
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
-        move, _ = readout.move(state, change)
+        move = readout.move(state, change).at(0)
         x = state.directions @ readout.unembedding.T
         moved = x[-1] + readout.logit_bias + move.write[:, neuron, None] * (readout.unembedding @ readout.w_out[neuron])
         moved += sum(along[:, neuron, None] * direction for along, direction in zip(move.along, x, strict=True))

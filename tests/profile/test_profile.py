@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from confsteer import (
     Neuron,
+    NoNeuronsError,
     Profile,
     ProfileCorruptError,
     ProfileError,
@@ -151,7 +152,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
         (lambda d: d.update(surprise=1), ProfileCorruptError, "surprise: Extra inputs are not permitted"),
         (lambda d: d["model"].update(surprise=1), ProfileCorruptError, "model.surprise"),
         (lambda d: d.pop("corpus"), ProfileCorruptError, "corpus: Field required"),
-        (lambda d: d["entropy_neurons"][0].update(sign=0), ProfileCorruptError, "entropy_neurons.0.sign"),
+        (lambda d: d["entropy_neurons"][0].update(sign=2), ProfileCorruptError, "entropy_neurons.0.sign"),
         (lambda d: d["entropy_neurons"][0].update(norm=float("nan")), ProfileCorruptError, "norm"),
         (lambda d: d["entropy_neurons"][0].update(norm="8"), ProfileCorruptError, "norm"),
         (lambda d: d["entropy_neurons"][0].update(index=10**6), ProfileCorruptError, "beyond the layer's 128 neurons"),
@@ -378,3 +379,20 @@ def test_a_card_is_plain_text_whatever_the_profile_says(profile: Profile) -> Non
     hostile = profile.model_copy(update={"corpus": profile.corpus.model_copy(update={"source": "<script>\n---\n# `x` [y](z)"})})
     assert "<script>" not in card(hostile, "a/b")
     assert "script ---" not in card(hostile, "a/b").splitlines()
+
+
+def test_neurons_without_a_sign_are_reported_and_no_dial_turns_them() -> None:
+    profile = planted("gpt2").profile
+    unsigned = tuple(neuron.model_copy(update={"sign": 0}) for neuron in profile.entropy_neurons)
+    fields = {name: getattr(profile, name) for name in Profile.model_fields}
+    with pytest.raises(ValidationError, match="must have a response curve if and only if it has neurons with a sign"):
+        Profile(**fields | {"entropy_neurons": unsigned})
+    response = {dial: curve for dial, curve in profile.response.items() if dial != "entropy"}
+    without = Profile(**fields | {"entropy_neurons": unsigned, "response": response})
+    with pytest.raises(NoNeuronsError, match=r"entropy neurons of .* have no clear sign on the calibration text"):
+        without.edit(Steering(entropy=0.1))
+    index = unsigned[0].index
+    assert without.edit(Steering(scale={index: 2.0})).gain.max() == 2
+    # One without a sign stays where it is when the dial turns the others.
+    mixed = Profile(**fields | {"entropy_neurons": (unsigned[0], *profile.entropy_neurons[1:])})
+    assert mixed.edit(Steering(entropy=0.1)).bias[0] == 0
