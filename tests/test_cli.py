@@ -129,6 +129,23 @@ def test_generate_shows_each_steering(folder: Path) -> None:
     assert "entropy=+0.5" in result.output
 
 
+def test_generate_answers_through_the_chat_template_and_names_what_is_empty(folder: Path, tmp_path: Path) -> None:
+    model, note = planted("llama").model, "--no-chat continues it as it stands"
+    model.save_pretrained(tmp_path / "model")
+    chat_tokenizer().save_pretrained(tmp_path / "model")
+    arguments = ("generate", "t3 t5", tmp_path / "model", "-p", folder / "profile", "--max-new-tokens", 5, "--temperature", 0)
+    answered, continued = run(*arguments).output, run(*arguments, "--no-chat").output
+    assert note in answered
+    assert note not in continued
+    assert answered.replace(note, "") != continued
+    assert "(ended at once)" not in answered + continued
+    # Nothing is left to generate but EOS.
+    settings = {"eos_token_id": 0, "suppress_tokens": [*range(1, 96)]}
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(settings))
+    assert "(ended at once)" in run(*arguments).output
+    assert "no chat template" in run("generate", "t3", folder / "model", "-p", folder / "profile", "--chat", code=1).output
+
+
 def test_eval_compares_and_writes_json_and_a_picture(folder: Path, tmp_path: Path) -> None:
     result = run(
         "eval", folder / "model", "-p", folder / "profile", "--text", folder / "other.txt", "--window", 64,

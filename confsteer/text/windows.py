@@ -267,6 +267,25 @@ def cut_windows(
     return Windows(np.concatenate(pieces), starts, control_ids(tokenizer), window, source, np.array(document))
 
 
+def prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase, *, chat: bool | None = None) -> list[int]:
+    """Tokenize a prompt to continue, or to answer.
+
+    Args:
+        prompt: text as it stands, or the user's turn of a chat.
+        tokenizer: the model's.
+        chat: whether it goes through the chat template, which writes all special tokens itself; where there is one, if None.
+
+    Raises:
+        CorpusError: there is no chat template, or it refuses the prompt.
+    """
+    if chat is None:
+        chat = bool(tokenizer.chat_template)
+    if chat:
+        turn = {"role": "user", "content": prompt}
+        return [*_token_ids(_apply_chat_template([turn], tokenizer, "the prompt", answer=True), tokenizer)]
+    return list(tokenizer(prompt)["input_ids"])
+
+
 def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Find what the tokenizer puts in front of every text: BOS in most, ``[gMASK]<sop>`` in GLM-4, or nothing."""
     return surrounding_ids(tokenizer)[0]
@@ -382,8 +401,10 @@ def message_texts(conversation: Conversation, where: str) -> list[str | None]:
     return texts
 
 
-def _apply_chat_template(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, where: str) -> str:
-    """Render a conversation, each content in the form that the template takes.
+def _apply_chat_template(
+    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, where: str, *, answer: bool = False
+) -> str:
+    """Render a conversation, each content in the form that the template takes; up to the model's answer if `answer`.
 
     A template that knows strings alone prints Python of null and of parts; one that knows parts alone prints nothing of a
     string. Servers give each the form it takes, which shows in what it prints.
@@ -399,7 +420,7 @@ def _apply_chat_template(conversation: Conversation, tokenizer: PreTrainedTokeni
     ]
 
     def render() -> str:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer))
 
     def attempt() -> str | None:
         try:
