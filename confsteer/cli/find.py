@@ -1,4 +1,4 @@
-"""Commands that find neurons, show them and pass them on: calibrate, scan, show, push."""
+"""Commands that find neurons, show them and pass them on: count, calibrate, scan, show, push."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ import confsteer
 from confsteer import defaults
 from confsteer.cli.options import (
     EXIT_NO_NEURONS,
+    NO_TEXT,
+    OUTPUT_FILE,
     PICTURE_FILE,
     PROFILE,
     TEXT_FILE,
     ModelOptions,
+    TextOptions,
     WindowedTextOptions,
+    corpus_options,
     gguf_option,
     model_options,
     windowed_text_options,
@@ -24,6 +28,7 @@ from confsteer.cli.options import (
 )
 from confsteer.errors import ProfileError
 from confsteer.report import tables
+from confsteer.report.printable import one_safe_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -80,7 +85,7 @@ def calibrate(
     A line of chats.jsonl: {"messages": [{"role": "user", "content": "Hi"}, ...]}
 
     Tokens are ranked by how often they occur in the text unless --unigram has their counts in text like the model's training
-    text; 25,600 tokens are too few to rank a vocabulary, and a warning says so.
+    text, as confsteer count makes them; 25,600 tokens are too few to rank a vocabulary, and a warning says so.
 
     What was added up so far is written to the folder every minute (by a single process). Killed or interrupted, the same
     command with --resume goes on from there and ends with the same profile.
@@ -129,6 +134,54 @@ def calibrate(
     tables.console().print(f"Profile written to {tables.escape(str(folder))}")
     if not profile.response:
         sys.exit(EXIT_NO_NEURONS)
+
+
+@click.command(short_help="Count the tokens of a corpus, for calibrate --unigram.")
+@click.argument("model", required=False)
+@gguf_option
+@click.option("--revision", help="Branch, tag or commit on the hub.")
+@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
+@corpus_options
+@click.option("--out", required=True, type=OUTPUT_FILE, metavar="FILE.npy", help="Of the counts.")
+def count(
+    model: str | None, gguf_file: str | None, revision: str | None, trust_remote_code: bool, text: TextOptions, out: Path
+) -> None:
+    """Count how often each token of MODEL's tokenizer occurs in a corpus of any size; only the tokenizer is loaded.
+
+    \b
+    confsteer count OWNER/MODEL --text corpus.jsonl.gz --text folder --out counts.npy
+    confsteer count model.gguf --dataset HUB_ID --field content --out counts.npy
+    confsteer calibrate OWNER/MODEL --text book.txt --unigram counts.npy
+
+    Token-frequency neurons are found by the frequencies of the model's training text, and a text of calibration's size ranks
+    only its commonest tokens. Ten million tokens of text like it do.
+    """
+    import io
+
+    import numpy as np
+    import torch
+
+    from confsteer.files import write_result
+    from confsteer.model import gguf
+    from confsteer.model.loading import load_tokenizer, source_of
+    from confsteer.text.counts import count_tokens, counts_sha256
+
+    source = text.source(model, "calibration")
+    if source is None:
+        raise click.UsageError(NO_TEXT)
+    place = source_of(model, gguf_file)
+    file = gguf.find(place, gguf_file, revision)
+    tokenizer = load_tokenizer(place, file=file, revision=revision, trust_remote_code=trust_remote_code)
+    counts = count_tokens(source.documents(), tokenizer, progress=True)
+    content = io.BytesIO()
+    np.save(content, counts)
+    write_result(out, content.getvalue())
+    click.echo(
+        f"{one_safe_line(source.title)}: {counts.sum():,} tokens. {np.count_nonzero(counts):,} of the tokenizer's "
+        f"{len(counts):,} occur; the median token occurs {np.median(counts):,.0f} times."
+    )
+    click.echo(f"SHA-256, as a profile holds it: {counts_sha256(torch.from_numpy(counts))}")
+    click.echo(f"Written: {one_safe_line(str(out))}")
 
 
 def _unigram_counts(file: Path | None, model: str | None) -> NDArray[np.integer] | None:
