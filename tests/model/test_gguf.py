@@ -15,6 +15,7 @@ import confsteer
 from confsteer import ConfsteerError, Profile, ProfileMismatchError
 from confsteer.discovery.weights import weight_statistics
 from confsteer.errors import LoadError
+from confsteer.model import loading
 from confsteer.model.dissect import dissect
 from confsteer.model.gguf import complete_config, find
 from confsteer.model.gguf_weights import NORM_OFFSET
@@ -106,6 +107,22 @@ def test_config_and_tokenizer_are_those_that_transformers_makes_of_the_whole_fil
     assert type(tokenizer) is type(other)
     assert tokenizer.get_vocab() == other.get_vocab()
     assert tokenizer.added_tokens_decoder == other.added_tokens_decoder
+
+
+@pytest.mark.parametrize("model_type", ["gemma3_text", "llama", "phi3"])
+def test_weights_read_here_are_those_that_transformers_reads(
+    model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both ways of loading, of which the other is for architectures that are not known here."""
+    says = {"tokenizer.ggml.padding_token_id": 0}
+    path = write(tmp_path / "tiny.gguf", tiny(model_type), kind="Q5_0", pieces=model_type == "gemma3_text", says=says)
+    ours = load_model(str(path), device="cpu").model
+    monkeypatch.setattr(loading, "NORM_OFFSET", {})
+    theirs = load_model(str(path), device="cpu").model
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(ours.get_parameter(name), value), name
+    assert ours.config.to_dict() == {k: v for k, v in theirs.config.to_dict().items() if k != "quantization_config"}
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
