@@ -67,7 +67,7 @@ def generations(
     found = []
     with steer(model, profile) as steerer:
         if length == 0:
-            raise CorpusError(f"the prompt {prompt!r} has no tokens: there is nothing to continue")
+            raise CorpusError("the prompt has no tokens: there is nothing to continue")
         check_ids(ids, profile.model.vocab_size)
         for steering in steerings:
             steerer.update(steering)
