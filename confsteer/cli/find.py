@@ -176,7 +176,7 @@ def count(
     place = source_of(model, gguf_file)
     file = gguf.find(place, gguf_file, revision)
     tokenizer = load_tokenizer(place, file=file, revision=revision, trust_remote_code=trust_remote_code)
-    counts = count_tokens(source.documents(), tokenizer, progress=True)
+    counts = count_tokens(source.documents(in_parts=True), tokenizer, progress=True)
     content = io.BytesIO()
     np.save(content, counts)
     write_result(out, content.getvalue())
