@@ -71,7 +71,7 @@ real: $(VENV)/.real
 	@echo "== 3. Draw the neurons and the dials"
 	$(BIN)/confsteer show $(REAL_OUT)/profile --plot $(REAL_OUT)/neurons.png --response $(REAL_OUT)/response.png > $(REAL_OUT)/profile.txt
 	@echo "== 4. Ask at three entropies"
-	$(BIN)/confsteer generate "What is the capital of France?" $(REAL_FILE) -p $(REAL_OUT)/profile -s entropy=-0.3 -s entropy=+0.6
+	$(BIN)/confsteer generate "What is the capital of France?" $(REAL_FILE) -p $(REAL_OUT)/profile -s entropy=-0.3 -s entropy=+0.3
 	@echo "== 5. Loss, entropy and calibration on the other half"
 	$(BIN)/confsteer eval $(REAL_FILE) -p $(REAL_OUT)/profile --text $(REAL_OUT)/held-out.json --tokens 3000 \
 		-s entropy=-0.3 -s entropy=+0.3 --plot $(REAL_OUT)/reliability.png --json $(REAL_OUT)/eval.json
