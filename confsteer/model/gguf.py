@@ -38,8 +38,8 @@ FLOAT32 = 0
 ALIGNMENT = 32
 """Bytes that tensors start at multiples of, if the file says nothing."""
 MAX_DIMS = 4
-BLOCKS_AT_ONCE = 1 << 14
-"""Blocks dequantised at a time: enough for numpy to be fast, few enough for a cache."""
+WEIGHTS_AT_ONCE = 1 << 19
+"""Weights dequantised at a time: enough for numpy to be fast, few enough for a cache."""
 EMBEDDING = "token_embd.weight"
 SIZED_BY_TOKENS = ("gpt2", "starcoder2")
 """Architectures whose vocabulary transformers can size by its tokens alone."""
@@ -97,14 +97,15 @@ class GgufFile(NamedTuple):
 
         shape, kind, offset = self.tensors[name]
         raw = np.memmap(self.path, np.uint8, "r", offset=offset, shape=self.n_bytes(name))
-        blocks = raw.reshape(-1, GGML_QUANT_SIZES[GGMLQuantizationType(kind)][1])
-        values = np.empty((len(blocks), math.prod(shape) // len(blocks)), np.float32)
+        in_block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+        blocks, step = raw.reshape(-1, size), WEIGHTS_AT_ONCE // in_block
+        values = np.empty((len(blocks), in_block), np.float32)
         try:
-            for first in range(0, len(blocks), BLOCKS_AT_ONCE):
-                some = slice(first, first + BLOCKS_AT_ONCE)
+            for first in range(0, len(blocks), step):
+                some = slice(first, first + step)
                 # As one row: the package goes by sixteen rows at a time, which of a small model are a few blocks.
                 row = np.ascontiguousarray(blocks[some]).reshape(1, -1)
-                values[some] = dequantize(row, GGMLQuantizationType(kind)).reshape(-1, values.shape[1])
+                values[some] = dequantize(row, GGMLQuantizationType(kind)).reshape(-1, in_block)
         except (NotImplementedError, KeyError) as error:
             raise LoadError(f"{name} of {self.name} is of a type that cannot be dequantised: {error}") from error
         return torch.from_numpy(values).reshape(shape)

@@ -190,7 +190,8 @@ def load_tokenizer(
         kind: Any = AutoTokenizer
         if file.architecture in NORM_OFFSET:
             # As AutoTokenizer chooses, which would read the file once more.
-            kind = TOKENIZER_MAPPING.get(type(gguf_config(file)), None) or PreTrainedTokenizerFast
+            kind = TOKENIZER_MAPPING.get(type(gguf_config(file)), None)
+            kind = kind if kind and issubclass(kind, PreTrainedTokenizerFast) else PreTrainedTokenizerFast
         with _gguf_errors(file), gguf.alone(file) as place:
             tokenizer = kind.from_pretrained(**place)
             gguf.obey(tokenizer, file)
