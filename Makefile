@@ -73,7 +73,7 @@ real: $(VENV)/.real
 	@echo "== 4. Ask at three entropies"
 	$(BIN)/confsteer generate "What is the capital of France?" $(REAL_FILE) -p $(REAL_OUT)/profile -s entropy=-0.3 -s entropy=+0.3
 	@echo "== 5. Loss, entropy and calibration on the other half"
-	$(BIN)/confsteer eval $(REAL_FILE) -p $(REAL_OUT)/profile --text $(REAL_OUT)/held-out.json --tokens 3000 \
+	$(BIN)/confsteer eval $(REAL_FILE) -p $(REAL_OUT)/profile --text $(REAL_OUT)/held-out.json --tokens 2000 \
 		-s entropy=-0.3 -s entropy=+0.3 --plot $(REAL_OUT)/reliability.png --json $(REAL_OUT)/eval.json
 	@echo "== Done: $(REAL_OUT)"
 
