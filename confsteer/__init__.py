@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from confsteer.runtimes.baking import Baked, bake
     from confsteer.runtimes.transformers import Steerer, steer
     from confsteer.steering import Steering
-    from confsteer.text.counts import read_counts
+    from confsteer.text.counts import count_tokens, read_counts
     from confsteer.text.sources import read_texts
     from confsteer.tuning.tune import Tuning, tune
 
@@ -63,6 +63,7 @@ __all__ = [
     "UnsupportedServerError",
     "bake",
     "calibrate",
+    "count_tokens",
     "demo",
     "evaluate",
     "load_model",
@@ -85,6 +86,7 @@ _MODULES = {
     "Tuning": "tuning.tune",
     "bake": "runtimes.baking",
     "calibrate": "calibration.calibrate",
+    "count_tokens": "text.counts",
     "evaluate": "evaluation.evaluate",
     "load_model": "model.loading",
     "read_counts": "text.counts",

@@ -55,6 +55,21 @@ def test_calibrate_finds_saves_and_prints(folder: Path, tmp_path: Path) -> None:
     assert str(tmp_path / "p") in result.output.replace("\n", "")
 
 
+def test_count_makes_what_calibrate_takes(folder: Path, tmp_path: Path) -> None:
+    corpus = [" ".join(f"t{i}" for i in range(first, 92)) for first in range(1, 92)]
+    (tmp_path / "corpus.json").write_text(json.dumps([{"body": text} for text in corpus]))
+    arguments = ("--text", tmp_path / "corpus.json", "--field", "body", "--out", tmp_path / "counts.npy")
+    result = run("count", folder / "model", *arguments)
+    assert np.load(tmp_path / "counts.npy").tolist() == [0, *range(1, 92), 0, 0, 0, 0]
+    assert f"corpus.json: {91 * 92 // 2:,} tokens. 91 of the tokenizer's 96 occur" in result.output
+    text = ("--text", folder / "text.txt", "--window", 64, "--out", tmp_path / "p")
+    assert "too few" not in run("calibrate", folder / "model", *text, "--unigram", tmp_path / "counts.npy").output
+    profile = Profile.load(tmp_path / "p")
+    assert profile.corpus
+    assert profile.corpus.unigram_sha256 in result.output
+    assert "give some text" in run("count", folder / "model", "--out", tmp_path / "counts.npy", code=2).output
+
+
 def test_calibrate_without_text_samples_it_and_says_so(folder: Path, tmp_path: Path) -> None:
     arguments = ("calibrate", folder / "model", "--window", 64, "--tokens", 2000, "--seed", 7)
     result = run(*arguments, "--out", tmp_path / "p")
@@ -127,6 +142,23 @@ def test_generate_shows_each_steering(folder: Path) -> None:
     assert "neutral" in result.output
     assert "entropy=-0.5" in result.output
     assert "entropy=+0.5" in result.output
+
+
+def test_generate_answers_through_the_chat_template_and_names_what_is_empty(folder: Path, tmp_path: Path) -> None:
+    model, note = planted("llama").model, "--no-chat continues it as it stands"
+    model.save_pretrained(tmp_path / "model")
+    chat_tokenizer().save_pretrained(tmp_path / "model")
+    arguments = ("generate", "t3 t5", tmp_path / "model", "-p", folder / "profile", "--max-new-tokens", 5, "--temperature", 0)
+    answered, continued = run(*arguments).output, run(*arguments, "--no-chat").output
+    assert note in answered
+    assert note not in continued
+    assert answered.replace(note, "") != continued
+    assert "(ended at once)" not in answered + continued
+    # Nothing is left to generate but EOS.
+    settings = {"eos_token_id": 0, "suppress_tokens": [*range(1, 96)]}
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(settings))
+    assert "(ended at once)" in run(*arguments).output
+    assert "no chat template" in run("generate", "t3", folder / "model", "-p", folder / "profile", "--chat", code=1).output
 
 
 def test_eval_compares_and_writes_json_and_a_picture(folder: Path, tmp_path: Path) -> None:
@@ -231,7 +263,21 @@ def test_help_teaches() -> None:
 
 
 def test_help_lists_the_commands_once_and_in_the_order_of_work() -> None:
-    work = ["calibrate", "scan", "show", "push", "generate", "eval", "report", "tune", "lm-eval", "bake", "serve", "study"]
+    work = [
+        "calibrate",
+        "scan",
+        "count",
+        "show",
+        "push",
+        "generate",
+        "eval",
+        "report",
+        "tune",
+        "lm-eval",
+        "bake",
+        "serve",
+        "study",
+    ]
     listed = [line.split()[0] for line in run("--help").output.partition("Commands:\n")[2].splitlines()]
     assert listed == list(main.commands) == work
 

@@ -183,7 +183,7 @@ def test_a_tokenizer_of_more_tokens_than_the_model_works_until_it_uses_them(fold
     ):
         assert sentence in run(*arguments), arguments[0]
     run("generate", "t3 t5", model, *profile, "--max-new-tokens", 2, code=0)
-    assert "the prompt ' ' has no tokens" in run("generate", " ", model, *profile)
+    assert "the prompt has no tokens" in run("generate", " ", model, *profile)
 
 
 def test_a_model_of_one_layer_and_one_in_float16_are_calibrated(folder: Path, tmp_path: Path) -> None:

@@ -189,8 +189,9 @@ def _token_counts(windows: Windows, given: NDArray[np.integer] | None, tokenizer
     if not ranks_tokens(counts):
         warnings.warn(
             f"{windows.n_tokens:,} tokens of text are too few to rank the tokenizer's {tokenizer_size:,} by frequency, so "
-            "token-frequency neurons and the unigram dial are of this text's frequencies only: give counts of text like the "
-            "model's training text (unigram_counts, or --unigram FILE.npy), or more text",
+            "token-frequency neurons and the unigram dial are of this text's frequencies only. Count a corpus like the model's "
+            "training text, a minute's work, and give its counts: confsteer count MODEL --text CORPUS --out counts.npy, then "
+            "--unigram counts.npy (count_tokens and unigram_counts in Python)",
             stacklevel=3,
         )
     return counts

@@ -66,6 +66,7 @@ def main() -> None:
 for command in (
     find.calibrate,
     find.scan,
+    find.count,
     find.show,
     find.push,
     steer.generate,

@@ -1,4 +1,4 @@
-"""Commands that find neurons, show them and pass them on: calibrate, scan, show, push."""
+"""Commands that find neurons, show them and pass them on: count, calibrate, scan, show, push."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ import confsteer
 from confsteer import defaults
 from confsteer.cli.options import (
     EXIT_NO_NEURONS,
+    NO_TEXT,
+    OUTPUT_FILE,
     PICTURE_FILE,
     PROFILE,
     TEXT_FILE,
     ModelOptions,
+    TextOptions,
     WindowedTextOptions,
+    corpus_options,
     gguf_option,
     model_options,
     windowed_text_options,
@@ -24,10 +28,15 @@ from confsteer.cli.options import (
 )
 from confsteer.errors import ProfileError
 from confsteer.report import tables
+from confsteer.report.printable import one_safe_line
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from rich.console import Console
+
+    from confsteer.calibration.published import PublishedModel
+    from confsteer.profile.profile import Profile
 
 null_dims_option = click.option(
     "--null-dims", type=click.IntRange(min=1), help="Size of the unembedding's null space.  [default: from its spectrum]"
@@ -80,7 +89,7 @@ def calibrate(
     A line of chats.jsonl: {"messages": [{"role": "user", "content": "Hi"}, ...]}
 
     Tokens are ranked by how often they occur in the text unless --unigram has their counts in text like the model's training
-    text; 25,600 tokens are too few to rank a vocabulary, and a warning says so.
+    text, as confsteer count makes them; 25,600 tokens are too few to rank a vocabulary, and a warning says so.
 
     What was added up so far is written to the folder every minute (by a single process). Killed or interrupted, the same
     command with --resume goes on from there and ends with the same profile.
@@ -131,6 +140,54 @@ def calibrate(
         sys.exit(EXIT_NO_NEURONS)
 
 
+@click.command(short_help="Count the tokens of a corpus, for calibrate --unigram.")
+@click.argument("model", required=False)
+@gguf_option
+@click.option("--revision", help="Branch, tag or commit on the hub.")
+@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
+@corpus_options
+@click.option("--out", required=True, type=OUTPUT_FILE, metavar="FILE.npy", help="Of the counts.")
+def count(
+    model: str | None, gguf_file: str | None, revision: str | None, trust_remote_code: bool, text: TextOptions, out: Path
+) -> None:
+    """Count how often each token of MODEL's tokenizer occurs in a corpus of any size; only the tokenizer is loaded.
+
+    \b
+    confsteer count OWNER/MODEL --text corpus.jsonl.gz --text folder --out counts.npy
+    confsteer count model.gguf --dataset HUB_ID --field content --out counts.npy
+    confsteer calibrate OWNER/MODEL --text book.txt --unigram counts.npy
+
+    Token-frequency neurons are found by the frequencies of the model's training text, and a text of calibration's size ranks
+    only its commonest tokens. Ten million tokens of text like it do.
+    """
+    import io
+
+    import numpy as np
+    import torch
+
+    from confsteer.files import write_result
+    from confsteer.model import gguf
+    from confsteer.model.loading import load_tokenizer, source_of
+    from confsteer.text.counts import count_tokens, counts_sha256
+
+    source = text.source(model, "calibration")
+    if source is None:
+        raise click.UsageError(NO_TEXT)
+    place = source_of(model, gguf_file)
+    file = gguf.find(place, gguf_file, revision)
+    tokenizer = load_tokenizer(place, file=file, revision=revision, trust_remote_code=trust_remote_code)
+    counts = count_tokens(source.documents(in_parts=True), tokenizer, progress=True)
+    content = io.BytesIO()
+    np.save(content, counts)
+    write_result(out, content.getvalue())
+    click.echo(
+        f"{one_safe_line(source.title)}: {counts.sum():,} tokens. {np.count_nonzero(counts):,} of the tokenizer's "
+        f"{len(counts):,} occur; the median token occurs {np.median(counts):,.0f} times."
+    )
+    click.echo(f"SHA-256, as a profile holds it: {counts_sha256(torch.from_numpy(counts))}")
+    click.echo(f"Written: {one_safe_line(str(out))}")
+
+
 def _unigram_counts(file: Path | None, model: str | None) -> NDArray[np.integer] | None:
     """Read token counts; the bundled model comes with those of its training text."""
     from confsteer.model.loading import DEMO_UNIGRAM
@@ -165,7 +222,15 @@ def _say_where_it_begins(checkpoint: Path, resume: bool) -> None:
     metavar="FILE.png",
     help="Draw norm, logit variance, null fraction and the spectrum.",
 )
-def scan(model: str | None, out: Path | None, plot: Path | None, **settings: Any) -> None:
+@click.option(
+    "--published",
+    "name",
+    is_flag=False,
+    flag_value="",
+    metavar="[NAME]",
+    help="Compare with neurons that others have published of MODEL, or of the model NAME that it is made of.",
+)
+def scan(model: str | None, out: Path | None, plot: Path | None, name: str | None, **settings: Any) -> None:
     """Look for entropy neurons in MODEL's weights alone and save what they say.
 
     Reads three weights of a safetensors checkpoint or a GGUF file, without loading the model: a few percent of its bytes, no
@@ -176,9 +241,14 @@ def scan(model: str | None, out: Path | None, plot: Path | None, **settings: Any
     confsteer scan openai-community/gpt2 --plot gpt2.png
     confsteer scan ./my-model --null-dims 12 --out my-model.scan
     confsteer scan my-model.Q4_K_M.gguf
+    confsteer scan openai-community/gpt2 --published
+    confsteer scan qwen2.5-coder.gguf --published Qwen/Qwen2.5-0.5B
     """
+    from confsteer.calibration.published import published
     from confsteer.discovery.select import candidates
+    from confsteer.model.loading import DEMO_NAME
 
+    known = None if name is None else published(name or model or DEMO_NAME)
     result = confsteer.scan(model, **settings, progress=True)
     profile = result.profile
     folder = profile.save(out or Path(f"{_folder_name(profile.model.id)}.scan.confsteer"))
@@ -186,6 +256,8 @@ def scan(model: str | None, out: Path | None, plot: Path | None, **settings: Any
     share = f", {result.bytes_read / result.bytes_total:.1%} of the checkpoint" if result.bytes_total else ""
     console = tables.console()
     console.print(f"Read: {tables.escape(', '.join(result.tensors))}: {result.bytes_read / 1e6:,.1f} MB{share}.")
+    if known:
+        _print_agreement(console, profile, known)
     if plot:
         from confsteer.report.plots import plot_neurons
 
@@ -193,6 +265,40 @@ def scan(model: str | None, out: Path | None, plot: Path | None, **settings: Any
     console.print(f"Profile of the weights written to {tables.escape(str(folder))}")
     if not candidates(profile.weights):
         sys.exit(EXIT_NO_NEURONS)
+
+
+def _print_agreement(console: Console, profile: Profile, known: PublishedModel) -> None:
+    """Published neurons with what the scan says of each, then how many of each list are candidates."""
+    from rich.table import Table
+
+    from confsteer.calibration.published import agreement
+    from confsteer.discovery.select import candidates, percentile
+
+    lists, weights = agreement(profile, known), profile.weights
+    ranks = {neuron: rank for rank, neuron in enumerate(candidates(weights), start=1)}
+    theirs = {i: value for one in lists for i, value in one.published.null_fraction.items()}
+    given = ["published"] if theirs else []
+    table = Table(title=f"Published neurons of {known.id}", title_justify="left")
+    for name in ("neuron", "lists", "candidate", "null fraction", *given, "norm %ile", "logit var %ile"):
+        table.add_column(name, justify="right")
+    norm, variance = percentile(weights.norm), percentile(weights.logit_variance)
+    for i in dict.fromkeys(i for one in lists for i in one.published.neurons):
+        table.add_row(
+            f"{known.layer}.{i}",
+            ", ".join(str(number) for number, one in enumerate(lists, start=1) if i in one.published.neurons),
+            f"{ranks[i]} of {len(ranks)}" if i in ranks else "no",
+            f"{weights.null_fraction[i]:.3f}",
+            *(f"{theirs[i]:.3f}" if i in theirs else "" for _ in given),
+            f"{norm[i]:.1f}",
+            f"{variance[i]:.1f}",
+        )
+    if table.rows:
+        console.print(table)
+    kinds = {"entropy": "Entropy neurons", "null fraction": "Largest null fractions", "logit variance": "Least logit variances"}
+    for number, (one, found, by_chance) in enumerate(lists, start=1):
+        note = f" ({one.note})" if one.note else ""
+        among = f"{len(found)} of {len(one.neurons)} are among the {len(ranks)} candidates, by chance {by_chance:.2f} would be"
+        console.print(f"{number}. {kinds[one.kind]}, {tables.escape(one.source)}{note}: {among if one.neurons else 'none'}.")
 
 
 @click.command(short_help="Print what a profile holds, as tables or pictures.")

@@ -159,7 +159,7 @@ class TextOptions:
     split: str | None
     field: str | None
     chat: bool
-    join: bool
+    join: bool = False
 
     def sources(self, model: str | None, part: Literal["calibration", "held-out"]) -> list[TextSource]:
         """Take each --text for itself, or the dataset.
@@ -191,6 +191,7 @@ class TextOptions:
 class WindowedTextOptions(TextOptions):
     """Text that a command reads, and how much of it in windows of which size."""
 
+    _: dataclasses.KW_ONLY
     window: int
     """Tokens per window."""
     tokens: int | None
@@ -219,6 +220,8 @@ _TEXT = (
     click.option("--join", is_flag=True, help="Let windows cross documents: join texts with EOS, as pre-training does."),
 )
 text_options = grouped("text", TextOptions, *_TEXT)
+corpus_options = grouped("text", TextOptions, *_TEXT[:-1])
+"""Options of a text that is not cut into windows."""
 
 
 def windowed_text_options(tokens: int | None, tokens_help: str = "Read at most this many.") -> Callable[[Any], Any]:

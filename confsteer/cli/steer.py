@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.table import Table
@@ -13,12 +14,20 @@ from confsteer.cli.options import PROFILE, STEERING, ModelOptions, model_options
 from confsteer.report import tables
 from confsteer.report.printable import one_safe_line
 
+if TYPE_CHECKING:
+    from confsteer.runtimes.generations import Generation
 
-@click.command(short_help="Continue one prompt at several settings.")
+
+@click.command(short_help="Continue or answer one prompt at several settings.")
 @click.argument("prompt")
 @model_options
 @profile_option
 @steer_option
+@click.option(
+    "--chat/--no-chat",
+    default=None,
+    help="Answer PROMPT through the chat template, or continue it as it stands.  [default: chat, if MODEL has a template]",
+)
 @click.option("--max-new-tokens", default=defaults.MAX_NEW_TOKENS, show_default=True, type=click.IntRange(min=1))
 @click.option("--temperature", default=defaults.TEMPERATURE, show_default=True, type=click.FloatRange(min=0), help="0 is greedy.")
 @click.option("--seed", default=defaults.SEED, show_default=True, help="The same for every steering.")
@@ -27,17 +36,21 @@ def generate(
     chosen: ModelOptions,
     profile: str,
     steers: tuple[str, ...],
+    chat: bool | None,
     max_new_tokens: int,
     temperature: float,
     seed: int,
 ) -> None:
-    """Continue PROMPT without steering and with each --steer.
+    """Continue PROMPT without steering and with each --steer; a chat model answers it.
 
     \b
     confsteer generate "It was a dark and" -p confsteer-demo -s entropy=-0.15 -s entropy=0.3
+    confsteer generate "What is the capital of France?" OWNER/CHAT-MODEL -p my-profile -s entropy=0.3
+    confsteer generate "The capital of France is" OWNER/CHAT-MODEL -p my-profile --no-chat
     """
     from confsteer.runtimes.generations import generations
     from confsteer.steering import Steering
+    from confsteer.text.windows import prompt_ids
 
     steerings = [Steering(), *map(Steering.parse, steers)]
     model, tokenizer = chosen.load()
@@ -45,7 +58,7 @@ def generate(
         model,
         tokenizer,
         confsteer.Profile.load(profile),
-        prompt,
+        prompt_ids(prompt, tokenizer, chat=chat),
         steerings,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -53,8 +66,17 @@ def generate(
     )
     table = Table("steering", "continuation", "entropy", show_lines=True)
     for one in found:
-        table.add_row(str(one.steering), tables.escape(one.text.strip()), f"{one.entropy:.2f}")
+        table.add_row(str(one.steering), tables.escape(_shown(one)), f"{one.entropy:.2f}")
     tables.console().print(table, "Entropy: mean over the generated tokens, in nats.", sep="\n")
+    if tokenizer.chat_template and chat is None:
+        tables.console().print("PROMPT went through the chat template; --no-chat continues it as it stands.")
+
+
+def _shown(one: Generation) -> str:
+    """Name what cannot be seen."""
+    if one.text:
+        return one.text.strip() or repr(one.text)
+    return "(ended at once)" if one.n_tokens == 1 else f"({one.n_tokens} control tokens)"
 
 
 @click.command(short_help="Save a checkpoint with a steering in its weights, for any engine.")

@@ -9,5 +9,6 @@ states.py       forward passes over windows, and over answers to questions
 sampling.py     text that the model writes itself
 loading.py      models and tokenizers by hub id, by folder, by GGUF file, or the bundled ones
 gguf.py         GGUF files: metadata, single tensors, and what transformers leaves out of one
+gguf_weights.py all weights of a GGUF file, named and formed as transformers has them
 checkpoint.py   the last layer of a model on disk, without the rest
 """

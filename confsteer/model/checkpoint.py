@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, extract_commit_hash
 
@@ -22,15 +21,12 @@ from confsteer.errors import ConfsteerError, LoadError, UnsupportedModelError
 from confsteer.model import gguf
 from confsteer.model.anatomy import Anatomy
 from confsteer.model.gguf import GgufFile
+from confsteer.model.gguf_weights import NORM_OFFSET, as_loaded
 from confsteer.model.layers import dtype_name
 from confsteer.model.loading import gguf_config, reason
 from confsteer.model.locate import locate
 
 READABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-NORM_OFFSET = dict.fromkeys(("gpt2", "llama", "phi3", "qwen2", "qwen3", "stablelm", "starcoder2"), 0.0) | dict.fromkeys(
-    ("gemma2", "gemma3"), 1.0
-)
-"""Architecture of a GGUF file -> what its norms' weights have more than transformers'. Others are not read in part."""
 Places = dict[str, tuple[nn.Module, str]]
 """Name of a tensor in the checkpoint -> module and parameter that it is."""
 
@@ -96,7 +92,7 @@ def _read_gguf(file: GgufFile) -> LastLayer:
     config = gguf_config(file)
     _, anatomy = _skeleton(config, trust_remote_code=False)
     places = _gguf_places(anatomy, file)
-    tensors = {name: _as_loaded(file.tensor(name), module, file) for name, (module, _) in places.items()}
+    tensors = {name: as_loaded(file.tensor(name), name, module, file) for name, (module, _) in places.items()}
     _fill(places, tensors, file.name)
     bytes_read = sum(file.n_bytes(name) for name in tensors)
     return LastLayer(config, file.commit, anatomy, tensors, bytes_read, file.path.stat().st_size, file)
@@ -114,13 +110,6 @@ def _gguf_places(anatomy: Anatomy, file: GgufFile) -> Places:
     if missing := [name for name in places if name not in file.tensors]:
         raise LoadError(f"{file.name} has no tensor {missing[0]}: it is incomplete")
     return places
-
-
-def _as_loaded(tensor: Tensor, module: nn.Module, file: GgufFile) -> Tensor:
-    """Give a tensor of a GGUF file the form it has in transformers."""
-    if isinstance(module, Conv1D):
-        return tensor.T
-    return tensor - NORM_OFFSET[file.architecture] if tensor.dim() == 1 else tensor
 
 
 def _skeleton(config: Any, trust_remote_code: bool) -> tuple[PreTrainedModel, Anatomy]:

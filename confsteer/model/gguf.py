@@ -1,7 +1,8 @@
 """GGUF files: their metadata, single tensors of them, and what transformers leaves out when it reads one.
 
 The header is read here: the reader of the package ``gguf`` makes an object of every token of the vocabulary, which takes far
-longer than reading the tensors. Blocks are dequantised by the package.
+longer than reading the tensors. transformers uses that reader, so it gets a file without the vocabulary to make the config of.
+Blocks are dequantised by the package.
 """
 
 from __future__ import annotations
@@ -31,8 +32,17 @@ VERSIONS = (2, 3)
 SPLIT_NAME = re.compile(r"-\d{5}-of-\d{5}$")
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 """Type of a value in the metadata -> its format in ``struct``."""
-STRING, ARRAY = 8, 9
+UINT32, STRING, ARRAY = 4, 8, 9
+FLOAT32 = 0
+"""Type of a tensor, of which numbers count apart."""
+ALIGNMENT = 32
+"""Bytes that tensors start at multiples of, if the file says nothing."""
 MAX_DIMS = 4
+WEIGHTS_AT_ONCE = 1 << 19
+"""Weights dequantised at a time: enough for numpy to be fast, few enough for a cache."""
+EMBEDDING = "token_embd.weight"
+SIZED_BY_TOKENS = ("gpt2", "starcoder2")
+"""Architectures whose vocabulary transformers can size by its tokens alone."""
 BYTE_LEVEL_WITH_BOS = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken")
 """Pre-tokenizers of byte-level vocabularies with which llama.cpp starts texts with BOS if the file says nothing."""
 CUT_AS_GPT2 = ("default", "gpt-2", "smollm", "starcoder", "refact", "command-r", "olmo", "mpt")
@@ -65,6 +75,8 @@ class GgufFile(NamedTuple):
     metadata: dict[str, Any]
     """Without arrays."""
     tensors: dict[str, TensorInfo]
+    settings: tuple[bytes, ...]
+    """Entries of the metadata as they stand in the file, without the arrays of the tokenizer."""
 
     @property
     def architecture(self) -> str:
@@ -81,15 +93,22 @@ class GgufFile(NamedTuple):
             LoadError: it is stored in a way that the installed ``gguf`` does not know.
         """
         import numpy as np
-        from gguf import GGMLQuantizationType, dequantize
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 
         shape, kind, offset = self.tensors[name]
-        raw = np.memmap(self.path, np.uint8, "r", offset=offset, shape=self.n_bytes(name)).reshape(math.prod(shape[:-1]), -1)
+        raw = np.memmap(self.path, np.uint8, "r", offset=offset, shape=self.n_bytes(name))
+        in_block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+        blocks, step = raw.reshape(-1, size), WEIGHTS_AT_ONCE // in_block
+        values = np.empty((len(blocks), in_block), np.float32)
         try:
-            values = dequantize(raw, GGMLQuantizationType(kind))
+            for first in range(0, len(blocks), step):
+                some = slice(first, first + step)
+                # As one row: the package goes by sixteen rows at a time, which of a small model are a few blocks.
+                row = np.ascontiguousarray(blocks[some]).reshape(1, -1)
+                values[some] = dequantize(row, GGMLQuantizationType(kind)).reshape(-1, in_block)
         except (NotImplementedError, KeyError) as error:
             raise LoadError(f"{name} of {self.name} is of a type that cannot be dequantised: {error}") from error
-        return torch.from_numpy(np.array(values, dtype=np.float32)).reshape(shape)
+        return torch.from_numpy(values).reshape(shape)
 
     def check(self) -> None:
         """
@@ -150,10 +169,10 @@ def find(source: str, gguf_file: str | None, revision: str | None) -> GgufFile |
         import gguf  # noqa: F401
     except ImportError as error:
         raise LoadError("this needs gguf: pip install 'confsteer[gguf]'") from error
-    metadata, tensors = read_header(path, name)
+    metadata, tensors, settings = read_header(path, name)
     if SPLIT_NAME.search(path.stem) or metadata.get("split.count", 1) > 1:
         raise LoadError(f"{name} is one part of a split model: join the parts with llama.cpp's llama-gguf-split --merge")
-    file = GgufFile(name, path, extract_commit_hash(str(path), None), metadata, tensors)
+    file = GgufFile(name, path, extract_commit_hash(str(path), None), metadata, tensors, settings)
     file.check()
     return file
 
@@ -163,8 +182,8 @@ def hint(source: str) -> str:
     return ". To load one of its GGUF files, name it with --gguf FILE (gguf_file in Python)" if "gguf" in source.lower() else ""
 
 
-def read_header(path: Path, name: str) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
-    """Read a file's metadata and where its tensors are.
+def read_header(path: Path, name: str) -> tuple[dict[str, Any], dict[str, TensorInfo], tuple[bytes, ...]]:
+    """Read a file's metadata, where its tensors are, and its settings as of `GgufFile`.
 
     Raises:
         LoadError: it is not a GGUF file, of a version unknown here, or damaged.
@@ -187,16 +206,19 @@ class _Header:
     def __init__(self, blob: mmap.mmap) -> None:
         self.blob, self.position = blob, len(MAGIC)
 
-    def read(self, name: str) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+    def read(self, name: str) -> tuple[dict[str, Any], dict[str, TensorInfo], tuple[bytes, ...]]:
         version, n_tensors, n_values = self._next("IQQ")
         if version not in VERSIONS:
             raise LoadError(f"{name} is GGUF of version {version}; {' and '.join(map(str, VERSIONS))} can be read")
-        metadata = {}
+        metadata, settings = {}, []
         for _ in range(n_values):
+            start = self.position
             key = self._string()
             value = self._value(*self._next("I"))
             if value is not None:
                 metadata[key] = value
+            if value is not None or not key.startswith("tokenizer."):
+                settings.append(self.blob[start : self.position])
         found = {}
         for _ in range(n_tensors):
             tensor, (n_dims,) = self._string(), self._next("I")
@@ -207,11 +229,12 @@ class _Header:
             if 0 in shape:
                 raise struct.error("no elements")
             found[tensor] = TensorInfo(shape, *self._next("IQ"))
-        alignment = metadata.get("general.alignment", 32)
+        alignment = metadata.get("general.alignment", ALIGNMENT)
         if not isinstance(alignment, int) or alignment <= 0 or not isinstance(metadata.get("general.architecture"), str):
             raise struct.error("metadata")
         start = -(-self.position // alignment) * alignment
-        return metadata, {tensor: info._replace(offset=start + info.offset) for tensor, info in found.items()}
+        placed = {tensor: info._replace(offset=start + info.offset) for tensor, info in found.items()}
+        return metadata, placed, tuple(settings)
 
     def _next(self, form: str) -> tuple[Any, ...]:
         values = struct.unpack_from(f"<{form}", self.blob, self.position)
@@ -243,15 +266,38 @@ class _Header:
 
 
 @contextlib.contextmanager
-def alone(file: GgufFile) -> Iterator[dict[str, str]]:
+def alone(file: GgufFile, *, settings: bool = False) -> Iterator[dict[str, str]]:
     """Give arguments of ``from_pretrained`` that read this file, and nothing else of its folder or the current one.
 
     transformers would prefer a tokenizer that lies beside the file, and a file of that name in the current folder.
+
+    Args:
+        file: to be read.
+        settings: whether nothing is read but the config.
     """
     with tempfile.TemporaryDirectory(prefix="confsteer-gguf-") as folder:
-        link = Path(folder) / file.path.name
-        link.symlink_to(file.path.resolve())
-        yield {"pretrained_model_name_or_path": folder, "gguf_file": str(link)}
+        place = Path(folder) / file.path.name
+        if settings and EMBEDDING in file.tensors and file.architecture not in SIZED_BY_TOKENS:
+            place.write_bytes(_settings_alone(file))
+        else:
+            place.symlink_to(file.path.resolve())
+        yield {"pretrained_model_name_or_path": folder, "gguf_file": str(place)}
+
+
+def _settings_alone(file: GgufFile) -> bytes:
+    """Make a GGUF file of the same settings and names of tensors, without vocabulary, each tensor a single 0."""
+
+    def string(text: str) -> bytes:
+        return struct.pack("<Q", len(text.encode())) + text.encode()
+
+    settings = [*file.settings]
+    if file.setting("vocab_size") is None:
+        # transformers would count the tokens.
+        rows = file.tensors[EMBEDDING].shape[0]
+        settings.append(string(f"{file.architecture}.vocab_size") + struct.pack("<II", UINT32, rows))
+    head = MAGIC + struct.pack("<IQQ", VERSIONS[-1], len(file.tensors), len(settings)) + b"".join(settings)
+    head += b"".join(string(name) + struct.pack("<IQIQ", 1, 1, FLOAT32, 0) for name in file.tensors)
+    return head + bytes(-len(head) % file.metadata.get("general.alignment", ALIGNMENT) + 4)
 
 
 def complete_config(config: Any, file: GgufFile) -> None:
@@ -263,6 +309,8 @@ def complete_config(config: Any, file: GgufFile) -> None:
     for key in ("attn_logit_softcapping", "final_logit_softcapping"):
         if file.setting(key) is not None and hasattr(config, key):
             setattr(config, key, file.setting(key))
+    if "position_embd.weight" in file.tensors:
+        config.max_position_embeddings = file.tensors["position_embd.weight"].shape[0]
     if file.architecture == "phi3" and file.setting("attention.sliding_window"):
         config.sliding_window = file.setting("attention.sliding_window")
     if hasattr(config, "query_pre_attn_scalar"):

@@ -12,11 +12,13 @@ import torch
 import transformers
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    TOKENIZER_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file, extract_commit_hash
@@ -24,6 +26,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 from confsteer.errors import ConfsteerError, LoadError, UnsupportedModelError
 from confsteer.model import gguf
 from confsteer.model.gguf import GgufFile
+from confsteer.model.gguf_weights import NORM_OFFSET, state_dict
 
 DEMO = Path(__file__).parents[1] / "demo" / "model"
 """Folder of the bundled demonstration model."""
@@ -123,15 +126,14 @@ def _load_gguf(file: GgufFile, dtype: str, how: dict[str, Any]) -> LoadedModel:
     """Load a GGUF file with ordinary weights; `how` are further arguments of ``from_pretrained``."""
     tokenizer = load_tokenizer(file.name, file=file)
     config = gguf_config(file)
-    with _gguf_errors(file), gguf.alone(file) as place:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            **place,
-            config=config,
-            dtype=getattr(torch, dtype),
-            # Else transformers keeps the blocks, which nothing here can read.
-            quantization_config=transformers.GgufConfig(dequantize=True),
-            **how,
-        )
+    loaded: Any
+    with _gguf_errors(file):
+        if file.architecture in NORM_OFFSET:
+            weights = state_dict(file, config, getattr(torch, dtype))
+            kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+            loaded = kind.from_pretrained(None, config=config, state_dict=weights, dtype=getattr(torch, dtype), **how)
+        else:
+            loaded = _load_gguf_slowly(file, config, dtype=getattr(torch, dtype), **how)
     model, found = loaded
     _check_none_missing(found["missing_keys"], file.name)
     gguf.check_all_used(model, config, file)
@@ -140,13 +142,21 @@ def _load_gguf(file: GgufFile, dtype: str, how: dict[str, Any]) -> LoadedModel:
     return LoadedModel(model.eval(), tokenizer)
 
 
+def _load_gguf_slowly(file: GgufFile, config: Any, **how: Any) -> Any:
+    """Let transformers read all weights of a file; `how` are further arguments of ``from_pretrained``."""
+    # Else transformers keeps the blocks, which nothing here can read.
+    dequantised = transformers.GgufConfig(dequantize=True)
+    with gguf.alone(file) as place:
+        return AutoModelForCausalLM.from_pretrained(**place, config=config, quantization_config=dequantised, **how)
+
+
 def gguf_config(file: GgufFile) -> Any:
     """Read the config of the model in a GGUF file.
 
     Raises:
         LoadError: transformers cannot read the architecture, or not all that the file says of it.
     """
-    with _gguf_errors(file), gguf.alone(file) as place:
+    with _gguf_errors(file), gguf.alone(file, settings=True) as place:
         config: Any = AutoConfig.from_pretrained(**place)
         gguf.complete_config(config, file)
     config.name_or_path = file.name
@@ -177,8 +187,13 @@ def load_tokenizer(
     """
     tokenizer: PreTrainedTokenizerBase
     if file is not None:
+        kind: Any = AutoTokenizer
+        if file.architecture in NORM_OFFSET:
+            # As AutoTokenizer chooses, which would read the file once more.
+            kind = TOKENIZER_MAPPING.get(type(gguf_config(file)), None)
+            kind = kind if kind and issubclass(kind, PreTrainedTokenizerFast) else PreTrainedTokenizerFast
         with _gguf_errors(file), gguf.alone(file) as place:
-            tokenizer = AutoTokenizer.from_pretrained(**place)
+            tokenizer = kind.from_pretrained(**place)
             gguf.obey(tokenizer, file)
         return tokenizer
     try:

@@ -13,7 +13,7 @@ from confsteer.errors import CorpusError
 from confsteer.profile.profile import Profile
 from confsteer.runtimes.transformers import steer
 from confsteer.steering import Steering
-from confsteer.text.windows import check_ids
+from confsteer.text.windows import check_ids, prompt_ids
 
 
 class Generation(NamedTuple):
@@ -25,13 +25,15 @@ class Generation(NamedTuple):
     """Continuation alone, without special tokens."""
     entropy: float
     """Mean entropy of the predictions of its tokens, nats; before any temperature of sampling."""
+    n_tokens: int
+    """That were generated, special ones included."""
 
 
 def generations(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     profile: Profile,
-    prompt: str,
+    prompt: str | Sequence[int],
     steerings: Sequence[Steering],
     *,
     max_new_tokens: int = defaults.MAX_NEW_TOKENS,
@@ -44,7 +46,7 @@ def generations(
         model: the profile's model; it is steered in place, and restored.
         tokenizer: its tokenizer.
         profile: see `confsteer.steer`.
-        prompt: text to continue.
+        prompt: text, as `confsteer.text.windows.prompt_ids` reads it, or token ids.
         steerings: one continuation each; `Steering()` is the unsteered model. All for every position.
         max_new_tokens: tokens that a continuation has at most, 1 or more.
         temperature: to sample at; 0 is greedy.
@@ -54,23 +56,25 @@ def generations(
         The continuations, in the order of `steerings`.
 
     Raises:
-        CorpusError: the prompt has no tokens, or some that the model does not know.
+        CorpusError: the prompt has no tokens, or some that the model does not know; or see `confsteer.text.windows.prompt_ids`.
         SteeringError, NoNeuronsError, ProfileMismatchError: see `confsteer.steer`.
     """
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    length = inputs["input_ids"].shape[1]
+    given = prompt_ids(prompt, tokenizer) if isinstance(prompt, str) else prompt
+    ids = torch.tensor([given], dtype=torch.int64, device=model.device)
+    length = ids.shape[1]
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     generate: Any = model.generate
     found = []
     with steer(model, profile) as steerer:
         if length == 0:
-            raise CorpusError(f"the prompt {prompt!r} has no tokens: there is nothing to continue")
-        check_ids(inputs["input_ids"], profile.model.vocab_size)
+            raise CorpusError("the prompt has no tokens: there is nothing to continue")
+        check_ids(ids, profile.model.vocab_size)
         for steering in steerings:
             steerer.update(steering)
             torch.manual_seed(seed)
             output = generate(
-                **inputs,
+                ids,
+                attention_mask=torch.ones_like(ids),
                 **sampling,
                 max_new_tokens=max_new_tokens,
                 return_dict_in_generate=True,
@@ -80,5 +84,5 @@ def generations(
             log_p = torch.stack(output.logits).float().log_softmax(-1)
             entropy = float(-(log_p.exp() * log_p).sum(-1).mean())
             text = str(tokenizer.decode(output.sequences[0, length:], skip_special_tokens=True))
-            found.append(Generation(steering, text, entropy))
+            found.append(Generation(steering, text, entropy, len(output.logits)))
     return found

@@ -2,6 +2,6 @@
 
 sources.py      files, folders, datasets and the Python documentation to documents
 windows.py      documents to windows of token ids, and which positions of a window count
-counts.py       how often each token occurs in a corpus, from a file
+counts.py       how often each token occurs in a corpus, counted or from a file
 questions.py    files of multiple-choice questions
 """

@@ -1,18 +1,23 @@
-"""How often each token occurs in a corpus, from a file."""
+"""How often each token occurs in a corpus, counted or from a file."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import os
+from collections.abc import Iterable
+from itertools import chain
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from confsteer.errors import CorpusError
 from confsteer.files import MAX_COUNTS_BYTES, read_at_most
+from confsteer.text.windows import Document, control_ids, token_ids_in_parts, vocabulary_size
 
 MAX_COUNTED = 1e18
 """Tokens that counts add up to; more do not fit an int64."""
@@ -32,6 +37,35 @@ def read_counts(path: str | os.PathLike[str]) -> NDArray[np.integer]:
         raise CorpusError(f"{path} is not a .npy file of numbers") from error
     if not isinstance(counts, np.ndarray):
         raise CorpusError(f"{path} holds several arrays; give a .npy file of one")
+    return counts
+
+
+def count_tokens(
+    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, *, progress: bool = False
+) -> NDArray[np.int64]:
+    """Count how often each token occurs in a corpus of any size, which is read once and not kept.
+
+    Args:
+        documents: strings, or conversations, which go through the chat template.
+        tokenizer: the model's.
+        progress: whether to show how many tokens were counted.
+
+    Returns:
+        Counts by id, those of control tokens 0, ``[vocab]``.
+
+    Raises:
+        CorpusError: no token was counted; or see `confsteer.text.windows.token_ids_in_parts`.
+    """
+    counts = np.zeros(vocabulary_size(tokenizer), dtype=np.int64)
+    control = np.array(control_ids(tokenizer), dtype=np.int64)
+    with tqdm(desc="counting", unit="tok", unit_scale=True, disable=not progress) as bar:
+        for parts in token_ids_in_parts(documents, tokenizer):
+            ids = np.fromiter(chain.from_iterable(parts), dtype=np.int64)
+            counts += np.bincount(ids, minlength=len(counts))
+            bar.update(len(ids))
+    counts[control] = 0
+    if not counts.any():
+        raise CorpusError("the corpus has no tokens but control tokens: there is nothing to count")
     return counts
 
 

@@ -26,6 +26,8 @@ TEXT_SUFFIXES = (".txt", ".md")
 JSON_LINES_SUFFIXES = (".jsonl", ".ndjson")
 JSON_SUFFIXES = (".json", *JSON_LINES_SUFFIXES)
 DEFAULT_SPLIT = "train"
+PART_BYTES = 10_000_000
+"""A long text file that may be read in parts is cut at the first end of a line after so many."""
 SHORT_PARAGRAPH = 60
 """Characters below which a repeated paragraph is a phrase such as "Example:"."""
 
@@ -74,8 +76,8 @@ class TextSource(BaseModel):
         # A file's name need not be UTF-8.
         return where.encode(errors="replace").decode() + (" (conversations)" if self.chat else "")
 
-    def documents(self) -> Iterable[Document]:
-        """Read its documents.
+    def documents(self, *, in_parts: bool = False) -> Iterable[Document]:
+        """Read its documents; see `read_texts` for `in_parts`.
 
         Raises:
             CorpusError: see `read_texts` and `read_dataset`.
@@ -85,7 +87,7 @@ class TextSource(BaseModel):
         if self.dataset:
             split = self.split or DEFAULT_SPLIT
             return read_dataset(self.dataset, config=self.config, split=split, field=self.field, chat=self.chat)
-        return read_texts(self.text, field=self.field, chat=self.chat)
+        return read_texts(self.text, field=self.field, chat=self.chat, in_parts=in_parts)
 
     def windows(self, tokenizer: PreTrainedTokenizerBase, window: int, tokens: int | None) -> Windows:
         """Cut its windows; see `confsteer.text.windows.make_windows`."""
@@ -106,7 +108,9 @@ def by_title(sources: Sequence[TextSource]) -> dict[str, TextSource]:
     return dict(zip(titles, sources, strict=True))
 
 
-def read_texts(paths: FilePath | Sequence[FilePath], *, field: str | None = None, chat: bool = False) -> Iterator[Document]:
+def read_texts(
+    paths: FilePath | Sequence[FilePath], *, field: str | None = None, chat: bool = False, in_parts: bool = False
+) -> Iterator[Document]:
     """Read the documents of UTF-8 files and folders, one at a time.
 
     ``.json`` holds a list of documents and ``.jsonl`` or ``.ndjson`` one per line; a document is a string (of a chat: a list
@@ -118,6 +122,7 @@ def read_texts(paths: FilePath | Sequence[FilePath], *, field: str | None = None
         paths: files and folders, or one of them.
         field: where an object has its document; ``text`` if None, ``messages`` of a chat.
         chat: whether documents are conversations.
+        in_parts: whether a long text file is several documents, so that its size has no bound; parts end where lines do.
 
     Raises:
         CorpusError: at once if a path is missing or a device, or a folder has no such file; while reading if
@@ -129,7 +134,9 @@ def read_texts(paths: FilePath | Sequence[FilePath], *, field: str | None = None
         files = _json_files(found, "conversations")
     else:
         files = [file for path in found for file in _files(path, (*TEXT_SUFFIXES, *JSON_SUFFIXES))]
-    return (_document(record, where, field, chat) for file in files for where, record in _read_file(file, "text"))
+    return (
+        _document(record, where, field, chat) for file in files for where, record in _read_file(file, "text", in_parts=in_parts)
+    )
 
 
 def read_dataset(
@@ -227,11 +234,11 @@ def _suffix(file: Path) -> str:
     return Path(name.removesuffix(".gz")).suffix
 
 
-def _read_file(file: Path, what: str) -> Iterator[tuple[str, Any]]:
+def _read_file(file: Path, what: str, *, in_parts: bool = False) -> Iterator[tuple[str, Any]]:
     has_records = False
     try:
         with gzip.open(file) if file.suffix.lower() == ".gz" else file.open("rb") as stream:
-            for record in _records(stream, file):
+            for record in _records(stream, file, in_parts):
                 has_records = True
                 yield record
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -242,8 +249,8 @@ def _read_file(file: Path, what: str) -> Iterator[tuple[str, Any]]:
         raise CorpusError(f"{file} has no {what}")
 
 
-def _records(stream: BufferedIOBase, file: Path) -> Iterator[tuple[str, Any]]:
-    """Read what the file holds, each with where that is. Of JSON lines no more is read than is asked for."""
+def _records(stream: BufferedIOBase, file: Path, in_parts: bool) -> Iterator[tuple[str, Any]]:
+    """Read what the file holds, each with where that is. Of JSON lines and parts no more is read than is asked for."""
     suffix = _suffix(file)
     if suffix in JSON_LINES_SUFFIXES:
         for number in count(start=1):
@@ -259,9 +266,14 @@ def _records(stream: BufferedIOBase, file: Path) -> Iterator[tuple[str, Any]]:
         for number, record in enumerate(records, start=1):
             yield f"{file}, item {number}", record
     else:
-        text = _decode(_read(stream.read, str(file)), str(file)).replace("\r\n", "\n")
-        if text.strip():
-            yield str(file), text
+        read = (lambda limit: stream.read(PART_BYTES) + stream.readline(limit - PART_BYTES)) if in_parts else stream.read
+        for number in count(start=1):
+            where = f"{file}, part {number}" if in_parts else str(file)
+            if not (content := _read(read, where)):
+                break
+            text = _decode(content, where).replace("\r\n", "\n")
+            if text.strip():
+                yield where, text
 
 
 def _read(read: Callable[[int], bytes], where: str) -> bytes:

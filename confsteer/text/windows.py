@@ -24,6 +24,8 @@ MIN_DOCUMENTS = 20
 """That can be resampled, or shared out over splits; of a text that has fewer it is windows."""
 PART_CHARACTERS = 1_000_000
 """A longer text is tokenized in parts: a tokenizer needs about a hundred bytes per token of what it is given at once."""
+MAX_PARTS = 1000
+"""Parts tokenized at once, which a tokenizer shares out over the cores."""
 MAX_PROBES = 100
 """Words tried to tell a text's own tokens from those around them; one does, but for tokenizers of a few words."""
 
@@ -267,6 +269,55 @@ def cut_windows(
     return Windows(np.concatenate(pieces), starts, control_ids(tokenizer), window, source, np.array(document))
 
 
+def token_ids_in_parts(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[list[int]]]:
+    """Tokenize documents of any number and length as they stand, a few million characters at a time.
+
+    Args:
+        documents: see `make_windows`.
+        tokenizer: the model's.
+
+    Yields:
+        Ids of each of a few parts of documents, without what the tokenizer puts around texts.
+
+    Raises:
+        CorpusError: there is no chat template for conversations, or it refuses one; or a message has other content than text.
+    """
+
+    def parts() -> Iterator[str]:
+        for number, document in enumerate(documents, start=1):
+            if not isinstance(document, str):
+                document = _apply_chat_template(document, tokenizer, f"conversation {number}")
+            yield from _parts(document)
+
+    batch: list[str] = []
+    for part in parts():
+        batch.append(part)
+        if sum(map(len, batch)) >= PART_CHARACTERS or len(batch) >= MAX_PARTS:
+            yield tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
+            batch = []
+    if batch:
+        yield tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase, *, chat: bool | None = None) -> list[int]:
+    """Tokenize a prompt to continue, or to answer.
+
+    Args:
+        prompt: text as it stands, or the user's turn of a chat.
+        tokenizer: the model's.
+        chat: whether it goes through the chat template, which writes all special tokens itself; where there is one, if None.
+
+    Raises:
+        CorpusError: there is no chat template, or it refuses the prompt.
+    """
+    if chat is None:
+        chat = bool(tokenizer.chat_template)
+    if chat:
+        turn = {"role": "user", "content": prompt}
+        return [*_token_ids(_apply_chat_template([turn], tokenizer, "the prompt", answer=True), tokenizer)]
+    return list(tokenizer(prompt)["input_ids"])
+
+
 def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Find what the tokenizer puts in front of every text: BOS in most, ``[gMASK]<sop>`` in GLM-4, or nothing."""
     return surrounding_ids(tokenizer)[0]
@@ -338,13 +389,19 @@ def context_length(config: PretrainedConfig) -> int | None:
 
 
 def _token_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[int]:
-    """Yield the tokens of the text as it stands, part by part; parts end before a space, where words end too."""
+    """Yield the tokens of the text as it stands, part by part."""
+    for part in _parts(text):
+        yield from tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _parts(text: str) -> Iterator[str]:
+    """Cut a long text before spaces, where words end too."""
     first = 0
     while first < len(text):
         last = first + PART_CHARACTERS
         if last < len(text) and (space := text.rfind(" ", first + 1, last)) > 0:
             last = space
-        yield from tokenizer(text[first:last], add_special_tokens=False, verbose=False)["input_ids"]
+        yield text[first:last]
         first = last
 
 
@@ -382,8 +439,10 @@ def message_texts(conversation: Conversation, where: str) -> list[str | None]:
     return texts
 
 
-def _apply_chat_template(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, where: str) -> str:
-    """Render a conversation, each content in the form that the template takes.
+def _apply_chat_template(
+    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, where: str, *, answer: bool = False
+) -> str:
+    """Render a conversation, each content in the form that the template takes; up to the model's answer if `answer`.
 
     A template that knows strings alone prints Python of null and of parts; one that knows parts alone prints nothing of a
     string. Servers give each the form it takes, which shows in what it prints.
@@ -399,7 +458,7 @@ def _apply_chat_template(conversation: Conversation, tokenizer: PreTrainedTokeni
     ]
 
     def render() -> str:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer))
 
     def attempt() -> str | None:
         try:

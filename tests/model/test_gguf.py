@@ -9,15 +9,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import confsteer
 from confsteer import ConfsteerError, Profile, ProfileMismatchError
 from confsteer.discovery.weights import weight_statistics
 from confsteer.errors import LoadError
-from confsteer.model.checkpoint import NORM_OFFSET
+from confsteer.model import loading
 from confsteer.model.dissect import dissect
-from confsteer.model.loading import load_model
+from confsteer.model.gguf import complete_config, find
+from confsteer.model.gguf_weights import NORM_OFFSET
+from confsteer.model.loading import gguf_config, load_model, load_tokenizer
 from confsteer.text.windows import leading_ids
 from tests.model.gguf_files import ARCHITECTURES, CHAT, named, quantised, write
 from tests.models import ENTROPY_NEURONS, FAMILIES, tiny_model, tiny_tokenizer
@@ -90,6 +92,37 @@ def test_a_file_is_the_model_it_was_written_of(model_type: str, kind: str, tmp_p
         assert torch.equal(getattr(ours, name), value) if isinstance(value, Tensor) else getattr(ours, name) == value, name
     assert result.bytes_total == path.stat().st_size
     assert result.bytes_read < result.bytes_total
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_config_and_tokenizer_are_those_that_transformers_makes_of_the_whole_file(model_type: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "tiny.gguf", tiny(model_type), pieces=model_type.startswith("gemma"))
+    place = {"pretrained_model_name_or_path": str(tmp_path), "gguf_file": str(path)}
+    file = find(str(path), None, None)
+    assert file is not None
+    config, theirs = gguf_config(file), AutoConfig.from_pretrained(**place)
+    complete_config(theirs, file)
+    assert config.to_dict() == theirs.to_dict() | {"_name_or_path": str(path)}
+    tokenizer, other = load_tokenizer(str(path), file=file), AutoTokenizer.from_pretrained(**place)
+    assert type(tokenizer) is type(other)
+    assert tokenizer.get_vocab() == other.get_vocab()
+    assert tokenizer.added_tokens_decoder == other.added_tokens_decoder
+
+
+@pytest.mark.parametrize("model_type", ["gemma3_text", "llama", "phi3"])
+def test_weights_read_here_are_those_that_transformers_reads(
+    model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both ways of loading, of which the other is for architectures that are not known here."""
+    says = {"tokenizer.ggml.padding_token_id": 0}
+    path = write(tmp_path / "tiny.gguf", tiny(model_type), kind="Q5_0", pieces=model_type == "gemma3_text", says=says)
+    ours = load_model(str(path), device="cpu").model
+    monkeypatch.setattr(loading, "NORM_OFFSET", {})
+    theirs = load_model(str(path), device="cpu").model
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(ours.get_parameter(name), value), name
+    assert ours.config.to_dict() == {k: v for k, v in theirs.config.to_dict().items() if k != "quantization_config"}
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])

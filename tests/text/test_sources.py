@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from confsteer import CorpusError
+from confsteer.text import sources
 from confsteer.text.sources import python_docs, read_dataset, read_texts
 from tests.paths import SHARED
 
@@ -47,6 +48,23 @@ def test_files_are_read_by_what_their_name_says(tmp_path: Path, name: str, conte
     else:
         write(file, content)
     assert list(read_texts([file])) == documents
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
+def test_a_text_larger_than_a_document_is_read_in_parts(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [f"line {i} é\n" * (i % 3) for i in range(200)]
+    file = write(tmp_path / name, "".join(lines))
+    monkeypatch.setattr(sources, "PART_BYTES", 100)
+    monkeypatch.setattr(sources, "MAX_DOCUMENT_BYTES", 150)
+    with pytest.raises(CorpusError, match="cut it into several"):
+        list(read_texts(file))
+    parts = [str(part) for part in read_texts(file, in_parts=True)]
+    assert "".join(parts) == "".join(lines)
+    assert all(part.endswith("é\n") and len(part) > 50 for part in parts[:-1])
+    assert len(parts) > 10
+    monkeypatch.setattr(sources, "MAX_DOCUMENT_BYTES", 105)
+    with pytest.raises(CorpusError, match=r"part \d has more than 105 bytes"):
+        list(read_texts(file, in_parts=True))
 
 
 def test_a_field_may_be_named(tmp_path: Path) -> None:

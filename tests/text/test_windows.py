@@ -24,6 +24,7 @@ from confsteer.text.windows import (
     leading_ids,
     make_windows,
     message_texts,
+    prompt_ids,
     surrounding_ids,
 )
 from tests.models import CHAT_TEMPLATE, VOCAB, chat_tokenizer, tiny_tokenizer
@@ -167,6 +168,19 @@ def test_conversations_are_the_ids_of_the_chat_template(template: str, adds_bos:
     start = [0] if template == CHAT_TEMPLATE else []
     assert first == served[1][:12]
     assert second == start + served[1][12 : 24 - len(start)]
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, CHAT_TEMPLATE.removeprefix("{{ bos_token }} ")])
+def test_a_prompt_is_a_users_turn_where_there_is_a_template(template: str) -> None:
+    tokenizer: Any = chat_tokenizer(template + "{% if add_generation_prompt %}<|start|> assistant{% endif %}")
+    start = [0] if template == CHAT_TEMPLATE else []
+    assert prompt_ids("t3 t5", tokenizer) == [*start, 94, 92, 3, 5, 95, 94, 93]
+    tokenizer.add_bos_token = True
+    assert prompt_ids("t3 t5", tokenizer) == [*start, 94, 92, 3, 5, 95, 94, 93], "the template writes them all"
+    assert prompt_ids("t3 t5", tokenizer, chat=False) == tokenizer("t3 t5").input_ids
+    assert prompt_ids("t3 t5", tiny_tokenizer()) == [3, 5]
+    with pytest.raises(CorpusError, match="no chat template"):
+        prompt_ids("t3 t5", tiny_tokenizer(), chat=True)
 
 
 def test_role_markers_and_roles_do_not_count() -> None:
