@@ -27,8 +27,8 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from confsteer.discovery.effects import EXACT_ABOVE, ablation_effects
-from confsteer.discovery.exact import TokenEffects
-from confsteer.last_layer.readout import Readout
+from confsteer.discovery.exact import TokenEffects, exact_effects
+from confsteer.last_layer.readout import FullOutputs, Readout
 from confsteer.last_layer.states import TokenStates
 from confsteer.last_layer.unigram import Unigram
 from confsteer.model.dissect import dissect
@@ -165,9 +165,18 @@ def by_the_paper(readout: Readout, states: TokenStates, mean: Tensor, unigram: U
         total = ablated / sigma(ablated) @ W.T + b
         before, after = measure(z), measure(total)
         direct = measure(ablated / sigma(h) @ W.T + b)
+        direct_entropy = direct[1] - before[1]
         held = measure(total - ((total - z) @ v)[:, None] * v)
         rows.append(
-            [after[0] - before[0], direct[0] - before[0], after[1] - before[1], after[2] - before[2], held[0] - before[0]]
+            [
+                after[0] - before[0],
+                direct[0] - before[0],
+                after[1] - before[1],
+                direct_entropy,
+                direct_entropy,  # there is no write norm to freeze
+                after[2] - before[2],
+                held[0] - before[0],
+            ]
         )
     return TokenEffects(*(torch.cat(column) for column in zip(*rows, strict=True)))
 
@@ -194,7 +203,9 @@ def compare(shape: Shape, model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizer
         direct_seconds = (time.perf_counter() - start) / len(slow) * readout.n_neurons
         few = states._replace(activations=states.activations[:, chosen])
         start = time.perf_counter()
-        closed, _ = ablation_effects(readout.select(chosen), few, mean[chosen], unigram, exact_above=-1.0)
+        delta, some = mean[chosen] - few.activations, readout.select(chosen)
+        parts = [exact_effects(some, out, delta[rows], unigram).effects for out, rows in FullOutputs.stream(readout, few)]
+        closed = TokenEffects(*map(torch.cat, zip(*parts, strict=True)))
         closed_seconds = (time.perf_counter() - start) / len(chosen) * readout.n_neurons
         wide = double(*arguments)
         definition = [by_the_paper(*wide, int(neuron)) for neuron in chosen[: len(slow)]]
