@@ -139,6 +139,18 @@ def test_of_the_unsteered_output_the_sample_has_sum_and_mean_exactly(layer: str)
 
 
 @pytest.mark.parametrize("layer", LAYERS)
+def test_writes_are_looked_up_or_multiplied(layer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = LAYERS[layer](2_000)
+    for one in interventions():
+        multiplied = text.sampled_scores(one)
+        with monkeypatch.context() as patch:
+            patch.setattr(confsteer.last_layer.sample, "MULTIPLIED", 0)
+            looked_up = text.sampled_scores(one)
+        for ours, theirs in zip(multiplied, looked_up, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
 def test_steered_losses_and_entropies_of_the_sample(layer: str) -> None:
     """They are right on average: the errors of tokens are small and their mean is no larger than chance explains."""
     text = LAYERS[layer](5_000)
