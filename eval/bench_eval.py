@@ -153,21 +153,22 @@ def main(
     profile = Profile.load(profile_name)
     sources = by_title([TextSource(text=(text,)) for text in texts])
     windows = {title: source.windows(loaded.tokenizer, window, tokens) for title, source in sources.items()}
+    found: dict[str, Any]
     if tune:
         tuning = confsteer.tuning.tune.tune(loaded.model, loaded.tokenizer, windows, profile, progress=True)
-        read = sum(tuning.tokens.values())
-        # One pass to sample the vocabulary, one to judge, and one more of a fifth of the text, which is judged twice.
-        bound = lower_bound(loaded.model, read, 2, 1 + 0.2)
-        found: dict[str, Any] = {"steps": tuning.steps, "validation": tuning.validation}
+        read, rows = sum(tuning.tokens.values()), 2
+        found = {"steps": tuning.steps, "validation": tuning.validation}
     else:
         asked = [Steering.parse(text) for text in steerings]
         evaluation = confsteer.evaluation.evaluate.evaluate(
             loaded.model, loaded.tokenizer, windows, profile, asked, progress=True
         )
         read, rows = sum(text.tokens for text in evaluation.texts), 3 + 2 * len(asked)
-        bound = lower_bound(loaded.model, read, rows, 2)
         found = {row.name: row.metrics["loss"].value for row in evaluation.texts[0].rows}
-    seconds = time.perf_counter() - began
+    seconds, cpu_seconds = time.perf_counter() - began, time.process_time()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Tuning samples the vocabulary or judges in one pass, and passes once more over the fifth of the text that it reports on.
+    bound = lower_bound(loaded.model, read, rows, 1.2 if tune else 2)
     record = {
         "command": "tune" if tune else "eval",
         "model": Path(model).name,
@@ -176,8 +177,8 @@ def main(
         "steerings": list(steerings),
         "neurons": len(profile.steerable),
         "seconds": seconds,
-        "cpu_seconds": time.process_time(),
-        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "cpu_seconds": cpu_seconds,
+        "peak_gb": peak / 2**20,
         "stages": {stage: {"seconds": stopwatch.wall[stage], "cpu_seconds": stopwatch.cpu[stage]} for stage in stopwatch.wall},
         "lower_bound": bound,
         "found": found,
