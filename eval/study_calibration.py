@@ -96,7 +96,11 @@ def test(fitted: Fitted, text: Text) -> dict[str, Any]:
             Candidate("temperature", "temperature", sample.everywhere(fitted.temperature)),
             Candidate("null write", "null write", sample.everywhere(fitted.null_write)),
             *with_matched_temperatures(
-                sample, [one.steering for one in ways.values()], [one.intervention for one in ways.values()], list(ways)
+                sample,
+                [one.steering for one in ways.values()],
+                [one.intervention for one in ways.values()],
+                list(ways),
+                text.split.unigram,
             ),
         ]
         rows = compare(sample, candidates, text.split.unigram).rows

@@ -2,7 +2,7 @@
 
 An answer is the choice that the model finds likeliest after the question, and the confidence in it is its share of the
 probability of all choices. Log-likelihoods are those of lm-eval's ``multiple_choice``. The model runs once over the questions;
-every steering and every temperature follows in closed form (`confsteer.last_layer.intervention`).
+every steering and every temperature follows in closed form (`confsteer.last_layer.text_states`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from confsteer.errors import CorpusError
 from confsteer.evaluation.comparison import ComparedRow, RowKind, accuracy_at_coverages, paired_differences, reliability_bins
 from confsteer.evaluation.metrics import Estimates, answer_metrics
 from confsteer.evaluation.reader import Reader, interventions_of
-from confsteer.last_layer.intervention import Intervention, TextStates
+from confsteer.last_layer.intervention import Intervention
+from confsteer.last_layer.text_states import OnTokens, TextStates, unnoticed
 from confsteer.model.states import record_continuations
 from confsteer.profile.profile import Profile
 from confsteer.results.bootstrap import Blocks
@@ -79,11 +80,21 @@ class ChoiceSample(NamedTuple):
         parts = values.split([len(question.choices) for question in self.questions])
         return pad_sequence(list(parts), batch_first=True, padding_value=padding)
 
-    def log_likelihood(self, intervention: Intervention) -> Tensor:
-        """Score each choice given its question, nats, float64 ``[questions, most choices]``; −∞ where a question has fewer."""
-        nll = self.reading.scores(intervention).nll.double()
-        sums = torch.zeros(sum(len(question.choices) for question in self.questions), dtype=torch.float64)
-        return self.padded(sums.index_add(0, self.reading.states.window.cpu(), -nll), -math.inf)
+    def log_likelihoods(self, interventions: Sequence[Intervention], on_tokens: OnTokens = unnoticed) -> list[Tensor]:
+        """Score each choice given its question under each intervention, in one pass over the vocabulary.
+
+        Args:
+            interventions: to score with.
+            on_tokens: see `TextStates.predict`.
+
+        Returns:
+            Nats, float64 ``[questions, most choices]`` each; −∞ where a question has fewer choices.
+        """
+        reading = self.reading
+        predictions = reading.predict([reading.coordinates(one) for one in interventions], on_tokens=on_tokens)
+        zeros = torch.zeros(sum(len(question.choices) for question in self.questions), dtype=torch.float64)
+        choice = reading.states.window.cpu()
+        return [self.padded(zeros.index_add(0, choice, -one.scores.nll.double()), -math.inf) for one in predictions]
 
     def cross_fitted_temperature(self, log_likelihood: Tensor) -> AnswerCandidate:
         """Fit a temperature on every other block and use it on the rest, and the other way round.
@@ -91,7 +102,7 @@ class ChoiceSample(NamedTuple):
         No question is judged by a fit that saw it.
 
         Args:
-            log_likelihood: of the unsteered model, as `log_likelihood` has it.
+            log_likelihood: of the unsteered model, as `log_likelihoods` has it.
         """
         _, order = self.block.unique(return_inverse=True)
         used, temperatures = log_likelihood.clone(), []
@@ -108,7 +119,7 @@ class AnswerCandidate(NamedTuple):
     name: str
     kind: RowKind
     log_likelihood: Tensor
-    """See `ChoiceSample.log_likelihood`; over a temperature, in a row of one."""
+    """See `ChoiceSample.log_likelihoods`; over a temperature, in a row of one."""
     steering: Steering | None = None
     values: tuple[float, ...] = ()
     """The temperature, one per fold."""
@@ -152,17 +163,16 @@ def evaluate_choices(
     reader = Reader(model, profile)
     for source, asked in questions.items():
         sample = read_choices(reader, tokenizer, asked, source=source, progress=progress)
-        with tqdm(total=1 + len(steerings), desc=f"compare on {source}"[:40], unit="steering", disable=not progress) as bar:
-            neutral = sample.log_likelihood(Intervention.neutral(sample.reading.readout.n_neurons))
-            candidates = [AnswerCandidate("neutral", "neutral", neutral, Steering()), sample.cross_fitted_temperature(neutral)]
-            bar.update()
-            for name, steering, intervention in zip(names, steerings, interventions, strict=True):
-                steered = sample.log_likelihood(intervention)
-                matched = match_answer_entropy(neutral, _entropy(steered))
-                candidates.append(AnswerCandidate(name, "steering", steered, steering))
-                like = f"temperature, entropy as {name}"
-                candidates.append(AnswerCandidate(like, "matched temperature", neutral / matched, steering, (matched,)))
-                bar.update()
+        unsteered = Intervention.neutral(sample.reading.readout.n_neurons)
+        label = f"compare on {source}"[:40]
+        with tqdm(total=sample.reading.tokens, desc=label, unit="tok", unit_scale=True, disable=not progress) as bar:
+            neutral, *every = sample.log_likelihoods([unsteered, *interventions], bar.update)
+        candidates = [AnswerCandidate("neutral", "neutral", neutral, Steering()), sample.cross_fitted_temperature(neutral)]
+        for name, steering, steered in zip(names, steerings, every, strict=True):
+            matched = match_answer_entropy(neutral, _entropy(steered))
+            candidates.append(AnswerCandidate(name, "steering", steered, steering))
+            like = f"temperature, entropy as {name}"
+            candidates.append(AnswerCandidate(like, "matched temperature", neutral / matched, steering, (matched,)))
         compared.append(compare_answers(sample, candidates))
     return tuple(compared)
 

@@ -10,8 +10,10 @@ from pydantic import Field
 from torch import Tensor
 
 from confsteer.evaluation.metrics import BINS, METRICS, Estimates, equal_mass_bins, token_metrics, width_bins
-from confsteer.last_layer.intervention import Intervention, TextStates, UnigramDivergences
-from confsteer.last_layer.scores import TokenScores
+from confsteer.last_layer.coordinates import Coordinates
+from confsteer.last_layer.intervention import Intervention
+from confsteer.last_layer.scores import TokenScores, UnigramDivergences
+from confsteer.last_layer.text_states import OnTokens, TextStates, unnoticed
 from confsteer.last_layer.unigram import Unigram
 from confsteer.results.bootstrap import Blocks, Interval
 from confsteer.results.result import Result
@@ -94,6 +96,13 @@ class TextComparison(Result):
         return tuple(row for row in self.rows if row.kind == kind)
 
 
+class Scored(NamedTuple):
+    """A text's predictions in numbers."""
+
+    scores: TokenScores
+    divergences: UnigramDivergences
+
+
 class Candidate(NamedTuple):
     """A way to predict."""
 
@@ -102,6 +111,8 @@ class Candidate(NamedTuple):
     folds: Sequence[tuple[Tensor, Intervention]]
     """Tokens by index, and the intervention on them; together they are all tokens."""
     steering: Steering | None = None
+    scored: Scored | None = None
+    """Its predictions, if they have been computed already."""
 
     @property
     def values(self) -> tuple[float, ...]:
@@ -119,6 +130,30 @@ class Sample(NamedTuple):
     block: Tensor
     """Resampling block of each token, ``[tokens]``."""
     unit: Literal["documents", "windows"]
+
+    def predict(
+        self, candidates: Sequence[Candidate], unigram: Unigram, *, sample: bool = False, on_tokens: OnTokens = unnoticed
+    ) -> list[Candidate]:
+        """Compute the predictions of those candidates that have none, in one pass over the vocabulary.
+
+        Args:
+            candidates: ways to predict this text.
+            unigram: the distribution that divergences are from.
+            sample: whether to sample the vocabulary in the same pass, which fits need.
+            on_tokens: see `TextStates.predict`.
+        """
+        missing = [i for i, candidate in enumerate(candidates) if candidate.scored is None]
+        wanted = [self._coordinates(candidates[i].folds) for i in missing]
+        found = self.reading.predict(wanted, unigram, sample=sample, on_tokens=on_tokens)
+        done = list(candidates)
+        for i, predictions in zip(missing, found, strict=True):
+            done[i] = done[i]._replace(scored=Scored(predictions.scores, predictions.divergences))
+        return done
+
+    def _coordinates(self, folds: Sequence[tuple[Tensor, Intervention]]) -> Coordinates:
+        """Put the coordinates of each fold's intervention in the order of the tokens."""
+        parts = [self.reading.coordinates(intervention).at(rows) for rows, intervention in folds]
+        return Coordinates.join(parts, torch.cat([rows for rows, _ in folds]).argsort())
 
     def everywhere(self, intervention: Intervention) -> Sequence[tuple[Tensor, Intervention]]:
         """Use one intervention for all tokens, as `Candidate.folds` has it."""
@@ -153,7 +188,7 @@ def compare(
     unigram: Unigram,
     *,
     smooth_ece: bool = False,
-    on_candidate: Callable[[], object] = lambda: None,
+    on_tokens: OnTokens = unnoticed,
 ) -> TextComparison:
     """Compute every metric of every candidate, and the differences that matter.
 
@@ -162,7 +197,7 @@ def compare(
         candidates: the first is neutral; a matched temperature follows its steering.
         unigram: the unigram distribution that divergences and frequencies are of.
         smooth_ece: whether to compute smooth ECE, which is slow.
-        on_candidate: called after each.
+        on_tokens: called with the number of tokens after each block of the pass over the vocabulary.
     """
     blocks = Blocks(sample.block)
     target_log_frequency = unigram.log_frequency.cpu()[sample.reading.states.targets.cpu()]
@@ -171,13 +206,12 @@ def compare(
     # Score the text with each candidate: the first, unsteered, is what predictions are compared with.
     scored: list[TokenScores] = []
     estimates: list[Estimates] = []
-    for candidate in candidates:
-        scores, divergences = _score(sample.reading, candidate, unigram)
+    for candidate in sample.predict(candidates, unigram, on_tokens=on_tokens):
+        assert candidate.scored is not None
+        scores, divergences = candidate.scored
         scored.append(scores)
         found = token_metrics(scores, blocks, unsteered=scored[0], smooth=smooth_ece)
-        found |= {name: blocks.mean(values) for name, values in divergences._asdict().items()}
-        estimates.append(found)
-        on_candidate()
+        estimates.append(found | {name: blocks.mean(values) for name, values in divergences._asdict().items()})
 
     # Make a row of each once all are scored, since differences are between rows.
     def row(i: int) -> Row:
@@ -231,16 +265,6 @@ def paired_differences(
         }
         for kind, other in against.items()
     }
-
-
-def _score(reading: TextStates, candidate: Candidate, unigram: Unigram) -> tuple[TokenScores, UnigramDivergences]:
-    if len(candidate.folds) == 1:
-        return reading.scores_and_divergences(candidate.folds[0][1], unigram)
-    parts = [reading.at(rows).scores_and_divergences(intervention, unigram) for rows, intervention in candidate.folds]
-    order = torch.cat([rows for rows, _ in candidate.folds]).argsort()
-    scores = TokenScores.join([part for part, _ in parts]).at(order)
-    divergences = UnigramDivergences.join([part for _, part in parts])
-    return scores, UnigramDivergences(*(field[order] for field in divergences))
 
 
 def reliability_bins(confidence: Tensor, correct: Tensor, blocks: Blocks) -> tuple[ReliabilityBin, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 import torch
 from tqdm import tqdm
@@ -16,6 +16,7 @@ from confsteer.evaluation.comparison import Candidate, Sample, TextComparison, c
 from confsteer.evaluation.fit import fit_null_write, fit_temperature, match_entropy
 from confsteer.evaluation.reader import Reader, interventions_of
 from confsteer.last_layer.intervention import Intervention
+from confsteer.last_layer.text_states import OnTokens, unnoticed
 from confsteer.last_layer.unigram import Unigram
 from confsteer.profile.profile import Profile
 from confsteer.profile.schema import library_versions
@@ -77,9 +78,10 @@ def evaluate(
     - a constant written along the unembedding's null direction, fitted in the same way;
     - beside each steering, the temperature at which the unsteered model has the same mean entropy.
 
-    What remains of a difference to the last is what neurons know beyond a temperature.
+    What remains of a difference to the last is what neurons know beyond a temperature. Temperatures and constants are fitted on a
+    sample of the vocabulary (see `confsteer.last_layer.sample`); what they do, as all that is reported, is of the whole.
 
-    The model runs once over each text (see `confsteer.last_layer.intervention`), on the same positions as calibration uses.
+    The model runs once over each text (see `confsteer.last_layer.text_states`), on the same positions as calibration uses.
 
     Args:
         model: the profile's model.
@@ -118,16 +120,29 @@ def evaluate(
             raise CorpusError(f"{name}: a single window; baselines are fitted on one part of a text and judged on another")
         counts = windows.counts(profile.model.tokenizer_size) if unigram_counts is None else unigram_counts
         unigram = Unigram.from_counts(counts)
-        total = 3 + 2 * len(steerings)
-        with tqdm(total=total, desc=f"compare on {name}"[:40], unit="row", disable=not progress) as bar:
-            candidates = [
-                unsteered(sample),
-                Candidate("fitted temperature", "temperature", sample.cross_fitted(fit_temperature, FIT_TOKENS)),
-                Candidate("constant in the null space", "null write", sample.cross_fitted(fit_null_write, FIT_TOKENS)),
-                *with_matched_temperatures(sample, steerings, interventions, names),
-            ]
-            compared.append(compare(sample, candidates, unigram, smooth_ece=given["smooth_ece"], on_candidate=bar.update))
+        compared.append(_compare(sample, steerings, interventions, names, unigram, given))
     return Evaluation(model=profile.model.id, profile=profile.checksum, versions=library_versions(), texts=tuple(compared))
+
+
+def _compare(
+    sample: Sample,
+    steerings: Sequence[Steering],
+    interventions: Sequence[Intervention],
+    names: Sequence[str],
+    unigram: Unigram,
+    given: Mapping[str, Any],
+) -> TextComparison:
+    """Hold steerings against their baselines on one text, in two passes over the vocabulary: before and after the fits."""
+    label = f"compare on {sample.source}"[:40]
+    with tqdm(total=2 * sample.reading.tokens, desc=label, unit="tok", unit_scale=True, disable=not given["progress"]) as bar:
+        steered = with_matched_temperatures(sample, steerings, interventions, names, unigram, on_tokens=bar.update)
+        candidates = [
+            unsteered(sample),
+            Candidate("fitted temperature", "temperature", sample.cross_fitted(fit_temperature, FIT_TOKENS)),
+            Candidate("constant in the null space", "null write", sample.cross_fitted(fit_null_write, FIT_TOKENS)),
+            *steered,
+        ]
+        return compare(sample, candidates, unigram, smooth_ece=given["smooth_ece"], on_tokens=bar.update)
 
 
 def named_windows(
@@ -173,26 +188,40 @@ def unsteered(sample: Sample) -> Candidate:
 
 
 def with_matched_temperatures(
-    sample: Sample, steerings: Sequence[Steering], interventions: Sequence[Intervention], names: Sequence[str]
+    sample: Sample,
+    steerings: Sequence[Steering],
+    interventions: Sequence[Intervention],
+    names: Sequence[str],
+    unigram: Unigram,
+    *,
+    on_tokens: OnTokens = unnoticed,
 ) -> list[Candidate]:
     """Pair each steering with the temperature that gives the unsteered model the same mean entropy on this text.
+
+    The steerings' predictions are computed on the way, and the vocabulary is sampled for all fits.
 
     Args:
         sample: the text.
         steerings: what is asked for.
         interventions: what each of them does, and what is done beside it.
         names: of each, for the report.
+        unigram: the distribution that divergences are from.
+        on_tokens: called with the number of tokens after each block of the pass over the vocabulary.
 
     Returns:
         Each steering, followed by its temperature.
     """
+    steered = [
+        Candidate(name, "steering", sample.everywhere(intervention), steering)
+        for steering, intervention, name in zip(steerings, interventions, names, strict=True)
+    ]
+    steered = sample.predict(steered, unigram, sample=True, on_tokens=on_tokens)
+    entropies = [float(one.scored.scores.entropy.double().mean()) for one in steered if one.scored is not None]
     candidates = []
-    entropies = [float(sample.reading.scores(intervention).entropy.double().mean()) for intervention in interventions]
-    matched = match_entropy(sample.reading, entropies)
-    for steering, intervention, name, temperature in zip(steerings, interventions, names, matched, strict=True):
-        candidates.append(Candidate(name, "steering", sample.everywhere(intervention), steering))
-        like = f"temperature, entropy as {name}"
-        candidates.append(Candidate(like, "matched temperature", sample.everywhere(temperature), steering))
+    for one, temperature in zip(steered, match_entropy(sample.reading, entropies), strict=True):
+        like = f"temperature, entropy as {one.name}"
+        matched = Candidate(like, "matched temperature", sample.everywhere(temperature), one.steering)
+        candidates += [one, matched]
     return candidates
 
 

@@ -1,7 +1,12 @@
-"""Interventions fitted to text by gradient: the baselines that steering is held against, and what `confsteer.tune` looks for."""
+"""Interventions fitted to text: the baselines that steering is held against, and what `confsteer.tune` looks for.
+
+All of it is on a sample of the vocabulary (`confsteer.last_layer.sample`), without another pass over the whole. What a fitted
+intervention does is reported over the whole vocabulary, elsewhere.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
@@ -9,8 +14,11 @@ import torch
 from torch import Tensor
 
 from confsteer.evaluation.metrics import BINS, width_bins, width_calibration_error
-from confsteer.last_layer.intervention import Intervention, TextStates
+from confsteer.last_layer.coordinates import Coordinates
+from confsteer.last_layer.intervention import Intervention
+from confsteer.last_layer.sample import SampledLogits
 from confsteer.last_layer.scores import TokenScores
+from confsteer.last_layer.text_states import TextStates
 from confsteer.results.bootstrap import Blocks, Resampled
 
 Objective = Literal["nll", "brier", "ece"]
@@ -21,6 +29,12 @@ CONVERGED = 1e-5
 """Part of the objective below which a step's gain ends fitting."""
 PATIENCE = 8
 """Steps without a better validation score after which fitting stops."""
+LOG_RANGE = 4.6
+"""Temperatures are between 1/100 and 100."""
+LOG_TOLERANCE = 1e-6
+"""Step of a temperature's logarithm that ends its search."""
+FIRST_STEP, FARTHEST, NARROW, FLAT = 0.1, 30.0, 1e-5, 1e-6
+"""Search for a constant, in lengths of the mean residual: first step, end, and the width or slope that is narrow or flat."""
 
 
 class Fit(NamedTuple):
@@ -76,7 +90,7 @@ def fit(
         return known[1]
 
     def score(at: Tensor) -> float:
-        scored = [text.scores(build(at)) for text in validation]
+        scored = [text.sampled_scores(build(at)) for text in validation]
         return sum(_objective_value(objective, scores) for scores in scored) / max(1, len(scored))
 
     # Step until the objective stands still or validation no longer gets better; keep the best step.
@@ -115,37 +129,53 @@ def _value_and_gradient(build: Build, at: Tensor, texts: Sequence[TextStates], o
     value, gradient = torch.zeros(()), torch.zeros_like(at)
     for text in texts:
         per_token = _token_loss(objective, build, at, text)
-        for chunk in text.chunks():
-            with torch.enable_grad():
-                part = per_token(chunk.logits(build(parameters)), chunk.states.targets).sum() / (text.tokens * len(texts))
-                (slope,) = torch.autograd.grad(part, parameters)
-            value, gradient = value + part.detach().cpu(), gradient + slope
+        with torch.enable_grad():
+            coordinates = text.coordinates(build(parameters))
+            # Cut the graph where it is narrowest: a few coordinates stand for all of a token's logits.
+            cut = Coordinates._make(None if field is None else _leaf(field) for field in coordinates)
+            for part in text.sampled(cut):
+                loss = per_token(part).sum() / (text.tokens * len(texts))
+                loss.backward()
+                value = value + loss.detach().cpu()
+            moved = [
+                (field, leaf.grad)
+                for field, leaf in zip(coordinates, cut, strict=True)
+                if leaf is not None and leaf.requires_grad
+            ]
+            fields, slopes = zip(*moved, strict=True)
+            (slope,) = torch.autograd.grad(fields, parameters, slopes)
+        gradient = gradient + slope
     return value, gradient
 
 
-def _token_loss(objective: Objective, build: Build, at: Tensor, text: TextStates) -> Callable[[Tensor, Tensor], Tensor]:
-    """Choose the loss of each token, from logits ``[tokens, vocab]`` and targets ``[tokens]``."""
-    if objective == "nll":
-        return lambda logits, targets: torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+def _leaf(field: Tensor) -> Tensor:
+    return field.detach().requires_grad_(field.requires_grad)
 
-    def gap(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        top, prediction = logits.max(dim=-1)
-        confidence = (top - logits.logsumexp(dim=-1)).exp()
-        return confidence, confidence - (prediction == targets).float()
+
+def _token_loss(objective: Objective, build: Build, at: Tensor, text: TextStates) -> Callable[[SampledLogits], Tensor]:
+    """Choose the loss of each token, from its logits."""
+    if objective == "nll":
+        return lambda part: part.log_sum - part.of_target
+
+    def gap(part: SampledLogits) -> tuple[Tensor, Tensor]:
+        top, prediction = part.likeliest()
+        confidence = (top - part.log_sum).exp()
+        correct = prediction == part.ids[:, -1]
+        return confidence, confidence - correct.float()
 
     if objective == "brier":
-        return lambda logits, targets: gap(logits, targets)[1].square()
+        return lambda part: gap(part)[1].square()
     # Σ_b (n_b/n) gap_b² has in each token the slope of 2 gap_b · confidence, and Σ_b n_b/n · gap_b · (confidence − correct)
     # is its value.
-    scores = text.scores(build(at))
+    scores = text.sampled_scores(build(at))
     bins = width_bins(scores.confidence)
     numbers = torch.bincount(bins, minlength=BINS)
     gaps = torch.bincount(bins, weights=scores.confidence.double() - scores.correct.double(), minlength=BINS)
     mean_gap = (gaps / numbers.clamp_min(1)).float()
 
-    def squared_gap(logits: Tensor, targets: Tensor) -> Tensor:
-        confidence, difference = gap(logits, targets)
-        its_gap = mean_gap.to(logits.device)[width_bins(confidence.detach().clamp_max(1))]
+    def squared_gap(part: SampledLogits) -> Tensor:
+        confidence, difference = gap(part)
+        its_gap = mean_gap.to(confidence.device)[width_bins(confidence.detach().clamp_max(1))]
         return its_gap * (2 * difference - difference.detach())
 
     return squared_gap
@@ -153,13 +183,70 @@ def _token_loss(objective: Objective, build: Build, at: Tensor, text: TextStates
 
 def temperature(parameters: Tensor) -> Tensor:
     """Turn a parameter into a temperature: it is the logarithm, so that zero is neutral. It stays between 1/100 and 100."""
-    return parameters.clamp(-4.6, 4.6).exp()
+    return parameters.clamp(-LOG_RANGE, LOG_RANGE).exp()
 
 
+class _Moments(NamedTuple):
+    """Means over a text at an inverse temperature ``β``, where ``p ∝ exp(β z)``."""
+
+    log_sum: float
+    """``log Σ exp(β z)``"""
+    mean: float
+    """``E_p[z]``"""
+    variance: float
+    """``Var_p[z]``"""
+    of_target: float
+    """``z`` of the token that came."""
+
+    @classmethod
+    def of(cls, unsteered: Sequence[SampledLogits], beta: float) -> _Moments:
+        """Average over the tokens of a text, given in parts."""
+        sums = torch.zeros(4, dtype=torch.float64)
+        for part in unsteered:
+            y = beta * part.logits + part.log_weight
+            p = y.softmax(dim=-1)
+            mean = torch.linalg.vecdot(p, part.logits)
+            variance = torch.linalg.vecdot(p, (part.logits - mean[:, None]).square_())
+            sums += torch.stack([y.logsumexp(dim=-1), mean, variance, part.of_target]).double().sum(dim=1).cpu()
+        return cls(*(sums / sum(len(part.ids) for part in unsteered)).tolist())
+
+
+def _crossing(falling: Callable[[float], tuple[float, float]]) -> float:
+    """Find the temperature at which a function of ``log β`` that falls crosses zero; an end of the range if it does not.
+
+    Newton's method, with bisection where it would leave what is known to hold the crossing.
+
+    Args:
+        falling: its value and its slope.
+    """
+    low, high, at = -LOG_RANGE, LOG_RANGE, 0.0
+    for _ in range(MAX_STEPS):
+        value, slope = falling(math.exp(at))
+        low, high = (at, high) if value > 0 else (low, at)
+        step = -value / slope if slope < 0 else math.inf
+        if abs(step) < LOG_TOLERANCE or high - low < LOG_TOLERANCE:
+            break
+        # Steps are kept short where the curve bends.
+        after = at + min(max(step, -1.0), 1.0)
+        at = after if low < after < high else (low + high) / 2
+    return math.exp(-at)
+
+
+@torch.no_grad()
 def fit_temperature(train: Sequence[TextStates]) -> Intervention:
-    """Scale by temperature (Guo et al. 2017): the one number that minimises the loss."""
+    """Scale by temperature (Guo et al. 2017): the one number that minimises the loss, of texts that count equally.
+
+    With ``β = 1/T`` the loss is convex: its slope is ``E_p[z] − z_target`` and its curvature ``Var_p[z]``.
+    """
     neutral = _neutral(train)
-    return fit(lambda p: neutral._replace(temperature=temperature(p[0])), torch.zeros(1), train).intervention
+    unsteered = [list(text.sampled(text.coordinates(neutral))) for text in train]
+
+    def downhill(beta: float) -> tuple[float, float]:
+        moments = [_Moments.of(parts, beta) for parts in unsteered]
+        slopes = [one.of_target - one.mean for one in moments]
+        return sum(slopes) / len(slopes), -beta * sum(one.variance for one in moments) / len(moments)
+
+    return neutral._replace(temperature=torch.tensor(_crossing(downhill)))
 
 
 def fit_null_write(train: Sequence[TextStates]) -> Intervention:
@@ -169,51 +256,76 @@ def fit_null_write(train: Sequence[TextStates]) -> Intervention:
     another way to a temperature, and shortens it only where the residual has a part to cancel; so both signs are tried.
     """
     neutral = _neutral(train)
-    unit = sum(_mean_length(text) for text in train) / len(train)
+    unit = sum(float(text.geometry.own[:, -1, -1].sqrt().mean()) for text in train) / len(train)
 
     def build(parameters: Tensor) -> Intervention:
         return neutral._replace(null_write=unit * parameters[0])
 
-    fits = [fit(build, torch.tensor([start]), train) for start in (-0.3, 0.3)]
-    losses = [float(_value_and_gradient(build, one.parameters, train, "nll")[0]) for one in fits]
-    return fits[losses.index(min(losses))].intervention
+    found = [_descend(lambda at: _value_and_gradient(build, torch.tensor([at]), train, "nll"), start) for start in (-0.3, 0.3)]
+    return build(torch.tensor([min(found)[1]]))
 
 
-def _mean_length(text: TextStates) -> float:
-    """Average the length of the residual over tokens."""
-    return sum(float(text.readout.centre(one.states.residual).norm(dim=-1).sum()) for one in text.chunks()) / text.tokens
+def _descend(function: Callable[[float], tuple[Tensor, Tensor]], start: float) -> tuple[float, float]:
+    """Go downhill from `start` to where the slope changes sign; the value there, and where it is.
+
+    Steps are doubled until the slope has changed, then the crossing is found by the Illinois method (Dowell and Jarratt 1971).
+
+    Args:
+        function: its value and its slope.
+        start: where to begin.
+    """
+
+    def evaluate(at: float) -> tuple[float, float, float]:
+        value, slope = (float(one) for one in function(at))
+        return value, at, slope
+
+    here = evaluate(start)
+    best, step = here, -math.copysign(FIRST_STEP, here[2])
+    # Walk until the slope points back.
+    while True:
+        there = evaluate(here[1] + step)
+        best = min(best, there)
+        if there[2] * here[2] <= 0 or abs(there[1]) > FARTHEST:
+            break
+        here, step = there, 2 * step
+    # Close in from both sides; a side that stays counts half.
+    (_, a, slope_a), (_, b, slope_b) = here, there
+    for _ in range(MAX_STEPS):
+        if slope_a * slope_b >= 0 or abs(b - a) < NARROW:
+            break
+        value, c, slope = evaluate((a * slope_b - b * slope_a) / (slope_b - slope_a))
+        best = min(best, (value, c, slope))
+        if abs(slope) < FLAT:
+            break
+        if slope * slope_b < 0:
+            a, slope_a = b, slope_b
+        else:
+            slope_a /= 2
+        b, slope_b = c, slope
+    return best[0], best[1]
 
 
 @torch.no_grad()
 def match_entropy(text: TextStates, entropies: Sequence[float]) -> list[Intervention]:
     """Find the temperatures at which the unsteered model has these mean entropies on this text.
 
-    Newton's method on all of them at once: with ``β = 1/T`` the slope of the mean entropy is ``−β E[Var_p z]``.
+    With ``β = 1/T`` the slope of the mean entropy against ``log β`` is ``−β² E[Var_p z]``.
 
     Args:
         text: what the mean is over.
         entropies: nats, between 0 and the logarithm of the vocabulary.
     """
-    wanted = torch.tensor(entropies, dtype=torch.float64)
     neutral = _neutral([text])
-    log_beta = torch.zeros(len(entropies), dtype=torch.float64)
-    for _ in range(20):
-        entropy, variance = torch.zeros(2, len(entropies), dtype=torch.float64)
-        for chunk in text.chunks():
-            logits = chunk.logits(neutral)
-            for i, beta in enumerate(log_beta.exp().tolist()):
-                log_p = (beta * logits).log_softmax(dim=-1)
-                p = log_p.exp()
-                mean = (p * log_p).sum(dim=-1)
-                entropy[i] -= mean.double().sum().cpu()
-                # Var_p(log p) = β² Var_p(z)
-                variance[i] += ((p * log_p.square()).sum(dim=-1) - mean.square()).double().sum().cpu()
-        error = entropy / text.tokens - wanted
-        if (error.abs() < 1e-5).all():
-            break
-        # dH/dlog β = −Var_p(log p); steps are kept short where the entropy hardly moves.
-        log_beta += (error * text.tokens / variance.clamp_min(1e-9)).clamp(-0.5, 0.5)
-    return [neutral._replace(temperature=torch.tensor(1 / beta)) for beta in log_beta.exp().tolist()]
+    unsteered = list(text.sampled(text.coordinates(neutral)))
+
+    def match(entropy: float) -> Intervention:
+        def excess(beta: float) -> tuple[float, float]:
+            moments = _Moments.of(unsteered, beta)
+            return moments.log_sum - beta * moments.mean - entropy, -(beta**2) * moments.variance
+
+        return neutral._replace(temperature=torch.tensor(_crossing(excess)))
+
+    return [match(entropy) for entropy in entropies]
 
 
 def _neutral(texts: Sequence[TextStates]) -> Intervention:

@@ -10,8 +10,10 @@ from transformers import PreTrainedModel
 
 from confsteer.discovery.weights import unembedding_spectrum
 from confsteer.errors import SteeringError
-from confsteer.last_layer.intervention import Intervention, TextStates
+from confsteer.last_layer.coordinates import Writes
+from confsteer.last_layer.intervention import Intervention
 from confsteer.last_layer.states import TokenStates
+from confsteer.last_layer.text_states import TextStates
 from confsteer.model.dissect import dissect
 from confsteer.model.states import record
 from confsteer.profile.profile import Profile
@@ -57,6 +59,7 @@ class Reader:
         self.neurons = neurons.to(self.device)
         self.readout = readout.select(self.neurons)
         self._null_direction = unembedding_spectrum(readout).directions[:, 0].float()
+        self._writes = Writes(self.readout, self._null_direction)
 
     @torch.no_grad()
     def read(self, windows: Windows, *, progress: bool = False) -> TextStates:
@@ -83,4 +86,4 @@ class Reader:
 
     def reading(self, states: TokenStates) -> TextStates:
         """Join the readout to what the model left at some tokens, the activations those of `neurons`."""
-        return TextStates(self.readout, states, self._null_direction)
+        return TextStates(self.readout, states, self._null_direction, self._writes)

@@ -4,6 +4,9 @@ states.py         what a model leaves in its last layer at some tokens
 readout.py        from the last MLP's activations to the logits, norms and softcap included
 unigram.py        the unigram distribution as a direction in logit space
 edit.py           the rule of steering: clip(gain · a + bias, low, high)
-intervention.py   a steering with the baselines beside it, and a text under any of them
+intervention.py   a steering with the baselines beside it
+coordinates.py    any intervention on a text in a few numbers per token
 scores.py         what was predicted of each next token, in a few numbers
+sample.py         the vocabulary sampled for each token, for fits and searches
+text_states.py    a text under any intervention
 """

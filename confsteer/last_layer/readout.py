@@ -217,6 +217,11 @@ class Readout:
         return dataclasses.replace(self, w_out=change(self.w_out), write_norm=norm)
 
     @functools.cached_property
+    def biased(self) -> bool:
+        """Whether any logit has a bias."""
+        return bool(self.logit_bias.any())
+
+    @functools.cached_property
     def gram(self) -> Tensor:
         """``W_Uᵀ W_U`` in float64, ``[d_model, d_model]``: lengths of writes in logit space, and the unembedding's spectrum."""
         gram = torch.zeros(self.d_model, self.d_model, dtype=torch.float64, device=self.unembedding.device)

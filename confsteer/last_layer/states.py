@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
 States = TypeVar("States", bound=NamedTuple)
@@ -12,6 +14,11 @@ States = TypeVar("States", bound=NamedTuple)
 def rows_of(states: States, rows: slice | Tensor) -> States:
     """Take some rows of every tensor in a named tuple; what is None stays None."""
     return states._make(None if field is None else field[rows] for field in states)
+
+
+def join_rows(parts: Sequence[States]) -> States:
+    """Put the rows of several named tuples after each other; what is None in the first is None."""
+    return parts[0]._make(None if fields[0] is None else torch.cat(fields) for fields in zip(*parts, strict=True))
 
 
 class TokenStates(NamedTuple):

@@ -25,6 +25,7 @@ from confsteer.evaluation.fit import (
 )
 from confsteer.evaluation.reader import Reader
 from confsteer.last_layer.intervention import Intervention
+from confsteer.last_layer.text_states import OnTokens
 from confsteer.profile.profile import Profile
 from confsteer.profile.schema import library_versions
 from confsteer.results.bootstrap import Blocks, Interval, mean
@@ -111,7 +112,8 @@ def tune(
 ) -> Tuning:
     """Find the steering that does best on text like `texts`, and say what it does on parts of them that it was not tuned on.
 
-    The model runs once over each text; the rest is gradient descent on the closed form of the last layer, minutes on a CPU.
+    The model runs once over each text. The search is gradient descent on the closed form of the last layer, on a sample of the
+    vocabulary (see `confsteer.last_layer.sample`); all that is reported is of the whole.
     Each text is cut in four, whole documents together, and texts count equally:
 
     - the parameters are fitted to the first part, pulled towards neutral;
@@ -158,13 +160,19 @@ def tune(
     for _, windows in named_windows(texts, tokenizer, tokens=given["tokens"], window=given["window"], source=given["source"]):
         splits.append(split(read_sample(reader, windows, progress=progress), windows, profile, given["seed"]))
 
-    # Search on all texts, then on all but each.
+    # Search on all texts, then on all but each, on a sample of the vocabulary.
+    _sample_vocabulary(splits, progress)
     tuner = _Tuner(profile, given["parameters"], given["with_temperature"], given["objective"], given["ridge"], progress)
     best = tuner.find(splits, "tune")
-    left_out = tuner.leave_one_out(splits) if given["leave_one_out"] and len(splits) > 1 else ()
+    fits = [_Fitted(best, *_fit_baselines(splits))]
+    left_out = tuner.leave_one_out(splits) if given["leave_one_out"] and len(splits) > 1 else []
 
     # Judge on parts that took no part in the search.
-    baselines = _fit_baselines(splits)
+    steered = Intervention.of(profile.edit(best.steering))
+    total = sum(one.validation.reading.tokens + 2 * one.test.reading.tokens for one in splits)
+    with tqdm(total=total, desc="judge", unit="tok", unit_scale=True, disable=not progress) as bar:
+        validation = _gain(given["objective"], steered, [one.validation for one in splits], bar.update)
+        reports = [_report(one, fits + left_out[i : i + 1], bar.update) for i, one in enumerate(splits)]
     return Tuning(
         model=profile.model.id,
         profile=profile.checksum,
@@ -176,9 +184,9 @@ def tune(
         tokens={
             part: sum(getattr(one, part).reading.tokens for one in splits) for part in ("train", "stop", "validation", "test")
         },
-        validation=_gain(given["objective"], Intervention.of(profile.edit(best.steering)), [one.validation for one in splits]),
-        texts=tuple(_report(one, best, baselines) for one in splits),
-        left_out=left_out,
+        validation=validation,
+        texts=tuple(text for text, *_ in reports),
+        left_out=tuple(text for _, *others in reports for text in others),
         steps=best.steps,
         seconds=time.monotonic() - began,
     )
@@ -202,7 +210,7 @@ class _Tuner(NamedTuple):
                 bar.set_postfix(validation=f"{score:.4f}", refresh=False)
                 bar.update()
 
-            return search(
+            found = search(
                 self.profile,
                 splits,
                 self.parameters,
@@ -211,15 +219,34 @@ class _Tuner(NamedTuple):
                 ridge=self.ridge,
                 on_step=on_step,
             )
+            # Most searches end before the last step that they might take.
+            bar.total = bar.n
+            return found
 
-    def leave_one_out(self, splits: Sequence[Split]) -> tuple[TextComparison, ...]:
-        """Report on each text with everything fitted on the others."""
-        reports = []
+    def leave_one_out(self, splits: Sequence[Split]) -> list[_Fitted]:
+        """Fit everything on all texts but each."""
+        fits = []
         for one in splits:
             others = [other for other in splits if other is not one]
-            tuned = self.find(others, f"tune without {one.test.source}")
-            reports.append(_report(one, tuned, _fit_baselines(others)))
-        return tuple(reports)
+            fits.append(_Fitted(self.find(others, f"tune without {one.test.source}"), *_fit_baselines(others)))
+        return fits
+
+
+class _Fitted(NamedTuple):
+    """Everything that is fitted on some texts."""
+
+    tuned: Tuned
+    temperature: Intervention
+    null_write: Intervention
+
+
+def _sample_vocabulary(splits: Sequence[Split], progress: bool) -> None:
+    """Make ready to search: draw the sample of the vocabulary for the parts that searches look at."""
+    parts = [part.reading for one in splits for part in (one.train, one.stop)]
+    total = sum(part.tokens for part in parts)
+    with tqdm(total=total, desc="sample the vocabulary", unit="tok", unit_scale=True, disable=not progress) as bar:
+        for part in parts:
+            part.draw_sample(bar.update)
 
 
 def search(
@@ -264,13 +291,14 @@ def search(
     return Tuned(steering, float(intervention.temperature) if with_temperature else None, intervention, found.steps)
 
 
-def _gain(objective: Objective, intervention: Intervention, samples: Sequence[Sample]) -> Interval:
+def _gain(objective: Objective, intervention: Intervention, samples: Sequence[Sample], on_tokens: OnTokens) -> Interval:
     """Estimate the difference of the objective to neutral, the mean over texts, whose blocks are resampled text by text."""
     differences = []
     for number, sample in enumerate(samples):
-        blocks = Blocks(sample.block, seed=number)
-        neutral = Intervention.neutral(sample.reading.readout.n_neurons)
-        with_it, without = (objective_estimate(objective, sample.reading.scores(i), blocks) for i in (intervention, neutral))
+        blocks, reading = Blocks(sample.block, seed=number), sample.reading
+        neutral = Intervention.neutral(reading.readout.n_neurons)
+        pair = reading.predict([reading.coordinates(one) for one in (intervention, neutral)], on_tokens=on_tokens)
+        with_it, without = (objective_estimate(objective, one.scores, blocks) for one in pair)
         differences.append(with_it - without)
     return mean(differences).interval
 
@@ -281,13 +309,23 @@ def _fit_baselines(splits: Sequence[Split]) -> tuple[Intervention, Intervention]
     return fit_temperature(train), fit_null_write(train)
 
 
-def _report(on: Split, tuned: Tuned, baselines: tuple[Intervention, Intervention]) -> TextComparison:
-    """Compare a steering with its baselines on a text's test split."""
-    sample, (fitted, constant) = on.test, baselines
-    candidates = [
-        unsteered(sample),
-        Candidate("fitted temperature", "temperature", sample.everywhere(fitted)),
-        Candidate("constant in the null space", "null write", sample.everywhere(constant)),
-        *with_matched_temperatures(sample, [tuned.steering], [tuned.intervention], ["tuned"]),
-    ]
-    return compare(sample, candidates, on.unigram)
+def _report(on: Split, fits: Sequence[_Fitted], on_tokens: OnTokens) -> list[TextComparison]:
+    """Compare steerings with their baselines on a text's test split, in two passes over the vocabulary for all of them."""
+    sample = on.test
+    tuned = [one.tuned for one in fits]
+    steered = with_matched_temperatures(
+        sample,
+        [one.steering for one in tuned],
+        [one.intervention for one in tuned],
+        ["tuned"] * len(tuned),
+        on.unigram,
+        on_tokens=on_tokens,
+    )
+    others = [unsteered(sample)]
+    for one in fits:
+        others.append(Candidate("fitted temperature", "temperature", sample.everywhere(one.temperature)))
+        others.append(Candidate("constant in the null space", "null write", sample.everywhere(one.null_write)))
+    neutral, *rest = sample.predict([*others, *steered], on.unigram, on_tokens=on_tokens)
+    # Two baselines for each fit, then each steering with its temperature.
+    pairs = [rest[i : i + 2] for i in range(0, len(rest), 2)]
+    return [compare(sample, [neutral, *pairs[i], *pairs[i + len(fits)]], on.unigram) for i in range(len(fits))]

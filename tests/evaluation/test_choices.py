@@ -85,7 +85,7 @@ def test_log_likelihoods_are_those_of_a_pass_per_choice_of_the_steered_model(mod
     sample = read_choices(Reader(model, profile), tokenizer, questions)
     assert sample.truncated == 2
     for steering in (Steering(), Steering(entropy=0.1, scale={20: 0.0})):
-        ours = sample.log_likelihood(Intervention.of(profile.edit(steering)))
+        (ours,) = sample.log_likelihoods([Intervention.of(profile.edit(steering))])
         with confsteer.steer(model, profile, steering):
             theirs = naive(model, tokenizer, questions, 64)
         assert flat(ours) == pytest.approx([x for row in theirs for x in row], abs=1e-4)
@@ -115,7 +115,7 @@ def test_log_likelihoods_are_those_of_lm_eval() -> None:
     ]
     sample = read_choices(Reader(model, profile), tokenizer, questions)
     assert sample.truncated == 1
-    ours = sample.log_likelihood(Intervention.neutral(sample.reading.readout.n_neurons))
+    (ours,) = sample.log_likelihoods([Intervention.neutral(sample.reading.readout.n_neurons)])
     pairs = [(question.prompt, text) for question in questions for text in question.continuations]
     requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
     theirs = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=2, device="cpu").loglikelihood(requests, disable_tqdm=True)
@@ -132,8 +132,8 @@ def test_rows_and_baselines() -> None:
     neutral, fitted, steered, matched = result.rows
     # What a steering does to the answers is read off the same closed form that other tests compare with the model.
     sample = read_choices(Reader(model, profile), tokenizer, questions)
-    ours = sample.log_likelihood(Intervention.neutral(sample.reading.readout.n_neurons))
-    theirs = sample.log_likelihood(Intervention.of(profile.edit(steering)))
+    (ours,) = sample.log_likelihoods([Intervention.neutral(sample.reading.readout.n_neurons)])
+    (theirs,) = sample.log_likelihoods([Intervention.of(profile.edit(steering))])
     assert neutral.metrics["accuracy"].value == pytest.approx(float((ours.argmax(1) == sample.gold).double().mean()))
     gold = theirs.log_softmax(1)[torch.arange(30), sample.gold]
     assert steered.metrics["loss"].value == pytest.approx(-float(gold.mean()))

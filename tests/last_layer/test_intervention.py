@@ -10,8 +10,9 @@ import confsteer
 from confsteer import Profile, Steering
 from confsteer.evaluation.fit import fit, fit_null_write, fit_temperature, match_entropy
 from confsteer.evaluation.reader import Reader
-from confsteer.last_layer.intervention import Intervention, TextStates
+from confsteer.last_layer.intervention import Intervention
 from confsteer.last_layer.scores import TokenScores
+from confsteer.last_layer.text_states import TextStates
 from confsteer.last_layer.unigram import Unigram
 from confsteer.model.dissect import dissect
 from confsteer.text.windows import Windows, make_windows
@@ -53,10 +54,10 @@ def test_predictions_are_those_of_the_steered_model(model_type: str) -> None:
     layer, _ = text(model_type)
     profile = planted(model_type).profile
     steering = request(profile)
-    ours = torch.cat([chunk.logits(Intervention.of(profile.edit(steering))) for chunk in layer.chunks()])
+    ours = layer.logits(Intervention.of(profile.edit(steering)))
     theirs = model_logits(model_type, steering)
     torch.testing.assert_close(ours.log_softmax(-1), theirs.log_softmax(-1), atol=1e-4, rtol=0)
-    unsteered = torch.cat([chunk.logits(Intervention.neutral(layer.readout.n_neurons)) for chunk in layer.chunks()])
+    unsteered = layer.logits(Intervention.neutral(layer.readout.n_neurons))
     assert float((unsteered.log_softmax(-1) - theirs.log_softmax(-1)).abs().max()) > 0.05
 
 
@@ -85,7 +86,8 @@ def test_the_null_direction_is_read_by_nothing() -> None:
 def test_scores_and_divergences_by_their_definition() -> None:
     layer, windows = text("llama")
     unigram = Unigram.from_counts(windows.counts(VOCAB))
-    scores, divergences = layer.scores_and_divergences(Intervention.neutral(layer.readout.n_neurons), unigram)
+    (found,) = layer.predict([layer.coordinates(Intervention.neutral(layer.readout.n_neurons))], unigram)
+    scores, divergences = found.scores, found.divergences
     logits = model_logits("llama", Steering())
     targets = torch.cat([batch.targets for batch in windows.batches(1)])
     for ours, expected in zip(scores, TokenScores.of(logits, targets), strict=True):
@@ -117,8 +119,7 @@ def sharpened(temperature: float) -> TextStates:
     logits = layer.logits(Intervention.neutral(layer.readout.n_neurons))
     many = layer.at(torch.arange(layer.tokens).repeat(40))
     drawn = torch.multinomial((logits.repeat(40, 1) / temperature).softmax(-1), 1, generator=torch.Generator().manual_seed(0))
-    many.states = many.states._replace(targets=drawn[:, 0])
-    return many
+    return TextStates(many.readout, many.states._replace(targets=drawn[:, 0]), many.null_direction)
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.6])

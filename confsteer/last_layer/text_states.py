@@ -1,0 +1,173 @@
+"""Predictions of a text under any intervention at the last layer, in closed form.
+
+The model runs over the text once. What it leaves at the input of the final norm, and the activations of the neurons that
+steering can reach, decide every prediction that any steering of them, any temperature and any constant added to the residual
+would have made (`confsteer.last_layer.coordinates`). So steerings are compared, and chosen by gradient, without running the
+model again: compared exactly, and chosen on a sample of the vocabulary (`confsteer.last_layer.sample`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from confsteer.last_layer.coordinates import Coordinates, Geometry, Plan, Writes
+from confsteer.last_layer.edit import edited
+from confsteer.last_layer.intervention import Intervention
+from confsteer.last_layer.readout import WORKING_SET, Readout
+from confsteer.last_layer.sample import SampledLogits, VocabularySample
+from confsteer.last_layer.scores import Predictions, TokenScores
+from confsteer.last_layer.states import TokenStates
+from confsteer.last_layer.unigram import Unigram
+
+MIN_ROWS = 128
+"""Tokens at a time at least, whatever the vocabulary: fewer would read the unembedding too often."""
+
+NEAR_SET = 2**19
+"""Logits of a core at a time, in elementwise work (2 MiB): few enough for its share of the cache, and calls are worth it."""
+SAMPLED_SET = 2**19
+"""Sampled logits at a time."""
+
+OnTokens = Callable[[int], object]
+"""Called with a number of tokens that are done."""
+
+
+def unnoticed(tokens: int) -> None:
+    """Take no notice of progress."""
+
+
+class TextStates:
+    """A text as the last layer saw it."""
+
+    def __init__(self, readout: Readout, states: TokenStates, null_direction: Tensor, writes: Writes | None = None) -> None:
+        """
+        Args:
+            readout: the last layer, of the neurons that steering can reach.
+            states: of the text, activations of these neurons.
+            null_direction: unit vector that the unembedding reads least, ``[d_model]``.
+            writes: of the neurons and of a constant along the null direction, if they are known already.
+        """
+        self.readout, self.states, self.null_direction = readout, states, null_direction
+        self.writes = Writes(readout, null_direction) if writes is None else writes
+        self._sample: VocabularySample | None = None
+
+    @property
+    def tokens(self) -> int:
+        return len(self.states.targets)
+
+    @functools.cached_property
+    def geometry(self) -> Geometry:
+        """Dot products of which the coordinates of every intervention are made."""
+        return Geometry.of(self.readout, self.writes, self.states)
+
+    @property
+    def sample(self) -> VocabularySample:
+        """The vocabulary sampled for each token; drawn in a pass over the vocabulary if no `predict` has drawn it."""
+        if self._sample is None:
+            self.draw_sample()
+        assert self._sample is not None
+        return self._sample
+
+    def draw_sample(self, on_tokens: OnTokens = unnoticed) -> None:
+        """Draw the `sample` now, in a pass over the vocabulary; see `predict`."""
+        self.predict([], sample=True, on_tokens=on_tokens)
+
+    def at(self, rows: Tensor) -> TextStates:
+        """Some of the tokens, by index or by mask."""
+        some = TextStates(self.readout, self.states.at(rows), self.null_direction, self.writes)
+        if self._sample is not None:
+            some._sample = self._sample.at(rows)
+        if "geometry" in self.__dict__:
+            some.geometry = self.geometry.at(rows)
+        return some
+
+    def coordinates(self, intervention: Intervention) -> Coordinates:
+        """Coefficients of an intervention at each token."""
+        return self.geometry.coordinates(self.readout, self.writes, self.states.activations, intervention)
+
+    @torch.no_grad()
+    def predict(
+        self,
+        wanted: Sequence[Coordinates],
+        unigram: Unigram | None = None,
+        *,
+        sample: bool = False,
+        on_tokens: OnTokens = unnoticed,
+    ) -> list[Predictions]:
+        """Score every prediction under several interventions in one pass: the unembedding is multiplied once per token.
+
+        Args:
+            wanted: coordinates of each intervention at all tokens.
+            unigram: the distribution that divergences are from; none are computed without one.
+            sample: whether to draw the `sample` in the same pass.
+            on_tokens: called with the number of tokens after each block.
+        """
+        if not (wanted or sample):
+            return []
+        device = self.null_direction.device
+        plans = [Plan(self.readout, self.writes, coordinates) for coordinates in wanted]
+        found = [Predictions(self.tokens, device, unigram) for _ in wanted]
+        drawn = VocabularySample.empty(self.tokens, self.readout) if sample else None
+        neutral = Plan(self.readout, self.writes, self.coordinates(Intervention.neutral(self.readout.n_neurons)))
+        start = torch.rand(self.tokens, generator=torch.Generator().manual_seed(0)).to(device)
+        for rows, x in self._own_logits():
+            targets = self.states.targets[rows]
+            for plan, predictions in zip(plans, found, strict=True):
+                predictions.fill(rows, plan.logits(rows, x), targets)
+            if drawn is not None:
+                drawn.draw(rows, x, neutral.logits(rows, x), targets, start[rows])
+            on_tokens(len(targets))
+        if drawn is not None:
+            self._sample = drawn
+        return found
+
+    def _own_logits(self) -> Iterator[tuple[slice, Tensor]]:
+        """A few tokens at a time, and the logits along their own directions, ``[K, rows, vocab]``, valid until the next."""
+        readout, unembedding = self.readout, self.readout.unembedding
+        at_once = max(MIN_ROWS, WORKING_SET // readout.vocab_size)
+        # What is done to logits elsewhere is done near the cores.
+        few = at_once if unembedding.device.type != "cpu" else max(1, NEAR_SET // readout.vocab_size) * torch.get_num_threads()
+        own = 1 if readout.write_norm is None else 2
+        x = torch.empty(own, min(at_once, self.tokens), readout.vocab_size, device=unembedding.device)
+        for begin in range(0, self.tokens, at_once):
+            part = self.states.at(slice(begin, begin + at_once))
+            directions = readout.state(part.residual, part.mlp_output).directions
+            number = directions.shape[1]
+            for k in range(own):
+                torch.mm(directions[k], unembedding.T, out=x[k, :number])
+            for row in range(0, number, few):
+                end = min(row + few, number)
+                yield slice(begin + row, begin + end), x[:, row:end]
+
+    def scores(self, intervention: Intervention) -> TokenScores:
+        """Score the prediction of each token."""
+        return self.predict([self.coordinates(intervention)])[0].scores
+
+    def sampled(self, coordinates: Coordinates) -> Iterator[SampledLogits]:
+        """Logits on the sample after an intervention, a few tokens at a time; coordinates can be differentiated by.
+
+        Args:
+            coordinates: of the intervention at all tokens.
+        """
+        sample = self.sample
+        few = max(1, SAMPLED_SET // sample.ids.shape[1])
+        for start in range(0, self.tokens, few):
+            rows = slice(start, start + few)
+            yield sample.at(rows).logits(self.readout, self.writes, coordinates.at(rows))
+
+    @torch.no_grad()
+    def sampled_scores(self, intervention: Intervention) -> TokenScores:
+        """Score the prediction of each token on the sample, near enough for a search."""
+        parts = [part.scores for part in self.sampled(self.coordinates(intervention))]
+        return TokenScores(*(field.cpu() for field in TokenScores.join(parts)))
+
+    def logits(self, intervention: Intervention) -> Tensor:
+        """Logits ``[tokens, vocab]`` after an intervention, of a text of few tokens: the definition of all the rest."""
+        *edit, null_write, temperature = (column.to(self.null_direction.device) for column in intervention)
+        activations = self.states.activations.float()
+        state = self.readout.state(self.states.residual, self.states.mlp_output)
+        residual = self.readout.residual_after(state, edited(activations, *edit) - activations)
+        return self.readout.logits(residual + null_write * self.null_direction) / temperature
