@@ -148,6 +148,8 @@ def _read_text(text: str) -> dict[str, Any]:
 
     request: dict[str, Any] = {}
     given: set[str] = set()
+    if not text.strip():
+        raise SteeringError("an empty text asks for nothing: leave it out, or write neutral for no change")
     for word in text.split() if text != "neutral" else ():
         key, equals, value = word.partition("=")
         if not equals:

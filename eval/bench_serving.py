@@ -60,8 +60,8 @@ import confsteer
 from confsteer import Neuron, Profile, Response
 from confsteer.discovery.select import percentile
 from confsteer.profile.schema import Measurement, library_versions
-from confsteer.runtimes.vllm.front.command import CONFIG_OPTIONS, Command, server_command
-from confsteer.runtimes.vllm.settings import CONFIG_KEY
+from confsteer.runtimes.vllm.arguments import CONFIG_KEY, CONFIG_OPTION
+from confsteer.runtimes.vllm.front.command import Command, server_command
 
 VARIANTS = ("plain", "idle", "steered")
 RATIOS = (("idle", "plain"), ("steered", "plain"), ("steered", "idle"))
@@ -227,7 +227,7 @@ def neuron(profile: Profile, index: int) -> Neuron:
 
 def without_confsteer(command: Command) -> Command:
     """The same server as if confsteer were not installed."""
-    at = command.arguments.index(CONFIG_OPTIONS[0])
+    at = command.arguments.index(f"{CONFIG_OPTION}.{CONFIG_KEY}")
     plugins = [name for name in command.environment["VLLM_PLUGINS"].split(",") if name != CONFIG_KEY]
     return Command(
         command.arguments[:at] + command.arguments[at + 2 :], {**command.environment, "VLLM_PLUGINS": ",".join(plugins)}

@@ -40,8 +40,8 @@ from bench_serving import Server, machine, server_environment, serving
 
 from confsteer import Profile, Steering
 from confsteer.model.loading import DEMO_NAME
+from confsteer.runtimes.vllm.arguments import CONFIG_KEY
 from confsteer.runtimes.vllm.front.command import server_command
-from confsteer.runtimes.vllm.settings import CONFIG_KEY
 from tests.runtimes.vllm import fuzz, parity
 
 CLIENTS = 40

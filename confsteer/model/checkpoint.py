@@ -23,7 +23,7 @@ from confsteer.model.anatomy import Anatomy
 from confsteer.model.gguf import GgufFile
 from confsteer.model.gguf_weights import NORM_OFFSET, as_loaded
 from confsteer.model.layers import dtype_name
-from confsteer.model.loading import gguf_config, reason
+from confsteer.model.loading import gguf_config, reason, why_not
 from confsteer.model.locate import locate
 
 READABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -67,7 +67,7 @@ def read_last_layer(
         revision = commit or revision
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many kinds
-        raise LoadError(f"cannot load {source}: {reason(error)}{gguf.hint(source)}") from error
+        raise LoadError(f"cannot load {source}: {why_not(error, source, revision)}") from error
     model, anatomy = _skeleton(config, trust_remote_code)
     shard_of, bytes_total = _shards(source, revision)
     places = _places(model, anatomy, source, shard_of)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from transformers import (
 )
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file, extract_commit_hash
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from confsteer.errors import ConfsteerError, LoadError, UnsupportedModelError
 from confsteer.model import gguf
@@ -95,7 +97,7 @@ def load_model(
     except ConfsteerError:
         raise
     except Exception as error:  # transformers raises many kinds: of a config alone TypeError, KeyError, ZeroDivisionError, …
-        raise LoadError(f"cannot load {source}: {reason(error)}") from error
+        raise LoadError(f"cannot load {source}: {why_not(error, source, revision)}") from error
     _check_none_missing(found["missing_keys"], source)
     if name is None:
         model.config.name_or_path = DEMO_NAME
@@ -199,8 +201,20 @@ def load_tokenizer(
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # as many kinds as of a model
-        raise LoadError(f"cannot load the tokenizer of {source}: {reason(error)}{gguf.hint(source)}") from error
+        raise LoadError(f"cannot load the tokenizer of {source}: {why_not(error, source, revision)}") from error
     return tokenizer
+
+
+def why_not(error: Exception, source: str, revision: str | None) -> str:
+    """Say why `source` cannot be loaded, and what to load instead where it is known to be something else than a model."""
+    with contextlib.suppress(Exception):  # what is wrong with it is said below
+        if file := find_adapter_config_file(source, revision=revision):
+            base = str(json.loads(Path(file).read_bytes())["base_model_name_or_path"])[:100]
+            return (
+                f"it holds an adapter (PEFT) for {base}, not a model. Load that and put the adapter on it, in Python; or save "
+                "the two as one model, with merge_and_unload() and save_pretrained()"
+            )
+    return reason(error) + gguf.hint(source)
 
 
 def reason(error: Exception) -> str:

@@ -35,7 +35,9 @@ def locate(model: nn.Module) -> Anatomy:
     unembedding = base.get_output_embeddings()
     if unembedding is None:
         raise UnsupportedModelError(f"{type(base).__name__} has no unembedding: it is not a causal language model")
-    layers = _last_layers(base, FAMILIES.get(config.model_type))
+    family = FAMILIES.get(config.model_type)
+    _check_not_inside(base, config, family)
+    layers = _last_layers(base, family)
     last_layer = without_compiler(layers[-1])
     for name, module in last_layer.named_modules():
         if name.split(".")[-1] == "experts" or type(module).__name__.endswith("Experts"):
@@ -43,7 +45,6 @@ def locate(model: nn.Module) -> Anatomy:
                 f"the last layer of {config.model_type} is a mixture of experts ({name}): its neurons are active only on the "
                 "tokens routed to them, which confsteer does not support"
             )
-    family = FAMILIES.get(config.model_type)
     if family is not None:
         down_proj = _submodule(last_layer, family.down_proj)
         final_norm = _submodule(base, family.final_norm)
@@ -80,6 +81,27 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
 def input_device(base: PreTrainedModel) -> torch.device:
     """Find where token ids go."""
     return execution_device(base.get_input_embeddings())
+
+
+def _check_not_inside(base: PreTrainedModel, config: Any, family: Family | None) -> None:
+    """
+    Raises:
+        UnsupportedModelError: the family's language model is a part of this one, beside those that see or hear.
+    """
+    if family is None or config is base.config or _has(base, family.layers):
+        return
+    raise UnsupportedModelError(
+        f"{type(base).__name__} ({base.config.model_type}) is a multimodal model around {config.model_type}: confsteer steers "
+        f"{config.model_type} on its own, for texts. Give a checkpoint of the language model alone"
+    )
+
+
+def _has(parent: nn.Module, path: str) -> bool:
+    try:
+        parent.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
 
 
 def _submodule(parent: nn.Module, path: str) -> nn.Module:
@@ -136,7 +158,48 @@ def _search(
     write_norm = next((m for m in calls[last + 1 :] if m in in_last_layer and _is_norm(m)), None)
     # An adapter reads the activations beside the projection inside of it.
     adapters = (m for m in in_last_layer if without_adapter(m) is projections[-1] is not m)
-    return next(adapters, projections[-1]), write_norm, norms[-1]
+    projection = next(adapters, projections[-1])
+    name = next(name for name, module in last_layer.named_modules() if module is projection)
+    if _mixes_positions(base, last_layer, projection, name):
+        raise UnsupportedModelError(
+            f"the last layer of {base.config.model_type} has no MLP: its last projection ({name}) reads what was gathered from "
+            "other positions, as in attention and state-space layers; confsteer steers the neurons of an MLP"
+        )
+    return projection, write_norm, norms[-1]
+
+
+def _mixes_positions(base: PreTrainedModel, last_layer: nn.Module, projection: nn.Module, name: str) -> bool:
+    """Try whether the projection's input depends on what its block makes of other positions, as that of no MLP does.
+
+    Two equal texts; in the second, everything that the block's linear layers say of the first position is disturbed. On the
+    meta device, where there is nothing to compare, the kind of block decides.
+    """
+    block = last_layer.get_submodule(name.rpartition(".")[0])
+    divided = block is not last_layer
+    if next(projection.parameters()).is_meta:
+        return divided and any(type(m) is nn.Conv1d or "Attention" in type(m).__name__ for m in block.modules())
+    width, own = sizes(without_adapter(projection))[0], set(projection.modules())
+    # A layer that is not divided into blocks has its attention's projections, which are narrower, beside those of the MLP.
+    inside = (m for m in (block.modules() if divided else block.children()) if isinstance(m, Conv1D | nn.Linear) and m not in own)
+    before = [m for m in inside if divided or sizes(m)[1] >= width]
+    ids = probe_ids(sizes(base.get_output_embeddings())[1])[:1].repeat(2, 1)
+    seen: list[Tensor] = []
+
+    def disturb(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        disturbed = output.clone()
+        disturbed.view(-1, output.shape[-1])[ids.shape[1]] += 1 + output.abs().max()
+        return disturbed
+
+    def see(module: nn.Module, args: Any) -> None:
+        seen.append(args[0].reshape(-1, width).float())
+
+    with contextlib.ExitStack() as stack:
+        for module in before:
+            stack.callback(module.register_forward_hook(disturb).remove)
+        stack.callback(projection.register_forward_pre_hook(see).remove)
+        probe_logits(base, ids)
+    first, second = (rows[1:] for rows in seen[-1].split(ids.shape[1]))
+    return not float((first - second).norm()) <= 1e-2 * float(first.norm())
 
 
 def _is_norm(module: nn.Module) -> bool:

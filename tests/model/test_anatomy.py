@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
 
 from confsteer import UnsupportedModelError
 from confsteer.model.anatomy import LastLayerStates, weights_content
@@ -112,6 +113,42 @@ def test_a_hidden_scale_on_the_write_is_noticed() -> None:
 def test_what_does_not_fit_is_refused_with_the_reason(model_type: str, extra: dict[str, object], reason: str) -> None:
     with pytest.raises(UnsupportedModelError, match=reason):
         dissect(tiny_model(model_type, config_of("llama") | extra))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("model_type", ["mamba", "falcon_mamba"])
+def test_a_model_without_an_mlp_is_refused_as_one(model_type: str, device: str) -> None:
+    config = AutoConfig.for_model(model_type, vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=4)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(UnsupportedModelError, match=rf"the last layer of {model_type} has no MLP: .*\(mixer\.out_proj\)"):
+        locate(model)
+
+
+def test_attention_in_the_place_of_the_last_mlp_is_not_taken_for_one() -> None:
+    """Its projection is from a wider space, too: there are more heads than fit."""
+    sizes = {"mamba_num_heads": 8, "mamba_head_dim": 8, "ssm_state_size": 4, "head_dim": 16}
+    for layers, fits in (("M*-", True), ("M-*", False)):
+        model = tiny_model("nemotron_h", config_of("llama") | sizes | {"hybrid_override_pattern": layers, "num_hidden_layers": 3})
+        with contextlib.nullcontext() if fits else pytest.raises(UnsupportedModelError, match=r"no MLP: .*\(mixer\.o_proj\)"):
+            dissect(model)
+
+
+def test_layers_that_are_not_divided_into_blocks_are_searched() -> None:
+    """Attention's projections beside those of the MLP."""
+    config = {"d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 64}
+    model = tiny_model("xglm", config)
+    assert dissect(model).down_proj is model.model.layers[-1].fc2
+
+
+def test_a_multimodal_model_is_refused_as_one() -> None:
+    """Its language model is of a known family, but a part of it."""
+    text = config_of("llama") | {"model_type": "llama", "vocab_size": VOCAB}
+    vision = {"model_type": "clip_vision_model", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = AutoConfig.for_model("llava", text_config=text, vision_config=vision | {"image_size": 28, "patch_size": 14})
+    model = AutoModelForImageTextToText.from_config(config)
+    with pytest.raises(UnsupportedModelError, match=r"\(llava\) is a multimodal model around llama: .*language model alone"):
+        dissect(model)
 
 
 def test_an_encoder_decoder_is_refused() -> None:

@@ -4,13 +4,17 @@ vLLM calls `register` in each of its processes (entry-point group ``vllm.general
 is configured with ``additional_config={"confsteer": {"profile": ...}}``. Then, in the order of things:
 
 release.py               which vLLM this is, and which of its features steering does not go together with
+arguments.py             what a command line says of ``additional_config``
 settings.py              what the engine was configured with
 weights.py               whether a checkpoint has the weights that the profile is of
 
 front/                   the front process
     command.py           ``confsteer serve``
     startup.py           settings, profile and model are checked, the worker class is chosen
+    places.py            where a steering stands in what a client sends
     admission.py         a request's steering is checked and written in one canonical way, or refused
+    door.py              a client's steering is found before its request is taken, and kept for all that it leads to
+    changes.py           weights that change later: steered requests are refused
     counters.py          Prometheus counters
     endpoint.py          GET /confsteer
 
@@ -27,6 +31,7 @@ worker/                  the worker process, which imports nothing of the front,
 from __future__ import annotations
 
 import functools
+import sys
 
 
 @functools.cache
@@ -39,10 +44,14 @@ def register() -> None:
     @functools.wraps(complete)
     def complete_and_prepare(self: VllmConfig) -> None:
         complete(self)
+        if self.model_config is None:
+            return  # of no engine, but of a part of vLLM that asks for defaults
+        from confsteer.errors import ConfsteerError
+        from confsteer.runtimes.vllm.arguments import ask_for_confsteer
+
         if isinstance(self.additional_config, dict) and "confsteer" in self.additional_config:
             import vllm
 
-            from confsteer.errors import ConfsteerError
             from confsteer.runtimes.vllm.release import check_release
 
             try:
@@ -53,5 +62,11 @@ def register() -> None:
                 prepare(self)
             except ValueError as error:  # pydantic would wrap the sentence in one of its own
                 raise ConfsteerError(str(error)) from error
+        elif ask_for_confsteer(sys.argv):
+            raise ConfsteerError(
+                "the command line asks for confsteer, and the engine's additional_config has come out without it: "
+                f"{self.additional_config}. A later --additional-config takes the place of an earlier one, and dotted ones come "
+                'last: say it all in one, --additional-config \'{"confsteer": {"profile": PROFILE}, ...}\''
+            )
 
     VllmConfig.__post_init__ = complete_and_prepare

@@ -8,9 +8,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from confsteer.errors import ProfileError, SettingError, first_problem
 from confsteer.profile.profile import Profile
-
-CONFIG_KEY = "confsteer"
-"""Key of vLLM's ``additional_config``, and of a request's ``vllm_xargs`` or ``extra_args``."""
+from confsteer.runtimes.vllm.arguments import CONFIG_KEY
 
 
 class Settings(BaseModel):
@@ -23,8 +21,8 @@ class Settings(BaseModel):
 
     profile: str
     """Folder, shipped name or hub repository."""
-    default: dict[str, Any] | str = {}
-    """The steering of requests that ask for none; text after start-up."""
+    default: dict[str, Any] | str = "{}"
+    """The steering of requests that ask for none; canonical text after start-up."""
     checksum: str | None = None
     """Checksum of the profile; filled in at start-up, for every process to compare with."""
     version: str | None = None

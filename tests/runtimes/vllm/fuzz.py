@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 
 from confsteer import ConfsteerError, Profile, Steering
-from confsteer.runtimes.vllm.settings import CONFIG_KEY
+from confsteer.runtimes.vllm.arguments import CONFIG_KEY
 from confsteer.steering import DIALS, MAX_CHARACTERS
 
 KEYS = [*Steering.model_fields, "frequency", "", "x", "__class__", "entropy ", "ENTROPY", "entropy.entropy", "scale.scale"]

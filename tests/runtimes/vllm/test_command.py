@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ from click.testing import CliRunner
 from confsteer import ProfileNotFoundError, SettingError, SteeringError, UnsupportedServerError
 from confsteer.cli import main
 from confsteer.model.loading import DEMO
+from confsteer.runtimes.vllm.arguments import ask_for_confsteer
 from confsteer.runtimes.vllm.front import command
 from confsteer.runtimes.vllm.front.command import server_command
 
@@ -28,18 +30,19 @@ def distribution(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     return name
 
 
-def config_of(arguments: list[str]) -> Any:
-    assert arguments[-2] == "--additional-config"
+def ours(arguments: list[str]) -> Any:
+    """The settings at the end; vLLM merges what comes in parts, so nothing takes their place."""
+    assert arguments[-2] == "--additional-config.confsteer"
     return json.loads(arguments[-1])
 
 
-def test_the_command_is_that_of_the_distribution_with_one_more_option(distribution: str) -> None:
+def test_the_command_is_that_of_the_distribution_with_more_options(distribution: str) -> None:
     arguments = server_command("OWNER/MODEL", "confsteer-demo", None, ["--port", "8001", "-tp", "2"], {}).arguments
     serve = (
         ["vllm.entrypoints.cli.main", "serve"] if distribution == "vllm" else ["vllm.entrypoints.openai.api_server", "--model"]
     )
-    assert arguments[:-2] == ["-m", *serve, "OWNER/MODEL", "--port", "8001", "-tp", "2"]
-    assert config_of(arguments) == {"confsteer": {"profile": "confsteer-demo"}}
+    assert arguments[:-2] == ["-m", *serve, "OWNER/MODEL", "--host", "127.0.0.1", "--port", "8001", "-tp", "2"]
+    assert ours(arguments) == {"profile": "confsteer-demo"}
 
 
 @pytest.mark.usefixtures("distribution")
@@ -47,16 +50,58 @@ def test_without_a_model_the_bundled_one_is_served_by_its_name() -> None:
     arguments = server_command(None, "confsteer-demo", "entropy=0.2", [], {}).arguments
     assert str(DEMO) in arguments
     assert arguments[arguments.index("--served-model-name") + 1] == "confsteer-demo"
-    assert config_of(arguments)["confsteer"]["default"] == "entropy=0.2"
+    assert ours(arguments)["default"] == "entropy=0.2"
     assert "confsteer-demo" not in server_command(None, "confsteer-demo", None, ["--served-model-name=x"], {}).arguments
 
 
 @pytest.mark.usefixtures("distribution")
-@pytest.mark.parametrize("options", [["--additional-config", '{"a": 1}'], ['--additional_config={"a": 1}']])
-def test_a_config_of_ones_own_is_kept(options: list[str]) -> None:
+@pytest.mark.parametrize("options", [["--host", "0.0.0.0"], ["--host=::"], ["--uds", "/tmp/socket"], ["--config", "FILE"]])
+def test_a_server_is_for_this_machine_unless_it_is_told_where(options: list[str], tmp_path: Path) -> None:
+    (tmp_path / "options.yaml").write_text("host: 0.0.0.0\nport: 1234\n")
+    options = [str(tmp_path / "options.yaml") if option == "FILE" else option for option in options]
+    assert "127.0.0.1" not in server_command("m", "confsteer-demo", None, options, {}).arguments
+    (tmp_path / "options.yaml").write_text("port: 1234\n")
+    told = options[0] != "--config"
+    assert ("127.0.0.1" in server_command("m", "confsteer-demo", None, options, {}).arguments) != told
+
+
+@pytest.mark.usefixtures("distribution")
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (["--additional-config", '{"a": 1, "b": {"c": "d"}}'], ["a", "1", "b", '{"c": "d"}']),
+        (['--additional_config={"a": 1}'], ["a", "1"]),
+        (["--additional-config.a", "hello"], ["a", "hello"]),
+        (["--additional-config", "{}"], []),
+    ],
+)
+def test_a_config_of_ones_own_is_kept_in_parts(options: list[str], parts: list[str]) -> None:
     arguments = server_command("m", "confsteer-demo", None, ["--seed", "1", *options, "--port", "1"], {}).arguments
-    assert config_of(arguments) == {"a": 1, "confsteer": {"profile": "confsteer-demo"}}
-    assert arguments[-6:-2] == ["--seed", "1", "--port", "1"]
+    words = [word for key, value in zip(parts[::2], parts[1::2], strict=True) for word in (f"--additional-config.{key}", value)]
+    assert arguments[arguments.index("--seed") : -2] == ["--seed", "1", *words, "--port", "1"]
+    assert ours(arguments) == {"profile": "confsteer-demo"}
+
+
+@pytest.mark.parametrize(
+    ("words", "asked"),
+    [
+        (["--additional-config", '{"confsteer": {"profile": "p"}}'], True),
+        (['--additional_config={"confsteer": {}}', "--additional-config", "{}"], True),
+        (["--additional-config.confsteer.profile", "p"], True),
+        (["--additional_config.confsteer.profile=p"], True),
+        (["--config", "FILE"], True),
+        (["--additional-config", '{"note": "a"}', "--served-model-name", "confsteer"], False),
+        (["--additional-config.note", "confsteer"], False),
+        (["--additional-config"], False),
+        (["--config"], False),
+        (["--config", "nothing.yaml"], False),
+        (["serve", "--model", '{"confsteer": 1}'], False),
+    ],
+)
+def test_a_command_line_that_asks_for_confsteer_is_known_by_its_words(words: list[str], asked: bool, tmp_path: Path) -> None:
+    (tmp_path / "options.yaml").write_text("additional-config:\n  confsteer:\n    profile: p\n")
+    words = [str(tmp_path / "options.yaml") if word == "FILE" else word for word in words]
+    assert ask_for_confsteer(words) == asked
 
 
 @pytest.mark.usefixtures("distribution")
@@ -72,8 +117,16 @@ def test_what_cannot_be_served_is_refused_before_anything_starts() -> None:
         server_command("m", "nothing", None, [], {})
     with pytest.raises(SteeringError, match="out of reach"):
         server_command("m", "confsteer-demo", "entropy=9", [], {})
-    for options in (["--additional-config", "{"], ["--additional-config"], ['--additional-config={"confsteer": {}}']):
-        with pytest.raises(SettingError, match="--additional-config"):
+    wrong = (
+        (["--additional-config", "{"], "is not JSON"),
+        (["--additional-config"], "is not JSON"),
+        (["--additional-config=3"], "must be a JSON object, not 3"),
+        (['--additional-config={"a.b": 1}'], "a dot"),
+        (['--additional-config={"confsteer": {}}'], "writes itself: give --profile and --default"),
+        (["--additional-config.confsteer.default", "entropy=0.1"], r"--additional-config\.confsteer\.default has 'confsteer'"),
+    )
+    for options, sentence in wrong:
+        with pytest.raises(SettingError, match=sentence):
             server_command("m", "confsteer-demo", None, options, {})
 
 

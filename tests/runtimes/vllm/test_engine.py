@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import json
 import shutil
+import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -17,9 +19,12 @@ import torch
 import vllm
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.exceptions import VLLMValidationError
+from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 import confsteer
 from confsteer import ConfsteerError, Profile, ProfileMismatchError, UnsupportedServerError
+from confsteer.model.loading import DEMO
+from confsteer.runtimes.vllm.front.command import server_command
 from tests.models import planted_model
 from tests.runtimes.vllm import parity
 from tests.runtimes.vllm.parity import V2, Ask, Subject
@@ -209,7 +214,7 @@ def test_a_baked_checkpoint_needs_no_confsteer(model_type: str, make: Make, tmp_
 def test_the_default_is_for_requests_that_ask_for_nothing(make: Make) -> None:
     subject = make("gpt2")
     default = {"entropy": 0.4}
-    asked: list[Any] = [None, {}, "", "entropy=-0.05"]
+    asked: list[Any] = [None, {}, "neutral", "entropy=-0.05"]
     done: list[Any] = [default, None, None, "entropy=-0.05"]
     prompts = parity.prompts(4, vocabulary=96, longest=9, seed=0)
     asks = [Ask(prompt, wanted) for prompt, wanted in zip(prompts, asked, strict=True)]
@@ -222,6 +227,8 @@ def test_the_default_is_for_requests_that_ask_for_nothing(make: Make) -> None:
 def test_what_is_asked_wrongly_is_refused_with_the_sentence_and_counted(make: Make) -> None:
     subject = make("gpt2")
     wrong = [({"entropy": 9}, "out of reach"), ("entropie=1", "unknown key"), ([1], "not list"), ({"preset": "x"}, "has calm")]
+    wrong += [("", "asks for nothing")]
+    misplaced = {"vllm_xargs": {"confsteer": "entropy=0.1"}}
 
     def counted(name: str) -> float:
         return prometheus_client.REGISTRY.get_sample_value(f"confsteer:{name}_total") or 0.0
@@ -231,6 +238,8 @@ def test_what_is_asked_wrongly_is_refused_with_the_sentence_and_counted(make: Ma
         for steering, sentence in wrong:
             with pytest.raises(VLLMValidationError, match=sentence):
                 parity.ask_all(llm, [Ask([1, 2, 3], steering)])
+        with pytest.raises(VLLMValidationError, match=r"nothing reads a steering in .*vllm_xargs\.confsteer"):
+            llm.generate([{"prompt_token_ids": [1, 2, 3]}], vllm.SamplingParams(extra_args=misplaced), use_tqdm=False)
         asks = [Ask([1, 2, 3], steering, tokens=5) for steering in (None, "entropy=0.1", {"scale": {5: 1.0}})]
         params = [parity.sampling(ask) for ask in asks]
         asked = [dict(p.extra_args) if p.extra_args else None for p in params]
@@ -241,7 +250,7 @@ def test_what_is_asked_wrongly_is_refused_with_the_sentence_and_counted(make: Ma
     # A scale of one changes nothing, and does not count.
     assert {name: after[name] - before[name] for name in before} == {
         "steered_requests": 1,
-        "refused_requests": len(wrong),
+        "refused_requests": len(wrong) + 1,
         "steered_tokens": 5,
     }
 
@@ -270,6 +279,39 @@ def test_what_cannot_work_is_refused_before_weights_are_loaded(make: Make, tmp_p
         config(subject.model_folder, {"profile": 3})
     with pytest.raises(UnsupportedServerError, match="worker class"):
         config(subject.model_folder, subject.profile_folder, worker_cls="mine.Worker")
+
+
+@pytest.mark.parametrize(
+    ("options", "note"),
+    [
+        ([], None),
+        (["--additional-config.note", "hello", "--seed", "1"], "hello"),
+        (["--additional-config", '{"note": {"a": [1]}}'], {"a": [1]}),
+        (['--additional_config={"note": 1}', "--additional-config.note", "2"], 2),
+        (["--config", "FILE"], "file"),
+        (["--config", "FILE", "--additional-config.note", "hello"], "hello"),
+    ],
+)
+def test_what_vllm_reads_has_the_profile_whatever_else_is_given(options: list[str], note: Any, tmp_path: Path) -> None:
+    """By vLLM's own parser, which lets the last ``--additional-config`` win and puts dotted ones last."""
+    file = tmp_path / "options.yaml"
+    file.write_text("additional-config:\n  note: file\n  other: 1\n")
+    options = [str(file) if option == "FILE" else option for option in options]
+    arguments = server_command(str(DEMO), "confsteer-demo", "entropy=0.2", options, {}).arguments[2:]
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    parser.add_argument("--host")
+    found = parser.parse_args(arguments)
+    assert found.additional_config.pop("confsteer") == {"profile": "confsteer-demo", "default": "entropy=0.2"}
+    assert found.additional_config == ({"other": 1} if str(file) in options else {}) | ({} if note is None else {"note": note})
+    assert found.host == "127.0.0.1"
+
+
+def test_a_profile_that_was_asked_for_and_is_not_there_is_a_refusal_to_start(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ["vllm", "--additional-config", json.dumps({"confsteer": {"profile": "confsteer-demo"}})]
+    monkeypatch.setattr(sys, "argv", [*asked, "--additional-config.note", "hello"])
+    args = EngineArgs(model=str(make("gpt2").model_folder), additional_config={"note": "hello"}, max_model_len=64)
+    with pytest.raises(ConfsteerError, match=r"has come out without it: \{'note': 'hello'\}"):
+        args.create_engine_config()
 
 
 def test_an_unknown_release_is_refused(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,10 +379,41 @@ def test_weights_that_come_later_steer_only_if_they_are_the_profile_s(make: Make
         reload(subject.model_folder)
         parity.check(parity.compare(subject, asks, parity.ask_all(llm, asks)), asks)
         assert worker_of(llm)._projection.table is before
-        # A front process that has not heard of it.
-        worker_of(llm)._steered_requests.weights_fit = False
+        _change_weights_from_within(llm, subject, asks, plain)
+        # Nobody has told the front process.
+        worker_of(llm).model_runner.get_model().load_weights([("transformer.ln_f.weight", torch.full((64,), 2.0))])
         with pytest.raises(ProfileMismatchError, match="no longer steers"):
             parity.ask_all(llm, asks)
+
+
+def _change_weights_from_within(llm: Any, subject: Subject, asks: list[Ask], plain: list[Ask]) -> None:
+    """By a method of an extension of the worker, by whatever name, awake and asleep; and by what nobody is told of."""
+    engine, name = llm.llm_engine, "transformer.ln_f.weight"
+    weights = subject.model.state_dict()[name]
+
+    def halve(worker: Any) -> None:
+        worker.model_runner.get_model().load_weights([(name, weights * 0.5)])
+
+    def reload() -> None:
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": str(subject.model_folder)})
+        llm.reset_prefix_cache()
+
+    assert llm.collective_rpc(lambda worker: 3) == [3]
+    parity.check(parity.compare(subject, asks, parity.ask_all(llm, asks)), asks)
+    for asleep in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(engine), "is_sleeping", lambda self: asleep)  # noqa: B023
+            llm.collective_rpc(halve)
+        engine.wake_up()
+        with pytest.raises(VLLMValidationError, match="no longer steers"):
+            parity.ask_all(llm, asks)
+        assert len(parity.ask_all(llm, plain)) == len(plain)
+        # What has been found to be another's is not taken for the profile's because its last layer is back.
+        llm.collective_rpc(lambda worker: worker.model_runner.get_model().load_weights([(name, weights)]))
+        with pytest.raises(VLLMValidationError, match="no longer steers"):
+            parity.ask_all(llm, asks)
+        reload()
+        parity.check(parity.compare(subject, asks, parity.ask_all(llm, asks)), asks)
 
 
 def test_sleep_leaves_steering_as_it_was(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,19 +8,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-from vllm.entrypoints.openai.completion.protocol import CompletionRequest
-from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.exceptions import VLLMValidationError
-from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.input_processor import InputProcessor
-from vllm.v1.engine.llm_engine import LLMEngine
 
 from confsteer.errors import NoNeuronsError, ProfileMismatchError, SteeringError
 from confsteer.last_layer.edit import NEUTRAL_EDIT
 from confsteer.profile.profile import Profile
+from confsteer.runtimes.vllm.arguments import CONFIG_KEY
 from confsteer.runtimes.vllm.front import counters as metrics
-from confsteer.runtimes.vllm.settings import CONFIG_KEY, Settings
+from confsteer.runtimes.vllm.front.places import steering_in
+from confsteer.runtimes.vllm.settings import Settings
 from confsteer.runtimes.vllm.weights import OTHER_WEIGHTS
 from confsteer.steering import Steering
 
@@ -41,6 +38,8 @@ class Admission:
         self._profile = profile
         self.weights_fit = True
         """Whether the engine's weights are the profile's, as far as this process knows."""
+        self.weights_unchecked = False
+        """Whether something ran in the workers, while they slept, that may have changed the weights."""
         # Clients send the same few over and over.
         self._canonical_text = functools.lru_cache(maxsize=4096)(self._canonical)
         self.default = self.canonical(default)
@@ -62,33 +61,55 @@ class Admission:
         Steering.parse(canonical)  # as the worker will: what is written out is longer
         return canonical
 
-    def steering_of(self, params: Any) -> str | None:
-        """Look up what a request's ``SamplingParams`` ask for, or the default.
+    def asked_in(self, body: Any) -> Any:
+        """The steering that a client's body asks for, as it was sent; None if it asks for none.
 
         Raises:
-            VLLMValidationError: the steering is wrong, or nothing can be steered; the server answers 400 with the sentence.
+            VLLMValidationError: it is wrong or in a wrong place, or nothing can be steered; the server answers 400 with the
+                sentence.
         """
-        asked = (params.extra_args or {}).get(CONFIG_KEY)
-        try:
-            steering = self.default if asked is None else self.canonical(asked)
-            if steering is not None and not self.weights_fit:
-                raise ProfileMismatchError(OTHER_WEIGHTS)
-            return steering
-        except (SteeringError, NoNeuronsError, ProfileMismatchError) as error:
-            metrics.refused_requests.inc()
-            raise VLLMValidationError(str(error)) from error
+        with _refusals():
+            asked = steering_in(body)
+            if asked is not None:
+                self._steering_of(asked)
+            return asked
+
+    def check(self, params: Any) -> str | None:
+        """The canonical steering that a request's ``SamplingParams`` ask for, or the default.
+
+        Raises:
+            VLLMValidationError: see `asked_in`.
+        """
+        with _refusals():
+            return self._steering_of(steering_in({"sampling_params": {"extra_args": params.extra_args}}))
+
+    def _steering_of(self, asked: Any) -> str | None:
+        steering = self.default if asked is None else self.canonical(asked)
+        if steering is not None and not self.weights_fit:
+            raise ProfileMismatchError(OTHER_WEIGHTS)
+        return steering
 
     def admit(self, params: Any) -> None:
         """Write into a request's ``SamplingParams`` what the workers are to do.
 
         Raises:
-            VLLMValidationError: see `steering_of`.
+            VLLMValidationError: see `asked_in`.
         """
-        steering = self.steering_of(params)
+        steering = self.check(params)
         others = {name: value for name, value in (params.extra_args or {}).items() if name != CONFIG_KEY}
         params.extra_args = others if steering is None else {**others, CONFIG_KEY: steering}
         if steering is not None:
             metrics.steered_requests.inc()
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """Count what is refused, and have the server answer it with the sentence."""
+    try:
+        yield
+    except (SteeringError, NoNeuronsError, ProfileMismatchError) as error:
+        metrics.refused_requests.inc()
+        raise VLLMValidationError(str(error)) from error
 
 
 @functools.cache
@@ -97,87 +118,22 @@ def admission_of(settings: Settings) -> Admission:
     return Admission(settings.load_profile(), settings.default)
 
 
-@functools.cache
-def install(settings: Settings) -> None:
-    """Check the requests of this process's engines, of which one is configured with `settings`."""
-    _check_inputs()
-    admission = admission_of(settings)
-    for protocol in (ChatCompletionRequest, CompletionRequest, ResponsesRequest):
-        _check_protocol(protocol, admission)
+def admission_to(engine: Any) -> Admission | None:
+    """That of whatever has the ``vllm_config`` of an engine; None if it is not configured to steer."""
+    settings = Settings.of(getattr(getattr(engine, "vllm_config", None), "additional_config", None))
+    return None if settings is None else admission_of(settings)
 
 
-@functools.cache
-def _check_inputs() -> None:
-    """Every request goes through here, however it came."""
+def install() -> None:
+    """Check every request of this process's engines, however it came."""
     process = InputProcessor.process_inputs
 
     @functools.wraps(process)
     def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
         request = process(self, *args, **kwargs)
-        settings = Settings.of(self.vllm_config.additional_config)
-        if request.sampling_params is not None and settings is not None:
-            admission_of(settings).admit(request.sampling_params)
+        admission = admission_to(self)
+        if request.sampling_params is not None and admission is not None:
+            admission.admit(request.sampling_params)
         return request
 
     InputProcessor.process_inputs = process_inputs
-    metrics.install()
-    _follow_weights()
-
-
-def _follow_weights() -> None:
-    """Refuse steered requests here, with a sentence, once the workers cannot steer: there they would end the engine."""
-    call, call_async = LLMEngine.collective_rpc, AsyncLLM.collective_rpc
-
-    @contextlib.contextmanager
-    def watched(engine: Any, method: Any) -> Iterator[None]:
-        settings = Settings.of(engine.vllm_config.additional_config)
-        if settings is None or method not in ("reload_weights", "finish_weight_update"):
-            yield
-            return
-        try:
-            yield
-        except Exception:
-            admission_of(settings).weights_fit = False
-            raise
-        admission_of(settings).weights_fit = True
-
-    @functools.wraps(call)
-    def collective_rpc(self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
-        with watched(self, method):
-            return call(self, method, *args, **kwargs)
-
-    @functools.wraps(call_async)
-    async def collective_rpc_async(self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
-        with watched(self, method):
-            return await call_async(self, method, *args, **kwargs)
-
-    LLMEngine.collective_rpc, AsyncLLM.collective_rpc = collective_rpc, collective_rpc_async
-
-
-def _check_protocol(protocol: Any, admission: Admission) -> None:
-    """Refuse a client's request before a stream has begun, which would already have said 200."""
-    convert = protocol.to_sampling_params
-
-    @functools.wraps(convert)
-    def to_sampling_params(self: Any, *args: Any, **kwargs: Any) -> Any:
-        params = convert(self, *args, **kwargs)
-        admission.steering_of(params)
-        return params
-
-    protocol.to_sampling_params = to_sampling_params
-    if not hasattr(protocol, "to_beam_search_params"):
-        return
-    convert_beams = protocol.to_beam_search_params
-
-    @functools.wraps(convert_beams)
-    def to_beam_search_params(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # Beam search in vLLM makes requests of its own, without what the client's asked of plugins.
-        if self.vllm_xargs and CONFIG_KEY in self.vllm_xargs:
-            metrics.refused_requests.inc()
-            raise VLLMValidationError(
-                "use_beam_search does not go together with a steering of one's own: vLLM does not pass it on to the beams. "
-                "Sample with n instead, or start the server with a default steering"
-            )
-        return convert_beams(self, *args, **kwargs)
-
-    protocol.to_beam_search_params = to_beam_search_params

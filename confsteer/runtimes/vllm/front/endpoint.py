@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, HTTPException
@@ -9,14 +11,20 @@ from fastapi import FastAPI, HTTPException
 from confsteer.runtimes.vllm.settings import Settings
 
 
+def public_name(source: str) -> str:
+    """A hub id or a shipped name as it is; the last part of a path, which is nobody's business."""
+    named = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source) and not Path(source).exists()
+    return source if named else Path(source).absolute().name
+
+
 def describe(settings: Settings) -> dict[str, Any]:
     """The profile, its neurons, the ranges of its dials, its presets and the default steering, for JSON."""
     profile = settings.load_profile()
     return {
         "version": settings.version,
-        "profile": settings.profile,
+        "profile": public_name(settings.profile),
         "checksum": settings.checksum,
-        "model": profile.model.id,
+        "model": public_name(profile.model.id),
         "layer": profile.model.layer,
         "dials": {
             dial: {

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 from typing import Any
 
-from confsteer.runtimes.vllm.front.admission import Admission, admission_of, install
+from confsteer.runtimes.vllm.arguments import CONFIG_KEY
+from confsteer.runtimes.vllm.front import admission, changes, counters, door
+from confsteer.runtimes.vllm.front.admission import Admission, admission_of
 from confsteer.runtimes.vllm.release import WORKERS, check_features
-from confsteer.runtimes.vllm.settings import CONFIG_KEY, Settings
+from confsteer.runtimes.vllm.settings import Settings
 from confsteer.runtimes.vllm.weights import check_model
 
 
@@ -25,7 +28,7 @@ def prepare(config: Any) -> None:
     check_model(profile, config.model_config)
     settings = Settings(
         profile=settings.profile,
-        default=Admission(profile, settings.default).default or "",
+        default=Admission(profile, settings.default).default or "{}",
         checksum=profile.checksum,
         version=importlib.metadata.version("confsteer"),
         # No step has more requests, so no step needs more rows.
@@ -35,5 +38,12 @@ def prepare(config: Any) -> None:
     config.additional_config = {**config.additional_config, CONFIG_KEY: settings.model_dump()}
     parallel = config.parallel_config
     parallel.worker_cls = WORKERS.get(parallel.worker_cls, parallel.worker_cls)
-    install(settings)
+    _install()
     admission_of(settings).weights_fit = True  # whatever became of an engine before it in this process
+
+
+@functools.cache
+def _install() -> None:
+    """Change how this process's engines and servers work, as far as they are configured to steer."""
+    for part in (admission, door, changes, counters):
+        part.install()

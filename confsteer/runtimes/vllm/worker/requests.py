@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from confsteer.errors import ProfileMismatchError
 from confsteer.profile.profile import Profile
-from confsteer.runtimes.vllm.settings import CONFIG_KEY
+from confsteer.runtimes.vllm.arguments import CONFIG_KEY
 from confsteer.runtimes.vllm.weights import OTHER_WEIGHTS
 from confsteer.runtimes.vllm.worker.projection import SteeredProjection
 from confsteer.runtimes.vllm.worker.slots import NEUTRAL, Slots, token_rows
@@ -48,6 +48,8 @@ class SteeredRequests:
         """Whether all rows on the device are neutral."""
         self.weights_fit = True
         """Whether the model's weights are the profile's; if not, no request is steered."""
+        self.weights_unchecked = False
+        """Whether some were loaded that nobody has looked at."""
 
     def note(self, scheduler_output: Any) -> None:
         """Before each step: remember the steerings of new requests, forget finished ones."""
@@ -102,11 +104,32 @@ class SteeredRequests:
         return _Edit(np.stack(self._profile.edit(steering)), steering.positions == "generated")
 
 
-def follow_runner(runner: Any, requests: SteeredRequests, *, v2: bool) -> None:
-    """Tell `requests` of each step of a model runner: of its requests before it, and of their order once it is known."""
+def follow_loading(model: Any, requests: SteeredRequests) -> None:
+    """Note that weights are loaded into a model, whoever does it."""
+    load = model.load_weights
+
+    @functools.wraps(load)
+    def load_weights(*args: Any, **kwargs: Any) -> Any:
+        requests.weights_unchecked = True
+        return load(*args, **kwargs)
+
+    model.load_weights = load_weights
+
+
+def follow_runner(runner: Any, requests: SteeredRequests, check_weights: Callable[[], object], *, v2: bool) -> None:
+    """Tell `requests` of each step of a model runner: of its requests before it, and of their order once it is known.
+
+    Args:
+        runner: one of vLLM's.
+        requests: to tell.
+        check_weights: called before a step after weights were loaded that nobody has looked at.
+        v2: whether it is the second of vLLM's model runners.
+    """
     execute, prepare = runner.execute_model, runner.prepare_inputs if v2 else runner._prepare_inputs
 
     def execute_model(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        if requests.weights_unchecked:
+            check_weights()
         requests.note(scheduler_output)
         return execute(scheduler_output, *args, **kwargs)
 

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 from vllm.distributed import get_pp_group, get_tp_group
 
+from confsteer.errors import ProfileMismatchError, UnsupportedModelError
 from confsteer.profile.profile import Profile
 from confsteer.runtimes.vllm.settings import Settings
-from confsteer.runtimes.vllm.weights import check_model
+from confsteer.runtimes.vllm.weights import OTHER_WEIGHTS, check_model
 from confsteer.runtimes.vllm.worker.projection import SteeredProjection, attach, check_unchanged
 from confsteer.runtimes.vllm.worker.proof import PUSHES, ProofOutputs, prove
-from confsteer.runtimes.vllm.worker.requests import SteeredRequests, follow_runner
+from confsteer.runtimes.vllm.worker.requests import SteeredRequests, follow_loading, follow_runner
 from confsteer.runtimes.vllm.worker.slots import Slots
 
 logger = logging.getLogger("vllm.confsteer")
@@ -46,7 +47,8 @@ class SteeringWorker:
         model = self.model_runner.get_model()
         self._projection = attach(model, self._profile, max_tokens=max_tokens, slots=settings.slots)
         self._steered_requests = SteeredRequests(self._profile, self._projection, Slots(settings.slots))
-        follow_runner(self.model_runner, self._steered_requests, v2=self.use_v2_model_runner)
+        follow_runner(self.model_runner, self._steered_requests, self.weights_fit_profile, v2=self.use_v2_model_runner)
+        follow_loading(model, self._steered_requests)
 
     def compile_or_warm_up_model(self) -> Any:
         result = super().compile_or_warm_up_model()  # type: ignore[misc]
@@ -63,6 +65,21 @@ class SteeringWorker:
         with self._weights_change():
             super().finish_weight_update(*args, **kwargs)  # type: ignore[misc]
 
+    def weights_fit_profile(self) -> bool:
+        """Look at the weights after something that may have changed them; steer no more if they are not the profile's.
+
+        The front process calls it by this name.
+        """
+        if self._projection is None:
+            return True  # the last layer is elsewhere
+        # Once they do not fit, only those who bring whole weights can mend it: more than the last layer may be another's.
+        if self._steered_requests.weights_fit:
+            with contextlib.suppress(ProfileMismatchError, UnsupportedModelError), self._weights_change():
+                pass
+            if not self._steered_requests.weights_fit:
+                logger.warning("confsteer: %s", OTHER_WEIGHTS)
+        return self._steered_requests.weights_fit
+
     @contextlib.contextmanager
     def _weights_change(self) -> Iterator[None]:
         """Steer no more until the weights that have come are found to be the profile's.
@@ -74,7 +91,10 @@ class SteeringWorker:
             yield
             return
         self._steered_requests.weights_fit = False
-        yield
+        try:
+            yield
+        finally:
+            self._steered_requests.weights_unchecked = False
         check_unchanged(self.model_runner.get_model(), self._profile, self._projection)
         self._steered_requests.weights_fit = True
 

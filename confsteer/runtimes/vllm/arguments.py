@@ -1,0 +1,58 @@
+"""The words of vLLM's command line that configure confsteer. Light: every process of every vLLM may ask."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+CONFIG_KEY = "confsteer"
+"""Key of vLLM's ``additional_config``, and of a request's ``vllm_xargs`` or ``extra_args``."""
+CONFIG_OPTION = "--additional-config"
+
+
+class Given(NamedTuple):
+    """Words that give ``additional_config`` or a part of it."""
+
+    at: int
+    """Index of the first word; -1 in a file."""
+    words: int
+    """How many words they are; 0 in a file."""
+    key: str
+    """The part, ``confsteer.profile`` of ``--additional-config.confsteer.profile``; empty for the whole."""
+    value: str
+
+
+def given_configs(words: Sequence[str]) -> Iterator[Given]:
+    """All that `words` give of ``additional_config``, the configuration file first, as vLLM reads it first."""
+    for name, value in config_file(words).items():
+        option, _, key = f"--{name}".replace("_", "-").partition(".")
+        if option == CONFIG_OPTION:
+            yield Given(-1, 0, key, value if isinstance(value, str) else json.dumps(value))
+    for at, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        option, _, key = name.partition(".")
+        if option.replace("_", "-") == CONFIG_OPTION:
+            yield Given(at, 1 if equals else 2, key, value if equals else "".join(words[at + 1 : at + 2]))
+
+
+def config_file(words: Sequence[str]) -> dict[str, Any]:
+    """The options in the file of ``--config``; none where there is no such file, about which vLLM has a sentence of its own."""
+    if "--config" not in words[:-1]:
+        return {}
+    import yaml  # vLLM has it
+
+    try:
+        with open(words[words.index("--config") + 1], encoding="utf-8") as file:
+            found = yaml.safe_load(file)
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def ask_for_confsteer(words: Sequence[str]) -> bool:
+    """Whether a command line names confsteer in ``additional_config``, be it in a word that a later one replaces."""
+    return any(
+        given.key.partition(".")[0] == CONFIG_KEY or (not given.key and f'"{CONFIG_KEY}"' in given.value)
+        for given in given_configs(words)
+    )

@@ -1,0 +1,146 @@
+"""The door of the server: a steering is found in what a client sends, checked, and kept for all that the engine is then asked.
+
+vLLM has many routes, and each release has more. Some hand ``vllm_xargs`` on. Others drop it and make parameters of their own:
+beams, batches of chats, scores. So no route is relied on: whatever a client's request leads to in the engine has its steering.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+from contextvars import ContextVar
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.exceptions import VLLMValidationError
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from confsteer.runtimes.vllm.arguments import CONFIG_KEY
+from confsteer.runtimes.vllm.front.admission import admission_to
+
+_asked: ContextVar[Any] = ContextVar("confsteer_asked")
+"""The steering that the client asked for whose request is being answered, or None; not set where no client is at the door."""
+
+
+class Door:
+    """Middleware, the innermost: who may not ask at all is turned away before."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        # Ask now: there was no engine yet when the application was put together.
+        admission = admission_to(scope["app"].state) if scope["type"] == "http" and scope["method"] == "POST" else None
+        if admission is None:
+            await self._app(scope, receive, send)
+            return
+        body, receive = await _read(receive)
+        try:
+            asked = admission.asked_in(await _parsed(scope, body))
+        except VLLMValidationError as error:
+            # JSON has halves of characters, as escapes, which no answer can have.
+            sentence = str(error).encode(errors="backslashreplace").decode()
+            said = {"message": sentence, "type": "BadRequestError", "param": CONFIG_KEY, "code": 400}
+            await JSONResponse({"error": said}, 400)(scope, receive, send)
+            return
+        token = _asked.set(asked)
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            _asked.reset(token)
+
+
+def install() -> None:
+    """Put the door into the servers of this process, and have its engines ask what came through it."""
+    build, generate = FastAPI.build_middleware_stack, AsyncLLM.generate
+
+    @functools.wraps(build)
+    def build_middleware_stack(self: Any) -> Any:
+        if all(middleware.cls is not Door for middleware in self.user_middleware):
+            self.user_middleware.append(Middleware(Door))
+        return build(self)
+
+    @functools.wraps(generate)
+    def generate_steered(self: Any, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
+        """Refuse when called, not at the first step of the generator: a stream would already have said 200."""
+        admission = admission_to(self)
+        if admission is not None:
+            sampling_params = _with_asked(sampling_params)
+            admission.check(sampling_params)
+        return generate(self, prompt, sampling_params, *args, **kwargs)
+
+    FastAPI.build_middleware_stack, AsyncLLM.generate = build_middleware_stack, generate_steered
+    for protocol in (ChatCompletionRequest, CompletionRequest):
+        _refuse_beams_of_files(protocol)
+
+
+def _with_asked(params: Any) -> Any:
+    """A request's ``SamplingParams`` with the client's steering, if they have none."""
+    asked, given = _asked.get(None), params.extra_args or {}
+    if asked is None or CONFIG_KEY in given:
+        return params
+    params = copy.copy(params)  # shared: all beams have the same
+    params.extra_args = {**given, CONFIG_KEY: asked}
+    return params
+
+
+def _refuse_beams_of_files(protocol: Any) -> None:
+    """Refuse a steering that vLLM would not pass on to the beams, where no client is at the door: in ``vllm run-batch``."""
+    convert = protocol.to_beam_search_params
+
+    @functools.wraps(convert)
+    def to_beam_search_params(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if _asked.get(self) is self and CONFIG_KEY in (self.vllm_xargs or {}):
+            raise VLLMValidationError(
+                "use_beam_search does not go together with a steering of one's own in a file of requests: vLLM does not pass it "
+                "on to the beams. Send it to a server, or start with a default steering"
+            )
+        return convert(self, *args, **kwargs)
+
+    protocol.to_beam_search_params = to_beam_search_params
+
+
+async def _read(receive: Any) -> tuple[bytes, Any]:
+    """The whole body of a request, and a `receive` that gives it once more."""
+    parts = []
+    while (message := await receive())["type"] == "http.request":
+        parts.append(message.get("body", b""))
+        if not message.get("more_body", False):
+            break
+    body = b"".join(parts)
+    # Who has gone stays gone.
+    left = [message if message["type"] != "http.request" else {"type": "http.request", "body": body, "more_body": False}]
+
+    async def again() -> Any:
+        return left.pop() if left else await receive()
+
+    return body, again
+
+
+async def _parsed(scope: Any, body: bytes) -> Any:
+    """Read what a body says, as vLLM does; None if it is nothing that can name a steering, or that anyone can read."""
+    # JSON may have any character as an escape, and may come in UTF-16 or 32.
+    if CONFIG_KEY.encode() not in body and b"\\u00" not in body and b"\0" not in body[:4]:
+        return None
+    request = Request(scope, _replay(body))
+    try:
+        if "form" in request.headers.get("content-type", ""):
+            async with request.form() as form:
+                return dict(form)
+        return json.loads(body)
+    except (HTTPException, ValueError, RecursionError):
+        return None
+
+
+def _replay(body: bytes) -> Any:
+    async def receive() -> Any:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return receive
