@@ -183,9 +183,11 @@ def by_the_paper(readout: Readout, states: TokenStates, mean: Tensor, unigram: U
 
 def double(readout: Readout, states: TokenStates, mean: Tensor, unigram: Unigram) -> tuple[Any, Any, Any, Any]:
     """The same in float64."""
+    columns = (unigram.frequency, unigram.log_frequency, unigram.direction)
+    wide_unigram = Unigram(*(column.double() for column in columns), unigram.length)
     wide = Readout(readout.w_out.double(), readout.unembedding.double(), readout.logit_bias.double(), readout.epsilon, True)
     exact_states = states._replace(activations=states.activations.double(), residual=states.residual.double())
-    return wide, exact_states, mean.double(), Unigram(unigram.log_frequency.double(), unigram.direction.double(), unigram.length)
+    return wide, exact_states, mean.double(), wide_unigram
 
 
 def compare(shape: Shape, model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, text: str, sample: int) -> dict[str, Any]:

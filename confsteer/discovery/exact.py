@@ -98,7 +98,8 @@ def _evaluate(readout: Readout, outputs: FullOutputs, u: Tensor, unigram: Unigra
         for tokens in blocks(len(z), readout.vocab_size * len(u[neurons])):
             some = _Unsteered(*(field[..., tokens, :] for field in (outputs.x, outputs.y, z, p, pl)))
             move = moves.at(slice(None), tokens, neurons, None)
-            effects, changed = _ablate(readout, some, outputs.targets[tokens], u[neurons], unigram, move)
+            at = outputs.targets[tokens], outputs.argmax[tokens]
+            effects, changed = _ablate(readout, some, at, u[neurons], unigram, move)
             into.argmax_changed[tokens, neurons] = changed
             for whole, part in zip(into.effects, effects, strict=True):
                 whole[tokens, neurons] = part
@@ -115,11 +116,14 @@ class _Unsteered(NamedTuple):
 
 
 def _ablate(
-    readout: Readout, before: _Unsteered, targets: Tensor, u: Tensor, unigram: Unigram, moves: Move
+    readout: Readout, before: _Unsteered, at: tuple[Tensor, Tensor], u: Tensor, unigram: Unigram, moves: Move
 ) -> tuple[TokenEffects, Tensor]:
-    """Evaluate some neurons at a few tokens, with moves ``[moves, tokens, n, 1]``; and whether the argmax changes."""
-    p, pl = before.p[..., None], before.pl[..., None]
-    at_target = targets[:, None, None].expand(-1, len(u), 1)
+    """Evaluate some neurons at a few tokens, with moves ``[moves, tokens, n, 1]``; and whether the argmax changes.
+
+    `at` are the ids of the tokens that follow and of the likeliest ones, ``[tokens]`` each.
+    """
+    at_target, at_top = (ids[:, None, None].expand(-1, len(u), 1) for ids in at)
+    p, pl, f, v = before.p[..., None], before.pl[..., None], unigram.frequency, unigram.direction
     loss, entropy = [], []
     for number in range(len(moves.write)):
         move = moves.at(number)
@@ -131,16 +135,17 @@ def _ablate(
             delta_z = readout.cap(delta_z.add_(before.y[:, None])).sub_(before.z[:, None])
         delta_z.sub_(delta_z @ p)  # a constant that no probability notices, and that keeps it small
         growth = delta_z.exp().sub_(1)
-        log_mean = (growth @ p).log1p_()[..., 0]
+        log_mean = (growth @ p).log1p()[..., 0]
         loss.append(log_mean - delta_z.gather(-1, at_target)[..., 0])
         of_p = growth @ pl + growth.mul_(delta_z) @ p
         entropy.append(log_mean - of_p[..., 0] / log_mean.exp())
         if number == 0:
-            frequency_kl = log_mean - delta_z @ unigram.log_frequency.exp()
-            moved, top = torch.add(delta_z, before.z[:, None], out=growth), before.z.argmax(dim=-1)
-            changed = moved.amax(dim=-1) > moved.gather(-1, top[:, None, None].expand_as(at_target))[..., 0]
-            held = delta_z.addcmul_((delta_z @ unigram.direction)[..., None], unigram.direction, value=-1)
-            without_frequency = (held.exp().sub_(1) @ p).log1p_()[..., 0] - held.gather(-1, at_target)[..., 0]
+            frequency_kl = log_mean - delta_z @ f
+            moved = torch.add(delta_z, before.z[:, None], out=growth)
+            changed = moved.amax(dim=-1) > moved.gather(-1, at_top)[..., 0]
+            held = delta_z.addcmul_((delta_z @ v)[..., None], v, value=-1)
+            at_target_held = held.gather(-1, at_target)[..., 0]
+            without_frequency = (held.exp_().sub_(1) @ p).log1p_()[..., 0] - at_target_held
     effects = TokenEffects.of_moves(
         loss=torch.stack(loss),
         entropy=torch.stack(entropy),

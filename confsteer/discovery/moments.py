@@ -167,7 +167,7 @@ class Moments(NamedTuple):
         new = tokens.directions.new_zeros
         # What is squared is part of the second order only: half precision, where it is faster, is precise enough.
         second_order = torch.bfloat16 if has_fast_bfloat16(new(0).device) else torch.float32
-        frequency = unigram.log_frequency.exp()
+        frequency = unigram.frequency
         # E_p[… u] has the weights p, pl, pv, p x_k, p l x_k; under a softcap the means of u under the unigram distribution
         # and along v differ from token to token too. Few neurons are cheaper one by one than d_model directions.
         few = readout.n_neurons < readout.d_model
@@ -231,7 +231,7 @@ class Moments(NamedTuple):
 
 def _fixed_means(readout: Readout, unigram: Unigram, like: Tensor) -> tuple[Tensor, Tensor]:
     """Means of ``u`` under the unigram distribution and along ``v``: without a softcap the same for every token."""
-    rows = unigram.log_frequency.exp(), unigram.direction
+    rows = unigram.frequency, unigram.direction
     under_frequency, along_v = ((row @ readout.unembedding @ readout.w_out.T).expand_as(like) for row in rows)
     return under_frequency, along_v
 

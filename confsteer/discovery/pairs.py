@@ -154,7 +154,7 @@ def _remainders(readout: Readout, tokens: Tokens, unigram: Unigram, points: Poin
     along_v = pairs.second.along_v[:, None] * (unigram.direction[points.ids] - pairs.mean_v[:, None])
     held = first[0] - along_v
     held_remainder = (delta[0] - along_v).expm1() - held - 0.5 * held.square()
-    frequency = (delta[0] - first[0]) @ torch.where(points.alone, unigram.log_frequency[points.ids].exp(), 0)
+    frequency = (delta[0] - first[0]) @ torch.where(points.alone, unigram.frequency[points.ids], 0)
     return torch.cat([(growth - second) @ w, with_l @ w, (held_remainder @ w)[None], frequency[None]])
 
 

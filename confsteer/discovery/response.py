@@ -53,7 +53,7 @@ class ResponseCurve:
         self.readout, self.unigram = readout.combine(push), unigram
         self.positions = positions.double()
         self._u = self.readout.w_out[0] @ readout.unembedding.T
-        self._frequency = unigram.log_frequency.exp()
+        self._frequency = unigram.frequency
         self._sums = torch.zeros(5, len(positions), dtype=torch.float64, device=push.device)
         self._count = torch.tensor(0)
 

@@ -16,6 +16,8 @@ from confsteer.errors import CorpusError
 class Unigram(NamedTuple):
     """A corpus's unigram distribution over the vocabulary, float32."""
 
+    frequency: Tensor
+    """``p_freq``, ``[vocab]``."""
     log_frequency: Tensor
     """``log p_freq``, ``[vocab]``, with one count added to every token."""
     direction: Tensor
@@ -39,4 +41,4 @@ class Unigram(NamedTuple):
         length = float(centred.norm())
         if length < 1e-9:
             raise CorpusError("every token is equally frequent in the text: there is no unigram direction; give more text")
-        return cls(log_frequency.float(), (centred / length).float(), length)
+        return cls(log_frequency.exp().float(), log_frequency.float(), (centred / length).float(), length)
