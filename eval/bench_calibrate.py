@@ -183,8 +183,7 @@ def by_the_paper(readout: Readout, states: TokenStates, mean: Tensor, unigram: U
 
 def double(readout: Readout, states: TokenStates, mean: Tensor, unigram: Unigram) -> tuple[Any, Any, Any, Any]:
     """The same in float64."""
-    columns = (unigram.frequency, unigram.log_frequency, unigram.direction)
-    wide_unigram = Unigram(*(column.double() for column in columns), unigram.length)
+    wide_unigram = Unigram(unigram.frequency.double(), unigram.log_frequency.double(), unigram.direction.double(), unigram.length)
     wide = Readout(readout.w_out.double(), readout.unembedding.double(), readout.logit_bias.double(), readout.epsilon, True)
     exact_states = states._replace(activations=states.activations.double(), residual=states.residual.double())
     return wide, exact_states, mean.double(), wide_unigram
