@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from confsteer.discovery.exact import TokenEffects, TokenSlopes
-from confsteer.discovery.moments import Moments, Tokens, blocks, tokens_at_once
+from confsteer.discovery.moments import Moments, Tokens, tokens_at_once
 from confsteer.discovery.pairs import evaluate_pairs
 from confsteer.discovery.second_order import AtTarget, SecondOrder
 from confsteer.last_layer.readout import Readout
@@ -103,7 +103,7 @@ def _expand(
     readout: Readout, tokens: Tokens, moments: Moments, delta: Tensor, unigram: Unigram
 ) -> Iterator[tuple[slice, SecondOrder, TokenSlopes]]:
     """Expand effects and slopes to second order, a block of tokens at a time: which tokens, and theirs."""
-    for rows in blocks(len(delta), readout.n_neurons):
+    for rows in readout.blocks(len(delta), readout.n_neurons):
         m, here = moments.at(rows), tokens.at(rows)
         u_target = readout.unembedding[here.targets] @ readout.w_out.T
         target = AtTarget.of(readout, here, u_target, unigram.direction[here.targets, None])

@@ -11,8 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from confsteer.discovery.moments import blocks
-from confsteer.last_layer.readout import CACHED_SET, FullOutputs, Move, Readout
+from confsteer.last_layer.readout import FullOutputs, Move, Readout
 from confsteer.last_layer.states import rows_of
 from confsteer.last_layer.unigram import Unigram
 
@@ -75,7 +74,7 @@ def exact_effects(readout: Readout, outputs: FullOutputs, delta: Tensor, unigram
     u = readout.w_out @ readout.unembedding.T
     moves = readout.move(outputs.state, delta)
     # Some tokens by the vocabulary stay in the cache.
-    for rows in blocks(len(delta), readout.vocab_size):
+    for rows in readout.blocks(len(delta), readout.vocab_size):
         here = ExactEffects(rows_of(effects, rows), rows_of(slopes, rows), changed[rows], entropy[rows], loss[rows])
         _evaluate(readout, outputs.at(rows), u, unigram, moves.at(slice(None), rows), here)
     return ExactEffects(effects, slopes, changed, entropy, loss)
@@ -92,10 +91,10 @@ def _evaluate(readout: Readout, outputs: FullOutputs, u: Tensor, unigram: Unigra
     pl.addcmul_(p, into.entropy[:, None])  # log p centred
     for slope, values in zip(into.slopes, _slopes(readout, outputs, z, p, pl, u, unigram), strict=True):
         slope.copy_(values)
-    step = max(1, CACHED_SET // readout.vocab_size)
+    step = max(1, readout.at_once // readout.vocab_size)
     for first in range(0, len(u), step):
         neurons = slice(first, first + step)
-        for tokens in blocks(len(z), readout.vocab_size * len(u[neurons])):
+        for tokens in readout.blocks(len(z), readout.vocab_size * len(u[neurons])):
             some = _Unsteered(*(field[..., tokens, :] for field in (outputs.x, outputs.y, z, p, pl)))
             move = moves.at(slice(None), tokens, neurons, None)
             at = outputs.targets[tokens], outputs.argmax[tokens]

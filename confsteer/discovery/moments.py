@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from confsteer.last_layer.readout import CACHED_SET, WORKING_SET, Readout, ReadoutState, products
+from confsteer.last_layer.readout import WORKING_SET, Readout, ReadoutState, products
 from confsteer.last_layer.states import TokenStates
 from confsteer.last_layer.unigram import Unigram
 
@@ -45,7 +45,7 @@ class Tokens(NamedTuple):
         sums = directions.new_zeros(2 + n_directions, n, 1)
         for columns in vocabulary_chunks(readout, n):
             y = products(directions, readout.unembedding[columns])
-            for rows in blocks(n, y.shape[-1]):
+            for rows in readout.blocks(n, y.shape[-1]):
                 z, x, _ = _cap(readout, y[:, rows], columns)
                 new_largest = torch.maximum(largest[rows], z.amax(dim=-1, keepdim=True))
                 sums[:, rows] *= (largest[rows] - new_largest).exp()
@@ -99,13 +99,6 @@ def vocabulary_chunks(readout: Readout, n_tokens: int) -> Iterator[slice]:
     step = max(64, WORKING_SET // max(n_tokens, readout.n_neurons))
     for start in range(0, readout.vocab_size, step):
         yield slice(start, min(start + step, readout.vocab_size))
-
-
-def blocks(n: int, width: int) -> Iterator[slice]:
-    """Blocks of `n` rows of `width` elements that stay in the cache."""
-    step = max(1, CACHED_SET // width)
-    for start in range(0, n, step):
-        yield slice(start, min(start + step, n))
 
 
 def _cap(readout: Readout, y: Tensor, columns: slice) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -182,7 +175,7 @@ class Moments(NamedTuple):
             W, v, f = readout.unembedding[columns], unigram.direction[columns], frequency[columns]
             # Elementwise work, in blocks that stay in the cache.
             y, weights = products(tokens.directions, W), all_weights[:, :, : columns.stop - columns.start]
-            for rows in blocks(n, y.shape[-1]):
+            for rows in readout.blocks(n, y.shape[-1]):
                 p, log_p, x, _, s = Chunk.of(readout, tokens, y, rows, columns)
                 pl, pv, px = p * log_p, p * v, p * x
                 plx = pl * x

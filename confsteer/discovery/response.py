@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from confsteer.last_layer.readout import CACHED_SET, FullOutputs, Readout
+from confsteer.last_layer.readout import FullOutputs, Readout
 from confsteer.last_layer.states import TokenStates
 from confsteer.last_layer.unigram import Unigram
 
@@ -65,9 +65,9 @@ class ResponseCurve:
         move = readout.move(outputs.state, delta).at(0)
         ids = torch.stack([outputs.targets, outputs.argmax], dim=-1)
         sums = u.new_empty(len(self._QUANTITIES), *delta.shape)
-        # A block of tokens and positions by the vocabulary stays in the cache.
-        tokens = max(1, CACHED_SET // (len(self.positions) * readout.vocab_size))
-        columns = max(1, CACHED_SET // readout.vocab_size)
+        # A block of tokens and positions by the vocabulary are worked on at once.
+        tokens = max(1, readout.at_once // (len(self.positions) * readout.vocab_size))
+        columns = max(1, readout.at_once // readout.vocab_size)
         for first in range(0, len(delta), tokens):
             rows = slice(first, first + tokens)
             for at in range(0, len(self.positions), columns):

@@ -245,8 +245,7 @@ def test_chunking_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     exact = exact_effects(readout, outputs, mean - states.activations, unigram)
     for module in ("last_layer.readout", "discovery.moments"):
         monkeypatch.setattr(f"confsteer.{module}.WORKING_SET", 7 * readout.vocab_size)
-    for module in ("moments", "exact"):
-        monkeypatch.setattr(f"confsteer.discovery.{module}.CACHED_SET", 5 * 64)
+    monkeypatch.setattr("confsteer.last_layer.readout.CACHED_SET", 5 * 64)
     parts, _ = ablation_effects(readout, states, mean, unigram)
     for one, other in zip(whole, parts, strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
