@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol, TypeVar
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from confsteer.discovery.exact import ExactEffects, TokenEffects, TokenSlopes, exact_effects
 from confsteer.last_layer.readout import FullOutputs, Readout
+from confsteer.last_layer.states import join_rows
 from confsteer.last_layer.unigram import Unigram
-
-Columns = TypeVar("Columns", TokenEffects, TokenSlopes)
 
 
 class Accumulator(Protocol):
@@ -241,11 +240,6 @@ class EffectMeans:
         )
 
 
-def _join(parts: Sequence[Columns]) -> Columns:
-    """Join the columns of several stretches of tokens."""
-    return type(parts[0])(*map(torch.cat, zip(*parts, strict=True)))
-
-
 class ReportedEffects(NamedTuple):
     """Exact effects of a few neurons, averaged over tokens."""
 
@@ -292,9 +286,9 @@ class ExactEffectMeans:
     def update(self, window: Tensor) -> None:
         """Add the tokens evaluated since the last call; `window` as `EffectMeans.update` takes it."""
         effects, slopes, changed, *_ = zip(*self._waiting, strict=True)
-        self._means.update(_join(effects), window, _join(slopes))
+        self._means.update(join_rows(effects), window, join_rows(slopes))
         if self._waiting_uncapped:
-            self._uncapped_means.update(_join(self._waiting_uncapped), window)
+            self._uncapped_means.update(join_rows(self._waiting_uncapped), window)
         self._changed += torch.cat(changed).double().sum(dim=0).cpu()
         self._waiting.clear()
         self._waiting_uncapped.clear()
