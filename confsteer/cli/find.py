@@ -136,7 +136,7 @@ def calibrate(
 
     tables.print_profile(tables.console(), profile)
     tables.console().print(f"Profile written to {tables.escape(str(folder))}")
-    if not profile.response:
+    if not (profile.entropy_neurons or profile.frequency_neurons):
         sys.exit(EXIT_NO_NEURONS)
 
 
