@@ -26,7 +26,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from confsteer.discovery.effects import EXACT_ABOVE, ablation_effects
+from confsteer.discovery.effects import PAIRS_ABOVE, ablation_effects
 from confsteer.discovery.exact import TokenEffects, exact_effects
 from confsteer.last_layer.readout import FullOutputs, Readout
 from confsteer.last_layer.states import TokenStates
@@ -273,7 +273,7 @@ def main(only: tuple[str, ...], sample: int, out: Path) -> None:
         "transformers": transformers.__version__,
         "cores": os.cpu_count(),
         "machine": platform.machine(),
-        "exact_above": EXACT_ABOVE,
+        "pairs_above": PAIRS_ABOVE,
         "rows": rows,
         "processes": processes(),
     }

@@ -210,10 +210,11 @@ def effects(profile: Profile) -> str:
         (f"layer, {name}", *(f"{float(profile.columns[column].quantile(q)):.4f}" for column in MEANS), "")
         for name, q in (("median", 0.5), ("99th percentile", 0.99), ("largest", 1.0))
     ]
-    corpus = corpus_of(profile)
+    corpus, tokens = corpus_of(profile), profile.columns.get("effect_tokens")
+    sampled = "" if tokens is None else f", for most neurons of the layer a sample of {int(tokens.min()):,}"
     return (
         "A neuron is set to its mean. Total effect: mean |Δloss|; direct effect: the same with the final norm frozen; mediation: "
-        f"1 − direct/total. {corpus.kept_tokens:,} tokens; ± standard error over {corpus.windows} windows.\n\n"
+        f"1 − direct/total. {corpus.kept_tokens:,} tokens{sampled}; ± standard error over {corpus.windows} windows.\n\n"
         + table(["neuron", "total", "direct", "mediation", "Δentropy", "abs. Δentropy", "argmax changed"], [*rows, *quantiles])
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,6 +64,13 @@ def imports(file: Path) -> Iterator[str]:
 def room(module: str) -> str:
     """The room a module of confsteer is in, or the module itself if it is in none."""
     return module.split(".")[1] if "." in module else "the face"
+
+
+@pytest.mark.parametrize("folder", sorted({file.parent for file in MODULES} - {PACKAGE}), ids=lambda folder: folder.name)
+def test_a_room_lists_its_modules(folder: Path) -> None:
+    said = "".join((place / "__init__.py").read_text(encoding="utf-8") for place in (folder, folder.parent) if place != PACKAGE)
+    listed = set(re.findall(r"(\w+\.py)(?=[ ,])", said))
+    assert {file.name for file in folder.glob("*.py")} - {"__init__.py"} <= listed
 
 
 def test_the_rooms_are_these() -> None:

@@ -1,4 +1,12 @@
-"""The command line. Each command calls one library function and prints what it returns."""
+"""The command line. Each command calls one library function and prints what it returns.
+
+options.py    options that commands share
+find.py       count, calibrate, scan, show, push
+steer.py      generate, bake, serve
+measure.py    eval, report, lm-eval
+tune.py       tune
+study.py      study
+"""
 
 from __future__ import annotations
 

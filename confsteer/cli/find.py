@@ -33,10 +33,6 @@ from confsteer.report.printable import one_safe_line
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-    from rich.console import Console
-
-    from confsteer.calibration.published import PublishedModel
-    from confsteer.profile.profile import Profile
 
 null_dims_option = click.option(
     "--null-dims", type=click.IntRange(min=1), help="Size of the unembedding's null space.  [default: from its spectrum]"
@@ -136,7 +132,7 @@ def calibrate(
 
     tables.print_profile(tables.console(), profile)
     tables.console().print(f"Profile written to {tables.escape(str(folder))}")
-    if not profile.response:
+    if not (profile.entropy_neurons or profile.frequency_neurons):
         sys.exit(EXIT_NO_NEURONS)
 
 
@@ -257,7 +253,7 @@ def scan(model: str | None, out: Path | None, plot: Path | None, name: str | Non
     console = tables.console()
     console.print(f"Read: {tables.escape(', '.join(result.tensors))}: {result.bytes_read / 1e6:,.1f} MB{share}.")
     if known:
-        _print_agreement(console, profile, known)
+        tables.print_agreement(console, profile, known)
     if plot:
         from confsteer.report.plots import plot_neurons
 
@@ -265,40 +261,6 @@ def scan(model: str | None, out: Path | None, plot: Path | None, name: str | Non
     console.print(f"Profile of the weights written to {tables.escape(str(folder))}")
     if not candidates(profile.weights):
         sys.exit(EXIT_NO_NEURONS)
-
-
-def _print_agreement(console: Console, profile: Profile, known: PublishedModel) -> None:
-    """Published neurons with what the scan says of each, then how many of each list are candidates."""
-    from rich.table import Table
-
-    from confsteer.calibration.published import agreement
-    from confsteer.discovery.select import candidates, percentile
-
-    lists, weights = agreement(profile, known), profile.weights
-    ranks = {neuron: rank for rank, neuron in enumerate(candidates(weights), start=1)}
-    theirs = {i: value for one in lists for i, value in one.published.null_fraction.items()}
-    given = ["published"] if theirs else []
-    table = Table(title=f"Published neurons of {known.id}", title_justify="left")
-    for name in ("neuron", "lists", "candidate", "null fraction", *given, "norm %ile", "logit var %ile"):
-        table.add_column(name, justify="right")
-    norm, variance = percentile(weights.norm), percentile(weights.logit_variance)
-    for i in dict.fromkeys(i for one in lists for i in one.published.neurons):
-        table.add_row(
-            f"{known.layer}.{i}",
-            ", ".join(str(number) for number, one in enumerate(lists, start=1) if i in one.published.neurons),
-            f"{ranks[i]} of {len(ranks)}" if i in ranks else "no",
-            f"{weights.null_fraction[i]:.3f}",
-            *(f"{theirs[i]:.3f}" if i in theirs else "" for _ in given),
-            f"{norm[i]:.1f}",
-            f"{variance[i]:.1f}",
-        )
-    if table.rows:
-        console.print(table)
-    kinds = {"entropy": "Entropy neurons", "null fraction": "Largest null fractions", "logit variance": "Least logit variances"}
-    for number, (one, found, by_chance) in enumerate(lists, start=1):
-        note = f" ({one.note})" if one.note else ""
-        among = f"{len(found)} of {len(one.neurons)} are among the {len(ranks)} candidates, by chance {by_chance:.2f} would be"
-        console.print(f"{number}. {kinds[one.kind]}, {tables.escape(one.source)}{note}: {among if one.neurons else 'none'}.")
 
 
 @click.command(short_help="Print what a profile holds, as tables or pictures.")

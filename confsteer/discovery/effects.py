@@ -44,7 +44,7 @@ from confsteer.last_layer.readout import Readout
 from confsteer.last_layer.states import TokenStates
 from confsteer.last_layer.unigram import Unigram
 
-EXACT_ABOVE = 5e-3
+PAIRS_ABOVE = 5e-3
 """Pairs with ``Var_p[Δ]`` above this (in nats²) are evaluated beyond second order; `tests/discovery/test_effects.py` holds it."""
 SHARE_OF_MOMENTS = 0.8
 """Share of the time that goes into the moments, for progress bars."""
@@ -56,7 +56,7 @@ def ablation_effects(
     mean: Tensor,
     unigram: Unigram,
     *,
-    exact_above: float = EXACT_ABOVE,
+    pairs_above: float = PAIRS_ABOVE,
     on_progress: Callable[[float], object] = lambda share: None,
 ) -> tuple[TokenEffects, TokenSlopes]:
     """Mean-ablation effects and slopes of every neuron at every token, by the expansion of the module docstring.
@@ -66,7 +66,7 @@ def ablation_effects(
         states: of the tokens to measure on.
         mean: activations that ablation puts in place, ``[n_neurons]``.
         unigram: the corpus's unigram distribution.
-        exact_above: variance of ``Δ`` in nats² above which a pair is evaluated beyond second order.
+        pairs_above: variance of ``Δ`` in nats² above which a pair is evaluated beyond second order.
         on_progress: called with the share of the work that is done.
     """
     like = states.residual.new_empty(states.activations.shape, dtype=torch.float32)
@@ -89,7 +89,7 @@ def ablation_effects(
         for block, second, block_slopes in _expand(readout, tokens, moments, delta, unigram):
             for whole, part in zip((*here, *slopes_here), (*second.effects(), *block_slopes), strict=True):
                 whole[block] = part
-            pairs = (second.largest_variance > exact_above).nonzero()
+            pairs = (second.largest_variance > pairs_above).nonzero()
             pairs[:, 0] += block.start
             above.append(pairs)
         # Where the expansion is not good enough, overwrite it.

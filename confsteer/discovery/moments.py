@@ -75,7 +75,6 @@ class Chunk(NamedTuple):
     p: Tensor  # [tokens, columns]
     log_p: Tensor  # centred under p, [tokens, columns]
     x: Tensor  # centred under p, [K, tokens, columns]
-    z: Tensor  # logits, [tokens, columns]
     s: Tensor | None  # derivative of the softcap, [tokens, columns]
 
     @classmethod
@@ -83,7 +82,7 @@ class Chunk(NamedTuple):
         z, x, s = _cap(readout, y[:, rows], columns)
         log_p = z - tokens.log_z[rows]
         p = log_p.exp()
-        return cls(p, log_p.sub_(tokens.mean_log_p[rows]), x - tokens.mean_x[:, rows], z, s)
+        return cls(p, log_p.sub_(tokens.mean_log_p[rows]), x - tokens.mean_x[:, rows], s)
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
@@ -102,7 +101,7 @@ def vocabulary_chunks(readout: Readout, n_tokens: int) -> Iterator[slice]:
 
 
 def _cap(readout: Readout, y: Tensor, columns: slice) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Logits, directions and the softcap's derivative: ``z``, ``x_k`` and ``s`` of the module docstring."""
+    """Logits, directions and the softcap's derivative: ``z``, ``x_k`` and ``s`` of `confsteer.discovery.effects`."""
     z = y[-1] + readout.logit_bias[columns]
     if readout.softcap is None:
         return z, y, None
@@ -176,7 +175,7 @@ class Moments(NamedTuple):
             # Elementwise work, in blocks that stay in the cache.
             y, weights = products(tokens.directions, W), all_weights[:, :, : columns.stop - columns.start]
             for rows in readout.blocks(n, y.shape[-1]):
-                p, log_p, x, _, s = Chunk.of(readout, tokens, y, rows, columns)
+                p, log_p, x, s = Chunk.of(readout, tokens, y, rows, columns)
                 pl, pv, px = p * log_p, p * v, p * x
                 plx = pl * x
                 of_v[:, rows] += _sums(pv, pv * v)

@@ -19,7 +19,8 @@ HIGH_PERCENTILE = 75.0
 LOW_PERCENTILE = 25.0
 """An entropy neuron's logit variance is at or below this percentile of the layer."""
 MIN_NORM_SHARE = 2 / 3
-"""More than this share of an entropy neuron's effect on the entropy goes through the final norm: twice as much as elsewhere."""
+"""More than this share of what an entropy neuron's write does to the entropy goes through the final norm, which is twice what
+goes straight to the logits."""
 MIN_UNIGRAM_SHARE = 0.3
 """More than this share of a frequency neuron's effect on the loss goes through the unigram direction."""
 STANDARD_ERRORS = 2.0

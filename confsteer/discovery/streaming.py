@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol, TypeVar
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from confsteer.discovery.exact import ExactEffects, TokenEffects, TokenSlopes, exact_effects
 from confsteer.last_layer.readout import FullOutputs, Readout
+from confsteer.last_layer.states import join_rows
 from confsteer.last_layer.unigram import Unigram
-
-Columns = TypeVar("Columns", TokenEffects, TokenSlopes)
 
 
 class Accumulator(Protocol):
@@ -102,9 +101,10 @@ class NeuronEffects(NamedTuple):
     entropy_straight: WithError
     """Part that goes straight to the logits."""
     norm_share: WithError
-    """``mean |part through the final norm|`` over the sum of the three parts' ``mean |part|``.
+    """``mean |part through the final norm|`` over the sum of that and ``mean |part straight to the logits|``.
 
-    Parts may oppose each other, and then total and direct effect tell little of how large either part is. This share does.
+    The two may oppose each other, and then total and direct effect tell little of how large either is. This share does. What a
+    write norm makes of a write, less of all that others write, is neither.
     """
     frequency: WithError
     """``mean |ΔKL(P_freq ‖ P_model)|``."""
@@ -142,13 +142,13 @@ class EffectMeans:
         "entropy_write_norm",
         "entropy_straight",
         "entropy_norm_abs",
-        "entropy_parts_abs",
+        "entropy_norm_and_straight_abs",
         "frequency",
         "entropy_slope",
         "unigram_slope",
     )
 
-    WHOLES = ("total", "entropy_parts_abs")
+    WHOLES = ("total", "entropy_norm_and_straight_abs")
 
     def __init__(self, n_neurons: int) -> None:
         shape = (len(self.MEANS), n_neurons)
@@ -176,7 +176,7 @@ class EffectMeans:
             write_norm,
             straight,
             norm.abs(),
-            norm.abs() + write_norm.abs() + straight.abs(),
+            norm.abs() + straight.abs(),
             effects.frequency_kl.abs(),
             slopes.entropy if slopes else torch.zeros_like(effects.loss),
             -slopes.unigram_kl if slopes else torch.zeros_like(effects.loss),
@@ -233,17 +233,12 @@ class EffectMeans:
             entropy_norm=mean("entropy_norm"),
             entropy_write_norm=mean("entropy_write_norm"),
             entropy_straight=mean("entropy_straight"),
-            norm_share=share("entropy_norm_abs", "entropy_parts_abs"),
+            norm_share=share("entropy_norm_abs", "entropy_norm_and_straight_abs"),
             frequency=mean("frequency"),
             frequency_mediation=rest_of_total("without_frequency"),
             entropy_slope=mean("entropy_slope"),
             unigram_slope=mean("unigram_slope"),
         )
-
-
-def _join(parts: Sequence[Columns]) -> Columns:
-    """Join the columns of several stretches of tokens."""
-    return type(parts[0])(*map(torch.cat, zip(*parts, strict=True)))
 
 
 class ReportedEffects(NamedTuple):
@@ -292,9 +287,9 @@ class ExactEffectMeans:
     def update(self, window: Tensor) -> None:
         """Add the tokens evaluated since the last call; `window` as `EffectMeans.update` takes it."""
         effects, slopes, changed, *_ = zip(*self._waiting, strict=True)
-        self._means.update(_join(effects), window, _join(slopes))
+        self._means.update(join_rows(effects), window, join_rows(slopes))
         if self._waiting_uncapped:
-            self._uncapped_means.update(_join(self._waiting_uncapped), window)
+            self._uncapped_means.update(join_rows(self._waiting_uncapped), window)
         self._changed += torch.cat(changed).double().sum(dim=0).cpu()
         self._waiting.clear()
         self._waiting_uncapped.clear()

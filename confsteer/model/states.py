@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from confsteer.distributed import SINGLE_PROCESS, Process
 from confsteer.errors import SteeringError, UnsupportedModelError
 from confsteer.last_layer.readout import Readout
-from confsteer.last_layer.states import TokenStates, rows_of
+from confsteer.last_layer.states import TokenStates, join_rows, rows_of
 from confsteer.model.anatomy import Anatomy, LastLayerStates
 from confsteer.model.layers import (
     dtype_name,
@@ -326,12 +326,7 @@ def in_groups(batches: Iterable[TokenStates], at_least: int) -> Iterator[list[To
 def join_batches(batches: list[TokenStates]) -> TokenStates:
     """Make one batch of several, their windows numbered through."""
     first = torch.tensor([0, *(int(b.window.max()) + 1 if len(b.window) else 0 for b in batches[:-1])]).cumsum(0).tolist()
-    numbered = [b._replace(window=b.window + start) for b, start in zip(batches, first, strict=True)]
-    return _concatenate(numbered)
-
-
-def _concatenate(batches: list[TokenStates]) -> TokenStates:
-    return TokenStates._make(None if column[0] is None else torch.cat(column) for column in zip(*batches, strict=True))
+    return join_rows([b._replace(window=b.window + start) for b, start in zip(batches, first, strict=True)])
 
 
 def record(
@@ -363,7 +358,7 @@ def record(
     for first, batch in enumerate(Recording(model, anatomy, windows, device, room=0, readout=readout).read(on_read)):
         activations = batch.activations[:, neurons.to(device)]
         kept.append(batch._replace(activations=activations, window=batch.window + first * BATCH_SIZE))
-    return _concatenate(kept)
+    return join_rows(kept)
 
 
 def record_continuations(
@@ -412,7 +407,7 @@ def record_continuations(
             for states, targets, window in _continue(model, anatomy, torch.tensor([context]), continuations)
         )
         on_read(len(members))
-    return _concatenate(kept)
+    return join_rows(kept)
 
 
 def _continue(

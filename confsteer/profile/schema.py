@@ -71,7 +71,7 @@ class Neuron(Strict):
     entropy_straight: Measurement | None = None
     """Part that goes straight to the logits."""
     norm_share: Measurement | None = None
-    """Mean |part through the final norm| over the sum of the parts' mean |part|."""
+    """Mean |part through the final norm| over the sum of that and of mean |part straight to the logits|."""
     frequency_effect: Measurement
     """Mean |ΔKL(P_freq ‖ P_model)|."""
     frequency_mediation: Measurement

@@ -168,9 +168,9 @@ def profile_figures(profile: Profile) -> Figures:
     ]
     return Figures(
         "The profile's neurons and dials",
-        "Entropy neurons (red) write much where the unembedding reads little: a large norm, a low logit variance, a null "
-        "fraction beyond chance; and they act through the final norm: a mediation near 1. The curves are what the dials did to "
-        "the text the profile was calibrated on.",
+        "Entropy neurons (red) write where the unembedding reads little: a low logit variance, a null fraction beyond chance; "
+        "and most of what they do to the entropy goes through the final norm, which makes for a mediation near 1 unless the "
+        "rest opposes it. The curves are what the dials did to the text the profile was calibrated on.",
         panels,
     )
 

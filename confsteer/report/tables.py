@@ -14,6 +14,7 @@ from confsteer.report.printable import one_safe_line
 from confsteer.steering import DIALS
 
 if TYPE_CHECKING:
+    from confsteer.calibration.published import PublishedModel
     from confsteer.evaluation.choices import ChoiceComparison
     from confsteer.evaluation.comparison import ComparedRow, TextComparison
     from confsteer.evaluation.evaluate import Evaluation
@@ -170,6 +171,38 @@ def _print_scan(console: Console, profile: Profile) -> None:
         "20. Where the last layer is was read off the model's structure; calibrate checks that numerically, measures what the "
         "neurons do, and finds token-frequency neurons too."
     )
+
+
+def print_agreement(console: Console, profile: Profile, known: PublishedModel) -> None:
+    """Published neurons with what the scan says of each, then how many of each list are candidates."""
+    from confsteer.calibration.published import agreement
+    from confsteer.discovery.select import candidates, percentile
+
+    lists, weights = agreement(profile, known), profile.weights
+    ranks = {neuron: rank for rank, neuron in enumerate(candidates(weights), start=1)}
+    theirs = {i: value for one in lists for i, value in one.published.null_fraction.items()}
+    given = ["published"] if theirs else []
+    table = Table(title=f"Published neurons of {known.id}", title_justify="left")
+    for name in ("neuron", "lists", "candidate", "null fraction", *given, "norm %ile", "logit var %ile"):
+        table.add_column(name, justify="right")
+    norm, variance = percentile(weights.norm), percentile(weights.logit_variance)
+    for i in dict.fromkeys(i for one in lists for i in one.published.neurons):
+        table.add_row(
+            f"{known.layer}.{i}",
+            ", ".join(str(number) for number, one in enumerate(lists, start=1) if i in one.published.neurons),
+            f"{ranks[i]} of {len(ranks)}" if i in ranks else "no",
+            f"{weights.null_fraction[i]:.3f}",
+            *(f"{theirs[i]:.3f}" if i in theirs else "" for _ in given),
+            f"{norm[i]:.1f}",
+            f"{variance[i]:.1f}",
+        )
+    if table.rows:
+        console.print(table)
+    kinds = {"entropy": "Entropy neurons", "null fraction": "Largest null fractions", "logit variance": "Least logit variances"}
+    for number, (one, found, by_chance) in enumerate(lists, start=1):
+        note = f" ({one.note})" if one.note else ""
+        among = f"{len(found)} of {len(one.neurons)} are among the {len(ranks)} candidates, by chance {by_chance:.2f} would be"
+        console.print(f"{number}. {kinds[one.kind]}, {escape(one.source)}{note}: {among if one.neurons else 'none'}.")
 
 
 def _neuron_table(title: str, neurons: tuple[Neuron, ...], dial: str) -> Table:

@@ -159,7 +159,7 @@ def test_exact_effects_equal_the_definition(kind: dict[str, Any]) -> None:
 def test_exact_pairs_equal_the_definition(kind: dict[str, Any]) -> None:
     readout = random_readout(**kind)
     states, mean, unigram = random_states(readout, tokens=20), random_mean(readout), random_unigram(readout.vocab_size)
-    effects, _ = ablation_effects(readout, states, mean, unigram, exact_above=-1.0)
+    effects, _ = ablation_effects(readout, states, mean, unigram, pairs_above=-1.0)
     exact = by_definition(readout, states, mean, unigram)
     for name, ours, theirs in zip(effects._fields, effects, exact, strict=True):
         # Under a softcap pairs are held along v to first order only.
@@ -188,7 +188,7 @@ def test_expansion_alone_is_second_order() -> None:
     errors = []
     for scale in (0.4, 0.2):
         states, mean = random_states(readout, scale=scale), torch.zeros(readout.n_neurons)
-        approximate, _ = ablation_effects(readout, states, mean, unigram, exact_above=float("inf"))
+        approximate, _ = ablation_effects(readout, states, mean, unigram, pairs_above=float("inf"))
         exact = by_definition(readout, states, mean, unigram)
         errors.append([float((a.double() - e).abs().mean()) for a, e in zip(approximate, exact, strict=True)])
     for coarse, fine in zip(*errors, strict=True):
@@ -282,7 +282,7 @@ def test_effects_equal_running_the_model_with_the_neuron_replaced(family: TinyFa
     states = TokenStates(recorded[0].activations[keep], recorded[0].residual[keep], mlp_output, targets, targets)
     mean = states.activations.mean(0)
     unigram = random_unigram(VOCAB)
-    effects, _ = ablation_effects(readout, states, mean, unigram, exact_above=-1.0)
+    effects, _ = ablation_effects(readout, states, mean, unigram, pairs_above=-1.0)
     ((outputs, _),) = FullOutputs.stream(readout, states)
     changed = exact_effects(readout, outputs, mean - states.activations, unigram).argmax_changed
     f = unigram.log_frequency.exp()

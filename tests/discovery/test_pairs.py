@@ -104,7 +104,7 @@ def test_neuron_means_are_within_half_a_percent_of_exact(
 def test_many_pairs_of_that_layer_are_beyond_second_order() -> None:
     """Without them the test above would fail."""
     readout, states, mean, unigram = layer()
-    expanded, _ = ablation_effects(readout, states, mean, unigram, exact_above=float("inf"))
+    expanded, _ = ablation_effects(readout, states, mean, unigram, pairs_above=float("inf"))
     fast, _ = ablation_effects(readout, states, mean, unigram)
     assert ((expanded.entropy - fast.entropy).abs() > 0.01).float().mean() > 0.1
 

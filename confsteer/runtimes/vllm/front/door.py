@@ -97,7 +97,8 @@ def _refuse_beams_of_files(protocol: Any) -> None:
 
     @functools.wraps(convert)
     def to_beam_search_params(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if _asked.get(self) is self and CONFIG_KEY in (self.vllm_xargs or {}):
+        nobody_at_the_door = _asked.get(self) is self
+        if nobody_at_the_door and CONFIG_KEY in (self.vllm_xargs or {}):
             raise VLLMValidationError(
                 "use_beam_search does not go together with a steering of one's own in a file of requests: vLLM does not pass it "
                 "on to the beams. Send it to a server, or start with a default steering"
