@@ -175,10 +175,10 @@ def dial_change(means: ResponseMeans, dial: str) -> Tensor:
 
 
 def mean_over_texts(of_texts: Sequence[Means]) -> Means:
-    """Average means of the same positions or temperatures over texts, each of which counts the same."""
-    if len(of_texts) == 1:
-        return of_texts[0]
-    return type(of_texts[0])(*(torch.stack(column).mean(dim=0) for column in zip(*of_texts, strict=True)))
+    """Average means over texts, each of which counts the same. Their first columns, positions or temperatures, are equal."""
+    at, *_ = of_texts[0]
+    _, *columns = zip(*of_texts, strict=True)
+    return type(of_texts[0])(at, *(torch.stack(column).mean(dim=0) for column in columns))
 
 
 def with_temperature(means: ResponseMeans, unsteered: EntropyMeans) -> ResponseMeans:

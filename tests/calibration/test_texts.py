@@ -13,6 +13,7 @@ from torch import Tensor
 import confsteer
 from confsteer import CorpusError, Profile, Response
 from confsteer.cli import main
+from confsteer.discovery.response import ResponseMeans, mean_over_texts
 from confsteer.steering import DIALS, NeuronKey
 from confsteer.text.several import join_windows
 from confsteer.text.windows import Windows, make_windows
@@ -78,6 +79,16 @@ def test_the_pooled_response_is_the_mean_over_texts_of_any_size(two: Profile) ->
         for name in ("entropy", "kl_model_unigram", "kl_unigram_model", "loss", "argmax_changed"):
             mean = [(a + b) / 2 for a, b in zip(getattr(long, name), getattr(short, name), strict=True)]
             assert getattr(two.response[dial], name) == pytest.approx(mean, rel=1e-9)
+
+
+def test_the_mean_over_texts_is_at_their_own_positions() -> None:
+    """A number that is added up three times and divided by three is often another."""
+    columns = torch.rand(8, 100, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    of_texts = [ResponseMeans(columns[0], *(column + i for column in columns[1:7])) for i in range(3)]
+    assert not torch.equal(columns[:1].expand(3, -1).mean(dim=0), columns[0])
+    pooled = mean_over_texts(of_texts)
+    assert torch.equal(pooled.position, columns[0])
+    torch.testing.assert_close(pooled.entropy, columns[1] + 1)
 
 
 def test_each_text_has_the_response_that_it_has_alone(two: Profile) -> None:
