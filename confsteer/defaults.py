@@ -13,7 +13,7 @@ SOURCE: Final = "texts"
 SEED: Final = 0
 
 CALIBRATION_TOKENS: Final = 25_600
-"""Tokens that `confsteer.calibrate` reads at most."""
+"""Tokens of each text that `confsteer.calibrate` reads at most."""
 
 INDUCTION_SEQUENCES: Final = 100
 """Sequences of each kind in the study of induction."""

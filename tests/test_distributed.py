@@ -51,6 +51,7 @@ def test_pooled_moments_are_those_of_all_tokens() -> None:
 
 def calibrate(folder: Path, out: Path, launcher: list[str]) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *launcher, "-m", "confsteer", "calibrate", str(folder / "model"), "--text", str(folder / "texts")]
+    command += ["--text", str(folder / "more")]
     return subprocess.run(
         [*command, "--window", "64", "--out", str(out)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -66,9 +67,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model, tokenizer, texts, _ = planted("gpt2")
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    (folder / "texts").mkdir()
+    for name in ("texts", "more"):
+        (folder / name).mkdir()
     for number, text in enumerate(texts):
-        (folder / "texts" / f"{number:02}.txt").write_text(text)
+        # The second text has fewer batches than there are processes.
+        (folder / ("texts" if number else "more") / f"{number:02}.txt").write_text(text)
     return folder
 
 
@@ -85,11 +88,14 @@ def test_two_processes_make_the_profile_of_one(folder: Path, tmp_path: Path) -> 
     for name, column in theirs.columns.items():
         scale = float(column.abs().max())
         torch.testing.assert_close(ours.columns[name], column, rtol=1e-6, atol=1e-6 * scale, msg=name)
-    for dial, curve in theirs.response.items():
-        for name, values in curve:
-            torch.testing.assert_close(
-                torch.tensor(getattr(ours.response[dial], name)), torch.tensor(values), rtol=1e-6, atol=1e-6
-            )
+    assert ours.responses_by_text.keys() == theirs.responses_by_text.keys() == {"texts", "more"}
+    for some, others in (
+        (ours.response, theirs.response),
+        *((ours.responses_by_text[text], curves) for text, curves in theirs.responses_by_text.items()),
+    ):
+        for dial, curve in others.items():
+            for name, values in curve:
+                assert getattr(some[dial], name) == pytest.approx(values, rel=1e-6, abs=1e-6), name
 
 
 def test_more_processes_than_text_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

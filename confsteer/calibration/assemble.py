@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from confsteer.calibration.stages import Contenders, FoldedLayer
+from confsteer.calibration.stages import Contenders, FoldedLayer, Responses
 from confsteer.discovery.response import ResponseMeans
 from confsteer.discovery.select import Chosen, percentile
 from confsteer.discovery.streaming import ActivationMoments, NeuronEffects, WithError
@@ -39,11 +39,13 @@ class Measurements(NamedTuple):
     chosen: dict[Dial, Chosen]
     other_null_spaces: dict[int, list[int]]
     """Entropy neurons with other numbers of directions counted as the null space."""
-    curves: dict[Dial, ResponseMeans]
+    responses: Responses
+    texts: list[str]
+    """Names of the texts, in their order."""
 
 
 def identify_corpus(windows: Windows, counts: Tensor, *, kept_tokens: int) -> CorpusIdentity:
-    """Say which text the profile rests on, and which token counts ``[tokenizer_size]``."""
+    """Say which text the profile rests on (all of them together), and which token counts ``[tokenizer_size]``."""
     return CorpusIdentity(
         source=windows.source,
         sha256=windows.sha256,
@@ -101,7 +103,8 @@ def assemble_profile(
         ),
         entropy_neurons=neurons["entropy"],
         frequency_neurons=neurons["unigram"],
-        response={dial: _response(curve) for dial, curve in measured.curves.items()},
+        response=_curves(measured.responses.pooled),
+        responses_by_text=_curves_by_text(measured),
         columns={
             **statistics,
             "singular_values": weights.singular_values,
@@ -168,5 +171,19 @@ def _measurement(estimate: WithError, row: int) -> Measurement:
     return Measurement(value=float(estimate.value[row]), standard_error=error if math.isfinite(error) else None)
 
 
-def _response(curve: ResponseMeans) -> Response:
-    return Response(**{name: tuple(column.tolist()) for name, column in curve._asdict().items()})
+def _curves_by_text(measured: Measurements) -> dict[str, dict[Dial, Response]]:
+    """Name the curves of several texts; one text's are the profile's own."""
+    by_text = measured.responses.by_text
+    if len(by_text) < 2:
+        return {}
+    return {name: _curves(curves) for name, curves in zip(measured.texts, by_text, strict=True)}
+
+
+def _curves(means: dict[Dial, ResponseMeans]) -> dict[Dial, Response]:
+    return {dial: _response(curve) for dial, curve in means.items()}
+
+
+def _response(means: ResponseMeans) -> Response:
+    columns = {name: tuple(column.tolist()) for name, column in means._asdict().items()}
+    temperature = tuple(None if math.isnan(value) else value for value in columns.pop("temperature"))
+    return Response(**columns, temperature=temperature)

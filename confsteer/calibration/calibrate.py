@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +38,14 @@ from confsteer.model.states import BATCH_SIZE, Recording
 from confsteer.profile.profile import Profile
 from confsteer.profile.schema import ModelIdentity, library_versions
 from confsteer.text.counts import checked_counts, counts_sha256
-from confsteer.text.windows import Document, Windows, check_context, check_ids, make_windows
+from confsteer.text.several import Texts, join_windows, named_windows
+from confsteer.text.windows import Windows, check_context, check_ids
 
 
 def calibrate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Iterable[Document] | Windows | None = None,
+    texts: Texts | None = None,
     *,
     tokens: int | None = CALIBRATION_TOKENS,
     window: int = WINDOW,
@@ -65,6 +65,9 @@ def calibrate(
     as `confsteer.model.states.KEPT_BYTES` hold, and again over the rest for the third pass: memory does not grow with the text,
     but for four bytes per token.
 
+    Of several texts the neurons are found on all tokens together, and each has a sample of its own. A dial's response is the mean
+    of its responses on the texts, which count equally; the profile keeps those too, so that it can say how far they lie apart.
+
     In several processes (`confsteer.distributed.init_distributed`) each reads its share of the text, and all return the same
     profile.
 
@@ -72,8 +75,9 @@ def calibrate(
         model: a loaded causal language model; it is put in evaluation mode.
         tokenizer: its tokenizer.
         texts: one string per document, or conversations (see `confsteer.text.windows.make_windows`), or windows already made, for
-            which `tokens`, `window` and `source` are not used; sampled from the model itself if None.
-        tokens: read at most this many; all if None.
+            which `tokens`, `window` and `source` are not used; or several of these by name; sampled from the model itself if
+            None.
+        tokens: read at most this many of each text; all if None.
         window: tokens per window, windows do not cross documents.
         unigram_counts: how often each token occurs in text like the model's training text, by id; counted in `texts` if None,
             with a warning if that is too little to rank tokens.
@@ -81,7 +85,7 @@ def calibrate(
         scanned: a profile of the same model, from `confsteer.scan` or an earlier calibration, whose statistics of the weights
             are taken over instead of computed again.
         seed: of the random directions that give chance levels, and of sampling.
-        source: what the text is, for the profile.
+        source: what the text is, for the profile, if it has no name.
         progress: whether to show a progress bar.
         checkpoint: file to write every minute what was added up so far; yours to remove once the profile is saved.
         resume: whether to go on from `checkpoint`, if the file is there: the profile is that of an uninterrupted run, bit for
@@ -94,7 +98,7 @@ def calibrate(
     Raises:
         UnsupportedModelError: see `confsteer.model.dissect` and `confsteer.model.states.check_closed_form`.
         SteeringError: the model is being steered.
-        CorpusError: the text is too short, or not of this model's tokenizer.
+        CorpusError: a text is too short, or not of this model's tokenizer; or there is none.
         SettingError: the window is too short or longer than the model's context, `null_dims` is out of range or given beside
             `scanned`, or there are more processes than batches of text, or several with a checkpoint.
         ProfileMismatchError: `scanned` is of another model.
@@ -109,10 +113,10 @@ def calibrate(
         texts = sample_windows(model, tokenizer, tokens=most, window=window, seed=seed, progress=progress)
 
     # The text, and what it takes for this model to read it.
-    windows = make_windows(texts, tokenizer, window=window, max_tokens=tokens, source=source)
+    by_name = dict(named_windows(texts, tokenizer, tokens=tokens, window=window, source=source))
+    windows = join_windows(by_name)
     check_context(windows.window, model.config)
     check_ids(windows.token_ids, anatomy.vocab_size)
-    windows.check_counted()
     _check_processes(windows, keeps_progress=bool(checkpoint or resume))
 
     # What the result depends on: an interrupted run of the same goes on.
@@ -134,10 +138,10 @@ def calibrate(
         contenders = measure_contenders(passes, layer, moments, sample.effects)
         effects = sample.effects.with_rows(contenders.neurons, contenders.measured.effects)
         chosen = choose_neurons(layer, effects, contenders.neurons)
-        curves = measure_responses(passes, layer, chosen, moments)
+        responses = measure_responses(passes, layer, chosen, moments)
     corpus = identify_corpus(windows, counts, kept_tokens=moments.count)
     others = other_null_spaces(layer, effects, seed=seed)
-    measured = Measurements(moments, effects, sample.tokens, contenders, chosen, others, curves)
+    measured = Measurements(moments, effects, sample.tokens, contenders, chosen, others, responses, list(by_name))
     return assemble_profile(identity, corpus, layer, measured, seed=seed)
 
 
@@ -203,6 +207,6 @@ def _settings(model: PreTrainedModel, identity: ModelIdentity, windows: Windows,
         "versions": library_versions(),
         "model": identity.model_dump(mode="json"),
         "weights": sample_of_weights(model),
-        "text": [windows.source, windows.sha256, windows.window, *windows.special_ids],
+        "text": [windows.source, windows.sha256, windows.window, list(windows.special_ids), list(windows.text_starts)],
         "unigram counts": counts_sha256(counts),
     }

@@ -29,8 +29,13 @@ class Passes:
         """
         self._recording, self._progress, self._show = recording, progress, show
 
+    @property
+    def texts(self) -> int:
+        """Count the texts that are recorded."""
+        return len(self._recording.windows.text_starts)
+
     def over(
-        self, name: str, *into: Accumulator, label: str, at_least: int = 0, sample: bool = False
+        self, name: str, *into: Accumulator, label: str, at_least: int = 0, sample: bool = False, text: int | None = None
     ) -> Iterator[tuple[TokenStates, Callable[[float], None]]]:
         """Read the text once.
 
@@ -40,21 +45,24 @@ class Passes:
             label: for the progress bar.
             at_least: tokens in a batch. Batches end where they would have ended without an interruption.
             sample: whether to read the recording's sample only.
+            text: number of the only text to read; all if None.
 
         Yields:
             The states of a batch; and a function to call with the share of the work on them that is done, for the bar to move
             before all of it is.
         """
         batches = self._progress.track(name, [tensor for accumulator in into for tensor in accumulator.sums])
-        tokens = self._recording.windows.n_tokens // self._recording.process.world_size
-        with tqdm(total=tokens, desc=label, unit="tok", unit_scale=True, disable=not self._show) as bar:
+        windows = self._recording.windows
+        tokens = windows.n_tokens if text is None else windows.text_tokens[text]
+        share = tokens // self._recording.process.world_size
+        with tqdm(total=share, desc=label, unit="tok", unit_scale=True, disable=not self._show) as bar:
             read = 0
 
             def count(tokens: int) -> None:
                 nonlocal read
                 read += tokens
 
-            batches_of_text = self._recording.read(count, start=int(batches), sample=sample)
+            batches_of_text = self._recording.read(count, start=int(batches), sample=sample, text=text)
             for group in in_groups(batches_of_text, at_least):
                 first, size = bar.n, read - bar.n
 
@@ -69,17 +77,18 @@ class Passes:
         for accumulator in into:
             accumulator.pool(all_reduce)
 
-    def decide_once(self, name: str, decide: Callable[[TokenStates], Tensor], *, at_least: int) -> Tensor:
-        """Decide something by the first tokens of the text: the same in every process and after every interruption.
+    def decide_once(self, name: str, decide: Callable[[list[TokenStates]], Tensor], *, at_least: int) -> Tensor:
+        """Decide something by the first tokens of each text: the same in every process and after every interruption.
 
         Args:
             name: of the decision, in the progress file.
-            decide: from the first batch of the sample to a tensor whose shape does not depend on it.
-            at_least: tokens in that batch.
+            decide: from the first batches of the sample, one of each text that this process reads, to a tensor whose shape does
+                not depend on them.
+            at_least: tokens in each of these batches.
         """
 
         def compute() -> Tensor:
-            first = next(in_groups(self._recording.read(sample=True), at_least))
-            return broadcast(decide(join_batches(first)))
+            groups = (next(in_groups(self._recording.read(sample=True, text=i), at_least), None) for i in range(self.texts))
+            return broadcast(decide([join_batches(group) for group in groups if group is not None]))
 
         return self._progress.once(name, compute)

@@ -1,4 +1,4 @@
-"""The stages of a calibration: each reads the text once and returns one result."""
+"""The stages of a calibration: each reads the texts once and returns one result."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ from confsteer.calibration.passes import Passes
 from confsteer.discovery.effects import ablation_effects
 from confsteer.discovery.frequency import chance_frequency_cosine, frequency_cosine
 from confsteer.discovery.moments import tokens_at_once
-from confsteer.discovery.response import ResponseCurve, ResponseMeans, choose_positions
+from confsteer.discovery.response import ResponseCurve, ResponseMeans, choose_positions, mean_over_texts, with_temperature
 from confsteer.discovery.select import Chosen, contenders, entropy_neurons, select_neurons
 from confsteer.discovery.streaming import ActivationMoments, EffectMeans, ExactEffectMeans, NeuronEffects, ReportedEffects
+from confsteer.discovery.temperature import EntropyByTemperature, EntropyMeans
 from confsteer.discovery.weights import WeightStatistics, weight_statistics, with_null_dims
 from confsteer.errors import UnsupportedModelError
 from confsteer.last_layer.readout import FullOutputs, Readout
-from confsteer.last_layer.states import TokenStates
+from confsteer.last_layer.states import TokenStates, join_rows
 from confsteer.last_layer.unigram import Unigram
 from confsteer.profile.schema import ModelIdentity
 from confsteer.steering import DIALS, Dial
 
 SAMPLE_TOKENS = 2560
-"""About so many tokens, spread evenly over the text, tell which neurons could be selected, and what the dials do.
+"""About so many tokens of each text, spread evenly over it, tell which neurons could be selected, and what the dials do.
 
 All tokens are read for the neurons that could be. What a dial does differs more from one text to the next than this sample
 differs from its text.
 """
 POSITION_SAMPLE = 64
-"""Tokens on which the range of each response curve is found."""
+"""Tokens of each text on which the range of each response curve is found."""
 
 
 class FoldedLayer(NamedTuple):
@@ -142,39 +143,60 @@ def other_null_spaces(layer: FoldedLayer, effects: NeuronEffects, *, seed: int) 
     }
 
 
-def measure_responses(
-    passes: Passes, layer: FoldedLayer, chosen: dict[Dial, Chosen], moments: ActivationMoments
-) -> dict[Dial, ResponseMeans]:
-    """Measure on the sample what each dial that has neurons does to the output."""
+class Responses(NamedTuple):
+    """Effects of each dial that has neurons."""
+
+    pooled: dict[Dial, ResponseMeans]
+    """Means over the texts, which count equally."""
+    by_text: list[dict[Dial, ResponseMeans]]
+    """The same dials at the same positions on each text; empty if no dial has neurons."""
+
+
+def measure_responses(passes: Passes, layer: FoldedLayer, chosen: dict[Dial, Chosen], moments: ActivationMoments) -> Responses:
+    """Measure what each dial that has neurons does to the output, and which temperature does as much: on each text's sample."""
     at_once = tokens_at_once(layer.readout.n_neurons)
-    curves = _empty_curves(passes, layer, chosen, moments, at_once)
-    if not curves:
-        return {}
-    for batch, move_to in passes.over("responses", *curves.values(), label="4/4 responses", at_least=at_once, sample=True):
-        for outputs, rows in FullOutputs.stream(layer.readout, batch):
-            for curve in curves.values():
-                curve.update(outputs)
-            move_to(rows.stop / len(batch.targets))
-    return {dial: curve.result() for dial, curve in curves.items()}
-
-
-def _empty_curves(
-    passes: Passes, layer: FoldedLayer, chosen: dict[Dial, Chosen], moments: ActivationMoments, at_once: int
-) -> dict[Dial, ResponseCurve]:
-    """Choose the positions of each dial that has neurons, with nothing measured at them yet."""
-    readout, unigram = layer.readout, layer.unigram
     pushes = {
         dial: _push(chosen[dial], moments).to(layer.device) for dial in DIALS if chosen[dial].sign[chosen[dial].neurons].any()
     }
     if not pushes:
-        return {}
+        return Responses({}, [])
+    positions = _choose_positions(passes, layer, pushes, at_once)
+    curves: list[dict[Dial, ResponseMeans]] = []
+    unsteered: list[EntropyMeans] = []
+    for text in range(passes.texts):
+        of_dials = {dial: ResponseCurve(layer.readout, push, layer.unigram, positions[dial]) for dial, push in pushes.items()}
+        entropies = EntropyByTemperature(layer.readout)
+        name = f"responses of text {text + 1}" if passes.texts > 1 else "responses"
+        every: tuple[ResponseCurve | EntropyByTemperature, ...] = (*of_dials.values(), entropies)
+        for batch, move_to in passes.over(name, *every, label="4/4 responses", at_least=at_once, sample=True, text=text):
+            for outputs, rows in FullOutputs.stream(layer.readout, batch):
+                for one in every:
+                    one.update(outputs)
+                move_to(rows.stop / len(batch.targets))
+        curves.append({dial: curve.result() for dial, curve in of_dials.items()})
+        unsteered.append(entropies.result())
+    return _with_temperatures(curves, unsteered)
 
-    def decide(first: TokenStates) -> Tensor:
-        sample = first.at(slice(None, None, max(1, len(first.targets) // POSITION_SAMPLE)))
+
+def _choose_positions(passes: Passes, layer: FoldedLayer, pushes: dict[Dial, Tensor], at_once: int) -> dict[Dial, Tensor]:
+    """Choose the positions of each dial by a few tokens of each text."""
+
+    def decide(firsts: list[TokenStates]) -> Tensor:
+        sample = join_rows([first.at(slice(None, None, max(1, len(first.targets) // POSITION_SAMPLE))) for first in firsts])
+        readout, unigram = layer.readout, layer.unigram
         return torch.stack([choose_positions(readout, push, unigram, sample, dial=dial) for dial, push in pushes.items()])
 
-    positions = passes.decide_once("positions", decide, at_least=at_once)
-    return {dial: ResponseCurve(readout, push, unigram, row) for (dial, push), row in zip(pushes.items(), positions, strict=True)}
+    return dict(zip(pushes, passes.decide_once("positions", decide, at_least=at_once), strict=True))
+
+
+def _with_temperatures(curves: list[dict[Dial, ResponseMeans]], unsteered: list[EntropyMeans]) -> Responses:
+    """Pool the curves of the texts, and give each the temperatures that it amounts to."""
+    pooled = {dial: mean_over_texts([one[dial] for one in curves]) for dial in curves[0]}
+    entropies = mean_over_texts(unsteered)
+    return Responses(
+        {dial: with_temperature(curve, entropies) for dial, curve in pooled.items()},
+        [{dial: with_temperature(curve, own) for dial, curve in one.items()} for one, own in zip(curves, unsteered, strict=True)],
+    )
 
 
 def _push(chosen: Chosen, moments: ActivationMoments) -> Tensor:

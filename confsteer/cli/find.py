@@ -41,7 +41,7 @@ null_dims_option = click.option(
 
 @click.command(short_help="Find the neurons, measure what they do, save a profile.")
 @model_options
-@windowed_text_options(defaults.CALIBRATION_TOKENS)
+@windowed_text_options(defaults.CALIBRATION_TOKENS, "Read at most this many of each text.")
 @click.option(
     "--unigram",
     type=TEXT_FILE,
@@ -76,13 +76,16 @@ def calibrate(
     \b
     confsteer calibrate             the bundled model on the Python documentation
     confsteer calibrate MODEL       a model on text that it is made to write
-    confsteer calibrate MODEL --text a.txt --text folder
+    confsteer calibrate MODEL --text wiki.txt --text code-folder --text chat.jsonl
     confsteer calibrate MODEL --text corpus.jsonl.gz --field content
     confsteer calibrate MODEL --dataset HUB_ID --split validation
     confsteer calibrate MODEL --text chats.jsonl --chat --unigram counts.npy
 
     \b
     A line of chats.jsonl: {"messages": [{"role": "user", "content": "Hi"}, ...]}
+
+    Each --text is a text of its own, and they count equally: a dial asks for the mean of what it does on them, and the profile
+    says beside it how far the texts lie apart. Give every kind of text that the model will see.
 
     Tokens are ranked by how often they occur in the text unless --unigram has their counts in text like the model's training
     text, as confsteer count makes them; 25,600 tokens are too few to rank a vocabulary, and a warning says so.
@@ -93,14 +96,15 @@ def calibrate(
     from confsteer.calibration.progress import FILE_NAME
     from confsteer.distributed import init_distributed
     from confsteer.profile.schema import model_id
+    from confsteer.text.sources import by_title
 
     # Several processes share the work; the first speaks and saves for all.
     process = init_distributed()
     first = process.rank == 0
-    source = text.source(chosen.model, "calibration")
+    sources = by_title(text.sources(chosen.model, "calibration"))
     counts = _unigram_counts(unigram, chosen.model)
     loaded = chosen.load()
-    if source is None and first:
+    if not sources and first:
         click.echo(f"No text given: the model writes its own, {text.tokens:,} tokens sampled at temperature 1 (seed {seed}).")
     folder = out or Path(f"{_folder_name(model_id(loaded.model.config))}.confsteer")
     checkpoint = folder / FILE_NAME
@@ -110,7 +114,7 @@ def calibrate(
         profile = confsteer.calibrate(
             loaded.model,
             loaded.tokenizer,
-            text.windows(source, loaded.tokenizer) if source else None,
+            {title: text.windows(source, loaded.tokenizer) for title, source in sources.items()} or None,
             tokens=text.tokens,
             window=text.window,
             unigram_counts=counts,

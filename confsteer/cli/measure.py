@@ -137,6 +137,7 @@ def evaluate(chosen: ModelOptions, asked: RunOptions, run_file: Path | None, out
 
     console = tables.console()
     tables.print_evaluation(console, result)
+    tables.print_dial_effects(console, tables.steered_dials(profile, settings.all_steerings()))
     for answers in result.choices:
         tables.print_choices(console, result.model, answers)
     if result.induction:

@@ -54,10 +54,11 @@ def generate(
 
     steerings = [Steering(), *map(Steering.parse, steers)]
     model, tokenizer = chosen.load()
+    loaded = confsteer.Profile.load(profile)
     found = generations(
         model,
         tokenizer,
-        confsteer.Profile.load(profile),
+        loaded,
         prompt_ids(prompt, tokenizer, chat=chat),
         steerings,
         max_new_tokens=max_new_tokens,
@@ -68,6 +69,7 @@ def generate(
     for one in found:
         table.add_row(str(one.steering), tables.escape(_shown(one)), f"{one.entropy:.2f}")
     tables.console().print(table, "Entropy: mean over the generated tokens, in nats.", sep="\n")
+    tables.print_dial_effects(tables.console(), tables.steered_dials(loaded, steerings))
     if tokenizer.chat_template and chat is None:
         tables.console().print("PROMPT went through the chat template; --no-chat continues it as it stands.")
 

@@ -10,4 +10,5 @@ frequency.py      how far neurons write along the unigram direction
 streaming.py      averages over a stream of tokens, with standard errors
 select.py         which neurons are entropy neurons and token-frequency neurons
 response.py       what a dial does at each of its positions
+temperature.py    the entropy by temperature, and which temperature a change of it amounts to
 """

@@ -8,11 +8,12 @@ neuron that writes ``Σ sign_i std_i w_i`` and is turned up by ``s``, so the log
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from confsteer.discovery.temperature import EntropyMeans
 from confsteer.last_layer.readout import FullOutputs, Readout
 from confsteer.last_layer.states import TokenStates
 from confsteer.last_layer.unigram import Unigram
@@ -26,7 +27,7 @@ MAX_CHANGE = 1.5
 
 
 class ResponseMeans(NamedTuple):
-    """Means over tokens at each dial position, float64 ``[positions]``, in nats."""
+    """Means over tokens at each dial position, float64 ``[positions]``; entropy, divergences and loss in nats."""
 
     position: Tensor
     entropy: Tensor
@@ -37,6 +38,12 @@ class ResponseMeans(NamedTuple):
     loss: Tensor
     argmax_changed: Tensor
     """Share of tokens whose most likely next token differs from that at position 0."""
+    temperature: Tensor
+    """Temperature at which the unsteered model has this mean entropy: see `with_temperature`. Not a number where it is beyond the
+    range, or was not looked for."""
+
+
+Means = TypeVar("Means", ResponseMeans, EntropyMeans)
 
 
 class ResponseCurve:
@@ -123,7 +130,8 @@ class ResponseCurve:
 
     def result(self) -> ResponseMeans:
         """Means over all tokens so far, on the CPU."""
-        return ResponseMeans(self.positions, *(self._sums.cpu() / int(self._count)))
+        unknown = torch.full_like(self._sums[:1], torch.nan)
+        return ResponseMeans(self.positions, *torch.cat([self._sums / int(self._count), unknown]).cpu())
 
 
 def choose_positions(readout: Readout, push: Tensor, unigram: Unigram, states: TokenStates, *, dial: str) -> Tensor:
@@ -164,6 +172,23 @@ def dial_change(means: ResponseMeans, dial: str) -> Tensor:
     """
     values = means.entropy if dial == "entropy" else -means.kl_model_unigram
     return values - values[means.position.abs().argmin()]
+
+
+def mean_over_texts(of_texts: Sequence[Means]) -> Means:
+    """Average means over texts, each of which counts the same. Their first columns, positions or temperatures, are equal."""
+    at, *_ = of_texts[0]
+    _, *columns = zip(*of_texts, strict=True)
+    return type(of_texts[0])(at, *(torch.stack(column).mean(dim=0) for column in columns))
+
+
+def with_temperature(means: ResponseMeans, unsteered: EntropyMeans) -> ResponseMeans:
+    """Add the temperature that each position amounts to.
+
+    Args:
+        means: of a text.
+        unsteered: entropies of the unsteered model on the same tokens.
+    """
+    return means._replace(temperature=unsteered.temperature_of(dial_change(means, "entropy")))
 
 
 def monotone_range(change: Sequence[float], start: int) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict, Unpack
 
 import torch
@@ -23,13 +23,12 @@ from confsteer.profile.schema import library_versions
 from confsteer.results.result import Result
 from confsteer.steering import Steering
 from confsteer.studies.induction import InductionStudy
-from confsteer.text.windows import Document, Windows, make_windows
+from confsteer.text.several import Texts, named_windows
+from confsteer.text.windows import Windows
 
 FIT_TOKENS = 10_000
 """A baseline is one number: that many tokens fit it."""
 MAX_SWEPT = 100
-
-Texts = Iterable[Document] | Windows | Mapping[str, Iterable[Document] | Windows]
 
 
 class Evaluation(Result):
@@ -143,30 +142,6 @@ def _compare(
             *steered,
         ]
         return compare(sample, candidates, unigram, smooth_ece=given["smooth_ece"], on_tokens=bar.update)
-
-
-def named_windows(
-    texts: Texts, tokenizer: PreTrainedTokenizerBase, *, tokens: int | None, window: int, source: str
-) -> Iterator[tuple[str, Windows]]:
-    """Cut each text into windows, whichever way the texts were given; windows bring a name of their own.
-
-    Args:
-        texts: see `evaluate`.
-        tokenizer: the model's.
-        tokens: see `EvaluationSettings`; windows already made are left as they are.
-        window: see `EvaluationSettings`.
-        source: see `EvaluationSettings`.
-
-    Yields:
-        The name of a text and its windows. They are made when they are asked for: one text is in memory at a time.
-
-    Raises:
-        CorpusError: a text is too short.
-        SettingError: the window is too short.
-    """
-    by_name = texts if isinstance(texts, Mapping) else {texts.source if isinstance(texts, Windows) else source: texts}
-    for name, documents in by_name.items():
-        yield name, make_windows(documents, tokenizer, window=window, max_tokens=tokens, source=name)
 
 
 def read_sample(reader: Reader, windows: Windows, *, progress: bool = False) -> Sample:

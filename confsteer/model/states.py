@@ -70,17 +70,22 @@ class Recording:
             process: this one, which reads every ``world_size``-th batch.
             room: bytes of states to keep.
             readout: the closed form that the states are for, to be checked; folded for the time of the check if None.
-            sample_tokens: about how many tokens the sample has, which is always kept; the whole text if None.
+            sample_tokens: about how many tokens of each text the sample has, which is always kept; all of them if None.
         """
         self.model, self.anatomy, self.windows, self.device, self.process = model, anatomy, windows, device, process
         self._readout, self._checked = readout, False
         self._kept: dict[int, TokenStates] = {}
         self._room = room
-        self._stride = 1 if sample_tokens is None else max(1, windows.n_tokens // sample_tokens)
+        self._strides = [1 if sample_tokens is None else max(1, tokens // sample_tokens) for tokens in windows.text_tokens]
         self._sampled: dict[int, TokenStates] = {}
 
     def read(
-        self, on_read: Callable[[int], object] = lambda tokens: None, *, start: int = 0, sample: bool = False
+        self,
+        on_read: Callable[[int], object] = lambda tokens: None,
+        *,
+        start: int = 0,
+        sample: bool = False,
+        text: int | None = None,
     ) -> Iterator[TokenStates]:
         """Pass over the text once, a batch at a time.
 
@@ -88,19 +93,22 @@ class Recording:
             on_read: called with the number of tokens of each batch when its turn comes, and of each that is passed over.
             start: how many batches to pass over, without running the model.
             sample: whether to read every so-many-th token of each window only.
+            text: number of the only text to read, of which `start` is counted; all if None.
 
         Raises:
             SteeringError, UnsupportedModelError: see `check_closed_form`.
         """
         mine = islice(self.windows.batches(BATCH_SIZE), self.process.rank, None, self.process.world_size)
-        for position, batch in enumerate(mine):
+        of_text = ((position, batch) for position, batch in enumerate(mine) if text in (None, batch.text))
+        for number, (position, batch) in enumerate(of_text):
             on_read(int(batch.attention_mask.sum()))
-            if position >= start:
+            if number >= start:
                 yield self._states(position, batch, sample=sample)
 
     def _states(self, position: int, batch: WindowBatch, *, sample: bool) -> TokenStates:
         """Look up the states of a batch or of its sample; run the model if they were not kept."""
-        sample = sample and self._stride > 1
+        stride = self._strides[batch.text]
+        sample = sample and stride > 1
         states = (self._sampled if sample else self._kept).get(position)
         if states is not None:
             return states
@@ -108,8 +116,8 @@ class Recording:
         if (size := _size(states)) <= self._room:
             self._kept[position] = states
             self._room -= size
-        if self._stride > 1:
-            self._sampled[position] = states.at(_every(self._stride, states))
+        if stride > 1:
+            self._sampled[position] = states.at(_every(stride, states))
         return self._sampled[position] if sample else states
 
     def _run(self, batch: WindowBatch) -> TokenStates:

@@ -10,6 +10,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
 from confsteer.errors import ProfileError
+from confsteer.profile.dials import example_effects
 from confsteer.profile.profile import Profile
 from confsteer.profile.schema import Neuron
 from confsteer.steering import DIALS
@@ -73,9 +74,12 @@ def card(profile: Profile, repo: str) -> str:
             lines += [f"{kind} neurons: none found.", ""]
             continue
         reach = "{:+.2f} to {:+.2f} nats".format(*profile.reach(dial)) if dial in profile.response else "none: no clear sign"
+        effects = example_effects(profile, dial) if dial in profile.response else []
+        known = [f"- {dial} {effect.asked:+.3f}: {effect}" for effect in effects if str(effect)]
         lines += [
             f"## {kind} neurons ({dial} dial: {reach})",
             "",
+            *([*known, ""] if known else []),
             "| neuron | sign | null fraction | share through norm | mediation | Δentropy when ablated | cosine with unigram |",
             "|---|---|---|---|---|---|---|",
         ]

@@ -49,7 +49,9 @@ class Profile(Strict):
     frequency_neurons: Annotated[tuple[Neuron, ...], FailFast()]
     """Largest mean |ΔKL(P_freq ‖ P_model)| first."""
     response: dict[Dial, Response]
-    """One curve per dial that has neurons."""
+    """One curve per dial that has neurons; of several texts, which count equally, the mean of theirs."""
+    responses_by_text: dict[str, dict[Dial, Response]] = Field(default={})
+    """The same dials at the same positions on each text, by its name; empty for a single text."""
     presets: dict[PresetName, Steering] = Field(default={})
     """Steerings worth a name."""
     columns_file: ColumnsFile
@@ -76,6 +78,9 @@ class Profile(Strict):
         for dial in DIALS:
             if any(neuron.sign for neuron in self.neurons(dial)) != (dial in self.response):
                 raise ValueError(f"the {dial} dial must have a response curve if and only if it has neurons with a sign")
+        for text, curves in self.responses_by_text.items():
+            if {dial: curve.position for dial, curve in curves.items()} != {d: c.position for d, c in self.response.items()}:
+                raise ValueError(f"the response on {text!r} must be of the same dials and positions as that of all texts")
         for name in ("chance_frequency_cosine", "entropy", "loss"):
             if (getattr(self.layer, name) is None) != (self.corpus is None):
                 raise ValueError(f"layer.{name} must be given if and only if there is a corpus")

@@ -87,7 +87,10 @@ class Neuron(Strict):
 
 
 class Response(Strict):
-    """Response to one dial: means over the corpus (over an even sample of a long one) at each of its positions, in nats."""
+    """Response to one dial: means over a text (over an even sample of a long one) at each of its positions, in nats.
+
+    Of several texts: the mean of their means.
+    """
 
     position: CurveColumn
     """Dial positions, ascending, 0 among them; each neuron is pushed by position · sign · its standard deviation."""
@@ -98,10 +101,15 @@ class Response(Strict):
     """KL(P_freq ‖ P_model)"""
     loss: CurveColumn
     argmax_changed: Annotated[tuple[Fraction, ...], FailFast()]
+    temperature: Annotated[tuple[Annotated[float, Field(gt=0)] | None, ...], FailFast()] = ()
+    """Temperature at which the unsteered model has this mean entropy on the same tokens, None where it is below 1/4 or above 4.
+    Empty in profiles made before it was looked for."""
 
     @model_validator(mode="after")
     def _is_a_curve(self) -> Response:
-        columns = {name: len(getattr(self, name)) for name in type(self).model_fields}
+        columns = {
+            name: len(getattr(self, name)) for name in type(self).model_fields if name != "temperature" or self.temperature
+        }
         if len(set(columns.values())) != 1:
             raise ValueError(f"columns differ in length: {columns}")
         if 0.0 not in self.position or any(b <= a for a, b in zip(self.position, self.position[1:], strict=False)):

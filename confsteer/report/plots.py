@@ -13,6 +13,7 @@ from confsteer.discovery.response import monotone_range
 from confsteer.discovery.select import candidates
 from confsteer.evaluation.comparison import COVERAGES, ENTROPY_BINS, ComparedRow, Row, TextComparison
 from confsteer.evaluation.evaluate import Evaluation
+from confsteer.profile.dials import dial_effect
 from confsteer.profile.profile import Profile
 from confsteer.report.printable import one_safe_line
 from confsteer.steering import DIALS, Dial, Steering
@@ -132,7 +133,11 @@ def plot_response(profile: Profile) -> Figure:
 
 
 def draw_response(axes: Axes, profile: Profile, dial: Dial) -> None:
-    """Draw what a dial does over its reach: entropy, loss and divergence from the unigram distribution."""
+    """Draw what a dial does over its reach: entropy, loss and divergence from the unigram distribution.
+
+    The band is the range of the dial's own quantity over texts, where there are several. Above stand the temperatures that it
+    amounts to.
+    """
     curve, (lowest, highest) = profile.require_neurons(dial), profile.reach(dial)
     change = np.array(curve.change(dial))
     first, last = monotone_range(change.tolist(), curve.zero)
@@ -144,6 +149,17 @@ def draw_response(axes: Axes, profile: Profile, dial: Dial) -> None:
     ):
         delta = np.array(values) - values[curve.zero]
         axes.plot(change[inside], delta[inside], marker=".", label=label)
+    if profile.responses_by_text:
+        own = np.array([curves[dial].change(dial) for curves in profile.responses_by_text.values()])
+        band = (own if dial == "entropy" else -own)[:, inside]
+        colour = axes.lines[0 if dial == "entropy" else 2].get_color()
+        label = f"range over {len(own)} texts"
+        axes.fill_between(change[inside], band.min(axis=0), band.max(axis=0), color=colour, alpha=0.2, linewidth=0, label=label)
+    marked = [dial_effect(profile, dial, asked) for asked in np.linspace(lowest, highest, 5).tolist()]
+    if marked := [effect for effect in marked if effect.temperature is not None]:
+        above = axes.secondary_xaxis("top")
+        above.set_xticks([effect.asked for effect in marked], [f"{effect.temperature:.2f}" for effect in marked])
+        above.set_xlabel("as a temperature")
     _cross(axes)
     axes.set(xlabel=f"{dial} dial, nats", ylabel="change, nats", title=f"{dial}: {lowest:+.2f} to {highest:+.2f} nats")
     axes.legend(fontsize="small")

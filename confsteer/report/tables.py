@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich import markup
@@ -11,7 +11,7 @@ from rich.table import Table
 
 from confsteer.errors import ProfileError
 from confsteer.report.printable import one_safe_line
-from confsteer.steering import DIALS
+from confsteer.steering import DIALS, Dial, Steering
 
 if TYPE_CHECKING:
     from confsteer.calibration.published import PublishedModel
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from confsteer.evaluation.comparison import ComparedRow, TextComparison
     from confsteer.evaluation.evaluate import Evaluation
     from confsteer.evaluation.lm_eval_samples import TaskCalibration
+    from confsteer.profile.dials import DialEffect
     from confsteer.profile.profile import Profile
     from confsteer.profile.schema import Neuron
     from confsteer.results.bootstrap import Interval
@@ -43,6 +44,8 @@ def escape(text: str) -> str:
 
 def print_profile(console: Console, profile: Profile) -> None:
     """Neurons and dials of a profile, or the candidates of a scan."""
+    from confsteer.profile.dials import example_effects
+
     model, corpus, layer = profile.model, profile.corpus, profile.layer
     if corpus is None:
         _print_scan(console, profile)
@@ -63,6 +66,7 @@ def print_profile(console: Console, profile: Profile) -> None:
             continue
         low, high = profile.reach(dial)
         console.print(_neuron_table(f"{kind} neurons ({dial} dial: {low:+.2f} to {high:+.2f} nats)", neurons, dial))
+        print_dial_effects(console, {dial: example_effects(profile, dial)})
     if layer.other_null_spaces:
         console.print(_null_space_sentence(profile))
     for name, steering in profile.presets.items():
@@ -72,6 +76,28 @@ def print_profile(console: Console, profile: Profile) -> None:
         f"exceeds {layer.chance_null_fraction:.3f} 1 time in 20, and a cosine with unigram of "
         f"{layer.chance_frequency_cosine:.3f}. Effects: neuron set to its mean, nats, ± standard error over windows."
     )
+
+
+def print_dial_effects(console: Console, effects: Mapping[Dial, Sequence[DialEffect]]) -> None:
+    """Say of each setting of a dial how far apart the calibration texts lie, and which temperature it amounts to.
+
+    Nothing where the profile does not know.
+    """
+    for dial, settings in effects.items():
+        for effect in settings:
+            if known := str(effect):
+                console.print(f"{dial} {effect.asked:+.3f}: {known}")
+
+
+def steered_dials(profile: Profile, steerings: Iterable[Steering]) -> dict[Dial, list[DialEffect]]:
+    """Gather the settings of each dial that several steerings turn, each once, for `print_dial_effects`."""
+    from confsteer.profile.dials import steering_effects
+
+    found: dict[Dial, dict[DialEffect, None]] = {}
+    for steering in steerings:
+        for dial, effect in steering_effects(profile, steering).items():
+            found.setdefault(dial, {})[effect] = None
+    return {dial: list(effects) for dial, effects in found.items()}
 
 
 CLEAR_CLIFF = 2.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -47,6 +47,8 @@ class WindowBatch:
     """``[windows, length]``, 0 on padding."""
     kept: Tensor
     """Positions that count, ``[windows, length]`` bool; the next token is inside the window at each."""
+    text: int
+    """Number of the text that they are of."""
 
     @property
     def targets(self) -> Tensor:
@@ -75,6 +77,8 @@ class Windows:
     """A description of the text, for the profile."""
     document: NDArray[np.int64]
     """Number of the document that each window is of, ``[windows]``; windows that cross documents are all of one."""
+    text_starts: tuple[int, ...] = (0,)
+    """First window of each text, where they are of several: see `confsteer.text.several.join_windows`."""
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -82,6 +86,12 @@ class Windows:
     @property
     def n_tokens(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def text_tokens(self) -> tuple[int, ...]:
+        """Count the tokens of each text."""
+        first_tokens = [*self.starts[list(self.text_starts)].tolist(), self.n_tokens]
+        return tuple(end - start for start, end in pairwise(first_tokens))
 
     @property
     def sha256(self) -> str:
@@ -107,9 +117,10 @@ class Windows:
         return torch.from_numpy(counts)
 
     def batches(self, batch_size: int) -> Iterator[WindowBatch]:
-        """Yield the windows in order, `batch_size` at a time."""
-        for first in range(0, len(self), batch_size):
-            last = min(first + batch_size, len(self))
+        """Yield the windows in order, `batch_size` at a time; the last batch of a text may have fewer."""
+        texts = [range(start, end) for start, end in pairwise([*self.text_starts, len(self)])]
+        for text, first in ((text, first) for text, own in enumerate(texts) for first in own[::batch_size]):
+            last = min(first + batch_size, texts[text].stop)
             windows = [self.token_ids[self.starts[i] : self.starts[i + 1]] for i in range(first, last)]
             length = max(map(len, windows))
             input_ids = np.zeros((len(windows), length), dtype=np.int64)
@@ -121,6 +132,7 @@ class Windows:
                 torch.from_numpy(input_ids),
                 torch.from_numpy(attention_mask),
                 torch.from_numpy(self._kept(input_ids, attention_mask)),
+                text,
             )
 
     def check_counted(self) -> None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from confsteer import defaults
 from confsteer.evaluation.comparison import Candidate, Sample, TextComparison, compare
-from confsteer.evaluation.evaluate import Texts, named_windows, read_sample, unsteered, with_matched_temperatures
+from confsteer.evaluation.evaluate import read_sample, unsteered, with_matched_temperatures
 from confsteer.evaluation.fit import (
     MAX_STEPS,
     Objective,
@@ -31,6 +31,7 @@ from confsteer.profile.schema import library_versions
 from confsteer.results.bootstrap import Blocks, Interval, mean
 from confsteer.results.result import Result
 from confsteer.steering import Steering
+from confsteer.text.several import Texts, named_windows
 from confsteer.tuning.parameters import DialParameters, NeuronParameters
 from confsteer.tuning.splits import Split, split
 

@@ -197,3 +197,27 @@ def test_the_command_says_how_to_go_on_and_does(tmp_path: Path, monkeypatch: pyt
     assert result.output.splitlines()[-1].endswith("No space left on device")
     monkeypatch.setattr(capture, "_forward", None)
     run("--seed", "1", "--resume")
+
+
+@pytest.mark.usefixtures("every_batch")
+def test_several_texts_go_on_in_whichever_of_them_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, file = planted("gpt2"), tmp_path / FILE_NAME
+    counts = text().counts(found.profile.model.tokenizer_size).numpy()
+    texts = {
+        name: make_windows(found.texts[rows], found.tokenizer, window=64, source=name)
+        for name, rows in (("long", slice(0, 4)), ("short", slice(4, 6)))
+    }
+    left: list[bytes] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(progress, "write_atomically", lambda file, payload: left.append(payload))
+        whole = calibrate(texts=texts, unigram_counts=counts, checkpoint=file)
+    assert whole.responses_by_text.keys() == texts.keys()
+    stopped_in = [
+        max((key for key in safetensors.torch.load(payload) if key.startswith("responses")), default="") for payload in left
+    ]
+    assert {key[:19] for key in stopped_in} == {"", "responses of text 1", "responses of text 2"}
+    for payload in left[stopped_in.index("") :: 2]:
+        file.write_bytes(payload)
+        assert equal(calibrate(texts=texts, unigram_counts=counts, checkpoint=file, resume=True), whole)
+    with pytest.raises(ResumeError, match="differs in: text"):
+        calibrate(texts=dict(reversed(texts.items())), unigram_counts=counts, checkpoint=file, resume=True)

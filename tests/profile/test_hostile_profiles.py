@@ -101,7 +101,7 @@ def mutate_tree(chance: random.Random, tree: Any, times: int) -> None:
         what = chance.randrange(8)
         if what < 4:
             old = container[key]
-            number = isinstance(old, int | float) and not isinstance(old, bool)
+            number = isinstance(old, int | float) and not isinstance(old, bool) and abs(old) < 1e300
             container[key] = (
                 chance.choice([old * 1e300, -old, old + 1, old * 1000, old / 3, int(old)])
                 if number and chance.random() < 0.5

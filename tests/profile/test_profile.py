@@ -102,8 +102,12 @@ def profiles(draw: st.DrawFn) -> Profile:
     points = sorted({0.0, *draw(st.lists(FINITE, max_size=4))})
 
     def curve() -> Response:
-        columns = {name: tuple(draw(FINITE) for _ in points) for name in Response.model_fields if name != "position"}
-        return Response(position=tuple(points), **columns | {"argmax_changed": tuple(draw(SHARE) for _ in points)})
+        columns: dict[str, Any] = {
+            name: tuple(draw(FINITE) for _ in points) for name in Response.model_fields if name != "position"
+        }
+        columns["argmax_changed"] = tuple(draw(SHARE) for _ in points)
+        columns["temperature"] = tuple(draw(POSITIVE.filter(bool) | st.none()) for _ in points) if draw(st.booleans()) else ()
+        return Response(position=tuple(points), **columns)
 
     response = {}
     if indices[:cut]:
@@ -113,6 +117,8 @@ def profiles(draw: st.DrawFn) -> Profile:
     fields = {name: getattr(base, name) for name in Profile.model_fields if name != "columns_file"}
     assert base.corpus is not None
     fields["corpus"] = base.corpus.model_copy(update={"source": draw(st.text(max_size=20))})
+    names = draw(st.lists(st.text(max_size=20), unique=True, max_size=2))
+    fields["responses_by_text"] = {name: {dial: curve() for dial in response} for name in names}
     fields["entropy_neurons"] = tuple(neuron(i) for i in indices[:cut])
     fields["frequency_neurons"] = tuple(neuron(i) for i in indices[cut:])
     norm = torch.full((base.model.n_neurons,), draw(FINITE), dtype=torch.float64)

@@ -19,6 +19,7 @@ import openai
 import pytest
 
 from confsteer import Steering
+from confsteer.profile.dials import example_effects
 from confsteer.runtimes.vllm.front.command import server_command
 from tests.runtimes.vllm import parity
 from tests.runtimes.vllm.fuzz import Fuzz, send_all, takes, unexpected
@@ -159,6 +160,8 @@ def test_what_can_be_steered_is_said_and_no_path(server: Server) -> None:
     profile = server.subject.profile
     said = server.get("/confsteer").json()
     assert said["dials"]["entropy"]["range"] == list(profile.reach("entropy"))
+    effects = [effect._asdict() for effect in example_effects(profile, "entropy")]
+    assert said["dials"]["entropy"]["effects"] == json.loads(json.dumps(effects))
     assert said["dials"]["unigram"]["neurons"] == [20]
     assert said["presets"] == {"calm": str(profile.presets["calm"])}
     assert Steering.parse(said["default"]) == Steering(entropy=0.1)

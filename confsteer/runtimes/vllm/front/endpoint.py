@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi import FastAPI, HTTPException
 
+from confsteer.profile.dials import example_effects
 from confsteer.runtimes.vllm.settings import Settings
 
 
@@ -18,7 +19,7 @@ def public_name(source: str) -> str:
 
 
 def describe(settings: Settings) -> dict[str, Any]:
-    """The profile, its neurons, the ranges of its dials, its presets and the default steering, for JSON."""
+    """The profile, its neurons, the ranges of its dials, their effects at four settings, presets and the default, for JSON."""
     profile = settings.load_profile()
     return {
         "version": settings.version,
@@ -30,6 +31,7 @@ def describe(settings: Settings) -> dict[str, Any]:
             dial: {
                 "unit": "nats",
                 "range": profile.reach(dial),
+                "effects": [effect._asdict() for effect in example_effects(profile, dial)],
                 "neurons": [neuron.index for neuron in profile.neurons(dial)],
             }
             for dial in profile.response

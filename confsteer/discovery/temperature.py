@@ -1,0 +1,97 @@
+"""Entropy of the unsteered output by temperature: the scale that says which temperature a dial amounts to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from confsteer.last_layer.readout import FullOutputs, Readout
+
+LOWEST, HIGHEST = 1 / 4, 4.0
+"""Range of temperatures that are looked at."""
+POINTS_PER_SIDE = 8
+"""Temperatures below 1, and as many above: denser near 1."""
+BISECTIONS = 60
+
+
+class EntropyMeans(NamedTuple):
+    """Means over tokens at each temperature, float64 ``[temperatures]``; temperatures rise, and 1 is in the middle."""
+
+    log_temperature: Tensor
+    entropy: Tensor
+    """Mean entropy of ``softmax(logits / T)``, in nats."""
+    slope: Tensor
+    """``d entropy / d log T``, which is the mean variance of ``logits / T``."""
+
+    def temperature_of(self, change: Tensor) -> Tensor:
+        """Find the temperatures that change the mean entropy by so many nats, ``[...]``, from that at temperature 1.
+
+        Between two temperatures the entropy is the cubic with their values and slopes (Hermite interpolation): right to a few
+        1e-5 nats. Not a number where the change is beyond the range.
+        """
+        x, y = self.log_temperature, self.entropy
+        target = y[len(y) // 2] + change.to(y)
+        at = (torch.searchsorted(y, target, right=True) - 1).clamp(0, len(y) - 2)
+        width = x[at + 1] - x[at]
+        y0, y1, m0, m1 = y[at], y[at + 1], width * self.slope[at], width * self.slope[at + 1]
+        low, high = torch.zeros_like(target), torch.ones_like(target)
+        for _ in range(BISECTIONS):
+            t = (low + high) / 2
+            value = y0 + t * (m0 + t * (3 * (y1 - y0) - 2 * m0 - m1 + t * (2 * (y0 - y1) + m0 + m1)))
+            low, high = torch.where(value < target, t, low), torch.where(value < target, high, t)
+        found = (x[at] + low * width).exp()
+        return torch.where((target >= y[0]) & (target <= y[-1]), found, torch.nan)
+
+
+class EntropyByTemperature:
+    """Accumulates `EntropyMeans` over a stream of tokens."""
+
+    def __init__(self, readout: Readout) -> None:
+        """
+        Args:
+            readout: the model's last layer.
+        """
+        self._readout = readout
+        share = (torch.arange(1, POINTS_PER_SIDE + 1, dtype=torch.float64) / POINTS_PER_SIDE) ** 1.5
+        below, above = share.flip(0) * math.log(LOWEST), share * math.log(HIGHEST)
+        self._log_temperature = torch.cat([below, torch.zeros(1, dtype=torch.float64), above])
+        self._sums = torch.zeros(2, len(self._log_temperature), dtype=torch.float64)
+        self._count = torch.tensor(0)
+
+    def update(self, outputs: FullOutputs) -> None:
+        """Add tokens."""
+        betas = (-self._log_temperature).exp().tolist()
+        sums = outputs.y.new_empty(3, len(betas), len(outputs.y))
+        # A block of tokens by the vocabulary stays in the cache.
+        at_once = max(1, self._readout.at_once // self._readout.vocab_size)
+        for first in range(0, len(outputs.y), at_once):
+            rows = slice(first, first + at_once)
+            z = self._readout.cap(outputs.y[rows])
+            z = z - z.amax(dim=-1, keepdim=True)
+            squared = z.square()
+            for row, beta in enumerate(betas):
+                e = (z * beta).exp_()
+                sums[0, row, rows] = e.sum(dim=-1)
+                sums[1, row, rows] = torch.linalg.vecdot(e, z)
+                sums[2, row, rows] = torch.linalg.vecdot(e, squared)
+        total, total_z, total_squared = sums.double().cpu()
+        beta = torch.tensor(betas, dtype=torch.float64)[:, None]
+        mean = total_z / total
+        variance = (total_squared / total - mean.square()).clamp_min(0)
+        self._sums += torch.stack([total.log() - beta * mean, beta.square() * variance]).sum(dim=-1)
+        self._count += len(outputs.y)
+
+    @property
+    def sums(self) -> tuple[Tensor, ...]:
+        return self._sums, self._count
+
+    def pool(self, all_reduce: Callable[[Tensor], Tensor]) -> None:
+        self._sums, self._count = all_reduce(self._sums), all_reduce(self._count)
+
+    def result(self) -> EntropyMeans:
+        """Means over all tokens so far."""
+        return EntropyMeans(self._log_temperature, *(self._sums / int(self._count)))
