@@ -442,7 +442,7 @@ def test_any_request_is_a_steering_of_finite_numbers_or_a_sentence() -> None:
                 assert all(np.isfinite(column).all() for column in (edit.gain, edit.bias))
                 assert (edit.low <= edit.high).all()
                 assert not (np.isposinf(edit.low) | np.isneginf(edit.high)).any()
-    assert steered > 500, "many of them are steerings"
+    assert steered > 200, "many of them are steerings; an empty text is none"
 
 
 @pytest.mark.parametrize("request_", [dict.fromkeys(map(str, range(300_000)), 0), {"scale": dict.fromkeys(range(300_000), "x")}])
