@@ -46,7 +46,7 @@ def test_the_entropy_neurons_together_matter_on_unseen_text(bundled: Demo) -> No
     entropies: list[list[torch.Tensor]] = [[], [], []]
     with torch.no_grad(), confsteer.steer(bundled.model, bundled.profile) as steerer:
         for batch in windows.batches(4):
-            for kept, request in zip(entropies, ("", "scale.entropy=0", "clamp.entropy=0"), strict=True):
+            for kept, request in zip(entropies, (None, "scale.entropy=0", "clamp.entropy=0"), strict=True):
                 steerer.update(request)
                 logits = bundled.model(batch.input_ids, attention_mask=batch.attention_mask).logits
                 kept.append(TokenScores.of(logits[batch.kept], batch.targets).entropy)

@@ -253,7 +253,8 @@ def test_chunking_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(chunks) > 1
     in_chunks = [exact_effects(readout, out, mean - states.activations[rows], unigram) for out, rows in chunks]
     for one, parts_of_it in zip(exact.effects, zip(*(part.effects for part in in_chunks), strict=True), strict=True):
-        torch.testing.assert_close(one, torch.cat(parts_of_it), atol=1e-6, rtol=1e-5)
+        # Sums over the vocabulary are taken in another order.
+        torch.testing.assert_close(one, torch.cat(parts_of_it), atol=5e-6, rtol=1e-5)
     assert torch.equal(exact.argmax_changed, torch.cat([part.argmax_changed for part in in_chunks]))
 
 
