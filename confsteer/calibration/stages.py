@@ -23,7 +23,7 @@ from confsteer.last_layer.unigram import Unigram
 from confsteer.profile.schema import ModelIdentity
 from confsteer.steering import DIALS, Dial
 
-SAMPLE_TOKENS = 2560
+SAMPLE_TOKENS = 4096
 """About so many tokens of each text, spread evenly over it, tell which neurons could be selected, and what the dials do.
 
 All tokens are read for the neurons that could be. What a dial does differs more from one text to the next than this sample

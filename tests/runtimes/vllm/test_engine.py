@@ -553,5 +553,7 @@ def _steered_requests(worker: Any) -> list[str]:
 def test_the_start_up_line_says_what_can_be_steered() -> None:
     from confsteer.runtimes.vllm.worker.steering_worker import start_up_line
 
-    line = start_up_line(Profile.load("confsteer-demo"))
-    assert line.startswith("steering confsteer-demo, layer 3: entropy -0.22 to +1.79 nats (767, ")
+    profile = Profile.load("confsteer-demo")
+    low, high = profile.reach("entropy")
+    line = start_up_line(profile)
+    assert line.startswith(f"steering confsteer-demo, layer 3: entropy {low:+.2f} to {high:+.2f} nats (767, ")
