@@ -105,8 +105,14 @@ def _expand(
     """Expand effects and slopes to second order, a block of tokens at a time: which tokens, and theirs."""
     for rows in readout.blocks(len(delta), readout.n_neurons):
         m, here = moments.at(rows), tokens.at(rows)
-        u_target = readout.unembedding[here.targets] @ readout.w_out.T
-        target = AtTarget.of(readout, here, u_target, unigram.direction[here.targets, None])
+        rows_of_targets = readout.unembedding[here.targets]
+        target = AtTarget.of(
+            readout,
+            readout.logit_bias[here.targets, None],
+            u=rows_of_targets @ readout.w_out.T,
+            x=(here.directions * rows_of_targets).sum(dim=-1, keepdim=True),
+            v=unigram.direction[here.targets, None],
+        )
         second = SecondOrder.of(m, here.mean_x, target, readout.move(here.state, delta[rows]))
         # dH = −Cov(l, dz);  dKL(P ‖ P_freq) = Cov(l − log p_freq, dz).
         slope = readout.slope(here.state)

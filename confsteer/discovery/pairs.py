@@ -116,14 +116,13 @@ def _know(readout: Readout, tokens: Tokens, moments: Moments, delta: Tensor, uni
     moves = readout.move(tokens.state, delta).at(slice(None), t, i)
     m, mean_x, targets = moments.of_pairs(t, i), tokens.mean_x[:, t, 0], tokens.targets[t]
     rows = readout.unembedding[tokens.targets]
-    u, v = (rows[t] * readout.w_out[i]).sum(dim=-1), unigram.direction[targets]
+    u, bias = (rows[t] * readout.w_out[i]).sum(dim=-1), readout.logit_bias[targets]
     y = (tokens.directions * rows).sum(dim=-1)[:, t]
-    if readout.softcap is None:
-        beyond, target = torch.zeros_like(moves.write), AtTarget(u, y, v)
-    else:
-        z, change = y[-1] + readout.logit_bias[targets], moves.linear(y, u)
-        s = readout.cap_slope(readout.cap(z))
-        beyond, target = readout.cap(z + change) - readout.cap(z) - s * change, AtTarget(s * u, s * y, v)
+    target = AtTarget.of(readout, bias, u=u, x=y, v=unigram.direction[targets])
+    beyond = torch.zeros_like(moves.write)
+    if readout.softcap is not None:
+        z = y[-1] + bias
+        beyond = readout.cap(z + moves.linear(y, u)) - readout.cap(z) - moves.linear(target.x, target.u)
     return _Pairs(t, i, moves, SecondOrder.of(m, mean_x, target, moves), m.mean_u, m.mean_v, beyond)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from confsteer.discovery.exact import TokenEffects
-from confsteer.discovery.moments import Moments, Tokens
+from confsteer.discovery.moments import Moments
 from confsteer.last_layer.readout import Move, Readout
 
 
@@ -22,12 +22,10 @@ class AtTarget(NamedTuple):
     v: Tensor
 
     @classmethod
-    def of(cls, readout: Readout, tokens: Tokens, u: Tensor, v: Tensor) -> AtTarget:
-        """Values at the targets, under a softcap times its derivative there; ``u`` and ``v`` are ``[tokens, n_neurons or 1]``."""
-        rows = readout.unembedding[tokens.targets]
-        x = (tokens.directions * rows).sum(dim=-1, keepdim=True)
+    def of(cls, readout: Readout, bias: Tensor, *, u: Tensor, x: Tensor, v: Tensor) -> AtTarget:
+        """Values at the targets, under a softcap times its derivative there; `bias` is that of the targets' logits."""
         if readout.softcap is not None:
-            s = readout.cap_slope(readout.cap(x[-1] + readout.logit_bias[tokens.targets, None]))
+            s = readout.cap_slope(readout.cap(x[-1] + bias))
             u, x = s * u, s * x
         return cls(u, x, v)
 
