@@ -23,6 +23,8 @@ from confsteer.cli.options import (
     corpus_options,
     gguf_option,
     model_options,
+    revision_option,
+    trust_option,
     windowed_text_options,
     write_picture,
 )
@@ -143,8 +145,8 @@ def calibrate(
 @click.command(short_help="Count the tokens of a corpus, for calibrate --unigram.")
 @click.argument("model", required=False)
 @gguf_option
-@click.option("--revision", help="Branch, tag or commit on the hub.")
-@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
+@revision_option
+@trust_option
 @corpus_options
 @click.option("--out", required=True, type=OUTPUT_FILE, metavar="FILE.npy", help="Of the counts.")
 def count(
@@ -209,8 +211,8 @@ def _say_where_it_begins(checkpoint: Path, resume: bool) -> None:
 @click.command(short_help="Find candidates in the weights on disk: no text, no model loaded.")
 @click.argument("model", required=False)
 @gguf_option
-@click.option("--revision", help="Branch, tag or commit on the hub.")
-@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
+@revision_option
+@trust_option
 @null_dims_option
 @click.option("--seed", default=defaults.SEED, show_default=True, help="Of the random directions behind the chance level.")
 @click.option(

@@ -137,6 +137,8 @@ class ModelOptions:
 
 
 gguf_option = click.option("--gguf", "gguf_file", metavar="FILE", help="GGUF file of the hub repository or folder MODEL.")
+revision_option = click.option("--revision", help="Branch, tag or commit on the hub.")
+trust_option = click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
 model_options = grouped(
     "chosen",
     ModelOptions,
@@ -144,8 +146,8 @@ model_options = grouped(
     gguf_option,
     click.option("--device", help="cpu, cuda, cuda:1, or auto to spread over devices.  [default: CUDA if there is one]"),
     click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True),
-    click.option("--revision", help="Branch, tag or commit on the hub."),
-    click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model."),
+    revision_option,
+    trust_option,
 )
 
 
