@@ -30,7 +30,7 @@ from torch import Tensor
 
 import confsteer
 from confsteer.calibration import calibrate as calibration
-from confsteer.calibration.stages import SAMPLE_TOKENS, fold_layer
+from confsteer.calibration.stages import fold_layer
 from confsteer.last_layer.readout import Readout
 from confsteer.model.loading import load_model
 from confsteer.text.windows import make_windows
@@ -105,7 +105,7 @@ def measure(model: str, text: Path, tokens: int, device: str) -> dict[str, Any]:
             synchronise()
             forward.append(time.perf_counter() - start)
     bound = min(forward) * windows.n_tokens / ids.numel() + products_seconds(readouts[0], windows.n_tokens)
-    usage = resource.getrusage(resource.RUSAGE_SELF)
+    usage, on_tokens = resource.getrusage(resource.RUSAGE_SELF), profile.columns["effect_tokens"]
     return {
         "seconds": whole,
         "load_seconds": load_seconds,
@@ -116,7 +116,7 @@ def measure(model: str, text: Path, tokens: int, device: str) -> dict[str, Any]:
         "gpu_peak_gb": torch.cuda.max_memory_allocated() / 2**30 if device.startswith("cuda") else None,
         "entropy_neurons": [f"{n.layer}.{n.index}" for n in profile.entropy_neurons],
         "frequency_neurons": [f"{n.layer}.{n.index}" for n in profile.frequency_neurons],
-        "contenders": int((profile.columns["effect_tokens"] > SAMPLE_TOKENS * 2).sum()),
+        "contenders": int(on_tokens.eq(on_tokens.max()).sum()),
         "reach": {dial: profile.reach(dial) for dial in profile.response},
     }
 
