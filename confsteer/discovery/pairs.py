@@ -15,6 +15,7 @@ so that the points carry what is third order and above. ``tests/discovery/test_p
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -33,33 +34,37 @@ LARGE, POINTS_IF_LARGE = 0.25, 2**15
 
 
 class Points(NamedTuple):
-    """Tokens of the vocabulary that stand for all of it."""
+    """Tokens of the vocabulary that stand for all of it, of each of some distributions: ``[rows, points]``."""
 
     ids: Tensor
-    """``[points]``"""
     weight: Tensor
-    """Probability that each stands for, ``[points]``."""
+    """Probability that each stands for; 0 for those that fill a row up."""
     alone: Tensor
-    """Whether each stands for itself only, bool ``[points]``."""
+    """Whether each stands for itself only, bool."""
 
     @classmethod
     def of(cls, p: Tensor, most: int) -> Points:
-        """The points of a distribution ``[vocab]``, at most `most` and a few for rounding."""
-        if len(p) <= most:
-            return cls(torch.arange(len(p), device=p.device), p, torch.ones_like(p, dtype=torch.bool))
+        """The points of distributions ``[rows, vocab]``, at most `most` of each and one for rounding."""
+        if p.shape[-1] <= most:
+            return cls(torch.arange(p.shape[-1], device=p.device).expand_as(p), p, torch.ones_like(p, dtype=torch.bool))
         large = p >= 1 / most
-        ids, tail = large.nonzero()[:, 0], p.masked_fill(large, 0).double().cumsum(dim=0)
-        mass = tail[-1]
-        n = int((mass * most).ceil().clamp_min(1))
-        at = (torch.arange(n, device=p.device) + 0.5) * (mass / n)
-        sampled = torch.searchsorted(tail, at).clamp_max(len(p) - 1)
-        weight = torch.cat([p[ids], (mass / n).to(p).expand(n)])
-        alone = torch.arange(len(weight), device=p.device) < len(ids)
-        return cls(torch.cat([ids, sampled]), weight, alone)
+        row, large_ids = large.nonzero().unbind(dim=1)
+        n_large = large.sum(dim=-1, keepdim=True)
+        tail = p.masked_fill(large, 0).double().cumsum(dim=-1)
+        mass = tail[:, -1:]
+        n = (mass * most).ceil().clamp(min=1).minimum(most + 1 - n_large)
+        # The large ones first, then an even walk through the tail.
+        slot = torch.arange(int((n_large + n).max()), device=p.device)
+        alone, used = slot < n_large, slot < n_large + n
+        ids = torch.searchsorted(tail, (slot - n_large + 0.5) * (mass / n)).clamp_max(p.shape[-1] - 1)
+        before = n_large.cumsum(dim=0) - n_large
+        ids[row, torch.arange(len(row), device=p.device) - before[row, 0]] = large_ids
+        weight = torch.where(alone, p.gather(1, ids), torch.where(used, mass / n, 0).to(p))
+        return cls(ids, weight, alone)
 
 
 class _Pairs(NamedTuple):
-    """Pairs, and all that is known of them before anything is summed: ``[…, pairs]``."""
+    """Pairs, and all that is known of them before anything is summed: ``[…, pairs]``, or ``[…, tokens, pairs of each]``."""
 
     token: Tensor
     neuron: Tensor
@@ -70,7 +75,8 @@ class _Pairs(NamedTuple):
     beyond_at_target: Tensor
     """Part of each move at the target that a softcap makes, beyond first order."""
 
-    def at(self, here: slice) -> _Pairs:
+    def at(self, here: Tensor) -> _Pairs:
+        """Some of the pairs, by index of any shape."""
         return _Pairs(
             self.token[here],
             self.neuron[here],
@@ -93,22 +99,35 @@ def evaluate_pairs(
 ) -> None:
     """Overwrite the `effects` of `pairs` ``[pairs, 2]`` of a token and a neuron, in the order of the tokens."""
     known = _know(readout, tokens, moments, delta, unigram, pairs)
-    present, counts = known.token.unique_consecutive(return_counts=True)
-    ends = [0, *counts.cumsum(dim=0).tolist()]
-    largest = torch.segment_reduce(known.second.largest_variance, "max", lengths=counts)
-    most = torch.where(largest > LARGE, POINTS_IF_LARGE, POINTS).tolist()
+    present, count = known.token.unique_consecutive(return_counts=True)
+    start = count.cumsum(dim=0) - count
+    large = torch.segment_reduce(known.second.largest_variance, "max", lengths=count) > LARGE
     sums = torch.empty(2 * len(known.moves.write) + 2, len(pairs), device=delta.device)
-    at_once = max(1, WORKING_SET // readout.vocab_size)
-    for start in range(0, len(present), at_once):
-        block = present[start : start + at_once]
-        y = tokens.directions[-1, block] @ readout.unembedding.T + readout.logit_bias
-        p = (readout.cap(y) - tokens.log_z[block]).exp()
-        for row in range(start, start + len(block)):
-            here = slice(ends[row], ends[row + 1])
-            points = Points.of(p[row - start], most[row])
-            sums[:, here] = _remainders(readout, tokens, unigram, points, known.at(here))
+    for most, chosen in ((POINTS, ~large), (POINTS_IF_LARGE, large)):
+        some = chosen.nonzero()[:, 0]
+        # Next to each other those that have about as many pairs, for common products.
+        for rows in some[count[some].argsort()].split(max(1, WORKING_SET // readout.vocab_size)):
+            token = present[rows]
+            y = tokens.directions[-1, token] @ readout.unembedding.T + readout.logit_bias
+            p = (readout.cap(y) - tokens.log_z[token]).exp()
+            for block in _blocks(readout, count[rows].tolist(), most):
+                index = torch.arange(int(count[rows[block]].max()), device=p.device).minimum(count[rows[block], None] - 1)
+                index = index + start[rows[block], None]
+                points = Points.of(p[block], most)
+                sums[:, index] = _remainders(readout, tokens, unigram, points, known.at(index))
     for approximate, values in zip(effects, _with_remainders(known, sums), strict=True):
         approximate[known.token, known.neuron] = values
+
+
+def _blocks(readout: Readout, sizes: list[int], most: int) -> Iterator[slice]:
+    """Blocks of tokens with so many pairs each, ascending, that are best worked on at once with `most` points each."""
+    start = 0
+    while start < len(sizes):
+        # The last is the largest: its size decides, and is at most that of all.
+        width = max(readout.d_model, sizes[start]) * most
+        stop = start + max(1, readout.at_once // width)
+        yield slice(start, min(stop, len(sizes)))
+        start = stop
 
 
 def _know(readout: Readout, tokens: Tokens, moments: Moments, delta: Tensor, unigram: Unigram, pairs: Tensor) -> _Pairs:
@@ -127,34 +146,38 @@ def _know(readout: Readout, tokens: Tokens, moments: Moments, delta: Tensor, uni
 
 
 def _remainders(readout: Readout, tokens: Tokens, unigram: Unigram, points: Points, pairs: _Pairs) -> Tensor:
-    """Sum what the pairs of one token are beyond second order.
+    """Sum what pairs are beyond second order, ``[tokens, pairs of each]``.
 
     Returns:
         ``Σ p r`` of each move; ``Σ p e^Δ (l + Δ)`` of each; ``Σ p r`` of the whole move held along ``v``; and that move under the
-        unigram distribution, which a softcap alone has and which is summed over the points that stand alone: ``[…, pairs]``.
+        unigram distribution, which a softcap alone has and which is summed over the points that stand alone:
+        ``[…, tokens, pairs]``.
     """
-    token, W, w = pairs.token[0], readout.unembedding[points.ids], points.weight
-    y, u = tokens.directions[:, token] @ W.T, readout.w_out[pairs.neuron] @ W.T
+    token, W = pairs.token[:, 0], readout.unembedding[points.ids]
+    # [K, tokens, points] and [tokens, pairs, points].
+    y = torch.bmm(tokens.directions[:, token].movedim(1, 0), W.mT).movedim(1, 0)
+    u = torch.bmm(readout.w_out[pairs.neuron], W.mT)
     z = y[-1] + readout.logit_bias[points.ids]
     capped = readout.cap(z)
-    log_p = capped - tokens.log_z[token] - tokens.mean_log_p[token]  # centred
-    # Δ and its first order, centred: [moves, pairs, points].
+    log_p = (capped - tokens.log_z[token] - tokens.mean_log_p[token])[:, None]  # centred
+    # Δ and its first order, centred: [moves, tokens, pairs, points].
     moves = pairs.moves.at(..., None)
-    centre = moves.linear(tokens.mean_x[:, token, :, None], pairs.mean_u[:, None])
-    first = moves.linear(y[:, None], u)
+    centre = moves.linear(tokens.mean_x[:, token, :, None], pairs.mean_u[..., None])
+    first = moves.linear(y[:, :, None], u)
     if readout.softcap is None:
         delta = first = first.sub_(centre)
     else:
-        delta = readout.cap(z + first) - capped - centre
-        first = readout.cap_slope(capped) * first - centre
+        delta = readout.cap(z[:, None] + first) - capped[:, None] - centre
+        first = readout.cap_slope(capped)[:, None] * first - centre
     second = first + 0.5 * first.square()
     growth = delta.expm1()
     with_l = growth * (log_p + delta) + (delta - first) - log_p * second - first.square()
-    along_v = pairs.second.along_v[:, None] * (unigram.direction[points.ids] - pairs.mean_v[:, None])
+    along_v = pairs.second.along_v[..., None] * (unigram.direction[points.ids][:, None] - pairs.mean_v[..., None])
     held = first[0] - along_v
     held_remainder = (delta[0] - along_v).expm1() - held - 0.5 * held.square()
-    frequency = (delta[0] - first[0]) @ torch.where(points.alone, unigram.frequency[points.ids], 0)
-    return torch.cat([(growth - second) @ w, with_l @ w, (held_remainder @ w)[None], frequency[None]])
+    frequency = (delta[0] - first[0]) * torch.where(points.alone, unigram.frequency[points.ids], 0)[:, None]
+    weighed = torch.cat([growth - second, with_l, held_remainder[None]]) * points.weight[:, None]
+    return torch.cat([weighed.sum(dim=-1), frequency.sum(dim=-1)[None]])
 
 
 def _with_remainders(pairs: _Pairs, sums: Tensor) -> TokenEffects:

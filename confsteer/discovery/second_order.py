@@ -71,7 +71,7 @@ class SecondOrder(NamedTuple):
             under_frequency=whole.linear(m.x_frequency, m.u_frequency) - whole.linear(no_x, m.mean_u),
         )
 
-    def at(self, pairs: slice) -> SecondOrder:
+    def at(self, pairs: Tensor) -> SecondOrder:
         """The expectations of some of the pairs."""
         return SecondOrder(*(field[..., pairs] for field in self))
 
