@@ -28,10 +28,17 @@ from transformers import PreTrainedModel
 from confsteer.errors import LoadError, SteeringError
 from confsteer.evaluation.lm_eval_samples import TaskCalibration, calibrations
 from confsteer.files import write_result
-from confsteer.model.loading import DEMO, DEMO_NAME
+from confsteer.model import gguf
+from confsteer.model.loading import DEMO, DEMO_NAME, load_model
 from confsteer.profile.profile import Profile
 from confsteer.runtimes.transformers import Request, steer
 from confsteer.steering import Steering
+
+NOT_OF_GGUF = {
+    *("subfolder", "tokenizer", "trust_remote_code", "use_fast_tokenizer", "peft", "delta", "autogptq", "gptqmodel"),
+    *("parallelize", "max_memory_per_gpu", "max_cpu_memory", "offload_folder", "tp_plan"),
+}
+"""Settings of lm-eval's ``hf`` model about how it loads a model; of one that is loaded already it would ignore them."""
 
 
 @register_model("confsteer")
@@ -52,7 +59,8 @@ class SteeredLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
         """Load a model.
 
         Args:
-            pretrained: hub id, folder, a model, or ``confsteer-demo``, the bundled one.
+            pretrained: hub id, folder, ``.gguf`` file, a model, or ``confsteer-demo``, the bundled one. A GGUF file in a hub
+                repository or a folder is named by ``gguf_file=FILE``; its weights are dequantised.
             profile: the model's profile, or what `Profile.load` takes; None for a model that is not steered.
             steering: what `Steering.parse` takes. lm-eval cuts ``--model_args`` at commas that are in no bracket, and the text
                 form (``entropy=0.3 scale.757=0``) has none.
@@ -63,7 +71,7 @@ class SteeredLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
             NoNeuronsError: the profile has no neurons to turn.
             ProfileError: there is no such profile, or it is of another model.
             UnsupportedModelError: see `confsteer.model.dissect`.
-            LoadError: there is no such model.
+            LoadError: there is no such model, or a GGUF file is to be loaded in a way that it cannot be.
         """
         self.steering = Steering.parse({} if steering is None else steering)
         self.profile = Profile.load(profile) if isinstance(profile, str | os.PathLike) else profile
@@ -72,8 +80,9 @@ class SteeredLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
             self.profile.edit(self.steering)
         elif self.steering != Steering():
             raise SteeringError(f"steering {self.steering} needs the model's profile: give profile=PROFILE too")
+        source, settings = _dequantised(pretrained, settings) if isinstance(pretrained, str) else (pretrained, settings)
         try:
-            super().__init__(str(DEMO) if pretrained == DEMO_NAME else pretrained, **settings)
+            super().__init__(str(DEMO) if source == DEMO_NAME else source, **settings)
         except OSError as error:
             raise LoadError(f"cannot load {pretrained}: {error}") from error
         # A profile of another model is refused now, not after the tasks have been loaded.
@@ -102,6 +111,28 @@ class SteeredLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
     def generate_until(self, *args: Any, **kwargs: Any) -> list[str]:
         with self._steered():
             return super().generate_until(*args, **kwargs)  # type: ignore[no-any-return]
+
+
+def _dequantised(pretrained: str, settings: dict[str, Any]) -> tuple[str | PreTrainedModel, dict[str, Any]]:
+    """Load a model that is a GGUF file; any other is left to lm-eval.
+
+    Returns:
+        The model, and lm-eval's settings for it.
+
+    Raises:
+        LoadError: it cannot be loaded, or not as the settings say.
+    """
+    name, revision = settings.get("gguf_file"), settings.get("revision")
+    if gguf.find(pretrained, name, revision) is None:
+        return pretrained, settings
+    if wrong := sorted(key for key in NOT_OF_GGUF & set(settings) if settings[key]):
+        raise LoadError(f"{wrong[0]}={settings[wrong[0]]} is no way to load a GGUF file: leave it out")
+    dtype = str(settings.get("dtype") or "auto").removeprefix("torch.")
+    loaded = load_model(pretrained, gguf_file=name, device=settings.get("device"), dtype=dtype, revision=revision)
+    rest = {
+        key: value for key, value in settings.items() if key not in (*NOT_OF_GGUF, "gguf_file", "revision", "device", "dtype")
+    }
+    return loaded.model, rest | {"tokenizer": loaded.tokenizer}
 
 
 def run(options: Sequence[str]) -> tuple[list[TaskCalibration], Path | None]:

@@ -20,9 +20,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import confsteer
 from confsteer import Profile, ProfileMismatchError, ProfileNotFoundError, SteeringError
 from confsteer.cli import main
-from confsteer.errors import ConfsteerError
+from confsteer.errors import ConfsteerError, LoadError
 from confsteer.evaluation.lm_eval_model import SteeredLM
 from confsteer.evaluation.lm_eval_samples import calibrations
+from confsteer.model.loading import load_model
+from tests.model.gguf_files import write
 from tests.planted import planted
 
 STEERING = "entropy=0.5 scale.20=0"
@@ -91,6 +93,17 @@ def test_neutral_gives_lm_evals_own_numbers(root: Path) -> None:
     assert answers(evaluate(root, "confsteer", *tasks, profile=str(root / "profile"))) == own
     assert answers(evaluate(root, "confsteer", *tasks)) == own
     assert answers(evaluate(root, "confsteer", *tasks, profile=str(root / "profile"), steering={"entropy": 0.5})) != own
+
+
+def test_a_gguf_file_is_its_dequantised_model(root: Path) -> None:
+    file = write(root / "tiny.gguf", planted("llama").model)
+    written = load_model(str(file), device="cpu")
+    whole = evaluate(root, SteeredLM(written.model, tokenizer=written.tokenizer, batch_size=4), "words")
+    by_path = evaluate(root, SteeredLM(str(file), device="cpu", dtype="float32", batch_size=4), "words")
+    in_folder = evaluate(root, SteeredLM(str(root), gguf_file="tiny.gguf", device="cpu", batch_size=4), "words")
+    assert answers(by_path) == answers(in_folder) == answers(whole)
+    with pytest.raises(LoadError, match="peft=adapter is no way to load a GGUF file"):
+        SteeredLM(str(file), peft="adapter")
 
 
 @pytest.mark.parametrize("batch_size", [4, "auto"])

