@@ -1,36 +1,42 @@
 """Every measurement of the paper (Stolfo et al. 2024, arXiv 2406.16254) on a given model, in one report.
 
-Writes ``report.md`` with its pictures and ``report.json`` with the numbers. Without MODEL it is about the bundled model, whose
-results lie beside this script. For GPT-2 small the published numbers are printed next to the measured ones.
+Writes ``report.json`` with the numbers, then ``report.md`` with its pictures, the paper's figures beside ours. Without MODEL it
+is about the bundled model. Its results lie beside this script, with those of real models. For GPT-2 small the published numbers
+of its neurons are printed next to the measured ones.
 
     python eval/reproduce_paper.py
     python eval/reproduce_paper.py openai-community/gpt2 --text a.txt --text b.txt --sequences 1000
+    python eval/reproduce_paper.py MODEL.gguf --profile qwen2.5-coder-0.5b-instruct --text a.txt --measure-only    # no matplotlib
+    python eval/reproduce_paper.py --profile qwen2.5-coder-0.5b-instruct --draw OUT/report.json
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
+import torch
 
 import confsteer
 from confsteer import ConfsteerError, Profile
 from confsteer.discovery.weights import weight_statistics
 from confsteer.model.dissect import dissect
-from confsteer.model.loading import DEMO_NAME, load_model
+from confsteer.model.loading import DEMO_NAME, LoadedModel, load_model
 from confsteer.profile.schema import CorpusIdentity, Measurement
-from confsteer.report.plots import plot_cumulative, plot_frequency_neurons, plot_induction, plot_neurons, plot_response
 from confsteer.results.bootstrap import Interval
+from confsteer.results.result import Result
 from confsteer.steering import DIALS
 from confsteer.studies.cumulative import CumulativeStudy, cumulative
 from confsteer.studies.heads import INDUCTION_SCORE, HeadStudy, bos_ablation
-from confsteer.studies.induction import InductionStudy, RepeatedSequences, induction
+from confsteer.studies.induction import ClipEffect, InductionStudy, RepeatedSequences, induction
 from confsteer.studies.repetition import Repetition, natural_cut
 from confsteer.text.sources import python_docs, read_texts
-from confsteer.text.windows import Windows, make_windows
+from confsteer.text.windows import Document, Windows, make_windows
 
 PUBLISHED = Path(__file__).with_name("gpt2_small_published.json")
 GPT2_SMALL = ("gpt2", "openai-community/gpt2")
@@ -38,15 +44,54 @@ MOST_ABLATED = 10
 """Entropy neurons ablated together: each costs a readout of the text, and one more for each draw of random neurons."""
 
 
+class Findings(NamedTuple):
+    """What was measured on a model besides its profile; None where it has no entropy neurons."""
+
+    cumulative: CumulativeStudy | None
+    induction: InductionStudy | None
+    heads: HeadStudy | None
+    published: str
+    """GPT-2 small's published numbers beside those measured, or why there are none."""
+    seconds: dict[str, float]
+    device: str
+
+    def json(self, profile: Profile) -> str:
+        """Everything, with five digits: more than the intervals allow, and half the file."""
+        document: dict[str, Any] = {"profile": json.loads(profile.model_dump_json())}
+        for name, value in self._asdict().items():
+            document[name] = json.loads(value.model_dump_json()) if isinstance(value, Result) else value
+        short = json.loads(json.dumps(document), parse_float=lambda x: float(f"{float(x):.5g}"))
+        return json.dumps(short, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def read(cls, file: Path) -> Findings:
+        """From what `json` wrote."""
+        document = json.loads(file.read_text(encoding="utf-8"))
+        studies = {"cumulative": CumulativeStudy, "induction": InductionStudy, "heads": HeadStudy}
+        found = {name: document[name] and kind.model_validate(document[name]) for name, kind in studies.items()}
+        return cls(**{name: document[name] for name in cls._fields} | found)
+
+
+class Sizes(NamedTuple):
+    """How much text is read."""
+
+    window: int
+    tokens: int
+    repeat: Repetition
+
+
 @click.command()
 @click.argument("model", required=False)
 @click.option("--profile", metavar="PROFILE", help="Of MODEL.  [default: calibrate on the text]")
-@click.option("--text", "files", type=click.Path(path_type=Path, dir_okay=False), multiple=True, help="UTF-8; repeatable.")
+@click.option("--text", "files", type=click.Path(path_type=Path), multiple=True, help="As of confsteer calibrate; repeatable.")
 @click.option("--window", default=256, show_default=True, help="Tokens per window.")
 @click.option("--tokens", default=5_120, show_default=True, help="Read at most this many for cumulative ablation.")
 @click.option("--sequences", default=100, show_default=True, help="Of each kind, for induction; the paper has 1,000.")
 @click.option("--half", default=100, show_default=True, help="Tokens of a stretch that is read twice.")
+@click.option("--device", help="cpu or cuda.  [default: CUDA if there is one]")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder.  [default: eval/reproduce_paper/NAME]")
+@click.option("--measure-only", is_flag=True, help="Write report.json alone, without the pictures that need matplotlib.")
+@click.option("--draw", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Write the report of a report.json.")
 def main(
     model: str | None,
     profile: str | None,
@@ -55,65 +100,92 @@ def main(
     tokens: int,
     sequences: int,
     half: int,
+    device: str | None,
     out: Path | None,
+    measure_only: bool,
+    draw: Path | None,
 ) -> None:
     """Measure MODEL and write the report."""
+    if draw is not None:
+        write_report(Profile.load(profile or DEMO_NAME), Findings.read(draw), draw.parent)
+        return
     if model is not None and not files:
         raise click.UsageError("give some text: --text FILE")
     try:
         texts = list(read_texts(files)) if files else python_docs("held-out")
         source = ", ".join(file.name for file in files) or "Python documentation (held-out half)"
-        loaded = load_model(model)
+        loaded = load_model(model, device=device)
         if profile is None and model is not None:
             found = confsteer.calibrate(*loaded, texts, window=window, source=source, progress=True)
         else:
             found = Profile.load(profile or DEMO_NAME)
-        out = out or Path(__file__).with_suffix("") / Path(found.model.id).name
-        out.mkdir(parents=True, exist_ok=True)
-
-        plot_neurons(found).savefig(out / "neurons.png")
-        plot_frequency_neurons(found).savefig(out / "frequency_neurons.png")
-        if found.response:
-            plot_response(found).savefig(out / "response.png")
-        repeat = Repetition(sequences, half)
-        stretch, most = natural_cut(loaded.tokenizer, repeat)
-        natural = make_windows(texts, loaded.tokenizer, window=stretch, max_tokens=most, source=source)
-        ablated = repeated = heads = None
-        if found.entropy_neurons:
-            k = min(MOST_ABLATED, len(found.entropy_neurons))
-            windows = make_windows(texts, loaded.tokenizer, window=window, max_tokens=tokens, source=source)
-            ablated = cumulative(loaded.model, windows, found, k=k, progress=True)
-            plot_cumulative(ablated).savefig(out / "cumulative.png")
-            repeated = induction(*loaded, found, text=natural, repeat=repeat, progress=True)
-            plot_induction(repeated).savefig(out / "induction.png")
-            heads = bos_ablation(*loaded, found, repeat=repeat, progress=True)
-        published = "Skipped: the published numbers are of GPT-2 small, which this model is not."
-        if found.model.id in GPT2_SMALL:
-            published = against_published(*loaded, found, natural, repeat)
+        findings = measure(loaded, found, texts, source, Sizes(window, tokens, Repetition(sequences, half)))
     except ConfsteerError as error:
         raise click.ClickException(str(error)) from error
+    out = out or Path(__file__).with_suffix("") / Path(profile or found.model.id).name
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "report.json").write_text(findings.json(found), encoding="utf-8")
+    click.echo(f"Written: {out / 'report.json'}")
+    if not measure_only:
+        write_report(found, findings, out)
 
+
+def measure(loaded: LoadedModel, profile: Profile, texts: Sequence[Document], source: str, sizes: Sizes) -> Findings:
+    """Run every study of the paper that the model has neurons for."""
+    tokenizer, seconds = loaded.tokenizer, {}
+
+    def timed(name: str, run: Callable[[], Any]) -> Any:
+        began = time.monotonic()
+        result = run()
+        seconds[name] = round(time.monotonic() - began, 1)
+        return result
+
+    stretch, most = natural_cut(tokenizer, sizes.repeat)
+    natural = make_windows(texts, tokenizer, window=stretch, max_tokens=most, source=source)
+    ablated = repeated = heads = None
+    if profile.entropy_neurons:
+        k = min(MOST_ABLATED, len(profile.entropy_neurons))
+        windows = make_windows(texts, tokenizer, window=sizes.window, max_tokens=sizes.tokens, source=source)
+        ablated = timed("cumulative", lambda: cumulative(loaded.model, windows, profile, k=k, progress=True))
+        repeated = timed("induction", lambda: induction(*loaded, profile, text=natural, repeat=sizes.repeat, progress=True))
+        heads = timed("heads", lambda: bos_ablation(*loaded, profile, repeat=sizes.repeat, progress=True))
+    published = "Skipped: the published numbers are of GPT-2 small, which this model is not."
+    if profile.model.id in GPT2_SMALL:
+        published = against_published(*loaded, profile, natural, sizes.repeat)
+    device = loaded.model.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return Findings(ablated, repeated, heads, published, seconds, name)
+
+
+def write_report(profile: Profile, findings: Findings, out: Path) -> None:
+    """Draw the pictures, and write ``report.md`` beside them."""
+    # Where numbers alone are wanted matplotlib need not be there.
+    from confsteer.report import plots
+
+    plots.plot_neurons(profile).savefig(out / "neurons.png")
+    plots.plot_frequency_neurons(profile).savefig(out / "frequency_neurons.png")
+    if profile.response:
+        plots.plot_response(profile).savefig(out / "response.png")
+    if findings.cumulative:
+        plots.plot_cumulative(findings.cumulative).savefig(out / "cumulative.png")
+    if findings.induction:
+        plots.plot_induction(findings.induction).savefig(out / "induction.png")
     sections = {
-        f"The paper's measurements on {found.model.id}": head(found),
-        "Neurons: weights": neuron_table(found),
-        "Total and direct effects": effects(found),
-        "Token-frequency neurons": frequency(found),
-        "Cumulative ablation": cumulative_section(ablated),
-        "Induction": induction_section(repeated),
-        "Induction heads: BOS ablation": heads_section(heads),
-        "Clamping: response of the dials": response(found),
-        "GPT-2 small: against published numbers": published,
+        f"The paper's measurements on {profile.model.id}": head(profile, findings),
+        "The paper's figures beside these": beside_the_paper(profile, findings),
+        "Null space": null_space(profile),
+        "Neurons: weights": neuron_table(profile),
+        "Total and direct effects": effects(profile),
+        "Token-frequency neurons": frequency(profile),
+        "Cumulative ablation": cumulative_section(findings.cumulative),
+        "Induction": induction_section(findings.induction),
+        "Induction heads: BOS ablation": heads_section(findings.heads),
+        "Clamping: response of the dials": response(profile),
+        "GPT-2 small: against published numbers": findings.published,
     }
     first, *rest = sections.items()
     text = "\n\n".join([f"# {first[0]}\n\n{first[1]}", *(f"## {title}\n\n{body}" for title, body in rest)])
     (out / "report.md").write_text(text + "\n", encoding="utf-8")
-    numbers = {"profile": found, "cumulative": ablated, "induction": repeated, "heads": heads}
-    # Five digits are more than the intervals allow, and half the file.
-    document = {
-        name: None if value is None else json.loads(value.model_dump_json(), parse_float=lambda x: float(f"{float(x):.5g}"))
-        for name, value in numbers.items()
-    }
-    (out / "report.json").write_text(json.dumps(document, ensure_ascii=False) + "\n", encoding="utf-8")
     click.echo(f"Written: {out / 'report.md'}")
 
 
@@ -136,7 +208,7 @@ def corpus_of(profile: Profile) -> CorpusIdentity:
     return profile.corpus
 
 
-def head(profile: Profile) -> str:
+def head(profile: Profile, findings: Findings) -> str:
     model, corpus = profile.model, corpus_of(profile)
     versions = ", ".join(f"{name} {version}" for name, version in profile.versions.items())
     return (
@@ -146,7 +218,8 @@ def head(profile: Profile) -> str:
         f"{model.d_model}, {model.tokenizer_size:,} tokens in the vocabulary.\n"
         f"- Profile: {corpus.kept_tokens:,} tokens in {corpus.windows} windows of {corpus.source}; {versions}.\n"
         f"- Unsteered on that text: entropy {profile.layer.entropy:.3f}, loss {profile.layer.loss:.3f}.\n"
-        f"- Found: {len(profile.entropy_neurons)} entropy neurons, {len(profile.frequency_neurons)} token-frequency neurons."
+        f"- Found: {len(profile.entropy_neurons)} entropy neurons, {len(profile.frequency_neurons)} token-frequency neurons.\n"
+        f"- Measured in {sum(findings.seconds.values()):.0f} s on {findings.device}."
         + ("\n\n" + DEMO_CAVEAT if model.id == DEMO_NAME else "")
     )
 
@@ -156,6 +229,98 @@ DEMO_CAVEAT = (
     "were given to it (see its model card), so null fractions and mediation of 1 are true by construction. What those neurons "
     "react to, with what sign, and all else below was learned."
 )
+
+
+def beside_the_paper(profile: Profile, findings: Findings) -> str:
+    """What the paper reports of other models, and the same of this one."""
+    layer, neurons = profile.layer, profile.entropy_neurons
+    cliff = "an exact null space" if layer.cliff is None else f"the next singular value is {layer.cliff:.3g} times as large"
+    rows = [
+        (
+            "directions of the null space",
+            "GPT-2 small 12 of 768, LLaMA-2 7B 40 of 4,096",
+            f"{layer.null_dims} of {profile.model.d_model}; {cliff}",
+        )
+    ]
+    if neurons:
+        most = max(neurons, key=lambda n: n.mediation.value)
+        strongest = max(neurons, key=lambda n: n.entropy_effect_abs.value)
+        rows += [
+            (
+                "highest mediation, 1 − direct/total",
+                "GPT-2, LLaMA-2 7B, Phi-2 up to about 0.8; Pythia, Gemma about 0.4",
+                f"{most.mediation.value:.2f} ({most.layer}.{most.index}, null fraction {most.null_fraction:.3f})",
+            ),
+            (
+                "abs. Δentropy of the strongest neuron at its mean; argmax changed",
+                "LLaMA-2 7B: 0.037 nats, 0.2 %",
+                f"{strongest.entropy_effect_abs.value:.3f} nats ({strongest.layer}.{strongest.index}), "
+                f"{strongest.argmax_changed:.1%}",
+            ),
+        ]
+    if findings.cumulative:
+        steps = findings.cumulative.steps[:3]
+        changes = ", ".join(f"{step.entropy.relative.value:+.2%}" for step in steps)
+        rows.append(("Δentropy, 1, 2 and 3 neurons at their means", "GPT-2 small −1.87, −2.42, −2.53 %", changes))
+    for kind in findings.induction.kinds if findings.induction else ():
+        single = [clip for clip in kind.clips if len(clip.neurons) == 1]
+        name, mean, lowest, highest = max((clip_changes(kind, clip) for clip in single), key=lambda change: abs(change[1]))
+        rows.append(
+            (
+                f"{kind.kind} tokens read again: Δentropy, one neuron clipped",
+                "GPT-2 small 11.2378: up to −70 % at a position",
+                f"{name}: {mean:+.1%}; at single positions {lowest:+.0%} to {highest:+.0%}",
+            )
+        )
+    if findings.heads:
+        highest = max(score for scores in findings.heads.scores for score in scores)
+        rows.append(
+            (
+                f"induction heads: score above {INDUCTION_SCORE}",
+                "there are; without them the neurons take less part",
+                f"{len(findings.heads.heads)}; the highest score is {highest:.2f}",
+            )
+        )
+    if "entropy" in profile.response:
+        curve = profile.response["entropy"].entropy
+        rows.append(
+            (
+                "entropy by clamping, nats",
+                "GPT-2 medium 23.945 from 0 to 5: 2.61 to 3.44",
+                f"all together: {min(curve):.2f} to {max(curve):.2f}",
+            )
+        )
+    return "Other models, other text: orders of magnitude are compared here, not digits.\n\n" + table(["", "paper", "here"], rows)
+
+
+def clip_changes(kind: RepeatedSequences, clip: ClipEffect) -> tuple[int, float, float, float]:
+    """A clipped neuron, and the relative changes of the entropy of what is read again: mean, lowest and highest position."""
+    again = slice(kind.positions.index(kind.repeats_from), None)
+    changes = [after / before - 1 for after, before in zip(clip.entropy.mean[again], kind.entropy.mean[again], strict=True)]
+    return clip.neurons[0], clip.second_entropy.relative.value, min(changes), max(changes)
+
+
+BANDS = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)
+"""Of null fractions, in the table of mediation."""
+
+
+def null_space(profile: Profile) -> str:
+    """The unembedding's smallest singular values, and mediation by null fraction."""
+    values, null = profile.columns["singular_values"], profile.columns["null_fraction"]
+    mediation = 1 - profile.columns["direct"] / profile.columns["total"]
+    rows = []
+    for low, high in itertools.pairwise(BANDS):
+        inside = (null >= low) & ((null < high) | (high == BANDS[-1])) & mediation.isfinite()
+        if inside.any():
+            lowest, median, highest = (float(mediation[inside].quantile(q)) for q in (0.0, 0.5, 1.0))
+            rows.append((f"{low:g} to {high:g}", int(inside.sum()), f"{median:+.3f}", f"{lowest:+.3f}", f"{highest:+.3f}"))
+    smallest = ", ".join(f"{float(value):.3g}" for value in values[: max(6, profile.layer.null_dims + 2)])
+    return (
+        f"Smallest singular values of the folded unembedding: {smallest}; median {float(values.median()):.3g}, largest "
+        f"{float(values[-1]):.3g}. The smallest {profile.layer.null_dims} count as its null space. Mediation of all neurons of "
+        "the layer by null fraction, the paper's figure 2e:\n\n"
+        + table(["null fraction", "neurons", "mediation, median", "lowest", "highest"], rows)
+    )
 
 
 def neuron_table(profile: Profile) -> str:
@@ -440,12 +605,11 @@ def against_published(model: Any, tokenizer: Any, profile: Profile, natural: Win
 def clip_sentence(kind: RepeatedSequences, published: str) -> str:
     """What clipping one neuron does at the second reading, on average and at the position where it lowers the entropy most."""
     (clip,) = kind.clips
-    again = slice(kind.positions.index(kind.repeats_from), None)
-    changes = [after / before - 1 for after, before in zip(clip.entropy.mean[again], kind.entropy.mean[again], strict=True)]
+    name, _, lowest, highest = clip_changes(kind, clip)
     relative = clip.second_entropy.relative
     return (
-        f"- {clip.neurons[0]} clipped, {kind.kind} tokens read again: mean entropy {relative.value:+.1%} ({relative.low:+.1%} to "
-        f"{relative.high:+.1%}), at single positions {min(changes):+.1%} to {max(changes):+.1%}; published: {published}."
+        f"- {name} clipped, {kind.kind} tokens read again: mean entropy {relative.value:+.1%} ({relative.low:+.1%} to "
+        f"{relative.high:+.1%}), at single positions {lowest:+.1%} to {highest:+.1%}; published: {published}."
     )
 
 

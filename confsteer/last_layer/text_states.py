@@ -28,8 +28,8 @@ MIN_ROWS = 128
 
 NEAR_SET = 2**19
 """Logits of a core at a time, in elementwise work (2 MiB): few enough for its share of the cache, and calls are worth it."""
-SAMPLED_SET = 2**19
-"""Sampled logits at a time."""
+SAMPLED_SET, LAUNCHED_SAMPLED_SET = 2**19, 2**22
+"""Sampled logits at a time, on a CPU and on a GPU."""
 
 OnTokens = Callable[[int], object]
 """Called with a number of tokens that are done."""
@@ -82,6 +82,18 @@ class TextStates:
             some._sample = self._sample.at(rows)
         if "geometry" in self.__dict__:
             some.geometry = self.geometry.at(rows)
+        return some
+
+    def of_neurons(self, neurons: Tensor, writes: Writes) -> TextStates:
+        """The same text, of whose neurons only some can be changed; a sample that was drawn is shared.
+
+        Args:
+            neurons: their places among those that could be changed, ``[n]``.
+            writes: of these, made of the readout of them.
+        """
+        states = self.states._replace(activations=self.states.activations[:, neurons.to(self.states.activations.device)])
+        some = TextStates(writes.readout, states, self.null_direction, writes)
+        some._sample = self._sample
         return some
 
     def coordinates(self, intervention: Intervention) -> Coordinates:
@@ -153,7 +165,8 @@ class TextStates:
             coordinates: of the intervention at all tokens.
         """
         sample = self.sample
-        few = max(1, SAMPLED_SET // sample.ids.shape[1])
+        at_once = SAMPLED_SET if sample.ids.device.type == "cpu" else LAUNCHED_SAMPLED_SET
+        few = max(1, at_once // sample.ids.shape[1])
         for start in range(0, self.tokens, few):
             rows = slice(start, start + few)
             yield sample.at(rows).logits(self.readout, self.writes, coordinates.at(rows))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -39,26 +40,41 @@ def split(sample: Sample, windows: Windows, profile: Profile, seed: int) -> Spli
     Raises:
         CorpusError: it is too short.
     """
+    train, stop, validation, test = share_out(sample, SPLITS, windows.window, seed)
+    return Split(train, stop, validation, test, Unigram.from_counts(windows.counts(profile.model.tokenizer_size)))
+
+
+def share_out(sample: Sample, shares: Sequence[float], window: int, seed: int) -> list[Sample]:
+    """Cut a text into parts that share no document; a text of few documents into stretches.
+
+    Args:
+        sample: the text.
+        shares: of the parts, which are together 1.
+        window: tokens per window, for the message.
+        seed: of the order in which documents are shared out.
+
+    Raises:
+        CorpusError: it is too short.
+    """
     ids = sample.block.unique()
     if len(ids) < MIN_BLOCKS:
         raise CorpusError(
             f"{sample.source}: {len(ids)} {sample.unit} are too few to tune on, to stop by, to validate and "
-            f"to report on; give text of at least {MIN_BLOCKS} windows of {windows.window} tokens"
+            f"to report on; give text of at least {MIN_BLOCKS} windows of {window} tokens"
         )
     if sample.unit == "documents":
         ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))]
     numbers = torch.bincount(sample.block, minlength=int(ids.max()) + 1)[ids]
     # The part of the text that comes before the middle of each block says which part the block is in.
     middle = (numbers.cumsum(dim=0) - numbers / 2) / numbers.sum()
-    part = torch.bucketize(middle, torch.tensor(SPLITS[:-1]).cumsum(dim=0))
-    part[-1] = len(SPLITS) - 1  # however long the last document is
+    part = torch.bucketize(middle, torch.tensor(shares[:-1]).cumsum(dim=0))
+    part[-1] = len(shares) - 1  # however long the last document is
     of_block = torch.zeros(int(ids.max()) + 1, dtype=torch.long)
     of_block[ids] = part
     parts = []
-    for which in range(len(SPLITS)):
+    for which in range(len(shares)):
         rows = (of_block[sample.block] == which).nonzero()[:, 0]
         if len(sample.block[rows].unique()) < 2:
             raise CorpusError(f"{sample.source}: its documents are too unequal to be shared out; give more of them")
         parts.append(sample._replace(reading=sample.reading.at(rows), block=sample.block[rows]))
-    train, stop, validation, test = parts
-    return Split(train, stop, validation, test, Unigram.from_counts(windows.counts(profile.model.tokenizer_size)))
+    return parts
