@@ -44,8 +44,11 @@ class Points(NamedTuple):
 
     @classmethod
     def of(cls, p: Tensor, most: int) -> Points:
-        """The points of distributions ``[rows, vocab]``, at most `most` of each and one for rounding."""
-        if p.shape[-1] <= most:
+        """The points of distributions ``[rows, vocab]``, at most `most` of each and one for rounding.
+
+        All tokens are points of a vocabulary of less than twice as many: gathering half of them costs more than it saves.
+        """
+        if p.shape[-1] <= 2 * most:
             return cls(torch.arange(p.shape[-1], device=p.device).expand_as(p), p, torch.ones_like(p, dtype=torch.bool))
         large = p >= 1 / most
         row, large_ids = large.nonzero().unbind(dim=1)
@@ -104,29 +107,32 @@ def evaluate_pairs(
     large = torch.segment_reduce(known.second.largest_variance, "max", lengths=count) > LARGE
     sums = torch.empty(2 * len(known.moves.write) + 2, len(pairs), device=delta.device)
     for most, chosen in ((POINTS, ~large), (POINTS_IF_LARGE, large)):
-        some = chosen.nonzero()[:, 0]
+        these = chosen.nonzero()[:, 0]
         # Next to each other those that have about as many pairs, for common products.
-        for rows in some[count[some].argsort()].split(max(1, WORKING_SET // readout.vocab_size)):
+        for rows in these[count[these].argsort()].split(max(1, WORKING_SET // readout.vocab_size)):
             token = present[rows]
             y = tokens.directions[-1, token] @ readout.unembedding.T + readout.logit_bias
             p = (readout.cap(y) - tokens.log_z[token]).exp()
-            for block in _blocks(readout, count[rows].tolist(), most):
-                index = torch.arange(int(count[rows[block]].max()), device=p.device).minimum(count[rows[block], None] - 1)
-                index = index + start[rows[block], None]
+            for block, largest in _blocks(readout, count[rows].tolist(), most):
+                some = rows[block]
+                index = start[some, None] + torch.arange(largest, device=p.device).minimum(count[some, None] - 1)
                 points = Points.of(p[block], most)
                 sums[:, index] = _remainders(readout, tokens, unigram, points, known.at(index))
     for approximate, values in zip(effects, _with_remainders(known, sums), strict=True):
         approximate[known.token, known.neuron] = values
 
 
-def _blocks(readout: Readout, sizes: list[int], most: int) -> Iterator[slice]:
-    """Blocks of tokens with so many pairs each, ascending, that are best worked on at once with `most` points each."""
-    start = 0
+def _blocks(readout: Readout, sizes: list[int], most: int) -> Iterator[tuple[slice, int]]:
+    """Blocks of tokens with so many pairs each, ascending, that are best worked on at once; and the largest size in each.
+
+    A token takes `most` points by its pairs, or by `d_model` where its points are gathered.
+    """
+    everything = readout.vocab_size <= 2 * most
+    points, start = (readout.vocab_size if everything else most), 0
     while start < len(sizes):
-        # The last is the largest: its size decides, and is at most that of all.
-        width = max(readout.d_model, sizes[start]) * most
-        stop = start + max(1, readout.at_once // width)
-        yield slice(start, min(stop, len(sizes)))
+        width = sizes[start] if everything else max(readout.d_model, sizes[start])
+        stop = min(start + max(1, readout.at_once // (width * points)), len(sizes))
+        yield slice(start, stop), sizes[stop - 1]
         start = stop
 
 
@@ -153,10 +159,11 @@ def _remainders(readout: Readout, tokens: Tokens, unigram: Unigram, points: Poin
         unigram distribution, which a softcap alone has and which is summed over the points that stand alone:
         ``[…, tokens, pairs]``.
     """
-    token, W = pairs.token[:, 0], readout.unembedding[points.ids]
+    token, everything = pairs.token[:, 0], points.ids.shape[1] == readout.vocab_size
+    W = readout.unembedding if everything else readout.unembedding[points.ids]
     # [K, tokens, points] and [tokens, pairs, points].
-    y = torch.bmm(tokens.directions[:, token].movedim(1, 0), W.mT).movedim(1, 0)
-    u = torch.bmm(readout.w_out[pairs.neuron], W.mT)
+    y = (tokens.directions[:, token].movedim(1, 0) @ W.mT).movedim(1, 0)
+    u = readout.w_out[pairs.neuron] @ W.mT
     z = y[-1] + readout.logit_bias[points.ids]
     capped = readout.cap(z)
     log_p = (capped - tokens.log_z[token] - tokens.mean_log_p[token])[:, None]  # centred
