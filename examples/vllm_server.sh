@@ -6,6 +6,10 @@
 # Usage: examples/vllm_server.sh [URL]
 set -euo pipefail
 url="${1:-http://localhost:8000}"
+# The environment that `make serve` made has the OpenAI client.
+python=python3
+own="$(dirname "$0")/../.venv-vllm/bin/python"
+if ! python3 -c 'import openai' 2> /dev/null && [ -x "$own" ]; then python="$own"; fi
 
 echo "== What the server can steer"
 curl -sf "$url/confsteer"
@@ -16,7 +20,7 @@ ask() {
     curl -sf "$url/v1/completions" -H 'Content-Type: application/json' -d '{
         "model": "confsteer-demo", "prompt": "It was the best of times, it was", "max_tokens": 20, "temperature": 0, "logprobs": 0,
         "vllm_xargs": {"confsteer": "entropy='"$1"'"}}' \
-        | python3 -c 'import json, sys
+        | "$python" -c 'import json, sys
 choice = json.load(sys.stdin)["choices"][0]
 nats, text = choice["logprobs"]["token_logprobs"], choice["text"]
 print(f"entropy='"$1"': {sum(nats) / len(nats):+.2f} nats per token:{text!r}\n", end="")'  # in one write: the other client prints too
@@ -27,7 +31,7 @@ wait $more
 wait $less
 
 echo "== The same with the OpenAI client, streamed, sampled at temperature 1"
-python3 - "$url" <<'PYTHON' || echo "(pip install openai for this part)"
+"$python" - "$url" <<'PYTHON' || echo "(pip install openai for this part)"
 import asyncio
 import sys
 

@@ -130,8 +130,12 @@ class ModelOptions:
 
     def load(self) -> LoadedModel:
         """Load the model and its tokenizer."""
+        from transformers.utils import logging
+
         from confsteer.model.loading import load_model
 
+        # Commands have bars of their own, of what takes long.
+        logging.disable_progress_bar()
         settings = dataclasses.asdict(self)
         return load_model(settings.pop("model"), **settings)
 
