@@ -114,11 +114,12 @@ test-vllm:
 	@echo "== Testing vLLM $(VLLM_NEWEST)"
 	$(VLLM_VENV)/bin/python -m pytest $(VLLM_TESTS)
 
-# What pdoc cannot resolve is an error, but for the constructors of named tuples, whose module Python does not tell, and for
+# A link that leads nowhere is an error, and so is what pdoc cannot resolve, but for the constructors of named tuples, whose module Python does not tell, and for
 # the file that the members of public classes stand in: the classes say that they are at home in confsteer.
 docs: $(VENV)/.dev
+	$(BIN)/mkdocs build --quiet --strict
 	$(BIN)/python -W error::UserWarning -W "ignore:Error parsing type annotation ForwardRef" \
-		-W "ignore:Cannot determine where" -m pdoc -d google -o docs-output \
+		-W "ignore:Cannot determine where" -m pdoc -d google -o docs-output/reference \
 		confsteer confsteer.model.loading confsteer.text.sources confsteer.text.windows confsteer.evaluation.comparison confsteer.evaluation.metrics
 	@echo "== Done: docs-output/index.html"
 
