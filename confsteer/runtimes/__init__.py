@@ -1,8 +1,10 @@
-"""One rule, three engines: a steering in a transformers model, in weights, in vLLM.
+"""One rule, several engines: a steering in a transformers model, in weights, in vLLM, in llama.cpp.
 
 transformers.py    a context around ``generate()``, ``forward`` or a pipeline
 passes.py          which positions of a forward pass generate, and whether the pass is steered
 generations.py     a prompt continued with each of several steerings
+linear.py          the steerings that weights can hold
 baking.py          a steering folded into weights, and checkpoints of the result
+llamacpp/          control vectors, LoRAs and GGUF files
 vllm/              a steering per request, in the graph that vLLM compiles
 """
