@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from confsteer.errors import SteeringError
+from confsteer.errors import SteeringError, UnsupportedModelError
 from confsteer.files import write_result
 from confsteer.model.checkpoint import LastLayer
 from confsteer.profile.profile import Profile
-from confsteer.runtimes.llamacpp.parts import Parts, split
+from confsteer.runtimes.llamacpp.parts import Parts, no_constant, split
 from confsteer.runtimes.llamacpp.per_nat import per_nat, the_dial
 from confsteer.steering import Steering
 
@@ -71,8 +71,9 @@ def export(
 
     Raises:
         SteeringError: see `confsteer.runtimes.llamacpp.parts.split`; or the steering has a part with no file to go to, or none
-            for a file; or llama.cpp would not find a file of this name.
-        NoNeuronsError, ProfileMismatchError, UnsupportedModelError: see `confsteer.runtimes.llamacpp.parts.split`.
+            for a file; or it adds a constant before a norm; or llama.cpp would not find a file of this name.
+        UnsupportedModelError: see there; or llama.cpp has no control vector for the only layer.
+        NoNeuronsError, ProfileMismatchError: see there.
         ResultError: a file cannot be written.
     """
     parts = split(steering, profile, last)
@@ -81,6 +82,10 @@ def export(
         scale = getattr(parts.steering, the_dial(parts.steering))
         parts = per_nat(parts, profile)
     _check_files(parts, control_vector, lora)
+    if parts.constant is not None and last.anatomy.write_norm is not None:
+        raise no_constant(parts.steering, profile)
+    if parts.constant is not None and parts.layer == 0:
+        raise UnsupportedModelError(f"{profile.model.id} has a single layer, and llama.cpp adds no control vector to the first")
     says = _origin(parts, profile)
     if control_vector is not None and parts.constant is not None:
         about = {"controlvector.model_hint": parts.architecture, "controlvector.layer_count": 1}

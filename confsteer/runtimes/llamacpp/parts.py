@@ -64,11 +64,10 @@ def split(steering: Steering, profile: Profile, last: LastLayer) -> Parts:
         last: the model's last layer, as it is on disk.
 
     Raises:
-        SteeringError: the steering is malformed, out of reach, changes nothing, or is not linear; or it adds a constant before
-            a norm.
+        SteeringError: the steering is malformed, out of reach, changes nothing, or is not linear.
         NoNeuronsError: the profile has no neurons to turn.
         ProfileMismatchError: the profile is of another model.
-        UnsupportedModelError: llama.cpp has no name for this kind of model, or no control vector for its only layer.
+        UnsupportedModelError: llama.cpp has no name for this kind of model that is known here.
     """
     steering = profile.resolve(steering)
     edit = linear_edit(steering, profile)
@@ -79,8 +78,6 @@ def split(steering: Steering, profile: Profile, last: LastLayer) -> Parts:
     multiplied = edit.gain != 1
     if not (constant.any() or multiplied.any()):
         raise SteeringError(f"{steering}: changes nothing in this model; there is nothing to write")
-    if constant.any():
-        _check_place_of_constant(steering, profile, last)
     return Parts(
         steering=steering,
         architecture=architecture,
@@ -112,21 +109,13 @@ def _architecture(last: LastLayer) -> str:
     return str(name)
 
 
-def _check_place_of_constant(steering: Steering, profile: Profile, last: LastLayer) -> None:
-    """
-    Raises:
-        SteeringError: a norm stands between the neurons and where llama.cpp adds a control vector.
-        UnsupportedModelError: llama.cpp adds none there.
-    """
-    model = profile.model
-    if last.anatomy.layer == 0:
-        raise UnsupportedModelError(f"{model.id} has a single layer, and llama.cpp adds no control vector to the first")
-    if last.anatomy.write_norm is not None:
-        neuron = profile.steerable[0]
-        cancelling = f"scale.{neuron.index}=0.5 shift.{neuron.index}={-0.5 * neuron.mean_activation!r}"
-        raise SteeringError(
-            f"{steering}: adds a constant to the MLP's output of {model.id} ({model.model_type}), which a norm divides by its "
-            "size, another for each token; llama.cpp adds control vectors after that norm, where it is no constant. What "
-            f"llama.cpp can do here multiplies activations: a scale whose constant a shift takes away, {cancelling}. Steer with "
-            "anything else in transformers or vLLM"
-        )
+def no_constant(steering: Steering, profile: Profile) -> SteeringError:
+    """The error that says why a constant has no place in a model with a norm on the MLP's output."""
+    model, neuron = profile.model, profile.steerable[0]
+    cancelling = f"scale.{neuron.index}=0.5 shift.{neuron.index}={-0.5 * neuron.mean_activation!r}"
+    return SteeringError(
+        f"{steering}: adds a constant to the MLP's output of {model.id} ({model.model_type}), which a norm divides by its size, "
+        "another for each token; llama.cpp adds control vectors after that norm, where it is no constant, and has no bias before "
+        f"it. What llama.cpp can do here multiplies activations: a scale whose constant a shift takes away, {cancelling}. Steer "
+        "with anything else in transformers or vLLM"
+    )

@@ -15,9 +15,12 @@ from torch import Tensor, nn
 import confsteer
 from confsteer import Profile, Steering
 from confsteer.model.checkpoint import LastLayer, read_last_layer
+from confsteer.model.gguf_weights import NORM_OFFSET
 from confsteer.model.loading import DEMO
 from confsteer.runtimes.llamacpp.adapters import export
+from confsteer.runtimes.llamacpp.baking import READ_A_BIAS, bake_file
 from tests.model import gguf_files
+from tests.models import FAMILIES, tiny_model
 from tests.planted import planted
 from tests.runtimes.llamacpp.library import VARIABLE, VERSION, Llama, folder
 from tests.runtimes.llamacpp.test_export import steerings
@@ -171,3 +174,31 @@ def test_a_request_to_llama_server_says_its_scale(demo: Demo, tmp_path: Path) ->
         # The server's cache is in float16.
         assert max(abs(float(expected[int(i)]) - value) for i, value in answer.items()) < 2e-2
     assert max(abs(answers[0][i] - answers[1].get(i, -99)) for i in list(answers[0])[:5]) > 0.1
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "starcoder2"])
+def test_a_baked_file_needs_no_option(model_type: str, tmp_path: Path) -> None:
+    found = planted(model_type)
+    model = gguf_files.write(tmp_path / "model.gguf", found.model)
+    last = read_last_layer(str(model))
+    for i, (steering, _) in enumerate(steerings(found)):
+        bake_file(steering, found.profile, last, tmp_path / f"{i}.gguf")
+        with Llama(tmp_path / f"{i}.gguf") as llama:
+            expected = transformers(found.model, found.profile, steering, IDS)
+            assert largest(llama.log_probabilities(IDS), expected) < EXACT.get(model_type, 2e-2)
+
+
+def test_llama_cpp_reads_a_bias_where_it_is_said_to_and_refuses_it_elsewhere(tmp_path: Path) -> None:
+    """So no file with a constant that is left out is ever run."""
+    for family in FAMILIES:
+        tied = family.model_type.startswith("gemma")
+        name = gguf_files.ARCHITECTURES.get(family.model_type, family.model_type)
+        if name not in NORM_OFFSET:
+            continue
+        model = tiny_model(family.model_type, family.config | {"tie_word_embeddings": tied})
+        path = gguf_files.write(tmp_path / "m.gguf", model, pieces=tied, more={"blk.1.ffn_down.bias": torch.ones(32)})
+        if name in READ_A_BIAS:
+            Llama(path).__exit__(None, None, None)
+        else:
+            with pytest.raises(RuntimeError, match="does not load"):
+                Llama(path)
