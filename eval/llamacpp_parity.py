@@ -110,7 +110,7 @@ def rows(
         vector, lora = Path(folder) / "v.gguf", Path(folder) / "l.gguf"
         for case in cases(profile):
             moved = compare(expected[case.name], expected["unsteered"])
-            says = {"case": case.name, "steering": str(case.steering)}
+            says: dict[str, Any] = {"case": case.name, "steering": str(case.steering)}
             says |= {"steering moves": moved["largest difference of a log-probability"]}
             says |= {"steering changes the mean entropy by": moved["difference of the mean entropy"]}
             try:

@@ -4,6 +4,7 @@ options.py    options that commands share
 find.py       count, calibrate, scan, show, push
 steer.py      generate, bake, serve
 export.py     export
+play.py       play
 measure.py    eval, report, lm-eval
 tune.py       tune
 study.py      study
@@ -17,7 +18,7 @@ from typing import Any
 
 import click
 
-from confsteer.cli import export, find, measure, steer, study, tune
+from confsteer.cli import export, find, measure, play, steer, study, tune
 from confsteer.errors import ConfsteerError
 from confsteer.report.printable import one_safe_line
 
@@ -80,6 +81,7 @@ for command in (
     find.show,
     find.push,
     steer.generate,
+    play.play,
     measure.evaluate,
     measure.report,
     tune.tune,
