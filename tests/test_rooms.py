@@ -25,6 +25,7 @@ ROOMS = (
     "model",
     "profile",
     "demo",
+    "playground",
     "calibration",
     "runtimes",
     "studies",

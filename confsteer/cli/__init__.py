@@ -3,6 +3,8 @@
 options.py    options that commands share
 find.py       count, calibrate, scan, show, push
 steer.py      generate, bake, serve
+export.py     export
+play.py       play
 measure.py    eval, report, lm-eval
 tune.py       tune
 study.py      study
@@ -16,12 +18,13 @@ from typing import Any
 
 import click
 
-from confsteer.cli import find, measure, steer, study, tune
+from confsteer.cli import export, find, measure, play, steer, study, tune
 from confsteer.errors import ConfsteerError
 from confsteer.report.printable import one_safe_line
 
 EXTRAS = {
     **dict.fromkeys(("datasets", "jinja2", "matplotlib", "yaml"), "eval"),
+    "gguf": "gguf",
     "lm_eval": "lm-eval",
     "relplot": "smooth-ece",
 }
@@ -78,11 +81,13 @@ for command in (
     find.show,
     find.push,
     steer.generate,
+    play.play,
     measure.evaluate,
     measure.report,
     tune.tune,
     measure.lm_eval_tasks,
     steer.bake,
+    export.export,
     steer.serve,
     study.study,
 ):

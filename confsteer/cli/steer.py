@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,9 @@ from confsteer.report import tables
 from confsteer.report.printable import one_safe_line
 
 if TYPE_CHECKING:
+    from confsteer.profile.profile import Profile
     from confsteer.runtimes.generations import Generation
+    from confsteer.steering import Steering
 
 
 @click.command(short_help="Continue or answer one prompt at several settings.")
@@ -85,22 +88,35 @@ def _shown(one: Generation) -> str:
 @model_options
 @profile_option
 @steer_option
-@click.option("--out", required=True, type=click.Path(path_type=Path), metavar="FOLDER", help="Of the checkpoint; new, or empty.")
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Of the checkpoint; new, or empty. Or NEW.gguf.",
+)
 def bake(chosen: ModelOptions, profile: str, steers: tuple[str, ...], out: Path) -> None:
     """Fold a steering into MODEL's weights and save a checkpoint that any engine runs without confsteer.
 
     \b
     confsteer bake OWNER/MODEL -p my-profile -s entropy=0.2 --out my-model
+    confsteer bake model.gguf -p my-profile -s entropy=0.2 --out calm.gguf
 
     Ranges (clamp.N=LOW:HIGH) and positions=generated are not linear and cannot be baked. Most steerings add a constant, which
-    needs a bias in the last MLP: GPT-2, OPT, Pythia, Phi and others have one, Llama, Granite and SmolLM3 are given one.
+    needs a bias in the last MLP: GPT-2, OPT, Pythia, Phi and others have one, Llama, Granite and SmolLM3 are given one. Of GGUF
+    files, llama.cpp reads one in GPT-2, Llama (Mistral, SmolLM2 and others are one there) and StarCoder 2.
     """
-    from confsteer.runtimes import baking
     from confsteer.steering import Steering
 
     if len(steers) != 1:
         raise click.UsageError('a checkpoint has one steering: give --steer once, such as "entropy=0.1 scale.757=0"')
     steering, found = Steering.parse(steers[0]), confsteer.Profile.load(profile)
+    (_bake_gguf if out.suffix.lower() == ".gguf" else _bake_checkpoint)(chosen, found, steering, out)
+
+
+def _bake_checkpoint(chosen: ModelOptions, found: Profile, steering: Steering, out: Path) -> None:
+    from confsteer.runtimes import baking
+
     with baking.new_folder(out) as folder:
         loaded = chosen.load()
         baked = baking.bake(loaded.model, found, steering)
@@ -110,13 +126,40 @@ def bake(chosen: ModelOptions, profile: str, steers: tuple[str, ...], out: Path)
     click.echo(f"Baked {steering} into {neurons} of {one_safe_line(found.model.id)}: {where}.")
     if baked.mlp_bias_added:
         click.echo("The model's MLPs had no biases; now they have (mlp_bias in its config), zero but for this one.")
-    if baked.weight:
-        click.echo("The profile does not fit these weights: calibrate them to steer further.")
-    else:
-        click.echo("Nothing but a bias changed, so the profile still fits: what it steers is added to what is baked.")
+    _say_whether_the_profile_fits(baked.weight)
     click.echo(f"Saved: {out}. To run it:")
     click.echo(f"  vllm serve {out}")
     click.echo(f'  AutoModelForCausalLM.from_pretrained("{out}")')
+
+
+def _bake_gguf(chosen: ModelOptions, found: Profile, steering: Steering, out: Path) -> None:
+    from confsteer.model.checkpoint import read_last_layer
+    from confsteer.model.loading import source_of
+    from confsteer.runtimes.llamacpp.baking import bake_file
+
+    if chosen.device or chosen.dtype != "auto":
+        raise click.UsageError("--device and --dtype are of checkpoints: a GGUF file is copied, not loaded")
+    source = source_of(chosen.model, chosen.gguf_file)
+    last = read_last_layer(source, gguf_file=chosen.gguf_file, revision=chosen.revision)
+    if last.file is None:
+        raise click.UsageError(
+            f"--out {out}: only a GGUF file can be baked into one, and {source} is a checkpoint; give a folder"
+        )
+    baked = bake_file(steering, found, last, out)
+    where = " and ".join(filter(None, [baked.weight, baked.bias]))
+    click.echo(f"Baked {steering} into a copy of {last.file.name}: {where}. All else is byte for byte what it was.")
+    if baked.was_quantised:
+        click.echo(f"{baked.weight} was quantised; it is in float32 now, so that no other weight of it changes.")
+    _say_whether_the_profile_fits(baked.weight)
+    click.echo(f"Saved: {out}. To run it:")
+    click.echo(f"  llama-server -m {shlex.quote(str(out))}")
+
+
+def _say_whether_the_profile_fits(weight: str | None) -> None:
+    if weight:
+        click.echo("The profile does not fit these weights: calibrate them to steer further.")
+    else:
+        click.echo("Nothing but a bias changed, so the profile still fits: what it steers is added to what is baked.")
 
 
 @click.command(

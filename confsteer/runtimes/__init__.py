@@ -1,8 +1,12 @@
-"""One rule, three engines: a steering in a transformers model, in weights, in vLLM.
+"""One rule, several engines: a steering in a transformers model, in weights, in vLLM, in llama.cpp.
 
 transformers.py    a context around ``generate()``, ``forward`` or a pipeline
 passes.py          which positions of a forward pass generate, and whether the pass is steered
 generations.py     a prompt continued with each of several steerings
+linear.py          the steerings that weights can hold
 baking.py          a steering folded into weights, and checkpoints of the result
+completions.py     completions of a transformers model, token by token, for several clients
+local_server.py    these over HTTP, on this machine alone, with the page
+llamacpp/          control vectors, LoRAs and GGUF files
 vllm/              a steering per request, in the graph that vLLM compiles
 """

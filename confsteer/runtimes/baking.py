@@ -1,8 +1,4 @@
-"""A steering folded into a model's weights, and checkpoints of the result.
-
-``a' = gain · a + bias`` before a linear layer makes another linear layer: a neuron's output weights times its gain, and its
-original output weights times its bias in the constant that the layer adds.
-"""
+"""A steering folded into a model's weights, and checkpoints of the result."""
 
 from __future__ import annotations
 
@@ -16,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from confsteer.errors import ResultError, SteeringError, UnsupportedModelError
@@ -27,6 +23,7 @@ from confsteer.model.layers import dtype_name, output_weights, without_compiler
 from confsteer.model.loading import LoadedModel
 from confsteer.model.locate import unwrap
 from confsteer.profile.profile import Profile
+from confsteer.runtimes.linear import linear_edit
 from confsteer.runtimes.transformers import Request
 from confsteer.steering import Steering
 
@@ -83,7 +80,7 @@ def bake(model: nn.Module, profile: Profile | str | os.PathLike[str], steering: 
     if not isinstance(profile, Profile):
         profile = Profile.load(profile)
     steering = profile.resolve(Steering.parse(steering))
-    gain, shift = _linear_edit(steering, profile)
+    edit = linear_edit(steering, profile)
     base = unwrap(model)
     if without_compiler(model) is not base or any(hasattr(module, "base_layer") for module in base.modules()):
         raise UnsupportedModelError(
@@ -96,13 +93,13 @@ def bake(model: nn.Module, profile: Profile | str | os.PathLike[str], steering: 
 
     # Compute the new rows and the new bias, and refuse before anything is changed.
     projection: Any = anatomy.down_proj
-    index = torch.tensor([neuron.index for neuron in profile.steerable])
+    index = edit.neurons
     with torch.no_grad():
         # A view: what is written into it is written into the weight.
         w_out = output_weights(projection)
         rows = w_out[index.to(w_out.device)].cpu()
-        constant = shift @ rows.double()  # [d_model]
-        baked_rows = (gain[:, None] * rows.double()).to(rows.dtype)
+        constant = edit.constant(rows)
+        baked_rows = (edit.gain[:, None] * rows.double()).to(rows.dtype)
         bias = torch.zeros_like(constant, dtype=rows.dtype) if projection.bias is None else projection.bias.cpu()
         baked_bias = (bias.double() + constant).to(bias.dtype)
         weight_changes, bias_changes = not torch.equal(baked_rows, rows), not torch.equal(baked_bias, bias)
@@ -131,33 +128,11 @@ def bake(model: nn.Module, profile: Profile | str | os.PathLike[str], steering: 
     name = next(name for name, module in base.named_modules() if module is projection)
     return Baked(
         steering=steering,
-        neurons=tuple(index[(gain != 1) | (shift != 0)].tolist()),
+        neurons=edit.changed,
         weight=f"{name}.weight" if weight_changes else None,
         bias=f"{name}.bias" if bias_changes else None,
         mlp_bias_added=bool(without_bias),
     )
-
-
-def _linear_edit(steering: Steering, profile: Profile) -> tuple[Tensor, Tensor]:
-    """Gain and bias of each of the profile's neurons, float64 ``[neurons]``.
-
-    Raises:
-        SteeringError: there is more to the steering than these.
-    """
-    if steering.positions != "all":
-        raise SteeringError(f"positions={steering.positions}: weights are the same at all positions; bake it without")
-    gain, bias, low, high = (torch.from_numpy(column).double() for column in profile.edit(steering))
-    # A clamp to one value is linear.
-    fixed = low == high
-    gain, bias = torch.where(fixed, 0.0, gain), torch.where(fixed, low, bias)
-    ranged = ~fixed & (low.isfinite() | high.isfinite())
-    if ranged.any():
-        neurons = ", ".join(str(neuron.index) for neuron, is_ranged in zip(profile.steerable, ranged, strict=True) if is_ranged)
-        raise SteeringError(
-            f"{steering}: a range is not linear, so weights cannot keep neuron {neurons} in one; clamp to a single value, or "
-            "steer while the model runs"
-        )
-    return gain, bias
 
 
 def _check_weights(base: PreTrainedModel, anatomy: Anatomy) -> None:

@@ -4,7 +4,6 @@ import base64
 import functools
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -28,6 +27,7 @@ from confsteer.studies.induction import induction
 from confsteer.studies.repetition import Repetition
 from confsteer.text.questions import Question
 from confsteer.tuning.tune import Tuning
+from tests.browser import chromium
 from tests.models import zipf_texts
 from tests.planted import planted
 
@@ -348,25 +348,8 @@ def test_what_is_no_result_is_a_sentence(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Headless Chromium."""
-    chromium, driver_file = shutil.which("chromium"), shutil.which("chromedriver")
-    if chromium is None or driver_file is None:
-        message = "no chromium with its driver: apt-get install chromium chromium-driver"
-        if os.environ.get("CI") == "true":
-            pytest.fail(message)
-        pytest.skip(message)
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for argument in (
-        "headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
-        "disable-component-update", "disable-sync", f"user-data-dir={tmp_path_factory.mktemp('chromium')}",
-    ):  # fmt: skip
-        options.add_argument(f"--{argument}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver_file))
-    yield driver
-    driver.quit()
+    with chromium(tmp_path_factory.mktemp("chromium")) as driver:
+        yield driver
 
 
 @pytest.fixture(scope="module")

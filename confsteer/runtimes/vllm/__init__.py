@@ -16,7 +16,7 @@ front/                   the front process
     door.py              a client's steering is found before its request is taken, and kept for all that it leads to
     changes.py           weights that change later: steered requests are refused
     counters.py          Prometheus counters
-    endpoint.py          GET /confsteer
+    endpoint.py          GET /confsteer, and the page
 
 worker/                  the worker process, which imports nothing of the front, nor the front of it
     steering_worker.py   the model is steered, and proved to be before it serves

@@ -19,6 +19,7 @@ import openai
 import pytest
 
 from confsteer import Steering
+from confsteer.playground.page import PATH, page
 from confsteer.profile.dials import example_effects
 from confsteer.runtimes.vllm.front.command import server_command
 from tests.runtimes.vllm import parity
@@ -168,6 +169,30 @@ def test_what_can_be_steered_is_said_and_no_path(server: Server) -> None:
     assert said["checksum"] == profile.checksum
     assert (said["profile"], said["model"]) == (server.subject.profile_folder.name, Path(profile.model.id).name)
     assert str(server.subject.profile_folder.parent) not in json.dumps(said)
+
+
+def test_the_page_is_there_and_reads_what_the_server_answers(server: Server) -> None:
+    answer = server.get(PATH)
+    assert (answer.status_code, answer.text) == (200, page())
+    assert answer.headers["content-type"].startswith("text/html")
+    body = {
+        "model": "subject",
+        "prompt": "t1 t2 t3",
+        "max_tokens": 4,
+        "stream": True,
+        "logprobs": 20,
+        "temperature": 1,
+        "seed": 3,
+    }
+    for steering in ("neutral", "preset=calm unigram=0.05"):
+        sent = body | {"vllm_xargs": {"confsteer": steering}}
+        lines = httpx.post(server.url + "/v1/completions", json=sent, timeout=60).text.split("\n\n")
+        choices = [json.loads(line[5:])["choices"][0] for line in lines if line.startswith("data:") and "[DONE]" not in line]
+        found = [choice["logprobs"] for choice in choices if choice["logprobs"]]
+        assert sum(len(one["tokens"]) for one in found) == 4
+        for one in found:
+            assert len(one["tokens"]) == len(one["token_logprobs"]) == len(one["top_logprobs"])
+            assert all(20 <= len(top) <= 21 for top in one["top_logprobs"])
 
 
 def counters(server: Server) -> dict[str, float]:

@@ -1,0 +1,109 @@
+"""The command that writes a steering for engines that know nothing of confsteer: export."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.table import Table
+
+import confsteer
+from confsteer.cli.options import OUTPUT_FILE, gguf_option, profile_option, revision_option, steer_option, trust_option
+from confsteer.report import tables
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from confsteer.profile.profile import Profile
+    from confsteer.steering import Steering
+
+KINDS = ("control-vector", "lora")
+
+
+@click.command(short_help="Write a steering as files that stock llama.cpp reads.")
+@click.argument("model", required=False)
+@gguf_option
+@revision_option
+@trust_option
+@profile_option
+@steer_option
+@click.option(
+    "--to",
+    "targets",
+    type=(click.Choice(KINDS), OUTPUT_FILE),
+    multiple=True,
+    required=True,
+    metavar="KIND FILE.gguf",
+    help="control-vector, for what adds a constant; lora, for what multiplies activations. Both, for a steering that does both.",
+)
+@click.option("--ladder", "rungs", metavar="DIAL=LOW:HIGH:STEPS", help="Write a control vector for each of several settings.")
+@click.option(
+    "--scale-per-nat", is_flag=True, help="Write one dial so that FILE:0.3 means +0.3 nats, nearly, and say how nearly."
+)
+def export(
+    model: str | None,
+    profile: str,
+    steers: tuple[str, ...],
+    targets: tuple[tuple[str, Path], ...],
+    rungs: str | None,
+    scale_per_nat: bool,
+    **where: Any,
+) -> None:
+    """Write a steering of MODEL as files for llama-server and llama-cli, which run it without confsteer.
+
+    \b
+    confsteer export model.gguf -p my-profile -s entropy=0.3 --to control-vector calm.gguf
+    confsteer export model.gguf -p my-profile -s "scale.entropy=0.5" --to lora gains.gguf --to control-vector constant.gguf
+    confsteer export model.gguf -p my-profile --ladder entropy=-0.3:1:8 --to control-vector calm.gguf
+    confsteer export model.gguf -p my-profile -s entropy=0.3 --scale-per-nat --to control-vector dial.gguf
+
+    Dials and shifts add a constant to the last layer's output, which is a control vector of that layer. A scale multiplies a
+    neuron's deviation from its mean: a LoRA, and a constant besides. Three weights of MODEL are read, no more.
+
+    Ranges (clamp.N=LOW:HIGH) and positions=generated are neither, and refused. So are constants in models with a norm on the
+    MLP's output (Gemma 2 and 3, OLMo 2).
+    """
+    from confsteer.model.checkpoint import read_last_layer
+    from confsteer.model.loading import source_of
+    from confsteer.runtimes.llamacpp.adapters import export as write
+    from confsteer.runtimes.llamacpp.ladder import ladder
+    from confsteer.steering import Steering
+
+    files = dict(targets)
+    if len(files) != len(targets):
+        raise click.UsageError("give --to once for each of control-vector and lora")
+    if len(steers) > 1 or not (steers or rungs):
+        raise click.UsageError('give --steer once, such as "entropy=0.1 scale.757=0", or --ladder')
+    if rungs and (scale_per_nat or "control-vector" not in files):
+        raise click.UsageError(
+            "--ladder goes with --to control-vector, and without --scale-per-nat, which needs one file for all"
+        )
+    loaded = confsteer.Profile.load(profile)
+    steering = loaded.resolve(Steering.parse(steers[0]) if steers else Steering())
+    settings = ladder(rungs, steering) if rungs else {"": steering}
+
+    last = read_last_layer(source_of(model, where["gguf_file"]), **where)
+    vector, console = files.get("control-vector"), tables.console()
+    for suffix, setting in settings.items():
+        own = vector.with_name(f"{vector.stem}.{suffix}{vector.suffix}") if vector and suffix else vector
+        written = write(setting, loaded, last, control_vector=own, lora=files.get("lora"), scale_per_nat=scale_per_nat)
+        for file in filter(None, (own, files.get("lora"))):
+            click.echo(f"Written: {file}, {setting} of layer {written.parts.layer}.")
+        named = last.file.path if last.file else "MODEL.gguf"
+        click.echo(f"  llama-server -m {shlex.quote(str(named))} {written.options}")
+    if scale_per_nat:
+        _print_readings(console, loaded, steering)
+
+
+def _print_readings(console: Console, profile: Profile, steering: Steering) -> None:
+    """Say what a scale does where it is read as nats."""
+    from confsteer.runtimes.llamacpp.per_nat import readings, the_dial
+
+    dial = the_dial(steering)
+    table = Table(f"scale, read as nats of {dial}", "by the profile's curve", "error")
+    for scale, change in readings(profile, dial):
+        known = ["beyond it", ""] if change is None else [f"{change:+.3f}", f"{change - scale:+.3f}"]
+        table.add_row(f"{scale:+.3f}", *known)
+    console.print(table)

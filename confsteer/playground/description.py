@@ -1,0 +1,34 @@
+"""A server's answer to the question what it can steer."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from confsteer.profile.dials import example_effects
+from confsteer.profile.profile import Profile
+
+
+def public_name(source: str) -> str:
+    """A hub id or a shipped name as it is; the last part of a path, which is nobody's business."""
+    named = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source) and not Path(source).exists()
+    return source if named else Path(source).absolute().name
+
+
+def describe(profile: Profile) -> dict[str, Any]:
+    """Model, neurons, ranges of the dials, their effects at four settings, and presets, for JSON."""
+    return {
+        "model": public_name(profile.model.id),
+        "layer": profile.model.layer,
+        "dials": {
+            dial: {
+                "unit": "nats",
+                "range": profile.reach(dial),
+                "effects": [effect._asdict() for effect in example_effects(profile, dial)],
+                "neurons": [neuron.index for neuron in profile.neurons(dial)],
+            }
+            for dial in profile.response
+        },
+        "presets": {name: str(steering) for name, steering in profile.presets.items()},
+    }

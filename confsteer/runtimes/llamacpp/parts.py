@@ -1,0 +1,121 @@
+"""A steering in the two forms that llama.cpp has for it.
+
+``a' = gain · a + bias`` on some neurons of the last MLP changes what the layer adds to the residual by
+
+    Σ (gain − 1) · a · w  +  Σ bias · w
+
+The second sum is a constant. llama.cpp adds a control vector of the last layer right before the final norm, so it is one. The
+first is a change of the output projection: a row each of a LoRA. A norm on the MLP's output (Gemma 2 and 3, OLMo 2) stands
+between the two places: gains before it are still a LoRA, a constant before it is no constant after it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from confsteer.errors import SteeringError, UnsupportedModelError
+from confsteer.model.checkpoint import LastLayer
+from confsteer.profile.profile import Profile
+from confsteer.runtimes.linear import linear_edit
+from confsteer.steering import Steering
+
+OWN_NAMES = {
+    "cohere": "command-r",
+    "gemma3_text": "gemma3",
+    "gpt_neox": "gptneox",
+    "mistral": "llama",
+    "phi": "phi2",
+}
+"""Model type -> architecture in GGUF files, where the two names differ."""
+
+
+class Parts(NamedTuple):
+    """A steering of one model as llama.cpp can hold it."""
+
+    steering: Steering
+    """With its preset written out."""
+    architecture: str
+    """Name of the model's in GGUF files."""
+    layer: int
+    """Index of the last layer."""
+    constant: Tensor | None
+    """Added to the residual after that layer, float64 ``[d_model]``; None if nothing is."""
+    neurons: tuple[int, ...]
+    """Indices of those whose gain is not 1."""
+    changes: Tensor
+    """Changes of their output weights, ``(gain − 1) · w``, float64 ``[neurons, d_model]``."""
+    n_neurons: int
+    """Neurons of the layer."""
+
+    @property
+    def projection(self) -> str:
+        """Name of the last MLP's output projection in a GGUF file."""
+        return f"blk.{self.layer}.ffn_down.weight"
+
+
+def split(steering: Steering, profile: Profile, last: LastLayer) -> Parts:
+    """Split a steering into a constant and gains, by the output weights of the model at hand.
+
+    Args:
+        steering: whatever is linear.
+        profile: of the model.
+        last: the model's last layer, as it is on disk.
+
+    Raises:
+        SteeringError: the steering is malformed, out of reach, changes nothing, or is not linear.
+        NoNeuronsError: the profile has no neurons to turn.
+        ProfileMismatchError: the profile is of another model.
+        UnsupportedModelError: llama.cpp has no name for this kind of model that is known here.
+    """
+    steering = profile.resolve(steering)
+    edit = linear_edit(steering, profile)
+    profile.check_model(last.anatomy)
+    architecture = _architecture(last)
+    writes = last.anatomy.w_out()[edit.neurons]
+    constant = edit.constant(writes) * last.anatomy.residual_multiplier
+    multiplied = edit.gain != 1
+    if not (constant.any() or multiplied.any()):
+        raise SteeringError(f"{steering}: changes nothing in this model; there is nothing to write")
+    return Parts(
+        steering=steering,
+        architecture=architecture,
+        layer=last.anatomy.layer,
+        constant=constant if constant.any() else None,
+        neurons=tuple(edit.neurons[multiplied].tolist()),
+        changes=(edit.gain[multiplied] - 1)[:, None] * writes[multiplied].double(),
+        n_neurons=last.anatomy.n_neurons,
+    )
+
+
+def _architecture(last: LastLayer) -> str:
+    """Say what GGUF files call this kind of model.
+
+    Raises:
+        UnsupportedModelError: nothing that is known here.
+    """
+    if last.file is not None:
+        return last.file.architecture
+    from gguf import MODEL_ARCH_NAMES
+
+    model_type = last.config.model_type
+    name = OWN_NAMES.get(model_type, model_type)
+    if name not in MODEL_ARCH_NAMES.values():
+        raise UnsupportedModelError(
+            f"{model_type}: what llama.cpp calls this kind of model is not known here. Give the GGUF file in place of the "
+            "checkpoint"
+        )
+    return str(name)
+
+
+def no_constant(steering: Steering, profile: Profile) -> SteeringError:
+    """The error that says why a constant has no place in a model with a norm on the MLP's output."""
+    model, neuron = profile.model, profile.steerable[0]
+    cancelling = f"scale.{neuron.index}=0.5 shift.{neuron.index}={-0.5 * neuron.mean_activation!r}"
+    return SteeringError(
+        f"{steering}: adds a constant to the MLP's output of {model.id} ({model.model_type}), which a norm divides by its size, "
+        "another for each token; llama.cpp adds control vectors after that norm, where it is no constant, and has no bias before "
+        f"it. What llama.cpp can do here multiplies activations: a scale whose constant a shift takes away, {cancelling}. Steer "
+        "with anything else in transformers or vLLM"
+    )

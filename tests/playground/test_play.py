@@ -1,0 +1,193 @@
+"""The page, in Chromium, against a server of the bundled model."""
+
+from __future__ import annotations
+
+import html.parser
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import confsteer
+from confsteer import Steering
+from confsteer.playground.page import PATH, page
+from confsteer.runtimes.local_server import LocalServer
+from tests.browser import chromium
+from tests.runtimes.test_local_server import complete, serving
+
+TOKENS = 12
+
+
+class Tags(html.parser.HTMLParser):
+    """Tags of the page with their attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(page())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+
+def test_the_page_needs_nothing_but_its_server() -> None:
+    tags = Tags().found
+    policy = next(a["content"] or "" for tag, a in tags if a.get("http-equiv") == "Content-Security-Policy")
+    assert "default-src 'none'" in policy
+    assert "connect-src 'self'" in policy
+    assert policy.count("'sha256-") == 2
+    assert "unsafe" not in policy
+    for _, attributes in tags:
+        for name in ("src", "href", "action", "style", "onclick", "onload"):
+            assert attributes.get(name, "data:,") == "data:,"
+
+
+def test_every_field_has_a_label() -> None:
+    tags = Tags().found
+    labelled = {attributes["for"] for tag, attributes in tags if tag == "label"}
+    fields = {attributes["id"] for tag, attributes in tags if tag in ("input", "select", "textarea")}
+    assert fields == labelled
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[LocalServer]:
+    demo = confsteer.demo.load()
+    profile = demo.profile.with_preset("calm", Steering(entropy=0.2))
+    with serving(demo, profile) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    with chromium(tmp_path_factory.mktemp("chromium")) as driver:
+        yield driver
+
+
+def opened(browser: Any, server: LocalServer, width: int = 1280) -> Any:
+    metrics = {"width": width, "height": 800, "deviceScaleFactor": 2, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    for log in ("browser", "performance"):
+        browser.get_log(log)
+    browser.get(server.url)
+    wait(browser, "return document.querySelectorAll('.dial').length == 2")
+    return browser
+
+
+def wait(browser: Any, script: str) -> None:
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    WebDriverWait(browser, 60, 0.05).until(lambda driver: driver.execute_script(script))
+
+
+def answer(browser: Any, **fields: str) -> None:
+    """Fill in, and wait for both answers."""
+    for name, value in ({"tokens": str(TOKENS)} | fields).items():
+        browser.execute_script(
+            "const e = document.getElementById(arguments[0]); e.value = arguments[1]; e.dispatchEvent(new Event('input'));"
+            "e.dispatchEvent(new Event('change'))",
+            name,
+            value,
+        )
+    browser.execute_script("document.getElementById('go').click()")
+    wait(browser, "return document.getElementById('go').disabled")
+    wait(browser, "return !document.getElementById('go').disabled")
+
+
+def text(browser: Any, name: str) -> str:
+    return str(browser.execute_script("return document.getElementById(arguments[0]).textContent", name))
+
+
+def keys(browser: Any, name: str, *pressed: str) -> None:
+    browser.find_element("id", name).send_keys(*pressed)
+
+
+@pytest.mark.browser
+def test_both_answers_are_the_servers(browser: Any, server: LocalServer) -> None:
+    opened(browser, server)
+    answer(browser, **{"dial-entropy": "0.9", "seed": "3"})
+    for i, steering in enumerate(("neutral", "entropy=0.9")):
+        expected = complete(server, steering, seed=3, prompt="It was the best of times, it was", max_tokens=TOKENS, logprobs=20)
+        assert text(browser, f"text{i}") == expected["text"]
+        spans = browser.execute_script(f"return [...document.querySelectorAll('#text{i} .token')].map(s => s.textContent)")
+        assert len(spans) == TOKENS
+        entropies = expected["confsteer"]["entropies"]
+        assert text(browser, f"entropy{i}") == f"Mean entropy: {sum(entropies) / TOKENS:.2f} nats, {TOKENS} tokens"
+        # Less probable, deeper shade.
+        colours = browser.execute_script(
+            f"return [...document.querySelectorAll('#text{i} .token')].map(s => s.style.backgroundColor)"
+        )
+        shades = [float(colour.removesuffix(")").rpartition(",")[2]) for colour in colours]
+        assert shades == pytest.approx(
+            [0.6 * (1 - math.exp(value)) for value in expected["logprobs"]["token_logprobs"]], abs=1e-3
+        )
+    assert text(browser, "title1") == "Steered: entropy=0.9"
+    assert text(browser, "state").startswith("Done. Mean entropy")
+    assert text(browser, "wrong") == ""
+    assert browser.get_log("browser") == []
+
+
+@pytest.mark.browser
+def test_a_keyboard_is_enough(browser: Any, server: LocalServer) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    opened(browser, server)
+    low, high = server.completions._steerer.profile.reach("entropy")
+    slider = browser.find_element("id", "dial-entropy")
+    assert low <= float(slider.get_attribute("min")) < low + 0.01
+    assert high - 0.01 < float(slider.get_attribute("max")) <= high
+    keys(browser, "dial-entropy", Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
+    assert text(browser, "sent") == "entropy=0.02"
+    assert slider.get_attribute("aria-valuetext") == text(browser, "value-entropy") == "+0.02 nats"
+    answer(browser, preset="calm")
+    assert text(browser, "title1") == "Steered: preset=calm entropy=0.02"
+    keys(browser, "neutral", Keys.ENTER)
+    assert text(browser, "sent") == "neutral"
+    keys(browser, "text1", Keys.END)
+    names = browser.execute_script("return [...document.querySelectorAll('#text1 .token')].map(s => s.textContent)")
+    chosen = "return [...document.querySelectorAll('#text1 .token')].findIndex(s => s.classList.contains('chosen'))"
+    assert browser.execute_script(chosen) == len(names) - 1
+    keys(browser, "text1", Keys.HOME, Keys.ARROW_RIGHT)
+    assert browser.execute_script(chosen) == 1
+    assert text(browser, "details1").startswith(names[1].replace(" ", "␣"))
+    assert "probable. The likeliest:" in text(browser, "details1")
+    assert browser.execute_script("return document.querySelectorAll('#details1 li').length") == 5
+
+
+@pytest.mark.browser
+def test_it_fits_a_phone_and_asks_its_server_alone(browser: Any, server: LocalServer) -> None:
+    opened(browser, server, width=360)
+    answer(browser)
+    inside, whole = browser.execute_script("return [innerWidth, document.documentElement.scrollWidth]")
+    assert inside == 360
+    assert whole <= 360, "it scrolls sideways"
+    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    requests = {m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"}
+    paths = {url.removeprefix(f"http://127.0.0.1:{server.server_port}") for url in requests if not url.startswith("data:")}
+    assert paths == {PATH, "/confsteer", "/v1/models", "/v1/completions"}
+
+
+@pytest.mark.browser
+def test_what_the_server_refuses_is_said(browser: Any, server: LocalServer) -> None:
+    opened(browser, server)
+    answer(browser, prompt="")
+    assert text(browser, "wrong") == "400: the prompt has no tokens: there is nothing to continue"
+    assert text(browser, "state") == ""
+
+
+@pytest.mark.browser
+def test_what_a_model_or_a_profile_says_is_text(browser: Any, server: LocalServer, tmp_path: Path) -> None:
+    """Whatever is generated; a preset's name has letters that cannot do harm."""
+    opened(browser, server)
+    hostile = "<img src=x onerror=document.title=1>"
+    script = (
+        "answers[0].add({text: arguments[0], logprobs: {tokens: [arguments[0]], token_logprobs: [-1], "
+        "top_logprobs: [{[arguments[0]]: -1}]}}); answers[0].choose(0)"
+    )
+    browser.execute_script(script, hostile)
+    assert text(browser, "text0") == hostile
+    assert browser.execute_script("return document.images.length") == 0
+    # Without exact entropies a bound is shown: of one alternative and the rest.
+    assert text(browser, "entropy0") == "Mean entropy: at least 0.66 nats, 1 tokens"
