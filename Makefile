@@ -117,7 +117,7 @@ test-vllm:
 # A link that leads nowhere is an error, and so is what pdoc cannot resolve, but for the constructors of named tuples, whose module Python does not tell, and for
 # the file that the members of public classes stand in: the classes say that they are at home in confsteer.
 docs: $(VENV)/.dev
-	$(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 	$(BIN)/python -W error::UserWarning -W "ignore:Error parsing type annotation ForwardRef" \
 		-W "ignore:Cannot determine where" -m pdoc -d google -o docs-output/reference \
 		confsteer confsteer.model.loading confsteer.text.sources confsteer.text.windows confsteer.evaluation.comparison confsteer.evaluation.metrics
