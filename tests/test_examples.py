@@ -69,15 +69,22 @@ def test_train_demo_model(tmp_path: Path) -> None:
     assert not weight[:, -8:].any(), "the null space is given"
 
 
-def test_the_readmes_python_runs() -> None:
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
-    # What talks to a server is for the tests of a server.
-    alone = [block for block in blocks if "client." not in block]
-    assert len(alone) >= 1
-    for block in alone:
+@pytest.mark.parametrize("page", ["README.md", "docs/steering.md"])
+def test_the_python_of_a_page_runs(page: str) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
+    assert len(blocks) >= 1
+    for block in blocks:
         names: dict[str, Any] = {}
-        exec(compile(block, "README.md", "exec"), names)
+        exec(compile(block, page, "exec"), names)
         assert isinstance(names["profile"], Profile)
+
+
+def test_the_readme_leads_to_every_page() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for page in (ROOT / "docs").glob("*.md"):
+        assert page.name == "index.md" or f"](docs/{page.name})" in readme, page.name
+    for link in re.findall(r"\]\((?!https:)([^)#]+)", readme):
+        assert (ROOT / link).exists(), link
 
 
 def test_kubernetes_yaml_names_settings_that_exist() -> None:
