@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -23,7 +23,7 @@ from confsteer.model.anatomy import Anatomy
 from confsteer.model.gguf import GgufFile
 from confsteer.model.gguf_weights import NORM_OFFSET, as_loaded
 from confsteer.model.layers import dtype_name
-from confsteer.model.loading import gguf_config, reason, why_not
+from confsteer.model.loading import auto_class, gguf_config, reason, why_not
 from confsteer.model.locate import locate
 
 READABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -116,8 +116,10 @@ def _skeleton(config: Any, trust_remote_code: bool) -> tuple[PreTrainedModel, An
     """A model without weights, and where its last layer is."""
     try:
         with torch.device("meta"):
-            # The other kinds of attention look at the values of the mask, and the meta device has none.
-            model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", trust_remote_code=trust_remote_code)
+            # The other kinds of attention look at the values of the mask, and the meta device has none. There it has the
+            # grouped products of experts in bfloat16 alone; the weights that are read come as they are stored.
+            how: dict[str, Any] = {"attn_implementation": "eager", "dtype": torch.bfloat16}
+            model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code, **how)
         return model, locate(model)
     except ConfsteerError:
         raise
