@@ -7,8 +7,6 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from confsteer.errors import UnsupportedModelError
-
 
 class Factors(NamedTuple):
     """Scalars on the path from the last MLP to the logits."""
@@ -26,10 +24,7 @@ def read_factors(model: nn.Module, config: Any, last_layer: nn.Module) -> Factor
     Args:
         model: with the unembedding.
         config: of its language model.
-        last_layer: which may have a factor among its weights.
-
-    Raises:
-        UnsupportedModelError: a factor is among the weights, and those are not in memory.
+        last_layer: which may have a factor among its weights; NaN comes of one that has not been read.
     """
     return Factors(_logit_scale(model, config), _residual_multiplier(config, last_layer), _softcap(config))
 
@@ -53,12 +48,7 @@ def _residual_multiplier(config: Any, last_layer: nn.Module) -> float:
     scalar = getattr(last_layer, "layer_scalar", None)  # Gemma 4
     if scalar is None:
         return multiplier
-    if scalar.is_meta:
-        raise UnsupportedModelError(
-            f"the last layer of {config.model_type} is scaled by a weight, which is not read from disk by itself: run "
-            "confsteer calibrate, which loads the model"
-        )
-    return multiplier * float(scalar)
+    return multiplier * (math.nan if scalar.is_meta else float(scalar))
 
 
 def _softcap(config: Any) -> float | None:

@@ -13,6 +13,7 @@ from confsteer import UnsupportedModelError
 from confsteer.model.anatomy import LastLayerStates, weights_content
 from confsteer.model.dissect import dissect
 from confsteer.model.layers import read_norm
+from confsteer.model.loading import auto_class
 from confsteer.model.locate import locate
 from tests.models import FAMILIES, VOCAB, TinyFamily, tiny_model
 
@@ -78,6 +79,7 @@ PLACES: dict[str, tuple[str, ...]] = {
     "falcon": ("transformer.h.1", "mlp.dense_4h_to_h", "transformer.ln_f"),
     "gemma2": (*LLAMA, "post_feedforward_layernorm"),
     "gemma3_text": (*LLAMA, "post_feedforward_layernorm"),
+    "gemma4_text": (*LLAMA, "post_feedforward_layernorm"),
     "glm4": (*LLAMA, "post_mlp_layernorm"),
     "gpt2": ("transformer.h.1", "mlp.c_proj", "transformer.ln_f"),
     "gpt_neo": ("transformer.h.1", "mlp.c_proj", "transformer.ln_f"),
@@ -238,6 +240,31 @@ def test_fingerprints_survive_a_change_of_precision_but_not_of_weights() -> None
     with torch.no_grad():
         anatomy.unembedding.get_parameter("weight")[3, 3] += 0.5
     assert not anatomy.matches(original), "a digest must not outlive the weights it was taken of"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "config", "sentence"),
+    [
+        ("gemma4_text", {"hidden_size_per_layer_input": 8}, "computes on after its MLP: per_layer_input_gate reads what the MLP"),
+        (
+            "bert",
+            {"is_decoder": True},
+            r"no final norm before its unembedding: .*\(cls.predictions.transform.dense\) stands between",
+        ),
+        ("cpmant", {"dim_ff": 64, "dim_head": 8}, r"one residual for each token .*reads \[2, 40, 32\]"),
+        (
+            "kosmos-2",
+            {"text_config": {"embed_dim": 32, "layers": 1, "ffn_dim": 64, "attention_heads": 4}},
+            "a text alone: .*pixel_values",
+        ),
+    ],
+)
+def test_what_stands_in_the_way_is_named(model_type: str, config: dict[str, Any], sentence: str) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": VOCAB}
+    settings = AutoConfig.for_model(model_type, **(sizes | config))
+    model = auto_class(settings).from_config(settings).eval()
+    with pytest.raises(UnsupportedModelError, match=sentence):
+        dissect(model)
 
 
 def test_auto_model_of_an_unknown_family_is_searched() -> None:
