@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
 from confsteer.model.anatomy import Anatomy
 from confsteer.model.layers import read_norm
+from confsteer.model.loading import auto_class
 from confsteer.model.locate import locate
 
 VOCAB = 96
@@ -39,6 +40,9 @@ FAMILIES = [
     TinyFamily("gemma", _LLAMA | {"head_dim": 8}),
     TinyFamily("gemma2", _LLAMA | {"head_dim": 8, "final_logit_softcapping": 8.0, "sliding_window": 32}),
     TinyFamily("gemma3_text", _LLAMA | {"head_dim": 8, "sliding_window": 32}),
+    TinyFamily(
+        "gemma4_text", _LLAMA | {"head_dim": 8, "sliding_window": 32, "hidden_size_per_layer_input": 0, "global_head_dim": 8}
+    ),
     TinyFamily("glm4", _LLAMA | {"head_dim": 8, "pad_token_id": 0}),
     TinyFamily("gpt2", _GPT2),
     TinyFamily(
@@ -67,6 +71,50 @@ FAMILIES = [
     TinyFamily("starcoder2", _LLAMA),
 ]
 
+IMAGE, IMAGE_TOKENS = 95, 4
+"""The token that stands for a part of an image, and how many an image has."""
+_TEXT = _LLAMA | {"head_dim": 8}
+_VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2} | {
+    "image_size": 28,
+    "patch_size": 14,
+}
+_MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+MULTIMODAL = [
+    TinyFamily(
+        "gemma3",
+        {"text_config": _TEXT | {"model_type": "gemma3_text", "sliding_window": 32}}
+        | {"vision_config": _VISION | {"model_type": "siglip_vision_model"}}
+        | {"image_token_id": IMAGE, "boi_token_id": 94, "eoi_token_id": 93, "mm_tokens_per_image": IMAGE_TOKENS},
+    ),
+    TinyFamily(
+        "llava",
+        {"text_config": _TEXT | {"model_type": "llama"}, "vision_config": _VISION | {"model_type": "clip_vision_model"}}
+        | {"image_token_index": IMAGE},
+    ),
+    TinyFamily(
+        "qwen2_5_vl",
+        {"text_config": _TEXT | {"model_type": "qwen2_5_vl_text", "rope_parameters": _MROPE}}
+        | {"vision_config": {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 32}}
+        | {"image_token_id": IMAGE, "video_token_id": 94, "vision_start_token_id": 93, "vision_end_token_id": 92},
+    ),
+]
+"""Language models inside others: with a norm on the MLP's output, as it is, and with positions in three dimensions."""
+
+
+def image_inputs(model_type: str, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """One image wherever the ids ``[rows, positions]`` have place for one, and what a processor gives besides."""
+    generator, images = torch.Generator().manual_seed(0), int((ids == IMAGE).sum()) // IMAGE_TOKENS
+    kinds = (ids == IMAGE).long()
+    given = {"token_type_ids": kinds} if model_type == "gemma3" else {}
+    given = {"mm_token_type_ids": kinds} if model_type == "qwen2_5_vl" else given
+    if not images:
+        return given
+    if model_type == "qwen2_5_vl":
+        patches = torch.randn(4 * IMAGE_TOKENS, 3 * 2 * 14 * 14, generator=generator)
+        grid = torch.tensor([[1, 4, 4]])
+        return given | {"pixel_values": patches.repeat(images, 1), "image_grid_thw": grid.repeat(images, 1)}
+    return given | {"pixel_values": torch.randn(1, 3, 28, 28, generator=generator).repeat(images, 1, 1, 1)}
+
 
 WIDE = {
     "n_embd": 64,
@@ -87,14 +135,22 @@ WIDE = {
 def tiny_model(model_type: str, config: dict[str, Any], *, seed: int = 0) -> Any:  # its modules have no static types
     """A randomly initialised model, with norms and biases that are not the identity."""
     torch.manual_seed(seed)
-    special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, vocab_size=VOCAB, **(special | config)))
+    common = {"vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    if text := config.get("text_config"):
+        tied = text["tie_word_embeddings"]
+        settings = AutoConfig.for_model(model_type, **(config | {"text_config": common | text, "tie_word_embeddings": tied}))
+    else:
+        settings = AutoConfig.for_model(model_type, **(common | config))
+    model = auto_class(settings).from_config(settings)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:
                 parameter.add_(0.2 * torch.randn_like(parameter))
             elif "embed" in name or "wte" in name or "lm_head" in name or "embed_out" in name:
                 parameter.copy_(0.5 * torch.randn_like(parameter))
+        for name, buffer in model.named_buffers():
+            if name.endswith("layer_scalar"):
+                buffer.fill_(0.7)
     return model.eval()
 
 
@@ -148,10 +204,11 @@ def planted_model(model_type: str, counts: torch.Tensor, *, wide: bool = False, 
 
     With `tied` embeddings only the frequency neuron is planted: what the unembedding does not read, the embedding cannot hold.
     """
-    config = {family.model_type: family.config for family in FAMILIES}[model_type]
+    config = {family.model_type: family.config for family in (*FAMILIES, *MULTIMODAL)}[model_type]
+    text = config.get("text_config", config) | {"tie_word_embeddings": tied}
     if wide:
-        config = config | {name: size for name, size in WIDE.items() if name in config}
-    model = tiny_model(model_type, config | {"tie_word_embeddings": tied})
+        text |= {name: size for name, size in WIDE.items() if name in text}
+    model = tiny_model(model_type, config | {"text_config": text} if "text_config" in config else text)
     anatomy = locate(model)
     norm = read_norm(anatomy.final_norm, anatomy.d_model)
     with torch.no_grad():

@@ -41,8 +41,8 @@ def scan(
     """Read what a model's weights alone say about the neurons of its last MLP, without building the model.
 
     Of the checkpoint only the unembedding, the final norm and the last MLP's output projection are read. Where they are is
-    known from the table of families or from the structure of the model, which is laid out without weights; the numerical
-    check that `confsteer.calibrate` makes needs the whole model and is not made here.
+    known from the structure of the model, which is laid out without weights; the numerical check that `confsteer.calibrate`
+    makes needs the whole model and is not made here.
 
     Args:
         name: hub id, folder or ``.gguf`` file; the bundled demonstration model if None. From the hub, only files with a

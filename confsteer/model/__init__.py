@@ -1,9 +1,9 @@
 """A transformers model, in memory or on disk: where its last layer is, and what it leaves there on a text.
 
-families.py     the one table of model families: where each keeps its last MLP, norms and unembedding
 layers.py       any linear layer or norm, plain, quantised, offloaded or under an adapter, as tensors
 anatomy.py      the modules at the end of a model, folded into a Readout
-locate.py       finds them: by the table, or by the model's structure
+factors.py      scalars between the last MLP and the logits, by what each family calls them
+locate.py       finds the modules by what the model calls, and in which order
 dissect.py      proves numerically that the model at hand is what was found
 states.py       forward passes over windows, and over answers to questions
 sampling.py     text that the model writes itself

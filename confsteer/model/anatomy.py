@@ -55,7 +55,7 @@ class Anatomy:
     unembedding: nn.Module
     logit_scale: float
     residual_multiplier: float
-    """Factor on the MLP's output before it is added to the residual."""
+    """Factor on the MLP's output, and on that of its norm, when it has been added to the residual."""
     softcap: float | None = None
     """The logits ``y`` become ``softcap · tanh(y / softcap)``."""
     write_norm: nn.Module | None = None
@@ -99,14 +99,17 @@ class Anatomy:
         self._require_whole_weights()
         self._folded["content"] = self._content()
         norm = read_norm(self.final_norm, self.d_model)
-        write = None if self.write_norm is None else read_norm(self.write_norm, self.d_model)
-        if write is not None and (write.centred or write.bias is not None):
-            raise UnsupportedModelError(f"the norm on the MLP's output, {type(self.write_norm).__name__}, is not an RMSNorm")
+        write, multiplier = None, self.residual_multiplier
+        if self.write_norm is not None:
+            write = read_norm(self.write_norm, self.d_model)
+            if write.centred or write.bias is not None:
+                raise UnsupportedModelError(f"the norm on the MLP's output, {type(self.write_norm).__name__}, is not an RMSNorm")
+            write, multiplier = write._replace(gain=write.gain * multiplier), 1.0
         with on_device(self.unembedding):
             unembedding = output_weights(self.unembedding).T[:vocab_size]
             device, bias = unembedding.device, getattr(self.unembedding, "bias", None)
             return Readout.fold(
-                w_out=self.w_out().to(device) * self.residual_multiplier,
+                w_out=self.w_out().to(device) * multiplier,
                 unembedding=unembedding,
                 norm=norm.to(device),
                 unembedding_bias=None if bias is None else bias[:vocab_size],

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -23,12 +23,12 @@ from confsteer.model.anatomy import Anatomy
 from confsteer.model.gguf import GgufFile
 from confsteer.model.gguf_weights import NORM_OFFSET, as_loaded
 from confsteer.model.layers import dtype_name
-from confsteer.model.loading import gguf_config, reason, why_not
+from confsteer.model.loading import auto_class, gguf_config, reason, why_not
 from confsteer.model.locate import locate
 
 READABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Places = dict[str, tuple[nn.Module, str]]
-"""Name of a tensor in the checkpoint -> module and parameter that it is."""
+"""Name of a tensor in the checkpoint -> module and weight that it is."""
 
 
 class LastLayer(NamedTuple):
@@ -80,6 +80,7 @@ def read_last_layer(
         with _opened(path) as opened:
             tensors |= {name: opened.get_tensor(name) for name in places if shard_of[name] == shard}
     _fill(places, tensors, source)
+    anatomy = locate(model)  # with factors that are among the weights
     return LastLayer(config, commit, anatomy, tensors, sum(tensor.nbytes for tensor in tensors.values()), bytes_total)
 
 
@@ -116,8 +117,10 @@ def _skeleton(config: Any, trust_remote_code: bool) -> tuple[PreTrainedModel, An
     """A model without weights, and where its last layer is."""
     try:
         with torch.device("meta"):
-            # The other kinds of attention look at the values of the mask, and the meta device has none.
-            model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", trust_remote_code=trust_remote_code)
+            # The other kinds of attention look at the values of the mask, and the meta device has none. There it has the
+            # grouped products of experts in bfloat16 alone; the weights that are read come as they are stored.
+            how: dict[str, Any] = {"attn_implementation": "eager", "dtype": torch.bfloat16}
+            model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code, **how)
         return model, locate(model)
     except ConfsteerError:
         raise
@@ -148,10 +151,12 @@ def _shards(source: str, revision: str | None) -> tuple[dict[str, str], int | No
 
 
 def _needed(anatomy: Anatomy) -> list[tuple[nn.Module, str]]:
-    """List the modules at the end of a model, and their parameters that say what a neuron writes."""
+    """List the modules at the end of a model, and their weights that say what a neuron writes."""
     needed = [(anatomy.down_proj, "weight")]  # its bias is no neuron's write
     for module in filter(None, (anatomy.write_norm, anatomy.final_norm, anatomy.unembedding)):
         needed += [(module, parameter) for parameter, _ in module.named_parameters(recurse=False)]
+    if hasattr(anatomy.last_layer, "layer_scalar"):
+        needed.append((anatomy.last_layer, "layer_scalar"))
     return needed
 
 
@@ -162,7 +167,7 @@ def _places(model: PreTrainedModel, anatomy: Anatomy, source: str, shard_of: dic
     places = {}
     for module, parameter in _needed(anatomy):
         own = f"{path_of[module]}.{parameter}"
-        value = module.get_parameter(parameter)
+        value = getattr(module, parameter)
         # A tied parameter is stored under any of its names; its own comes first, as when transformers loads it.
         names = [own, *(path for path, p in model.named_parameters(remove_duplicate=False) if p is value)]
         found = next((stored[name] for name in names if name in stored), None)
@@ -175,7 +180,7 @@ def _places(model: PreTrainedModel, anatomy: Anatomy, source: str, shard_of: dic
 def _fill(places: Places, tensors: Mapping[str, Tensor], source: str) -> None:
     """Give the modules at the end of a model their weights."""
     for name, (module, parameter) in places.items():
-        tensor, shape = tensors[name], module.get_parameter(parameter).shape
+        tensor, shape = tensors[name], getattr(module, parameter).shape
         if tensor.dtype not in READABLE_DTYPES or tensor.shape != shape:
             raise LoadError(
                 f"{name} of {source} is {dtype_name(tensor.dtype)} {list(tensor.shape)}; it should be {list(shape)} in float32, "
@@ -183,7 +188,8 @@ def _fill(places: Places, tensors: Mapping[str, Tensor], source: str) -> None:
             )
         if not tensor.isfinite().all():
             raise LoadError(f"{name} of {source} has numbers that are not finite: the checkpoint is damaged")
-        setattr(module, parameter, nn.Parameter(tensor, requires_grad=False))
+        trained = isinstance(getattr(module, parameter), nn.Parameter)
+        setattr(module, parameter, nn.Parameter(tensor, requires_grad=False) if trained else tensor)
 
 
 def _stored_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:

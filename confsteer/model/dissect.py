@@ -1,8 +1,7 @@
 """The numerical check that a model's last layer is what was found, on the model at hand.
 
-A table of families is the fast path and a structural search covers the rest. Neither is trusted: `dissect` checks that
-the logits are ``unembed(norm(residual))`` and that an activation moves the residual by its neuron's write, and refuses the
-model otherwise.
+What the search finds is not trusted: `dissect` checks that the logits are ``unembed(norm(residual))`` and that an activation
+moves the residual by its neuron's write, and refuses the model otherwise.
 """
 
 from __future__ import annotations

@@ -13,9 +13,11 @@ import torch
 import transformers
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     TOKENIZER_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -53,7 +55,7 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> LoadedModel:
-    """A causal language model in evaluation mode, with its tokenizer.
+    """A causal language model, which may be multimodal, in evaluation mode, with its tokenizer.
 
     Args:
         name: hub id, folder or ``.gguf`` file; the bundled demonstration model if None.
@@ -84,7 +86,7 @@ def load_model(
             raise UnsupportedModelError(
                 f"{source} ({config.model_type}) is an encoder-decoder; confsteer steers decoder-only causal language models"
             )
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto_class(config).from_pretrained(
             source,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             revision=revision,
@@ -102,6 +104,12 @@ def load_model(
     if name is None:
         model.config.name_or_path = DEMO_NAME
     return LoadedModel(model.eval(), tokenizer)
+
+
+def auto_class(config: Any) -> Any:
+    """Choose the auto class that loads a model: the one for multimodal models where no other knows the config."""
+    multimodal = type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
 
 
 def source_of(name: str | None, gguf_file: str | None) -> str:

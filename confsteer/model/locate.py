@@ -1,66 +1,78 @@
-"""The search for the modules at the end of a model: by the table of families, or by the model's structure."""
+"""The search for the modules at the end of a model, by what it calls and in which order."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
-from collections.abc import Iterator
-from typing import Any
+import weakref
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from confsteer.errors import UnsupportedModelError
+from confsteer.errors import ConfsteerError, UnsupportedModelError
 from confsteer.model.anatomy import Anatomy
-from confsteer.model.families import FAMILIES, Family
+from confsteer.model.factors import read_factors
 from confsteer.model.layers import execution_device, sizes, without_adapter, without_compiler
+
+SPREAD = 1e-2
+"""Relative change of an input from which on it depends on what was disturbed."""
+
+PROBE_SHAPE = (2, 8)
+"""Texts, and tokens of each, that the model is tried on."""
 
 _stance = threading.Lock()
 
 
+class Places(NamedTuple):
+    """Paths in a `PreTrainedModel`; `down_proj` and `write_norm` are inside the last layer."""
+
+    layers: str
+    layer: int
+    """Index of the last one."""
+    depth: int
+    """Number of layers."""
+    down_proj: str
+    final_norm: str
+    write_norm: str | None
+
+
+_found: weakref.WeakKeyDictionary[nn.Module, Places] = weakref.WeakKeyDictionary()
+
+
 def locate(model: nn.Module) -> Anatomy:
-    """Find the modules by the table of families, or by their structure; nothing is checked numerically here.
+    """Find the modules by one or two short forward passes, once per model; nothing is proved numerically here.
+
+    Only what takes part in reading a text is looked at, so a multimodal model is its language model.
 
     Raises:
         UnsupportedModelError: the model has no such structure, or one that is known not to fit.
     """
     base = unwrap(model)
-    config = base.config.get_text_config() if hasattr(base.config, "get_text_config") else base.config
-    if getattr(config, "is_encoder_decoder", False):
+    if getattr(base.config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
-            f"{config.model_type} is an encoder-decoder; confsteer steers decoder-only causal language models"
+            f"{base.config.model_type} is an encoder-decoder; confsteer steers decoder-only causal language models"
         )
-    unembedding = base.get_output_embeddings()
-    if unembedding is None:
-        raise UnsupportedModelError(f"{type(base).__name__} has no unembedding: it is not a causal language model")
-    family = FAMILIES.get(config.model_type)
-    _check_not_inside(base, config, family)
-    layers = _last_layers(base, family)
-    last_layer = without_compiler(layers[-1])
-    for name, module in last_layer.named_modules():
-        if name.split(".")[-1] == "experts" or type(module).__name__.endswith("Experts"):
-            raise UnsupportedModelError(
-                f"the last layer of {config.model_type} is a mixture of experts ({name}): its neurons are active only on the "
-                "tokens routed to them, which confsteer does not support"
-            )
-    if family is not None:
-        down_proj = _submodule(last_layer, family.down_proj)
-        final_norm = _submodule(base, family.final_norm)
-        write_norm = None if family.write_norm is None else _submodule(last_layer, family.write_norm)
-    else:
-        down_proj, write_norm, final_norm = _search(base, last_layer, unembedding)
+    unembedding = _unembedding(base)
+    places = _found.get(base)
+    if places is None or not _still_there(base, places):
+        places = _found[base] = _search(base, unembedding)
+    last_layer = _submodule(base, f"{places.layers}.{places.layer}")
+    factors = read_factors(base, base.config.get_text_config(decoder=True), last_layer)
     return Anatomy(
-        layer=len(layers) - 1,
+        layer=places.layer,
         last_layer=last_layer,
-        down_proj=down_proj,
-        final_norm=final_norm,
+        down_proj=_submodule(last_layer, places.down_proj),
+        final_norm=_submodule(base, places.final_norm),
         unembedding=without_compiler(unembedding),
-        logit_scale=getattr(config, "logit_scale", None) or 1.0 / getattr(config, "logits_scaling", 1.0),
-        residual_multiplier=getattr(config, "residual_multiplier", 1.0),
-        softcap=getattr(config, "final_logit_softcapping", None),
-        write_norm=write_norm,
+        logit_scale=factors.logit_scale,
+        residual_multiplier=factors.residual_multiplier,
+        softcap=factors.softcap,
+        write_norm=None if places.write_norm is None else _submodule(last_layer, places.write_norm),
     )
 
 
@@ -83,135 +95,281 @@ def input_device(base: PreTrainedModel) -> torch.device:
     return execution_device(base.get_input_embeddings())
 
 
-def _check_not_inside(base: PreTrainedModel, config: Any, family: Family | None) -> None:
-    """
+def _unembedding(base: PreTrainedModel) -> nn.Module:
+    """Find the unembedding of a model, or of the language model inside it.
+
     Raises:
-        UnsupportedModelError: the family's language model is a part of this one, beside those that see or hear.
+        UnsupportedModelError: there is none.
     """
-    if family is None or config is base.config or _has(base, family.layers):
-        return
-    raise UnsupportedModelError(
-        f"{type(base).__name__} ({base.config.model_type}) is a multimodal model around {config.model_type}: confsteer steers "
-        f"{config.model_type} on its own, for texts. Give a checkpoint of the language model alone"
-    )
-
-
-def _has(parent: nn.Module, path: str) -> bool:
-    try:
-        parent.get_submodule(path)
-    except AttributeError:
-        return False
-    return True
+    models = (module for module in base.modules() if isinstance(module, PreTrainedModel))
+    heads: Iterator[Any] = (model.get_output_embeddings() for model in models)
+    unembedding: nn.Module | None = next((head for head in heads if head is not None), None)
+    if unembedding is None:
+        raise UnsupportedModelError(f"{type(base).__name__} has no unembedding: it is not a causal language model")
+    return unembedding
 
 
 def _submodule(parent: nn.Module, path: str) -> nn.Module:
+    return without_compiler(parent.get_submodule(path))
+
+
+def _still_there(base: PreTrainedModel, places: Places) -> bool:
+    """Tell whether the paths lead to modules, and the last layer is still the last."""
     try:
-        return without_compiler(parent.get_submodule(path))
-    except AttributeError as error:
-        raise UnsupportedModelError(f"{type(parent).__name__} has no {path}") from error
+        layers, last_layer = base.get_submodule(places.layers), _submodule(base, f"{places.layers}.{places.layer}")
+        for parent, path in ((base, places.final_norm), (last_layer, places.down_proj), (last_layer, places.write_norm)):
+            parent.get_submodule(path or "")
+    except AttributeError:
+        return False
+    return isinstance(layers, nn.ModuleList) and len(layers) == places.depth
 
 
-def _last_layers(base: PreTrainedModel, family: Family | None) -> nn.ModuleList:
-    """Find the stack of transformer layers: by the table, or the longest list of modules."""
-    if family is not None:
-        layers = _submodule(base, family.layers)
-        if len(layers) == 0:  # type: ignore[arg-type]
-            raise UnsupportedModelError(f"{type(base).__name__} has no layers")
-    else:
-        stacks = [m for m in base.modules() if isinstance(m, nn.ModuleList) and len(m) > 0]
-        if not stacks:
-            raise UnsupportedModelError(f"{type(base).__name__} has no list of transformer layers")
-        layers = max(stacks, key=len)
-    assert isinstance(layers, nn.ModuleList)
-    return layers
+class _Call(NamedTuple):
+    """A linear layer or norm that ran."""
+
+    path: str
+    module: nn.Module
+    passed: Tensor | None
+    """Input of a norm; output of a linear layer."""
 
 
-def _search(
-    base: PreTrainedModel, last_layer: nn.Module, unembedding: nn.Module
-) -> tuple[nn.Module, nn.Module | None, nn.Module]:
+def _search(base: PreTrainedModel, unembedding: nn.Module) -> Places:
     """Find the last projection, the norm on its output and the final norm by the order of calls.
 
-    The final norm is the last module before the unembedding that is callable on the residual as a norm; the projection
-    is the last ``Linear`` of the last layer that maps a wider space to ``d_model``. A norm of the layer that is called
-    after the projection stands between it and the residual.
+    The last layer is the element of a list of modules that runs last before the unembedding. The final norm is the last norm
+    before the unembedding.
+
+    Raises:
+        UnsupportedModelError: there is no such thing, or something else computes between them.
     """
-    d_model, vocab_size = sizes(unembedding)
-    calls: list[nn.Module] = []
+    name = base.config.model_type
+    calls = _calls(base, unembedding)
+    lists = {path.replace("_orig_mod.", "") for path, module in base.named_modules() if isinstance(module, nn.ModuleList)}
+    of_layers = [i for i, call in enumerate(calls) if _is_linear(call.module) and _element(call.path, lists)]
+    if not of_layers:
+        raise UnsupportedModelError(f"{name} has no list of transformer layers")
+    element = _element(calls[of_layers[-1]].path, lists)
+    last_layer = _submodule(base, element)
+    _refuse_experts(name, last_layer)
+    if head := [call.path for call in calls[of_layers[-1] + 1 :] if _is_linear(call.module)]:
+        raise UnsupportedModelError(
+            f"{name} has no final norm before its unembedding: a layer of its own ({head[-1]}) stands between the last "
+            "transformer layer and the unembedding, such as encoder-style models have"
+        )
+    residual = next((call.passed for call in reversed(calls) if _is_norm(call.module)), None)
+    if isinstance(residual, Tensor) and residual.shape[:-1] not in (PROBE_SHAPE, (math.prod(PROBE_SHAPE),)):
+        raise UnsupportedModelError(
+            f"{name} does not have one residual for each token in the order of the text: of ids {list(PROBE_SHAPE)} the final "
+            f"norm reads {list(residual.shape)}"
+        )
+    inside = [call for call in calls if call.path.startswith(f"{element}.") and _is_linear(call.module)]
+    projection = _projection(base, element, inside)
+    after = calls[max(i for i, call in enumerate(calls) if call.module is projection.module) + 1 :]
+    norms = [call for call in after if _is_norm(call.module)]
+    if not norms:
+        raise UnsupportedModelError(f"{name} has no final norm: there is none between its last MLP and its unembedding")
+    _refuse_more(base, element, projection, [call for call in after if _is_linear(call.module)])
+    write_norm = next((norm for norm in norms[:-1] if norm.path.startswith(f"{element}.") and _same(norm, projection)), None)
+    layers, _, layer = element.rpartition(".")
+    stack = base.get_submodule(layers)
+    assert isinstance(stack, nn.ModuleList)
+    return Places(
+        layers=layers,
+        layer=int(layer),
+        depth=len(stack),
+        down_proj=projection.path.removeprefix(f"{element}."),
+        final_norm=norms[-1].path,
+        write_norm=None if write_norm is None else write_norm.path.removeprefix(f"{element}."),
+    )
 
-    def note(module: nn.Module, args: Any, output: Any) -> None:
-        calls.append(module)
 
+def _calls(base: PreTrainedModel, unembedding: nn.Module) -> list[_Call]:
+    """Run the model once on a text; its linear layers and norms in the order in which they ran, up to the unembedding.
+
+    Raises:
+        UnsupportedModelError: it cannot read a text alone.
+    """
+    calls: list[_Call] = []
+    head = without_compiler(unembedding)
     with contextlib.ExitStack() as stack:
-        for module in base.modules():
-            if next(module.children(), None) is None or isinstance(module, Conv1D | nn.Linear):
+        for path, module in _parts(base):
+
+            def note(module: nn.Module, args: Any, output: Any, path: str = path) -> None:
+                passed = output if _is_linear(module) else next(iter(args), None)
+                # Logits are large, and nobody asks for them.
+                calls.append(_Call(path, module, None if module is head else passed))
+
+            if module is head or _is_linear(module) or _is_norm(module):
                 stack.callback(module.register_forward_hook(note).remove)
-        probe_logits(base, probe_ids(vocab_size))
-    in_last_layer = set(last_layer.modules())
-    projections = [m for m in calls if m in in_last_layer and _maps_to(m, d_model)]
-    norms = [m for m in calls if m not in in_last_layer and m is not unembedding and _is_norm(m)]
-    if not projections or not norms:
-        missing = "MLP output projection" if not projections else "final norm"
-        raise UnsupportedModelError(
-            f"{base.config.model_type} is not a family confsteer knows, and no {missing} was found in its structure"
-        )
-    last = max(i for i, module in enumerate(calls) if module is projections[-1])
-    write_norm = next((m for m in calls[last + 1 :] if m in in_last_layer and _is_norm(m)), None)
-    # An adapter reads the activations beside the projection inside of it.
-    adapters = (m for m in in_last_layer if without_adapter(m) is projections[-1] is not m)
-    projection = next(adapters, projections[-1])
-    name = next(name for name, module in last_layer.named_modules() if module is projection)
-    if _mixes_positions(base, last_layer, projection, name):
-        raise UnsupportedModelError(
-            f"the last layer of {base.config.model_type} has no MLP: its last projection ({name}) reads what was gathered from "
-            "other positions, as in attention and state-space layers; confsteer steers the neurons of an MLP"
-        )
-    return projection, write_norm, norms[-1]
+        try:
+            _run(base, probe_ids(sizes(unembedding)[1]), calls)
+        except (ConfsteerError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever a model raises that needs an image, a language or another library
+            words = " ".join(str(error).split())[:200] or type(error).__name__
+            raise UnsupportedModelError(f"{type(base).__name__} does not run on the ids of a text alone: {words}") from error
+    heads = [i for i, call in enumerate(calls) if call.module is head]
+    if not heads:
+        raise UnsupportedModelError(f"{base.config.model_type} does not use its unembedding ({type(head).__name__})")
+    return calls[: heads[-1]]
 
 
-def _mixes_positions(base: PreTrainedModel, last_layer: nn.Module, projection: nn.Module, name: str) -> bool:
-    """Try whether the projection's input depends on what its block makes of other positions, as that of no MLP does.
+def _run(base: PreTrainedModel, ids: Tensor, calls: list[_Call]) -> None:
+    """Run the model. On the meta device hybrid layers look at the values of the mask, which then is on the CPU; others do not."""
+    if input_device(base).type != "meta":
+        probe_logits(base, ids)
+        return
+    try:
+        probe_logits(base, ids, mask_on="cpu")
+    except RuntimeError:
+        calls.clear()
+        probe_logits(base, ids)
 
-    Two equal texts; in the second, everything that the block's linear layers say of the first position is disturbed. On the
-    meta device, where there is nothing to compare, the kind of block decides.
+
+def _parts(module: nn.Module, path: str = "", seen: set[nn.Module] | None = None) -> Iterator[tuple[str, nn.Module]]:
+    """List the modules that have none inside, by path. An adapter and what it is around are one; what compiles is passed over."""
+    seen = set() if seen is None else seen
+    module = without_compiler(module)
+    if module in seen:
+        return
+    seen.add(module)
+    children = () if _is_linear(module) else module.named_children()
+    whole = True
+    for name, child in children:
+        whole = False
+        yield from _parts(child, f"{path}.{name}" if path else name, seen)
+    if whole:
+        yield path, module
+
+
+def _element(path: str, lists: Collection[str]) -> str:
+    """Find the element of the outermost list of modules that a module is inside of; nothing if it is in none."""
+    parts = path.split(".")
+    places = (i for i in range(1, len(parts) - 1) if ".".join(parts[:i]) in lists)
+    first = next(places, None)
+    return "" if first is None else ".".join(parts[: first + 1])
+
+
+def _refuse_experts(name: str, last_layer: nn.Module) -> None:
     """
-    block = last_layer.get_submodule(name.rpartition(".")[0])
-    divided = block is not last_layer
-    if next(projection.parameters()).is_meta:
+    Raises:
+        UnsupportedModelError: the last layer is a mixture of experts.
+    """
+    for path, module in last_layer.named_modules():
+        if path.split(".")[-1] == "experts" or type(module).__name__.endswith("Experts"):
+            raise UnsupportedModelError(
+                f"the last layer of {name} is a mixture of experts ({path}): its neurons are active only on the tokens routed to "
+                "them, which confsteer does not support"
+            )
+
+
+def _projection(base: PreTrainedModel, element: str, linears: Sequence[_Call]) -> _Call:
+    """Find the output projection of the last MLP among the linear layers of the last layer, in the order in which they ran.
+
+    It ends a block of the layer, is the widest that does, and reads nothing of other positions, as attention's and those of
+    state-space layers do.
+
+    Raises:
+        UnsupportedModelError: there is none.
+    """
+    name, d_model = base.config.model_type, sizes(_unembedding(base))[0]
+    ends = {call.path.rpartition(".")[0]: call for call in linears}.values()
+    candidates = [call for call in ends if sizes(call.module)[1] == d_model]
+    if not candidates:
+        raise UnsupportedModelError(f"the last layer of {name} has no MLP: nothing in {element} writes to the residual")
+    # Of equally wide ones the last, which comes after attention.
+    for _, call in sorted(enumerate(candidates), key=lambda entry: (sizes(entry[1].module)[0], entry[0]), reverse=True):
+        if not _mixes_positions(base, element, call):
+            return call
+    last = candidates[-1].path.removeprefix(f"{element}.")
+    raise UnsupportedModelError(
+        f"the last layer of {name} has no MLP: its last projection ({last}) reads what was gathered from other positions, as in "
+        "attention and state-space layers; confsteer steers the neurons of an MLP"
+    )
+
+
+def _mixes_positions(base: PreTrainedModel, element: str, projection: _Call) -> bool:
+    """Try whether a projection's input depends on what its block makes of other positions, as that of no MLP does.
+
+    On the meta device, where there is nothing to compare, the kind of block decides.
+    """
+    parent, width = projection.path.rpartition(".")[0], sizes(projection.module)[0]
+    block, divided = _submodule(base, parent), parent != element
+    if _is_meta(projection):
         return divided and any(type(m) is nn.Conv1d or "Attention" in type(m).__name__ for m in block.modules())
-    width, own = sizes(without_adapter(projection))[0], set(projection.modules())
     # A layer that is not divided into blocks has its attention's projections, which are narrower, beside those of the MLP.
-    inside = (m for m in (block.modules() if divided else block.children()) if isinstance(m, Conv1D | nn.Linear) and m not in own)
-    before = [m for m in inside if divided or sizes(m)[1] >= width]
-    ids = probe_ids(sizes(base.get_output_embeddings())[1])[:1].repeat(2, 1)
+    inside = (m for path, m in _parts(block) if _is_linear(m) and (divided or "." not in path))
+    sources = [m for m in inside if m is not projection.module and (divided or sizes(m)[1] >= width)]
+    return _spread(base, sources, projection.module)[1:].amax().item() > SPREAD
+
+
+def _refuse_more(base: PreTrainedModel, element: str, projection: _Call, later: Sequence[_Call]) -> None:
+    """
+    Raises:
+        UnsupportedModelError: the last layer computes on from what its MLP has written.
+    """
+    for call in later:
+        # Attention that runs beside the MLP runs after it here and there.
+        if _is_meta(call) or _spread(base, [projection.module], call.module)[0].item() > SPREAD:
+            raise UnsupportedModelError(
+                f"the last layer of {base.config.model_type} computes on after its MLP: {call.path.removeprefix(element + '.')} "
+                "reads what the MLP has written, so a neuron moves the residual by more than its output weights"
+            )
+
+
+def _spread(base: PreTrainedModel, sources: Iterable[nn.Module], reader: nn.Module) -> Tensor:
+    """Disturb what some linear layers say of the first position; how much the input of another changes, ``[positions]``.
+
+    Of two equal texts the second is disturbed. The change is relative to the length of the input.
+    """
+    ids = probe_ids(sizes(_unembedding(base))[1])[:1].repeat(2, 1)
     seen: list[Tensor] = []
 
     def disturb(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        disturbed = output.clone()
-        disturbed.view(-1, output.shape[-1])[ids.shape[1]] += 1 + output.abs().max()
-        return disturbed
+        disturbed = output.clone().reshape(2, -1, output.shape[-1])
+        # In no direction that a norm takes away.
+        ramp = torch.linspace(-1, 1, output.shape[-1], device=output.device, dtype=output.dtype)
+        disturbed[1, 0] += (1 + output.abs().max()) * ramp
+        return disturbed.reshape(output.shape)
 
     def see(module: nn.Module, args: Any) -> None:
-        seen.append(args[0].reshape(-1, width).float())
+        seen.append(args[0].reshape(2, -1, args[0].shape[-1]).float())
 
     with contextlib.ExitStack() as stack:
-        for module in before:
+        for module in sources:
             stack.callback(module.register_forward_hook(disturb).remove)
-        stack.callback(projection.register_forward_pre_hook(see).remove)
+        stack.callback(reader.register_forward_pre_hook(see).remove)
         probe_logits(base, ids)
-    first, second = (rows[1:] for rows in seen[-1].split(ids.shape[1]))
-    return not float((first - second).norm()) <= 1e-2 * float(first.norm())
+    first, second = seen[-1]
+    change: Tensor = (second - first).norm(dim=-1) / first.norm(dim=-1).clamp_min(1e-12)
+    return change
+
+
+def _same(norm: _Call, projection: _Call) -> bool:
+    """Tell whether a norm reads what a projection has answered, and that alone."""
+    read, written = norm.passed, projection.passed
+    if not (isinstance(read, Tensor) and isinstance(written, Tensor)) or read.numel() != written.numel():
+        return False
+    return read is written if read.is_meta else torch.equal(read.reshape(written.shape), written.to(read.device))
 
 
 def _is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower()
 
 
-def _maps_to(module: nn.Module, d_model: int) -> bool:
-    return isinstance(module, Conv1D | nn.Linear) and sizes(module)[1] == d_model < sizes(module)[0]
+def _is_linear(module: nn.Module) -> bool:
+    inner = without_adapter(module)
+    return isinstance(inner, Conv1D) or isinstance(getattr(inner, "in_features", None), int)
+
+
+def _is_meta(call: _Call) -> bool:
+    return isinstance(call.passed, Tensor) and call.passed.is_meta
 
 
 def probe_ids(vocab_size: int) -> Tensor:
-    return torch.randint(0, vocab_size, (2, 8), generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+    """Draw the ids of short texts, `PROBE_SHAPE`, from the middle of the vocabulary: at its ends are those that mean images."""
+    low, high = vocab_size // 4, max(vocab_size // 4 + 1, 3 * vocab_size // 4)
+    return torch.randint(low, high, PROBE_SHAPE, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
 
 
 @contextlib.contextmanager
@@ -222,7 +380,7 @@ def eagerly() -> Iterator[None]:
         yield
 
 
-def probe_logits(base: PreTrainedModel, ids: Tensor) -> Tensor:
+def probe_logits(base: PreTrainedModel, ids: Tensor, mask_on: str | None = None) -> Tensor:
     """Compute logits ``[batch, positions, vocab]`` in evaluation mode; every module's mode is put back.
 
     Nothing runs compiled, for code compiled before does not know of hooks that came since. The mask says what models
@@ -233,7 +391,8 @@ def probe_logits(base: PreTrainedModel, ids: Tensor) -> Tensor:
     try:
         with torch.no_grad(), eagerly():
             ids = ids.to(input_device(base))
-            logits: Tensor = base(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+            mask = torch.ones_like(ids, device=mask_on or ids.device)
+            logits: Tensor = base(input_ids=ids, attention_mask=mask, use_cache=False).logits
         return logits
     finally:
         for module, mode in modes:

@@ -287,7 +287,7 @@ def _push(
     if norm is None or states.mlp_output is None:
         return moved, (anatomy.residual_multiplier * size * write).expand_as(moved)
     pushed = (onto.float() + size * write).to(onto.dtype)
-    return moved, norm(pushed).float() - norm(onto).float()
+    return moved, anatomy.residual_multiplier * (norm(pushed).float() - norm(onto).float())
 
 
 def _refuse_adapters(anatomy: Anatomy, states: LastLayerStates, name: str) -> None:

@@ -66,9 +66,9 @@ def generating(asked: Asked, length: int, device: torch.device) -> Tensor | None
             '(1 for tokens, 0 for padding), or logits_to_keep, or steer with positions="all"'
         )
     if position_ids is not None:
-        # Texts packed into one row: the next position begins another.
-        ids = position_ids[0] if position_ids.dim() == 3 else position_ids
-        marked = marked | nn.functional.pad(ids[..., 1:].to(device) == 0, (0, 1))
+        # Texts packed into one row: the next position begins another. Of several dimensions, an image is not at the start of all.
+        begins = (position_ids == 0).all(dim=0) if position_ids.dim() == 3 else position_ids == 0
+        marked = marked | nn.functional.pad(begins[..., 1:].to(device), (0, 1))
     return marked | continues.to(device) if isinstance(continues, Tensor) else marked
 
 
@@ -93,7 +93,7 @@ def keeps_graphs(model: PreTrainedModel) -> bool:
 
 
 def _depth(model: PreTrainedModel) -> int | None:
-    return getattr(model.config, "num_hidden_layers", None)
+    return getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
 
 
 class Watch:

@@ -397,7 +397,7 @@ def check_ids(ids: Tensor | NDArray[np.integer], vocab_size: int) -> None:
 
 def context_length(config: PretrainedConfig) -> int | None:
     """Say how many tokens a model can read at once; None if it does not say."""
-    return getattr(config, "max_position_embeddings", None)
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
 def _token_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[int]:

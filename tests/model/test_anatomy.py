@@ -7,30 +7,28 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from confsteer import UnsupportedModelError
 from confsteer.model.anatomy import LastLayerStates, weights_content
 from confsteer.model.dissect import dissect
-from confsteer.model.families import FAMILIES
 from confsteer.model.layers import read_norm
+from confsteer.model.loading import auto_class
 from confsteer.model.locate import locate
-from tests.models import FAMILIES as TINY_FAMILIES
-from tests.models import VOCAB, TinyFamily, tiny_model
+from tests.models import FAMILIES, VOCAB, TinyFamily, tiny_model
 
 
-@pytest.fixture(params=TINY_FAMILIES, ids=lambda family: family.model_type)
+@pytest.fixture(params=FAMILIES, ids=lambda family: family.model_type)
 def family(request: pytest.FixtureRequest) -> TinyFamily:
     assert isinstance(request.param, TinyFamily)
     return request.param
 
 
+LLAMA = ("model.layers.1", "mlp.down_proj", "model.norm")
+
+
 def config_of(model_type: str) -> dict[str, Any]:
-    return next(family.config for family in TINY_FAMILIES if family.model_type == model_type)
-
-
-def test_every_family_of_the_table_has_a_tiny_model() -> None:
-    assert sorted(FAMILIES) == sorted(family.model_type for family in TINY_FAMILIES)
+    return next(family.config for family in FAMILIES if family.model_type == model_type)
 
 
 def test_readout_reproduces_the_models_probabilities(family: TinyFamily) -> None:
@@ -76,15 +74,49 @@ def test_every_neuron_moves_the_logits_by_the_closed_form(family: TinyFamily) ->
         torch.testing.assert_close(readout.cap(moved).log_softmax(-1), theirs, atol=1e-4, rtol=1e-4)
 
 
-def test_the_structural_search_finds_what_the_table_says(family: TinyFamily, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model(*family)
-    from_table = locate(model)
-    monkeypatch.setattr("confsteer.model.locate.FAMILIES", {})
-    assert locate(model) == from_table
+PLACES: dict[str, tuple[str, ...]] = {
+    "exaone4": (*LLAMA, "post_feedforward_layernorm"),
+    "falcon": ("transformer.h.1", "mlp.dense_4h_to_h", "transformer.ln_f"),
+    "gemma2": (*LLAMA, "post_feedforward_layernorm"),
+    "gemma3_text": (*LLAMA, "post_feedforward_layernorm"),
+    "gemma4_text": (*LLAMA, "post_feedforward_layernorm"),
+    "glm4": (*LLAMA, "post_mlp_layernorm"),
+    "gpt2": ("transformer.h.1", "mlp.c_proj", "transformer.ln_f"),
+    "gpt_neo": ("transformer.h.1", "mlp.c_proj", "transformer.ln_f"),
+    "gpt_neox": ("gpt_neox.layers.1", "mlp.dense_4h_to_h", "gpt_neox.final_layer_norm"),
+    "gptj": ("transformer.h.1", "mlp.fc_out", "transformer.ln_f"),
+    "olmo2": (*LLAMA, "post_feedforward_layernorm"),
+    "olmo3": (*LLAMA, "post_feedforward_layernorm"),
+    "opt": ("model.decoder.layers.1", "fc2", "model.decoder.final_layer_norm"),
+    "phi": ("model.layers.1", "mlp.fc2", "model.final_layernorm"),
+    "starcoder2": ("model.layers.1", "mlp.c_proj", "model.norm"),
+}
+"""Last layer, projection, final norm and, where there is one, the norm on the MLP's output, as transformers' sources say."""
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_the_search_finds_what_the_sources_say(family: TinyFamily, device: str) -> None:
+    """Without weights, too, where there are no values to compare."""
+    layer, down_proj, final_norm, *write_norm = PLACES.get(family.model_type, LLAMA)
+    model = tiny_model(*family).to(device)
+    # As a scan lays it out: the other kinds of attention look at the mask.
+    model.set_attn_implementation("eager")
+    found, last_layer = locate(model), model.get_submodule(layer)
+    assert (found.layer, found.last_layer) == (1, last_layer)
+    assert found.down_proj is last_layer.get_submodule(down_proj)
+    assert found.final_norm is model.get_submodule(final_norm)
+    assert found.write_norm is (last_layer.get_submodule(write_norm[0]) if write_norm else None)
+
+
+def test_a_model_whose_layers_change_is_searched_again() -> None:
+    model = tiny_model("llama", config_of("llama"))
+    assert locate(model).layer == 1
+    model.model.layers = model.model.layers[:-1]
+    assert dissect(model).down_proj is model.model.layers[0].mlp.down_proj
 
 
 def test_half_precision_models_are_recognised() -> None:
-    for family in TINY_FAMILIES:
+    for family in FAMILIES:
         if family.model_type in ("gpt2", "llama", "gemma"):
             for dtype in (torch.bfloat16, torch.float16):
                 dissect(tiny_model(*family).to(dtype))
@@ -139,16 +171,6 @@ def test_layers_that_are_not_divided_into_blocks_are_searched() -> None:
     config = {"d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 64}
     model = tiny_model("xglm", config)
     assert dissect(model).down_proj is model.model.layers[-1].fc2
-
-
-def test_a_multimodal_model_is_refused_as_one() -> None:
-    """Its language model is of a known family, but a part of it."""
-    text = config_of("llama") | {"model_type": "llama", "vocab_size": VOCAB}
-    vision = {"model_type": "clip_vision_model", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = AutoConfig.for_model("llava", text_config=text, vision_config=vision | {"image_size": 28, "patch_size": 14})
-    model = AutoModelForImageTextToText.from_config(config)
-    with pytest.raises(UnsupportedModelError, match=r"\(llava\) is a multimodal model around llama: .*language model alone"):
-        dissect(model)
 
 
 def test_an_encoder_decoder_is_refused() -> None:
@@ -218,6 +240,31 @@ def test_fingerprints_survive_a_change_of_precision_but_not_of_weights() -> None
     with torch.no_grad():
         anatomy.unembedding.get_parameter("weight")[3, 3] += 0.5
     assert not anatomy.matches(original), "a digest must not outlive the weights it was taken of"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "config", "sentence"),
+    [
+        ("gemma4_text", {"hidden_size_per_layer_input": 8}, "computes on after its MLP: per_layer_input_gate reads what the MLP"),
+        (
+            "bert",
+            {"is_decoder": True},
+            r"no final norm before its unembedding: .*\(cls.predictions.transform.dense\) stands between",
+        ),
+        ("cpmant", {"dim_ff": 64, "dim_head": 8}, r"one residual for each token .*reads \[2, 40, 32\]"),
+        (
+            "kosmos-2",
+            {"text_config": {"embed_dim": 32, "layers": 1, "ffn_dim": 64, "attention_heads": 4}},
+            "a text alone: .*pixel_values",
+        ),
+    ],
+)
+def test_what_stands_in_the_way_is_named(model_type: str, config: dict[str, Any], sentence: str) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": VOCAB}
+    settings = AutoConfig.for_model(model_type, **(sizes | config))
+    model = auto_class(settings).from_config(settings).eval()
+    with pytest.raises(UnsupportedModelError, match=sentence):
+        dissect(model)
 
 
 def test_auto_model_of_an_unknown_family_is_searched() -> None:

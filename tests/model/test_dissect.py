@@ -106,35 +106,40 @@ def test_merged_adapters_stay_merged(model: Any) -> None:
     assert all(getattr(module, "merged", True) for module in wrapped.modules())
 
 
-def test_the_structural_search_finds_the_layer_around_an_adapter(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_layer_around_an_adapter_is_found(model: Any) -> None:
+    """Whether the model was looked at before the adapters came or not."""
+    before = dissect(model)
     wrapped = adapted(model, "injected")
-    from_table = dissect(wrapped)
-    monkeypatch.setattr("confsteer.model.locate.FAMILIES", {})
-    assert dissect(wrapped) == from_table
+    found = dissect(wrapped)
+    assert found.down_proj is not before.down_proj
+    assert without_adapter(found.down_proj) is before.down_proj
+    again = dissect(adapted(fresh(model.config.model_type), "injected"))
+    assert (found.layer, type(found.down_proj)) == (again.layer, type(again.down_proj))
 
 
-def test_threads_may_look_at_one_model_at_once(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("confsteer.model.locate.FAMILIES", {})
+def test_threads_may_look_at_one_model_at_once(model: Any) -> None:
     with ThreadPoolExecutor(4) as threads:
         first, *others = threads.map(dissect, [model] * 4)
     assert others == [first] * 3
 
 
-@pytest.mark.parametrize("table", [True, False])
-def test_parts_that_ran_compiled_are_found(model: Any, table: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("seen", [True, False])
+def test_parts_that_ran_compiled_are_found(model: Any, seen: bool) -> None:
     def modules(anatomy: Anatomy) -> list[torch.nn.Module]:
         return [anatomy.last_layer, anatomy.down_proj, anatomy.final_norm, anatomy.unembedding]
 
-    expected = modules(dissect(fresh(model.config.model_type)))
+    other = fresh(model.config.model_type)
+    expected = modules(dissect(other))
+    path_of = {module: path for path, module in other.named_modules()}
+    inside = [model.get_submodule(path_of[module]) for module in expected]
     layers = model.transformer.h if model.config.model_type == "gpt2" else model.model.layers
     torch._dynamo.reset()
-    inside = modules(dissect(model))
+    if seen:
+        dissect(model)
     layers[-1] = torch.compile(layers[-1], backend="eager")
     model.set_output_embeddings(torch.compile(model.get_output_embeddings(), backend="eager"))
     with torch.no_grad():
         model(input_ids=torch.arange(1, 9)[None])
-    if not table:
-        monkeypatch.setattr("confsteer.model.locate.FAMILIES", {})
     with ThreadPoolExecutor(4) as threads:
         for found in threads.map(dissect, [model] * 4):
             assert all(map(lambda one, other: one is other, modules(found), inside))

@@ -13,6 +13,7 @@ from transformers import CompileConfig, ContinuousBatchingConfig, DynamicCache, 
 import confsteer
 from confsteer import Steering, SteeringError
 from confsteer.model.dissect import dissect
+from confsteer.runtimes.passes import Asked, generating
 from tests.models import planted_model
 from tests.planted import Planted, planted
 
@@ -182,6 +183,15 @@ def test_the_last_token_of_each_text_generates(found: Planted) -> None:
         torch.testing.assert_close(packed[0, :7], plain[0, :7], atol=1e-4, rtol=1e-4)
         with pytest.raises(SteeringError, match="cannot tell from this attention mask"):
             logits(found.model, attention_mask=torch.ones(2, 1, 8, 8, dtype=torch.bool).tril())
+
+
+def test_an_image_at_the_start_of_a_text_does_not_begin_several() -> None:
+    """Of an image's parts, which lie beside each other in time, only the first is at the start in all dimensions."""
+    in_time, in_height, in_width = [0, 0, 0, 0, 2, 3], [0, 0, 1, 1, 2, 3], [0, 1, 0, 1, 2, 3]
+    positions = torch.tensor([in_time, in_height, in_width]).repeat(1, 2)[:, None]
+    marked = generating(Asked(position_ids=positions), 12, torch.device("cpu"))
+    assert marked is not None
+    assert marked.nonzero()[:, 1].tolist() == [5, 11]
 
 
 def test_a_static_cache_is_continued(found: Planted) -> None:

@@ -16,11 +16,12 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 
 from confsteer.errors import ProfileMismatchError, UnsupportedModelError
 from confsteer.last_layer.readout import NormParameters
-from confsteer.model.families import FAMILIES
 from confsteer.model.layers import UNITS_AT_ONCE, read_norm
 from confsteer.profile.profile import Profile
 from confsteer.runtimes.vllm.worker.table import SteeringTable
 
+WRITE_NORM = re.compile(r"post_(feedforward|mlp)_layernorm")
+"""A norm on the MLP's output, by the names that it has in vLLM's models."""
 TABLE = "confsteer"
 """Name of the table among the modules of the projection."""
 NORM_TOLERANCE, QUANTISED_TOLERANCE = 2e-3, 5e-2
@@ -62,8 +63,7 @@ def attach(model: nn.Module, profile: Profile, *, max_tokens: int, slots: int) -
         UnsupportedModelError: there is no such layer, or no norm after it that is understood.
         ProfileMismatchError: it has other weights.
     """
-    final_norm, write_gain = _norms(model, profile)
-    name, layer, writes, first = _find(model, profile, final_norm, write_gain)
+    name, layer, writes, first, final_norm, write_gain = _find(model, profile)
     if hasattr(layer, "requires_unquantized_input"):
         # Without this flag a fused activation may pass already-quantised inputs.
         layer.requires_unquantized_input = True
@@ -87,8 +87,7 @@ def check_unchanged(model: nn.Module, profile: Profile, projection: SteeredProje
         ProfileMismatchError: the last layer of `model` has other weights than when `projection` was attached to it.
         UnsupportedModelError: it has none that is understood.
     """
-    final_norm, write_gain = _norms(model, profile)
-    _, _, writes, _ = _find(model, profile, final_norm, write_gain)
+    _, _, writes, _, final_norm, write_gain = _find(model, profile)
     pairs = [
         (writes[projection.table.neurons], projection.writes[projection.neurons]),
         (writes.norm(dim=1), projection.norms),
@@ -102,10 +101,20 @@ def check_unchanged(model: nn.Module, profile: Profile, projection: SteeredProje
         )
 
 
-def _find(
-    model: nn.Module, profile: Profile, final_norm: NormParameters, write_gain: Tensor | None
-) -> tuple[str, LinearBase, Tensor, int]:
-    """Name and layer of the projection, its writes ``[local neurons, d_model]``, and the index of the first of them."""
+class _Found(NamedTuple):
+    """A projection whose neurons write what those of the profile do."""
+
+    name: str
+    layer: LinearBase
+    writes: Tensor
+    """``[local neurons, d_model]``."""
+    first: int
+    """Index of the first of its neurons."""
+    final_norm: NormParameters
+    write_gain: Tensor | None
+
+
+def _find(model: nn.Module, profile: Profile) -> _Found:
     identity = profile.model
     candidates = [
         (name, module)
@@ -121,6 +130,7 @@ def _find(
         )
     errors = []
     for name, layer in candidates:
+        final_norm, write_gain = _norms(model, name, profile)
         writes = writes_of(layer)
         first = layer.tp_rank * len(writes) if len(writes) < identity.n_neurons else 0
         expected = profile.columns["norm"][first : first + len(writes)].to(writes.device)
@@ -130,7 +140,7 @@ def _find(
         error = (seen.norm(dim=1) - expected).abs() / expected.clamp_min(1e-12)
         plain = isinstance(layer.quant_method, UnquantizedLinearMethod)
         if float(error.max()) <= NORM_TOLERANCE if plain else float(error.median()) <= QUANTISED_TOLERANCE:
-            return name, layer, writes, first
+            return _Found(name, layer, writes, first, final_norm, write_gain)
         errors.append(f"{name}: {float(error.median()):.1e}")
     raise ProfileMismatchError(
         f"the profile is of {identity.id}; the model that vLLM loaded has other weights (relative error of the norms of the "
@@ -154,20 +164,22 @@ def writes_of(layer: LinearBase) -> Tensor:
     return torch.cat(answers)
 
 
-def _norms(model: nn.Module, profile: Profile) -> tuple[NormParameters, Tensor | None]:
-    """The final norm, and the gain of the norm on the last MLP's output where the family has one."""
-    family = FAMILIES.get(profile.model.model_type)
-    write_name = None if family is None else family.write_norm
-    final, write = None, None
-    for name, module in _norm_modules(model, profile.model.d_model):
-        numbered = [part for part in name.split(".") if re.fullmatch(r"\d+", part)]
-        if not numbered:
-            final = module
-        elif write_name is not None and str(profile.model.layer) in numbered and name.endswith("." + write_name):
-            write = module
-    if final is None or (write is None) != (write_name is None):
-        missing = "final norm" if final is None else write_name
-        raise UnsupportedModelError(f"vLLM's {type(model).__name__} has no {missing} that confsteer finds")
+def _norms(model: nn.Module, projection: str, profile: Profile) -> tuple[NormParameters, Tensor | None]:
+    """The final norm of the language model that a projection is in, and the gain of a norm on the projection's output."""
+    stack, _, _ = projection.partition(f".{profile.model.layer}.")
+    norms = dict(_norm_modules(model, profile.model.d_model))
+    final, parent = None, stack
+    # The nearest above the layers: what sees or hears has norms of its own.
+    while final is None and parent:
+        parent = parent.rpartition(".")[0]
+        inside = (
+            norm for name, norm in norms.items() if name.startswith(parent and f"{parent}.") and not re.search(r"\.\d+\.", name)
+        )
+        final = next(reversed([*inside]), None)
+    if final is None:
+        raise UnsupportedModelError(f"vLLM's {type(model).__name__} has no final norm that confsteer finds")
+    layer = f"{stack}.{profile.model.layer}."
+    write = next((norm for name, norm in norms.items() if name.startswith(layer) and WRITE_NORM.search(name)), None)
     gain = None if write is None else read_norm(write, profile.model.d_model).gain
     return read_norm(final, profile.model.d_model), gain
 

@@ -1,0 +1,140 @@
+"""Models that see: steered through the language model inside, whether there is an image in the prompt or not."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import confsteer
+from confsteer import SettingError, Steering
+from confsteer.calibration.scan import scan
+from confsteer.evaluation.evaluate import evaluate
+from confsteer.model.loading import load_model
+from confsteer.text.windows import make_windows
+from tests.models import (
+    ENTROPY_NEURONS,
+    FREQUENCY_NEURON,
+    FREQUENCY_SIGN,
+    IMAGE,
+    IMAGE_TOKENS,
+    MULTIMODAL,
+    image_inputs,
+)
+from tests.planted import Planted, planted
+
+IDS = torch.tensor(
+    [
+        [3, 93, *[IMAGE] * IMAGE_TOKENS, 92, 8, 5],
+        [0, 0, 0, *[IMAGE] * IMAGE_TOKENS, 92, 7],
+        [0, 0, 0, 0, 0, 4, 9, 11, 2],
+    ]
+)
+"""A prompt with an image in it, one that begins with an image, and one without; padded on the left."""
+PADDING = (0, 3, 5)
+STEERINGS = [Steering(clamp={5: 3.0}), Steering(scale={5: -2.0, 11: 0.0}, shift={20: 0.5}), Steering()]
+FOUND = pytest.mark.parametrize("model_type", [family.model_type for family in MULTIMODAL])
+
+
+def logits(model: Any, ids: Tensor) -> Tensor:
+    """Of the whole text at once, with its images, ``[rows, positions, vocab]``."""
+    with torch.no_grad():
+        result: Tensor = model(input_ids=ids, **image_inputs(model.config.model_type, ids), use_cache=False).logits
+    return result
+
+
+@contextlib.contextmanager
+def edited_by_hand(found: Planted, steering: Steering, first: int) -> Iterator[None]:
+    """Edit the activations from a position on, in the language model's last layer, which is named here."""
+    gain, bias, low, high = (torch.from_numpy(np.asarray(column)) for column in found.profile.edit(steering))
+    neurons = [neuron.index for neuron in found.profile.steerable]
+
+    def edit(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        changed = args[0].clone()
+        changed[:, first:, neurons] = (gain * changed[:, first:, neurons] + bias).clamp(low, high)
+        return (changed,)
+
+    handle = found.model.model.language_model.layers[-1].mlp.down_proj.register_forward_pre_hook(edit)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@FOUND
+def test_exactly_the_planted_neurons_are_found_on_a_text(model_type: str) -> None:
+    profile = planted(model_type).profile
+    assert {n.index: n.sign for n in profile.entropy_neurons} == ENTROPY_NEURONS
+    assert {n.index: n.sign for n in profile.frequency_neurons} == {FREQUENCY_NEURON: FREQUENCY_SIGN}
+
+
+@FOUND
+@pytest.mark.parametrize("positions", ["all", "generated"])
+def test_prompts_with_images_are_continued_by_the_rule(model_type: str, positions: Literal["all", "generated"]) -> None:
+    """A batch of cached generation against each prompt alone, read again whole for every token and edited by hand."""
+    found = planted(model_type)
+    mask = torch.arange(IDS.shape[1]) >= torch.tensor(PADDING)[:, None]
+    asked = {"input_ids": IDS, "attention_mask": mask.long(), **image_inputs(model_type, IDS)}
+    how = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+    steerings = [steering.model_copy(update={"positions": positions}) for steering in STEERINGS]
+    with confsteer.steer(found.model, found.profile, steerings):
+        together = found.model.generate(**asked, **how, output_logits=True, return_dict_in_generate=True)
+    for row, steering in enumerate(STEERINGS):
+        ids = IDS[row : row + 1, PADDING[row] :]
+        first = 0 if positions == "all" else ids.shape[1] - 1
+        for step in range(4):
+            plain = logits(found.model, ids)[0, -1]
+            with edited_by_hand(found, steering, first):
+                expected = logits(found.model, ids)[0, -1]
+            torch.testing.assert_close(together.logits[step][row], expected, atol=1e-5, rtol=1e-5)
+            assert (steering == Steering()) == torch.equal(plain, expected), "a test without teeth"
+            ids = torch.cat([ids, expected.argmax()[None, None]], dim=1)
+
+
+@FOUND
+def test_a_checkpoint_is_loaded_scanned_and_evaluated_as_it_is(model_type: str, tmp_path: Path) -> None:
+    found = planted(model_type)
+    found.save(tmp_path)
+    loaded = load_model(str(tmp_path / "model"))
+    assert type(loaded.model) is type(found.model)
+    assert torch.equal(logits(loaded.model, IDS), logits(found.model, IDS))
+    scanned = scan(str(tmp_path / "model")).profile
+    assert scanned.model.fingerprints == found.profile.model.fingerprints
+    for name in ("norm", "null_fraction", "logit_variance"):
+        assert torch.equal(scanned.columns[name], found.profile.columns[name])
+    windows = make_windows(found.texts[:4], found.tokenizer, window=32)
+    report = evaluate(loaded.model, loaded.tokenizer, windows, found.profile, [Steering(entropy=0.05)])
+    losses = []
+    for batch in windows.batches(4):
+        with torch.no_grad():
+            output = found.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+        losses.append(cross_entropy(output[batch.kept], batch.targets, reduction="none"))
+    unsteered = report.texts[0].rows[0]
+    assert unsteered.metrics["loss"].value == pytest.approx(float(torch.cat(losses).mean()), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "steering"), [("llava", "entropy=0.2"), ("gemma3", "clamp.5=0"), ("qwen2_5_vl", "clamp.5=0")]
+)
+def test_a_baked_model_sees_as_a_steered_one(model_type: str, steering: str) -> None:
+    found = planted(model_type)
+    with confsteer.steer(found.model, found.profile, steering):
+        expected = logits(found.model, IDS)
+    model = copy.deepcopy(found.model)
+    confsteer.bake(model, found.profile, steering)
+    torch.testing.assert_close(logits(model, IDS), expected, atol=1e-4, rtol=1e-5)
+    assert not torch.allclose(expected, logits(found.model, IDS), atol=1e-3)
+
+
+def test_the_context_is_that_of_the_language_model() -> None:
+    found = planted("llava")
+    with pytest.raises(SettingError, match="64"):
+        confsteer.calibrate(found.model, found.tokenizer, found.texts, window=65)
