@@ -29,7 +29,7 @@ import click
 import numpy as np
 import torch
 
-from confsteer import ConfsteerError, Profile
+from confsteer import ConfsteerError, Profile, defaults
 from confsteer.discovery.select import candidates
 from confsteer.evaluation.comparison import Candidate, Sample, compare
 from confsteer.evaluation.evaluate import read_sample, unsteered, with_matched_temperatures
@@ -66,6 +66,7 @@ class Settings(NamedTuple):
     """Numbers of tokens of each text, and the seed."""
 
     tokens: int
+    window: int
     fit: int
     stop: int
     seed: int
@@ -234,7 +235,7 @@ def study(loaded: LoadedModel, profile: Profile, texts: Mapping[str, Iterable[Do
     reader = Reader(loaded.model, with_neurons(profile, union))
     texts_read: dict[str, Text] = {}
     for name, documents in texts.items():
-        windows = make_windows(documents, loaded.tokenizer, max_tokens=settings.tokens, source=name)
+        windows = make_windows(documents, loaded.tokenizer, window=settings.window, max_tokens=settings.tokens, source=name)
         texts_read[name] = read(reader, windows, (settings.fit, settings.stop), settings.seed)
         clock.stage("read")
     null_direction = next(iter(texts_read.values())).judged.reading.null_direction
@@ -365,6 +366,7 @@ def difference(interval: Sequence[float], *, intervals: bool = True) -> str:
 @click.option("--profile", "profile_name", default=DEMO_NAME, show_default=True, help="Of MODEL.")
 @click.option("--texts", type=click.Path(path_type=Path, exists=True), help="Folder of texts, a file each.")
 @click.option("--tokens", default=100_000, show_default=True, help="Read at most this many of each text.")
+@click.option("--window", default=defaults.WINDOW, show_default=True, help="Tokens per window.")
 @click.option("--fit", default=6_000, show_default=True, help="Fit to about this many of them.")
 @click.option("--stop", default=3_000, show_default=True, help="Stop by about this many of them.")
 @click.option("--seed", default=0, show_default=True, help="Of the random neurons and of how documents are shared out.")
