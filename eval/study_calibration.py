@@ -50,6 +50,8 @@ SHARES = (0.35, 0.15, 0.5)
 """Of a text, to fit to, to stop by and to judge."""
 METRICS = ("loss", "ece", "ece_equal_mass", "brier", "entropy", "accuracy")
 """Those that are kept."""
+ROUNDING = 5e-5
+"""Differences below it are shown as zero."""
 FITTED_TO = ("itself", "the others")
 
 
@@ -357,7 +359,8 @@ def long_table(judged: dict[str, Any], names: Sequence[str], ways: Sequence[str]
 
 def difference(interval: Sequence[float], *, intervals: bool = True) -> str:
     value, low, high = interval
-    sure = "*" if low > 0 or high < 0 else ""
+    # A search that stays at the unsteered model differs from a temperature of one by rounding.
+    sure = "*" if (low > 0 or high < 0) and abs(value) >= ROUNDING else ""
     return f"{value:+.4f}{sure} ({low:+.4f} to {high:+.4f})" if intervals else f"{value:+.4f}{sure}"
 
 
