@@ -67,7 +67,7 @@ class Findings(NamedTuple):
     def read(cls, file: Path) -> Findings:
         """From what `json` wrote."""
         document = json.loads(file.read_text(encoding="utf-8"))
-        studies = {"cumulative": CumulativeStudy, "induction": InductionStudy, "heads": HeadStudy}
+        studies: dict[str, type[Result]] = {"cumulative": CumulativeStudy, "induction": InductionStudy, "heads": HeadStudy}
         found = {name: document[name] and kind.model_validate(document[name]) for name, kind in studies.items()}
         return cls(**{name: document[name] for name in cls._fields} | found)
 

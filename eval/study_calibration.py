@@ -29,7 +29,7 @@ import click
 import numpy as np
 import torch
 
-from confsteer import ConfsteerError, Profile
+from confsteer import ConfsteerError, Profile, defaults
 from confsteer.discovery.select import candidates
 from confsteer.evaluation.comparison import Candidate, Sample, compare
 from confsteer.evaluation.evaluate import read_sample, unsteered, with_matched_temperatures
@@ -50,6 +50,8 @@ SHARES = (0.35, 0.15, 0.5)
 """Of a text, to fit to, to stop by and to judge."""
 METRICS = ("loss", "ece", "ece_equal_mass", "brier", "entropy", "accuracy")
 """Those that are kept."""
+ROUNDING = 5e-5
+"""Differences below it are shown as zero."""
 FITTED_TO = ("itself", "the others")
 
 
@@ -66,6 +68,7 @@ class Settings(NamedTuple):
     """Numbers of tokens of each text, and the seed."""
 
     tokens: int
+    window: int
     fit: int
     stop: int
     seed: int
@@ -234,7 +237,7 @@ def study(loaded: LoadedModel, profile: Profile, texts: Mapping[str, Iterable[Do
     reader = Reader(loaded.model, with_neurons(profile, union))
     texts_read: dict[str, Text] = {}
     for name, documents in texts.items():
-        windows = make_windows(documents, loaded.tokenizer, max_tokens=settings.tokens, source=name)
+        windows = make_windows(documents, loaded.tokenizer, window=settings.window, max_tokens=settings.tokens, source=name)
         texts_read[name] = read(reader, windows, (settings.fit, settings.stop), settings.seed)
         clock.stage("read")
     null_direction = next(iter(texts_read.values())).judged.reading.null_direction
@@ -356,7 +359,8 @@ def long_table(judged: dict[str, Any], names: Sequence[str], ways: Sequence[str]
 
 def difference(interval: Sequence[float], *, intervals: bool = True) -> str:
     value, low, high = interval
-    sure = "*" if low > 0 or high < 0 else ""
+    # A search that stays at the unsteered model differs from a temperature of one by rounding.
+    sure = "*" if (low > 0 or high < 0) and abs(value) >= ROUNDING else ""
     return f"{value:+.4f}{sure} ({low:+.4f} to {high:+.4f})" if intervals else f"{value:+.4f}{sure}"
 
 
@@ -365,6 +369,7 @@ def difference(interval: Sequence[float], *, intervals: bool = True) -> str:
 @click.option("--profile", "profile_name", default=DEMO_NAME, show_default=True, help="Of MODEL.")
 @click.option("--texts", type=click.Path(path_type=Path, exists=True), help="Folder of texts, a file each.")
 @click.option("--tokens", default=100_000, show_default=True, help="Read at most this many of each text.")
+@click.option("--window", default=defaults.WINDOW, show_default=True, help="Tokens per window.")
 @click.option("--fit", default=6_000, show_default=True, help="Fit to about this many of them.")
 @click.option("--stop", default=3_000, show_default=True, help="Stop by about this many of them.")
 @click.option("--seed", default=0, show_default=True, help="Of the random neurons and of how documents are shared out.")

@@ -18,6 +18,8 @@ from confsteer.discovery.select import candidates
 from confsteer.model.dissect import dissect
 from confsteer.model.loading import LoadedModel, load_model
 from confsteer.runtimes.generations import generations
+from confsteer.studies.induction import induction
+from confsteer.studies.repetition import Repetition
 from confsteer.text.sources import python_docs
 from confsteer.text.windows import make_windows, prompt_ids
 from tests.paths import ROOT
@@ -91,6 +93,16 @@ def test_it_is_calibrated_answers_and_is_steered(real: Real) -> None:
             logits = model(batch.input_ids, attention_mask=batch.attention_mask).logits[batch.kept]
             entropies.append(float(torch.special.entr(logits.softmax(-1)).sum(-1).mean()))
     assert 0.15 < entropies[1] - entropies[0] < 0.45
+
+
+@pytest.mark.real
+def test_it_knows_random_tokens_that_it_reads_again(real: Real) -> None:
+    """No token of its chat format is among them: those count at no position, and stretches would differ in length."""
+    profile = Profile.load(ROOT / "calibrations" / "smollm2-135m-instruct")
+    (kind,) = induction(*real.loaded, profile, repeat=Repetition(sequences=4, half=24)).kinds
+    assert kind.sequences == 4
+    assert kind.second.loss.high < kind.first.loss.low - 5
+    assert kind.second.entropy.value < kind.first.entropy.value
 
 
 def test_a_file_with_another_hash_is_an_error(tmp_path: Path) -> None:

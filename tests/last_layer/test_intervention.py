@@ -10,6 +10,7 @@ import confsteer
 from confsteer import Profile, Steering
 from confsteer.evaluation.fit import fit, fit_null_write, fit_temperature, match_entropy
 from confsteer.evaluation.reader import Reader
+from confsteer.last_layer.coordinates import Writes
 from confsteer.last_layer.intervention import Intervention
 from confsteer.last_layer.scores import TokenScores
 from confsteer.last_layer.text_states import TextStates
@@ -59,6 +60,20 @@ def test_predictions_are_those_of_the_steered_model(model_type: str) -> None:
     torch.testing.assert_close(ours.log_softmax(-1), theirs.log_softmax(-1), atol=1e-4, rtol=0)
     unsteered = layer.logits(Intervention.neutral(layer.readout.n_neurons))
     assert float((unsteered.log_softmax(-1) - theirs.log_softmax(-1)).abs().max()) > 0.05
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+def test_a_text_with_some_of_its_neurons_is_the_same_text(model_type: str) -> None:
+    """Changing some neurons is changing all of them, the others as they are; of the sample too."""
+    layer, _ = text(model_type)
+    layer.draw_sample()
+    places = torch.tensor([2, 0])
+    few = layer.of_neurons(places, Writes(layer.readout.select(places), layer.null_direction))
+    some = Intervention.neutral(2)._replace(gain=torch.tensor([-1.5, 2.0]), bias=torch.tensor([0.3, -0.2]))
+    every = Intervention.neutral(layer.readout.n_neurons)
+    every.gain[places], every.bias[places] = some.gain, some.bias.clone()
+    torch.testing.assert_close(few.logits(some), layer.logits(every), atol=1e-5, rtol=0)
+    torch.testing.assert_close(few.sampled_scores(some).nll, layer.sampled_scores(every).nll, atol=1e-5, rtol=0)
 
 
 def test_temperature_and_constant_by_their_definition() -> None:

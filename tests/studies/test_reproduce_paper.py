@@ -32,15 +32,21 @@ def script() -> ModuleType:
     return module
 
 
-def report_on(script: ModuleType, model: object, folder: Path) -> tuple[str, dict[str, object]]:
+def run(script: ModuleType, *arguments: object) -> None:
+    result = CliRunner().invoke(script.main, [str(a) for a in arguments])
+    assert result.exit_code == 0, (result.output, result.exception)
+
+
+def report_on(script: ModuleType, model: object, folder: Path, *more: object) -> tuple[str, dict[str, object]]:
     """Report and numbers of a model that is saved and read back, calibrated on its text."""
     model.save_pretrained(folder / "model")  # type: ignore[attr-defined]
     tiny_tokenizer().save_pretrained(folder / "model")
     (folder / "text.txt").write_text("\n".join(zipf_texts(20, 200)))
     arguments = [folder / "model", "--text", folder / "text.txt", "--window", 64, "--tokens", 600, "--half", 24]
-    arguments += ["--sequences", 4, "--out", folder / "out"]
-    result = CliRunner().invoke(script.main, [str(a) for a in arguments])
-    assert result.exit_code == 0, (result.output, result.exception)
+    run(script, *arguments, "--sequences", 4, "--out", folder / "out", *more)
+    if "--measure-only" in more:
+        assert [file.name for file in (folder / "out").iterdir()] == ["report.json"]
+        run(script, "--profile", folder / "profile", "--draw", folder / "out" / "report.json")
     text = (folder / "out" / "report.md").read_text()
     for picture in {line.split("](")[1].rstrip(")") for line in text.splitlines() if line.startswith("![")}:
         assert (folder / "out" / picture).read_bytes().startswith(b"\x89PNG")
@@ -49,7 +55,7 @@ def report_on(script: ModuleType, model: object, folder: Path) -> tuple[str, dic
 
 def test_a_report_has_every_section_and_its_numbers_can_be_read_back(script: ModuleType, tmp_path: Path) -> None:
     text, numbers = report_on(script, planted("llama").model, tmp_path)
-    assert text.count("\n## ") == 8
+    assert text.count("\n## ") == 10
     for index in (*ENTROPY_NEURONS, FREQUENCY_NEURON):
         assert f"| 1.{index} |" in text
     assert text.count("\n![") == 5
@@ -60,8 +66,12 @@ def test_a_report_has_every_section_and_its_numbers_can_be_read_back(script: Mod
 
 
 def test_tables_are_whole(script: ModuleType, tmp_path: Path) -> None:
-    """Every row of a Markdown table has as many cells as its head: no bar of an absolute value has slipped in."""
-    text, _ = report_on(script, planted("gpt2").model, tmp_path)
+    """Every row of a Markdown table has as many cells as its head: no bar of an absolute value has slipped in.
+
+    The report is drawn of the numbers alone, after they were measured.
+    """
+    planted("llama").save(tmp_path)
+    text, _ = report_on(script, planted("llama").model, tmp_path, "--profile", tmp_path / "profile", "--measure-only")
     for block in text.split("\n\n"):
         if block.startswith("|"):
             assert len({line.count("|") for line in block.splitlines()}) == 1, block

@@ -18,16 +18,23 @@ import httpx
 import openai
 import pytest
 
-from confsteer import Steering
+from confsteer import Profile, Steering
+from confsteer.model.loading import load_model, load_tokenizer
 from confsteer.playground.page import PATH, page
 from confsteer.profile.dials import example_effects
 from confsteer.runtimes.vllm.front.command import server_command
+from confsteer.text.windows import prompt_ids
+from tests.paths import ROOT
 from tests.runtimes.vllm import parity
 from tests.runtimes.vllm.fuzz import Fuzz, send_all, takes, unexpected
 from tests.runtimes.vllm.parity import Subject
 from tests.runtimes.vllm.serving import serving
 
 pytestmark = pytest.mark.processes
+
+REAL_PROFILE = "smollm2-135m-instruct"
+REAL_CHECKPOINT = Path(os.environ.get("CONFSTEER_REAL_MODELS", ROOT / "real-models")) / REAL_PROFILE
+"""Folder with the weights of SmolLM2-135M-Instruct."""
 
 
 class Server(NamedTuple):
@@ -438,3 +445,42 @@ def test_clients_that_vanish_leave_nothing_behind(server: Server) -> None:
 def test_after_all_that_the_server_is_well_and_exact(server: Server) -> None:
     assert server.get("/health").status_code == 200
     check_completion(server, [1, 2, 3, 4], "entropy=-0.2", server.complete("entropy=-0.2").json()["choices"][0])
+
+
+@pytest.fixture(scope="module")
+def real_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """SmolLM2-135M-Instruct and the profile of it that ships, made of the GGUF file that the checkpoint was written of."""
+    if not REAL_CHECKPOINT.exists():
+        pytest.skip(f"there is no {REAL_CHECKPOINT}: eval/vllm_real.py save writes it, of what eval/fetch_model.py fetches")
+    place = tmp_path_factory.mktemp("real")
+    loaded, profile = load_model(str(REAL_CHECKPOINT), device="cpu", dtype="float32"), Profile.load(REAL_PROFILE)
+    subject = Subject(loaded.model, profile, REAL_CHECKPOINT, profile.save(place / "profile"))
+    options = ["--served-model-name", "subject", "--dtype", "float32", "--max-model-len", "256", "--max-num-seqs", "8"]
+    options += ["--enforce-eager", "--return-tokens-as-token-ids"]
+    environment = {**os.environ, "VLLM_CACHE_ROOT": str(place / "cache"), "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    command = server_command(str(REAL_CHECKPOINT), str(subject.profile_folder), None, options, environment)
+    with serving(command.arguments, command.environment, place / "log") as url:
+        yield Server(subject, url, place / "log")
+
+
+@pytest.mark.real
+def test_a_real_chat_model_answers_steered_as_it_does_in_transformers(real_server: Server) -> None:
+    question = "What is the capital of France?"
+    prompt = prompt_ids(question, load_tokenizer(str(REAL_CHECKPOINT)))
+    errors, effects = {}, {}
+    for steering in ("{}", "entropy=-0.5", "entropy=+0.5", "unigram=+0.5", "scale.830=-2"):
+        body = {"model": "subject", "messages": [{"role": "user", "content": question}], "temperature": 0, "max_tokens": 12}
+        body |= {"logprobs": True, "top_logprobs": 5, "vllm_xargs": {"confsteer": steering}}
+        (choice,) = httpx.post(real_server.url + "/v1/chat/completions", json=body, timeout=120).json()["choices"]
+        content = choice["logprobs"]["content"]
+        tokens = [token_id(entry["token"]) for entry in content]
+        seen = {
+            len(prompt) + i: {token_id(top["token"]): top["logprob"] for top in entry["top_logprobs"]}
+            for i, entry in enumerate(content)
+        }
+        asked = None if steering == "{}" else steering
+        errors[steering], effects[steering] = parity.difference(real_server.subject, prompt + tokens, len(prompt), asked, seen)
+        if asked is None:
+            assert "Paris" in choice["message"]["content"]
+    assert max(errors.values()) < 1e-3, errors
+    assert min(effect for steering, effect in effects.items() if steering != "{}") > 0.05, effects
