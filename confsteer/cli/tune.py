@@ -130,6 +130,7 @@ def tune(
     model, tokenizer = chosen.load()
     texts = {title: text.windows(source, tokenizer) for title, source in sources.items()}
     result = confsteer.tune(model, tokenizer, texts, loaded_profile, **how.settings())
+    result = result.model_copy(update={"given": chosen.model or ""})
 
     # Save the preset first: pictures and pages can be made again.
     console = tables.console()

@@ -44,6 +44,8 @@ def read_result(file: Path) -> Evaluation | Tuning:
         if not one.rows or one.rows[0].kind != "neutral":
             raise ResultError(f"{file}: the first row of {one.source!r} is not neutral, which all others are compared with")
         for row in one.rows:
+            if row.kind == "chance":
+                continue
             needed = {*JUDGED, "argmax_changed", "kl_model_unigram"} if isinstance(one, TextComparison) else {*JUDGED}
             missing = needed - row.metrics.keys()
             if row.kind == "steering":

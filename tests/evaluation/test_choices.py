@@ -15,18 +15,17 @@ from transformers import PreTrainedTokenizerFast
 
 import confsteer
 from confsteer import CorpusError, Steering, SteeringError, demo
-from confsteer.evaluation.choices import (
+from confsteer.evaluation.answers import (
     MAX_TEMPERATURE,
     MIN_TEMPERATURE,
-    encode,
-    evaluate_choices,
     fit_answer_temperature,
     match_answer_entropy,
-    question_blocks,
-    read_choices,
 )
+from confsteer.evaluation.choice_sample import encode, question_blocks, read_choices
+from confsteer.evaluation.choices import evaluate_choices
 from confsteer.evaluation.reader import Reader
 from confsteer.last_layer.intervention import Intervention
+from confsteer.text.prompts import Wording
 from confsteer.text.questions import Question
 from tests.models import tiny_tokenizer
 from tests.planted import planted
@@ -59,9 +58,10 @@ def naive(model: Any, tokenizer: Any, questions: list[Question], most: int) -> l
     found: list[list[float]] = []
     for question in questions:
         found.append([])
-        prompt = tokenizer(question.prompt)["input_ids"]
-        for continuation in question.continuations:
-            whole = tokenizer(question.prompt + continuation)["input_ids"]
+        asked = Wording().ask(question, tokenizer)
+        prompt = tokenizer(asked.contexts[0])["input_ids"]
+        for continuation in asked.continuations:
+            whole = tokenizer(asked.contexts[0] + continuation)["input_ids"]
             own = whole[len(prompt) :]
             ids = torch.tensor([(prompt + own)[-(most + 1) :]])
             with torch.no_grad():
@@ -95,7 +95,7 @@ def test_log_likelihoods_are_those_of_a_pass_per_choice_of_the_steered_model(mod
 def test_an_end_that_the_tokenizer_puts_after_texts_is_no_part_of_a_choice() -> None:
     tokenizer, ending = tiny_tokenizer(), tiny_tokenizer()
     ending.backend_tokenizer.post_processor = TemplateProcessing(single="t9 $A <eos>", special_tokens=[("<eos>", 0), ("t9", 9)])
-    question = Question("t1 t2 t3", ("t4", "t5 t6"), 0)
+    question = Wording().ask(Question("t1 t2 t3", ("t4", "t5 t6"), 0), tokenizer)
     sequences, _ = encode(question, tokenizer, 64)
     assert [own for _, own in sequences] == [[4], [5, 6]]
     assert encode(question, ending, 64)[0] == [([9, *context], own) for context, own in sequences]
@@ -116,7 +116,8 @@ def test_log_likelihoods_are_those_of_lm_eval() -> None:
     sample = read_choices(Reader(model, profile), tokenizer, questions)
     assert sample.truncated == 1
     (ours,) = sample.log_likelihoods([Intervention.neutral(sample.reading.readout.n_neurons)])
-    pairs = [(question.prompt, text) for question in questions for text in question.continuations]
+    asked = [Wording().ask(question, tokenizer) for question in questions]
+    pairs = [pair for one in asked for pair in zip(one.contexts, one.continuations, strict=True)]
     requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
     theirs = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=2, device="cpu").loglikelihood(requests, disable_tqdm=True)
     assert flat(ours) == pytest.approx([value for value, _ in theirs], abs=1e-3)
@@ -127,9 +128,19 @@ def test_rows_and_baselines() -> None:
     questions = some_questions(30, longest=8)
     steering = Steering(entropy=0.4)
     (result,) = evaluate_choices(model, tokenizer, {"quiz": questions}, profile, [steering])
-    assert [row.kind for row in result.rows] == ["neutral", "temperature", "steering", "matched temperature"]
+    kinds = [
+        "neutral",
+        "chance",
+        "temperature",
+        "temperature and length",
+        "scoring",
+        "scoring",
+        "steering",
+        "matched temperature",
+    ]
+    assert [row.kind for row in result.rows] == kinds
     assert (result.source, result.questions, result.blocks, result.unit) == ("quiz", 30, 30, "questions")
-    neutral, fitted, steered, matched = result.rows
+    neutral, _, fitted, *_, steered, matched = result.rows
     # What a steering does to the answers is read off the same closed form that other tests compare with the model.
     sample = read_choices(Reader(model, profile), tokenizer, questions)
     (ours,) = sample.log_likelihoods([Intervention.neutral(sample.reading.readout.n_neurons)])
@@ -156,11 +167,13 @@ def test_rows_and_baselines() -> None:
     for row in (fitted, matched):
         assert row.minus["neutral"]["accuracy"] == (0, 0, 0)
         assert row.metrics["accuracy_normalised"] == neutral.metrics["accuracy_normalised"]
-    assert neutral.minus.keys() == {"temperature"}
-    assert steered.minus.keys() == {"neutral", "temperature", "matched temperature"}
+    assert neutral.minus.keys() == {"chance", "temperature"}
+    assert steered.minus.keys() == {"neutral", "chance", "temperature", "matched temperature"}
     for name, difference in steered.minus["matched temperature"].items():
         assert difference.value == pytest.approx(steered.metrics[name].value - matched.metrics[name].value)
     for row in result.rows:
+        if row.kind == "chance":
+            continue
         assert sum(b.count for b in row.reliability) == 30
         assert row.coverage[-1] == pytest.approx(row.metrics["accuracy"].value)
     assert type(result).model_validate_json(result.model_dump_json()) == result
@@ -192,7 +205,7 @@ def test_what_cannot_be_compared_is_refused_before_the_model_runs() -> None:
 
 def test_only_what_does_not_fit_is_cut() -> None:
     tokenizer = with_bos(tiny_tokenizer())
-    question = Question("t1 t2 t3", ("t4", "t5 t6"), 0)
+    question = Wording().ask(Question("t1 t2 t3", ("t4", "t5 t6"), 0), tokenizer)
     whole, truncated = encode(question, tokenizer, None)
     # BOS, "Question:", three words, "Answer:"; the last token is predicted and not read.
     assert [len(context) for context, _ in whole] == [6, 6]
@@ -244,7 +257,7 @@ def test_the_matched_temperature_is_the_one_that_was_applied(seed: int, scale: f
 def test_the_table_has_a_line_per_way_but_matched_temperatures() -> None:
     from rich.console import Console
 
-    from confsteer.report.tables import print_choices
+    from confsteer.report.answer_tables import print_choices
 
     model, tokenizer, _, profile = planted("llama")
     steerings = [Steering(entropy=0.4), Steering(unigram=0.1)]
