@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from confsteer.text.sources import TextSource
     from confsteer.text.windows import Windows
     from confsteer.tuning.tune import Tuning
+    from confsteer.tuning.tune_answers import AnswerTuning
 
 Written = TypeVar("Written", bound="BaseModel")
 EXIT_NO_NEURONS = 3
@@ -344,7 +345,7 @@ class OutputOptions:
         if self.plot and draw:
             write_picture(console, draw(result), self.plot)
 
-    def write_report(self, console: Console, result: Evaluation | Tuning, profile: Profile) -> None:
+    def write_report(self, console: Console, result: Evaluation | Tuning | AnswerTuning, profile: Profile) -> None:
         """Write the results as HTML, if asked."""
         if self.report:
             from confsteer.report.page import write_report

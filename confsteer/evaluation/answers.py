@@ -20,7 +20,7 @@ HALVINGS = 60
 LOGIT_RIDGE = 1e-4
 """Pull of a conditional logit's weights to zero, of features of variance one: it decides what the questions leave open."""
 NEWTON_STEPS = 50
-NEWTON_TOLERANCE = 1e-9
+NEWTON_TOLERANCE = 1e-7
 
 
 class AnswerCandidate(NamedTuple):
@@ -59,7 +59,7 @@ def baselines(sample: ChoiceSample, log_likelihood: Tensor) -> list[AnswerCandid
     found.append(_with_length(sample, log_likelihood))
     for unit, lengths in (("character", sample.characters), ("token", sample.tokens)):
         if _differ(lengths, sample.inside):
-            found.append(over_temperature(sample, log_likelihood / lengths, f"per {unit}, fitted temperature", "scoring"))
+            found.append(over_temperature(sample, log_likelihood / lengths, f"per {unit}", "scoring"))
     return found
 
 
@@ -180,13 +180,13 @@ def _logit(features: Tensor, inside: Tensor, gold: Tensor) -> Tensor:
         slope = (expected - of_gold).mean(dim=0) + pull @ weights
         curvature = torch.einsum("qc,qcf,qcg->fg", share, x, x) / len(x) - expected.T @ expected / len(x) + pull
         step = torch.linalg.solve(curvature, slope)
-        # Far from the minimum a whole step may go too far.
-        size = 1.0
-        while loss(weights - size * step) > loss(weights) and size > NEWTON_TOLERANCE:
-            size /= 2
-        weights = weights - size * step
         if float(step.abs().max()) < NEWTON_TOLERANCE:
             break
+        # Far from the minimum a whole step may go too far.
+        size, here = 1.0, loss(weights)
+        while loss(weights - size * step) > here and size > NEWTON_TOLERANCE:
+            size /= 2
+        weights = weights - size * step
     return weights / scale
 
 

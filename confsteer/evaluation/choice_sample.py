@@ -92,6 +92,25 @@ class ChoiceSample(NamedTuple):
         zeros = torch.zeros(self._choices, dtype=torch.float64)
         return self.padded(zeros.index_add(0, self.reading.states.window.cpu(), log_probability.double().cpu()), -math.inf)
 
+    def at(self, rows: Tensor) -> ChoiceSample:
+        """Take some of the questions, by index in rising order."""
+        chosen = torch.zeros(len(self.questions), dtype=torch.bool)
+        chosen[rows] = True
+        of_question = torch.tensor([len(question.choices) for question in self.questions])
+        kept = chosen.repeat_interleave(of_question)
+        window = self.reading.states.window.cpu()
+        reading = self.reading.at(kept[window].nonzero()[:, 0].to(self.reading.states.targets.device))
+        # Count through the choices that are left.
+        renumbered = (kept.cumsum(0) - 1)[reading.states.window.cpu()]
+        reading.states = reading.states._replace(window=renumbered.to(reading.states.window.device))
+        some = rows.tolist()
+        return self._replace(
+            questions=[self.questions[i] for i in some],
+            asked=[self.asked[i] for i in some],
+            reading=reading,
+            block=self.block[rows],
+        )
+
     def cross_fitted(self, fit: Callable[[Tensor], Tensor], use: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """Fit on every other block and use it on the rest, and the other way round: no question is judged by a fit that saw it.
 

@@ -8,7 +8,7 @@ from confsteer.evaluation.answers import halves_disagree
 from confsteer.evaluation.choices import ChoiceComparison
 from confsteer.evaluation.comparison import ComparedRow
 from confsteer.evaluation.metrics import METRICS
-from confsteer.report.answer_tables import fitted_in_words
+from confsteer.report.answer_tables import fitted_in_words, temperature_in_words
 from confsteer.report.findings import (
     Differences,
     Finding,
@@ -22,6 +22,7 @@ from confsteer.report.findings import (
 )
 from confsteer.results.bootstrap import Interval
 from confsteer.steering import Steering
+from confsteer.tuning.tune_answers import AnswerTuning
 
 
 def answer_findings(compared: ChoiceComparison) -> list[Finding]:
@@ -39,6 +40,20 @@ def answer_findings(compared: ChoiceComparison) -> list[Finding]:
         found += [better_calibrated(best, rows), costs(best, changed), more_than_a_temperature(best, steerings)]
         found += _beyond(compared)
     return found + _dials(steerings)
+
+
+def answer_tuning_finding(tuning: AnswerTuning) -> Finding:
+    """Say whether a steering tuned on answers beats a temperature on them."""
+    value, low, high = (METRICS["loss"].number(number, sign=True) for number in tuning.validation)
+    lead = (
+        f"On the {tuning.questions['validation']:,} questions of the validation part, the loss of answers with "
+        f"{shortened(str(tuning.steering), 120)} and a temperature ({temperature_in_words(tuning.temperature)}), less that with "
+        f"the temperature alone ({temperature_in_words(tuning.alone)}), is {value} ({low} to {high}), the mean over sets: "
+    )
+    if tuning.gained:
+        return Finding("Is it more than a temperature, and fit to be saved?", "Yes.", lead + "better beyond the interval.", [])
+    lead += "worse." if significant_sign(tuning.validation) == "higher" else "no difference beyond the interval."
+    return Finding("Is it more than a temperature, and fit to be saved?", "No, it is refused.", lead, [])
 
 
 def at_chance(compared: ChoiceComparison) -> bool:

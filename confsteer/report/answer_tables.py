@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from confsteer.report.tables import escape, short_name, with_half_width, with_range
+from confsteer.report.tables import escape, short_name, with_half_width
 
 if TYPE_CHECKING:
     from confsteer.evaluation.choices import ChoiceComparison
     from confsteer.evaluation.comparison import ComparedRow
     from confsteer.evaluation.lm_eval_samples import TaskCalibration
     from confsteer.results.bootstrap import Interval
+    from confsteer.tuning.tune_answers import AnswerTuning
 
+FITTED = ("temperature", "temperature and length", "scoring")
+"""Kinds of rows with numbers that were fitted."""
 MAX_GROUPED_STEERINGS = 3
 """Steerings in a table of groups."""
 
@@ -46,32 +49,34 @@ def print_choices(console: Console, model: str, compared: ChoiceComparison) -> N
     from confsteer.evaluation.answers import MAX_TEMPERATURE, MIN_TEMPERATURE
     from confsteer.evaluation.metrics import METRICS
 
-    names = ("accuracy", "loss", "entropy", "ece", "brier", "argmax_changed")
+    names = ("accuracy", "loss", "entropy", "ece", "argmax_changed")
     table = Table(
         "", *(METRICS[name].heading for name in names[:-1]), "changed", title=escape(compared.title), title_justify="left"
     )
-    table.add_column("Δloss to temperature of same entropy", justify="right")
+    table.add_column("Δloss to same entropy", justify="right")
     table.add_column("ΔECE to it", justify="right")
     last = [row.kind for row in compared.rows if row.kind not in ("steering", "matched temperature")][-1]
     for i, row in enumerate(compared.rows):
         if row.kind == "matched temperature":
             continue
-        matched, fitted = row.minus.get("matched temperature", {}), fitted_in_words(row)
+        matched = row.minus.get("matched temperature", {})
         following = compared.rows[i + 1].kind if i + 1 < len(compared.rows) else ""
         table.add_row(
-            "\n".join([short_name(row.name), *(fitted.split("; ") if fitted else ())]),
+            short_name(row.name),
             *(_cell(name, row.metrics.get(name)) for name in names),
-            *(with_range(matched[name]) if matched else "" for name in ("loss", "ece")),
+            *(_cell("Δ", matched[name]) if matched else "" for name in ("loss", "ece")),
             end_section=row.kind == last and following in ("steering", ""),
         )
     console.print(table)
+    numbers = [f"{short_name(row.name)}: {fitted_in_words(row)}" for row in compared.rows if row.kind in FITTED]
+    console.print(f"Fitted on one half; on the other: {'. '.join(numbers)}.")
     truncated = f", {compared.truncated} of them without their beginning, to fit the context" if compared.truncated else ""
     console.print(
         f"{escape(model)} on {escape(compared.source)}: {compared.questions:,} questions{truncated}. The confidence in an answer "
-        "is its share of the probability of all choices. Temperatures are on the log-likelihoods of whole choices, between "
-        f"{MIN_TEMPERATURE:g} and {MAX_TEMPERATURE:,.0f}; what is fitted, is fitted on one half and used on the other. Nats; ECE "
-        f"of 15 bins; ± half of the 95 % bootstrap interval over {compared.blocks} {compared.unit}, in brackets an interval, "
-        "after Δ of the paired difference. Changed: answers that are not the unsteered model's."
+        "is its share of the probability of all choices. Temperatures are on the log-likelihoods of whole choices (or on those "
+        f"per character, per token), between {MIN_TEMPERATURE:g} and {MAX_TEMPERATURE:,.0f}. Nats; ECE of 15 bins; ± half of the "
+        f"95 % bootstrap interval over {compared.blocks} {compared.unit}, in brackets an interval; Δ are paired, to the "
+        "temperature of the same mean entropy. Changed: answers that are not the unsteered model's."
     )
     if compared.grouped is not None:
         print_groups(console, compared)
@@ -85,7 +90,9 @@ def _cell(name: str, interval: Interval | None) -> str:
     if name == "argmax_changed":
         return f"{interval.value:.1%}"
     # The interval of a calibration error is not symmetric: noise makes the error itself too large.
-    return "{:.3f} ({:.3f} … {:.3f})".format(*interval) if name == "ece" else with_half_width(interval, 3)
+    if name in ("ece", "Δ"):
+        return "{:{f}} ({:{f}}…{:{f}})".format(*interval, f="+.3f" if name == "Δ" else ".3f")
+    return with_half_width(interval, 3)
 
 
 def grouped_columns(compared: ChoiceComparison) -> list[tuple[int, str]]:
@@ -115,6 +122,22 @@ def print_groups(console: Console, compared: ChoiceComparison) -> None:
     table.add_row("all questions", f"{compared.questions:,}", *pooled)
     console.print(table)
     console.print("The ECE of few questions is mostly noise, and so is the mean of such: read it with its interval.")
+
+
+def print_answer_tuning(console: Console, result: AnswerTuning) -> None:
+    """Print what tuning on answers found, on questions that it did not see."""
+    for compared in result.choices:
+        print_choices(console, result.name, compared)
+    value, low, high = (f"{number:+.4f}" for number in result.validation)
+    tuned, alone = (temperature_in_words(one) for one in (result.temperature, result.alone))
+    console.print(
+        f"Tuned: {escape(str(result.steering))}",
+        f"{escape(result.name)}: {result.parameters} tuned for the loss of answers on {result.questions['train']:,} questions, "
+        f"{result.steps} steps, {result.seconds:.0f} s. The tables are of the test part. On the validation part, "
+        f"{result.questions['validation']:,} questions, the steering with its temperature ({tuned}) changes the loss by {value} "
+        f"({low} … {high}) nats against the temperature alone ({alone}).",
+        sep="\n",
+    )
 
 
 def print_answer_calibration(console: Console, rows: Sequence[TaskCalibration]) -> None:

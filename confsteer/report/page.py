@@ -16,12 +16,13 @@ from confsteer.evaluation.evaluate import Evaluation
 from confsteer.evaluation.metrics import BINS, MASS_BINS, METRICS, SELECTED
 from confsteer.files import write_result
 from confsteer.profile.profile import Profile
-from confsteer.report.answer_findings import answer_findings
+from confsteer.report.answer_findings import answer_findings, answer_tuning_finding
 from confsteer.report.answer_tables import fitted_in_words, grouped_columns
 from confsteer.report.figures import Figures, compared_figures, induction_figures, profile_figures, text_figures
 from confsteer.report.findings import AGAINST, OBJECTIVES, Finding, findings, significant_sign, tuning_finding
 from confsteer.results.bootstrap import RESAMPLES, Interval
 from confsteer.tuning.tune import Tuning
+from confsteer.tuning.tune_answers import AnswerTuning
 
 
 class Cell(NamedTuple):
@@ -75,7 +76,7 @@ class Section(NamedTuple):
     """Metrics of groups of questions, the mean over them, and of all questions together."""
 
 
-def write_report(result: Evaluation | Tuning, file: Path, profile: Profile | None) -> None:
+def write_report(result: Evaluation | Tuning | AnswerTuning, file: Path, profile: Profile | None) -> None:
     """Write the report of a result, atomically.
 
     Args:
@@ -90,7 +91,7 @@ def write_report(result: Evaluation | Tuning, file: Path, profile: Profile | Non
     write_result(file, render(result, profile).encode())
 
 
-def render(result: Evaluation | Tuning, profile: Profile | None) -> str:
+def render(result: Evaluation | Tuning | AnswerTuning, profile: Profile | None) -> str:
     """The page of a result; the arguments are those of `write_report`."""
     if profile is not None and profile.model.id != result.model:
         raise ProfileMismatchError(
@@ -98,16 +99,20 @@ def render(result: Evaluation | Tuning, profile: Profile | None) -> str:
         )
     tuning = result if isinstance(result, Tuning) else None
     left_out = () if tuning is None else tuning.left_out
-    choices, induction = (result.choices, result.induction) if isinstance(result, Evaluation) else ((), None)
+    texts = () if isinstance(result, AnswerTuning) else result.texts
+    choices = () if isinstance(result, Tuning) else result.choices
+    induction = result.induction if isinstance(result, Evaluation) else None
+    gain = None if tuning is None else tuning_finding(tuning)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(resources.files("confsteer.report").joinpath("page.html.j2").read_text("utf-8"))
     return template.render(
         result=result,
         name=result.name,
+        kind="Evaluation" if isinstance(result, Evaluation) else "Tuning",
         tuning=tuning,
         objectives=OBJECTIVES,
-        gain=None if tuning is None else tuning_finding(tuning),
-        sections=[_text_section(text, f"text-{i}") for i, text in enumerate(result.texts, 1)]
+        gain=answer_tuning_finding(result) if isinstance(result, AnswerTuning) else gain,
+        sections=[_text_section(text, f"text-{i}") for i, text in enumerate(texts, 1)]
         + [_choice_section(asked, f"choices-{i}") for i, asked in enumerate(choices, 1)],
         left_out=[_text_section(text, f"left-out-{i}", ", fitted without it") for i, text in enumerate(left_out, 1)],
         profile=profile,

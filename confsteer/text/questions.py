@@ -80,7 +80,7 @@ class QuestionSource(BaseModel):
         """
         if self.path is not None:
             return read_questions([self.path])
-        return _unrepeated(_question(record, where) for where, record in self._records())
+        return _questions(self._records())
 
     def looks_like_questions(self) -> bool:
         """Say whether the first record has the fields of a question."""
@@ -109,7 +109,7 @@ def read_questions(paths: Sequence[Path]) -> list[Question]:
         CorpusError: a file is missing or no JSON, or a record is not a question; it says which and why.
     """
     found = read_records(paths, "questions", (*JSON_SUFFIXES, ".csv"))
-    return _unrepeated(_question(record, place) for where, content in found for place, record in _rows(content, where))
+    return _questions((place, record) for where, content in found for place, record in _rows(content, where))
 
 
 def _rows(content: Any, where: str) -> Iterator[tuple[str, Any]]:
@@ -137,11 +137,17 @@ def _rows(content: Any, where: str) -> Iterator[tuple[str, Any]]:
         yield f"{where}, row {number}", {"subject": subject, **cells, "choices": choices}
 
 
-def _unrepeated(questions: Iterable[Question]) -> list[Question]:
-    """Leave out repetitions of logged questions: each filter of an lm-eval task logs all of them."""
+def _questions(records: Iterable[tuple[str, Any]]) -> list[Question]:
+    """Make questions of records, each with where it is from.
+
+    Repetitions of logged questions are left out: each filter of an lm-eval task logs all of them.
+    """
+    known = [*records]
+    by_letter = _answers_are_letters([record for _, record in known])
     seen: set[tuple[tuple[str, ...], tuple[str, ...]]] = set()
     found = []
-    for question in questions:
+    for where, record in known:
+        question = _question(record, where, by_letter)
         key = (question.contexts, question.choices)
         if question.kind != "served" or key not in seen:
             found.append(question)
@@ -149,7 +155,24 @@ def _unrepeated(questions: Iterable[Question]) -> list[Question]:
     return found
 
 
-def _question(record: Any, where: str) -> Question:
+def _answers_are_letters(records: Sequence[Any]) -> bool:
+    """Say whether some answers are letters that are no choice, and none is a choice that is no letter.
+
+    Then a letter that is the text of another choice is meant as a letter, as in a question about the grades A to D.
+    """
+    letters = texts = False
+    for record in records:
+        if not isinstance(record, dict) or shape_of(record) != PLAIN:
+            continue
+        answer, choices = (next((record[n] for n in FIELDS[p] if record.get(n) is not None), None) for p in ("answer", "choices"))
+        if not isinstance(answer, str) or not isinstance(choices, list):
+            continue
+        is_text, is_letter = answer.strip() in choices, answer.strip() in [*ascii_uppercase[: len(choices)]]
+        letters, texts = letters or (is_letter and not is_text), texts or (is_text and not is_letter)
+    return letters and not texts
+
+
+def _question(record: Any, where: str, by_letter: bool) -> Question:
     if not isinstance(record, dict):
         raise CorpusError(f"{where} is {json_kind(record)}, not an object with 'question', 'choices' and 'answer'")
     shape = shape_of(record) or PLAIN
@@ -167,7 +190,7 @@ def _question(record: Any, where: str) -> Question:
     return Question(
         _text(question, "the question", where),
         tuple(_without_letters(texts)),
-        _answer(answer, texts, where) if kind != "served" else int(answer),
+        _answer(answer, texts, where, by_letter) if kind != "served" else int(answer),
         "" if passage is None else _text(passage, "the passage", where, empty=True),
         kind,
         tuple(plain["contexts"]) if kind == "served" else (),
@@ -207,14 +230,15 @@ def _text(value: Any, what: str, where: str, *, empty: bool = False, strip: bool
     return text if strip else value
 
 
-def _answer(answer: Any, choices: Sequence[str], where: str) -> int:
-    """Find the choice that is meant, by index."""
+def _answer(answer: Any, choices: Sequence[str], where: str, by_letter: bool) -> int:
+    """Find the choice that is meant, by index; see `_answers_are_letters`."""
     letters = ascii_uppercase[: len(choices)]
     if answer in ("", "-1", -1):
         raise CorpusError(f"{where}: the answer is {answer!r}, which stands for none: take a split that has answers")
     if isinstance(answer, str):
-        meant = {i for i, choice in enumerate(choices) if choice == answer.strip()}
-        meant |= {i for i, letter in enumerate(letters) if letter == answer.strip()}
+        by_text = {i for i, choice in enumerate(choices) if choice == answer.strip()}
+        meant = {i for i, letter in enumerate(letters) if letter == answer.strip()}
+        meant = meant if meant and by_letter else meant | by_text
     else:
         meant = {answer} if type(answer) is int and 0 <= answer < len(choices) else set()
     if not meant:

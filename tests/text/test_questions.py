@@ -26,6 +26,13 @@ def test_an_answer_is_an_index_a_letter_or_a_text(tmp_path: Path, answer: Any) -
     assert read(tmp_path, PLAIN | {"answer": answer}) == [Question("Which?", ("red", "green", "blue"), 1, id="1")]
 
 
+def test_where_answers_are_letters_a_letter_is_one_though_it_is_a_choice_too(tmp_path: Path) -> None:
+    grades = {"question": "Which grade?", "choices": ["D", "A", "B", "C"], "answer": "B"}
+    assert [question.answer for question in read(tmp_path, PLAIN | {"answer": "C"}, grades)] == [2, 1]
+    with pytest.raises(CorpusError, match="may mean choice 2 and 3"):
+        read(tmp_path, PLAIN | {"answer": "C"}, PLAIN | {"answer": "red"}, grades)
+
+
 def test_agieval_is_read_as_it_is(tmp_path: Path) -> None:
     record = {
         "passage": None,
@@ -82,6 +89,15 @@ def test_files_without_questions_are_refused(tmp_path: Path) -> None:
     file.write_text("Which?")
     with pytest.raises(CorpusError, match=r"a\.txt: questions are read from \.json, \.jsonl, \.ndjson, \.csv"):
         read_questions([file])
+
+
+@pytest.mark.skipif(not (CORPORA / "mmlu").exists(), reason="needs the shared corpora")
+def test_all_of_mmlu_can_be_read() -> None:
+    path = CORPORA / "mmlu" / "test.jsonl"
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    questions = read_questions([path])
+    assert [question.answer for question in questions] == ["ABCD".index(record["answer"]) for record in records]
+    assert {question.record["subject"] for question in questions} == {record["subject"] for record in records}
 
 
 @pytest.mark.skipif(not (CORPORA / "agieval").exists(), reason="needs the shared corpora")
