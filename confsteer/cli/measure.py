@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,29 +13,37 @@ from click.core import ParameterSource
 
 import confsteer
 from confsteer.cli.options import (
+    EXIT_INTERRUPTED,
     NO_TEXT,
     OUTPUT_FILE,
     PROFILE,
     TEXT_FILE,
     ModelOptions,
     OutputOptions,
+    QuestionOptions,
     WindowedTextOptions,
     grouped,
     model_options,
     output_options,
+    question_options,
     steer_option,
     windowed_text_options,
 )
+from confsteer.files import write_result
 from confsteer.report import tables
+from confsteer.report.answer_tables import print_answer_calibration, print_choices
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from confsteer.evaluation.evaluate import Evaluation
     from confsteer.evaluation.run_file import Run
+    from confsteer.profile.profile import Profile
 
-BESIDE_A_RUN_FILE = ("run_file", "as_json", "plot", "report", "gguf_file", "device", "dtype", "revision", "trust_remote_code")
-
+BESIDE_A_RUN_FILE = (
+    *("run_file", "as_json", "plot", "report", "answers"),
+    *("gguf_file", "device", "dtype", "revision", "trust_remote_code"),
+)
 """Options that may stand beside a run file: it does not say them."""
 
 
@@ -46,7 +56,8 @@ class RunOptions:
     sweeps: tuple[str, ...]
     text: WindowedTextOptions
     unigram: Path | None
-    choices: tuple[Path, ...]
+    asked: QuestionOptions
+    by: str | None
     smooth_ece: bool
     induction: bool
 
@@ -56,9 +67,14 @@ class RunOptions:
 
         if self.profile is None:
             raise click.UsageError("give a profile, -p PROFILE, or a run file, --run FILE.yaml")
-        sources = self.text.sources(model, "held-out")
-        if not (sources or self.choices):
-            raise click.UsageError(f"{NO_TEXT} (on samples of its own every model is perfectly calibrated)")
+        questions, text = self.asked.sources(self.text), self.text
+        if questions and not text.texts:
+            # All that was said of a text is of the questions.
+            sources = [] if text.dataset in {None, questions[-1].dataset} else text.sources(model, "held-out")
+        else:
+            sources = text.sources(model, "held-out")
+        if not (sources or questions):
+            raise click.UsageError(f"{NO_TEXT}, or questions: --choices PATH (on samples of its own every model is calibrated)")
         return Run(
             model=model,
             profile=self.profile,
@@ -68,14 +84,16 @@ class RunOptions:
             tokens=self.text.tokens,
             window=self.text.window,
             unigram=self.unigram,
-            choices=self.choices,
+            choices=tuple(questions),
+            **self.asked.wording(text.chat),
+            by=self.by,
             smooth_ece=self.smooth_ece,
             induction=self.induction,
         )
 
 
 run_options = grouped(
-    "asked",
+    "request",
     RunOptions,
     click.option("-p", "--profile", type=PROFILE, help="Folder, shipped name or hub repository."),
     steer_option,
@@ -88,13 +106,8 @@ run_options = grouped(
     ),
     windowed_text_options(None, "Read at most this many of each text.  [default: all]"),
     click.option("--unigram", type=TEXT_FILE, metavar="FILE.npy", help="Token counts by id.  [default: counted in each text]"),
-    click.option(
-        "--choices",
-        type=TEXT_FILE,
-        multiple=True,
-        metavar="FILE.jsonl",
-        help='Multiple-choice questions, a line {"question": ..., "choices": [...], "answer": ...}; repeatable.',
-    ),
+    question_options,
+    click.option("--by", metavar="FIELD", help="Group questions by this field of their records, such as subject."),
     click.option("--smooth-ece", is_flag=True, help="Compute smooth ECE too, which is slow; needs confsteer[smooth-ece]."),
     click.option("--induction", is_flag=True, help="Measure repeated text too: see confsteer study induction."),
 )
@@ -105,7 +118,12 @@ run_options = grouped(
 @run_options
 @click.option("--run", "run_file", type=TEXT_FILE, metavar="FILE.yaml", help="Take all of this from a file.")
 @output_options
-def evaluate(chosen: ModelOptions, asked: RunOptions, run_file: Path | None, output: OutputOptions) -> None:
+@click.option(
+    "--answers", type=OUTPUT_FILE, metavar="FILE.jsonl", help="Write every question's answer, a line for each way to answer it."
+)
+def evaluate(
+    chosen: ModelOptions, request: RunOptions, run_file: Path | None, output: OutputOptions, answers: Path | None
+) -> None:
     """Compare loss, entropy and calibration without steering, with each --steer, and with the temperatures it has to beat.
 
     \b
@@ -116,34 +134,76 @@ def evaluate(chosen: ModelOptions, asked: RunOptions, run_file: Path | None, out
 
     Each --text is a text of its own. Beside a steering stands the temperature at which the unsteered model has the same mean
     entropy: what is left of a difference to that is what neurons know beyond a temperature.
+
+    Questions:
+
+    \b
+    confsteer eval ./my-chat-model -p my-profile --choices mmlu.jsonl --format letters --chat --by subject -s entropy=0.5
+    confsteer eval ./my-model -p my-profile --choices sat.jsonl --format text --format letters --answers answers.jsonl
+    confsteer eval ./my-model -p my-profile --dataset allenai/ai2_arc --config ARC-Easy --split test --shots examples.jsonl
+
+    --choices takes JSON lines, a JSON list, MMLU's CSV, or a folder of these; --dataset takes a dataset if its records are
+    questions. They are recognised by their fields: plain ones as above, AGIEval's, MMLU's, ARC's, CommonsenseQA's,
+    OpenBookQA's, HellaSwag's, PIQA's, BoolQ's, WinoGrande's, and the samples that lm-eval logs, which are asked as they were
+    there. Without --format letters, --template, --shots and --chat, questions are worded as lm-eval words ARC.
+
+    The confidence in an answer is its share of the probability of all choices. A steering has to beat a temperature on these;
+    chance, a temperature with the length of the choice, and log-likelihoods per character and per token stand beside it.
+    Results are written after each file; Ctrl-C keeps what there is.
     """
-    from confsteer.evaluation.run_file import Run, run
+    from confsteer.evaluation.run_file import Run, Stage, run
 
     output.require_extras()
-    if asked.smooth_ece:
+    if request.smooth_ece:
         import relplot  # noqa: F401
     if run_file:
         _refuse_options_beside_a_run_file()
         settings = Run.read(run_file)
     else:
-        settings = asked.run(chosen.model)
+        settings = request.run(chosen.model)
     if output.plot and not settings.sources():
         raise click.UsageError("--plot draws texts, and there are none: --report has pictures of questions")
+    if answers and not settings.choices:
+        raise click.UsageError("--answers are to questions, and there are none: give some with --choices PATH")
+    # Find what is wrong with the request before the model is loaded.
     settings.all_steerings()
+    questions, _ = settings.questions(), settings.wordings()
 
     profile = confsteer.Profile.load(settings.profile)
     loaded = dataclasses.replace(chosen, model=settings.model).load()
-    result = run(settings, profile, loaded, progress=True)
+    stage: Stage | None = None
+    lines: list[str] = []
+    interrupted = False
+    try:
+        for stage in run(settings, profile, loaded, questions, progress=True):
+            output.keep(stage.result)
+            if answers and stage.answered:
+                lines += [json.dumps(record, ensure_ascii=False) + "\n" for record in stage.answered.records()]
+                write_result(answers, "".join(lines).encode())
+    except KeyboardInterrupt:
+        if stage is None:
+            raise
+        interrupted = True
+        click.echo("Interrupted: what follows is of the files that were done.", err=True)
+    assert stage is not None
+    _print(stage.result, profile, settings)
+    output.write(tables.console(), stage.result, _draw_reliability)
+    if answers:
+        tables.console().print(f"Written: {tables.escape(str(answers))}")
+    output.write_report(tables.console(), stage.result, profile)
+    if interrupted:
+        sys.exit(EXIT_INTERRUPTED)
 
+
+def _print(result: Evaluation, profile: Profile, settings: Run) -> None:
     console = tables.console()
-    tables.print_evaluation(console, result)
-    tables.print_dial_effects(console, tables.steered_dials(profile, settings.all_steerings()))
+    if result.texts:
+        tables.print_evaluation(console, result)
     for answers in result.choices:
-        tables.print_choices(console, result.model, answers)
+        print_choices(console, result.name, answers)
+    tables.print_dial_effects(console, tables.steered_dials(profile, settings.all_steerings()))
     if result.induction:
         tables.print_induction(console, result.induction)
-    output.write(console, result, _draw_reliability)
-    output.write_report(console, result, profile)
 
 
 def _refuse_options_beside_a_run_file() -> None:
@@ -212,6 +272,6 @@ def lm_eval_tasks(options: tuple[str, ...]) -> None:
 
     calibrations, file = run(options)
     if calibrations:
-        tables.print_answer_calibration(tables.console(), calibrations)
+        print_answer_calibration(tables.console(), calibrations)
     if file:
         tables.console().print(f"Written: {tables.escape(str(file))}")

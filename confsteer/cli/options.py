@@ -26,13 +26,17 @@ if TYPE_CHECKING:
     from confsteer.evaluation.evaluate import Evaluation
     from confsteer.model.loading import LoadedModel
     from confsteer.profile.profile import Profile
+    from confsteer.text.questions import QuestionSource
     from confsteer.text.sources import TextSource
     from confsteer.text.windows import Windows
     from confsteer.tuning.tune import Tuning
+    from confsteer.tuning.tune_answers import AnswerTuning
 
 Written = TypeVar("Written", bound="BaseModel")
 EXIT_NO_NEURONS = 3
 EXIT_NOTHING_GAINED = 4
+EXIT_INTERRUPTED = 130
+"""As shells have it of a command that Ctrl-C ended."""
 NO_TEXT = "give some text: --text PATH or --dataset HUB_ID"
 TEXT_FILE = click.Path(path_type=Path, dir_okay=False)
 
@@ -222,7 +226,7 @@ _TEXT = (
     click.option("--config", metavar="NAME", help="The dataset's configuration, where it has several."),
     click.option("--split", metavar="NAME", help="The dataset's split.  [default: train]"),
     click.option("--field", metavar="NAME", help="What a JSON object calls its text.  [default: text; with --chat, messages]"),
-    click.option("--chat", is_flag=True, help="Conversations, read through the tokenizer's chat template."),
+    click.option("--chat", is_flag=True, help="Conversations (or questions), through the tokenizer's chat template."),
     click.option("--join", is_flag=True, help="Let windows cross documents: join texts with EOS, as pre-training does."),
 )
 text_options = grouped("text", TextOptions, *_TEXT)
@@ -245,6 +249,68 @@ def windowed_text_options(tokens: int | None, tokens_help: str = "Read at most t
         click.option("--tokens", default=tokens, show_default=tokens is not None, type=click.IntRange(min=1), help=tokens_help),
     )
 
+
+@dataclasses.dataclass(frozen=True)
+class QuestionOptions:
+    """Multiple-choice questions, and how to ask them."""
+
+    choices: tuple[Path, ...]
+    formats: tuple[Literal["text", "letters"], ...]
+    template: str | None
+    shots: Path | None
+    limit: int | None
+
+    def sources(self, text: TextOptions) -> list[QuestionSource]:
+        """Take each --choices for itself, and the --dataset if its records are questions.
+
+        Raises:
+            click.UsageError: an option of questions was given, and no question.
+        """
+        from confsteer.text.questions import QuestionSource
+
+        found = [QuestionSource(path=path) for path in self.choices]
+        if text.dataset and not text.field:
+            dataset = QuestionSource(dataset=text.dataset, config=text.config, split=text.split)
+            found += [dataset] if dataset.looks_like_questions() else []
+        if not found and (self.formats or self.template or self.shots or self.limit):
+            raise click.UsageError("--format, --template, --shots and --limit are of questions: give some with --choices PATH")
+        return found
+
+    def wording(self, chat: bool) -> dict[str, Any]:
+        """Say how to ask, in the words of a run file."""
+        how: dict[str, Any] = {"template": self.template, "shots": self.shots, "limit": self.limit, "chat": chat}
+        return how | ({"formats": self.formats} if self.formats else {})
+
+
+question_options = grouped(
+    "asked",
+    QuestionOptions,
+    click.option(
+        "--choices",
+        type=click.Path(path_type=Path),
+        multiple=True,
+        metavar="PATH",
+        help='Multiple-choice questions, a line {"question": ..., "choices": [...], "answer": ...}, or as benchmarks have them; '
+        "repeatable.",
+    ),
+    click.option(
+        "--format",
+        "formats",
+        type=click.Choice(["text", "letters"]),
+        multiple=True,
+        help="Answer with the text of a choice, or list the choices and answer with a letter; repeatable.  [default: text]",
+    ),
+    click.option(
+        "--template",
+        metavar="FILE|JINJA",
+        help='Words before the answer, such as "{{ passage }} {{ question }} {% for l, c in lettered %}({{ l }}) {{ c }} '
+        "{% endfor %}\"; also the record's own fields.",
+    ),
+    click.option(
+        "--shots", type=TEXT_FILE, metavar="FILE", help="Questions to put before each one with their answers, all of them."
+    ),
+    click.option("--limit", type=click.IntRange(min=2), metavar="N", help="Draw N questions of each file, the same each time."),
+)
 
 profile_option = click.option("-p", "--profile", required=True, type=PROFILE, help="Folder, shipped name or hub repository.")
 steer_option = click.option(
@@ -270,15 +336,20 @@ class OutputOptions:
         if self.report:
             import confsteer.report.page  # noqa: F401
 
+    def keep(self, result: BaseModel) -> None:
+        """Write the results as JSON, where asked, while there is more to come."""
+        if self.as_json:
+            write_result(self.as_json, (result.model_dump_json(indent=1) + "\n").encode())
+
     def write(self, console: Console, result: Written, draw: Callable[[Written], Figure] | None = None) -> None:
         """Write the results as JSON and the picture that `draw` makes of them, where asked."""
         if self.as_json:
-            write_result(self.as_json, (result.model_dump_json(indent=1) + "\n").encode())
+            self.keep(result)
             console.print(f"Written: {escape(str(self.as_json))}")
         if self.plot and draw:
             write_picture(console, draw(result), self.plot)
 
-    def write_report(self, console: Console, result: Evaluation | Tuning, profile: Profile) -> None:
+    def write_report(self, console: Console, result: Evaluation | Tuning | AnswerTuning, profile: Profile) -> None:
         """Write the results as HTML, if asked."""
         if self.report:
             from confsteer.report.page import write_report

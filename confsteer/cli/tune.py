@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -17,18 +18,26 @@ from confsteer.cli.options import (
     NO_TEXT,
     ModelOptions,
     OutputOptions,
+    QuestionOptions,
     WindowedTextOptions,
     grouped,
     json_and_report_options,
     model_options,
     profile_option,
+    question_options,
     windowed_text_options,
 )
 from confsteer.report import tables
+from confsteer.report.answer_tables import print_answer_tuning
 from confsteer.steering import Steering
 
 if TYPE_CHECKING:
-    from confsteer.tuning.tune import TuningSettings
+    from confsteer.model.loading import LoadedModel
+    from confsteer.profile.profile import Profile
+    from confsteer.tuning.tune import Tuning, TuningSettings
+    from confsteer.tuning.tune_answers import AnswerTuning
+
+Work = Callable[["LoadedModel", "Profile"], "Tuning | AnswerTuning"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +94,7 @@ tuning_options = grouped(
 @model_options
 @profile_option
 @windowed_text_options(defaults.TUNING_TOKENS, "Read at most this many of each text.")
+@question_options
 @tuning_options
 @click.option("--name", default="calibrated", show_default=True, metavar="PRESET", help="What to call what is found.")
 @click.option(
@@ -97,6 +107,7 @@ def tune(
     chosen: ModelOptions,
     profile: str,
     text: WindowedTextOptions,
+    asked: QuestionOptions,
     how: TuningOptions,
     name: str,
     out: Path | None,
@@ -107,44 +118,91 @@ def tune(
     \b
     confsteer tune OWNER/MODEL -p my-profile --text wiki.txt --text code.txt --text chat.txt --report tuned.html
     confsteer tune OWNER/MODEL -p my-profile --dataset OWNER/TEXTS --objective ece --name cautious
+    confsteer tune OWNER/MODEL -p my-profile --choices questions.jsonl --format letters --chat
 
     Give every kind of text the model will see, each as a --text of its own: they count equally, and what is tuned on one kind
     can do harm on another. Each is cut in four, by documents: what is tuned on, what says when to stop, what says whether
     anything was gained, and what the tables are of. What does not beat the unsteered model on the third beyond its interval is
     not saved: exit code 4.
 
+    With --choices it is tuned for the loss of answers, together with a temperature on whole choices, and has to beat that
+    temperature fitted alone. See confsteer eval --help for how questions are asked.
+
     \b
     Afterwards:  confsteer eval ... -s preset=calibrated    confsteer serve ... --default preset=calibrated
     """
-    from confsteer.text.sources import by_title
+    from confsteer.tuning.tune import Tuning
 
     # Refuse now what would fail after the work.
     Steering.parse({"preset": name})
     output.require_extras()
-    sources = by_title(text.sources(chosen.model, "calibration"))
-    if not sources:
-        raise click.UsageError(NO_TEXT)
+    work = _on_answers(text, asked, how) if asked.sources(text) else _on_texts(chosen, text, how)
     loaded_profile = confsteer.Profile.load(profile)
     folder = _writable_folder(profile, out)
-
-    model, tokenizer = chosen.load()
-    texts = {title: text.windows(source, tokenizer) for title, source in sources.items()}
-    result = confsteer.tune(model, tokenizer, texts, loaded_profile, **how.settings())
+    result = work(chosen.load(), loaded_profile).model_copy(update={"given": chosen.model or ""})
 
     # Save the preset first: pictures and pages can be made again.
     console = tables.console()
-    tables.print_tuning(console, result)
+    if isinstance(result, Tuning):
+        tables.print_tuning(console, result)
+    else:
+        print_answer_tuning(console, result)
     if result.gained:
         loaded_profile.with_preset(name, result.steering).save(folder)
         console.print(f"Preset {tables.escape(name)} written to {tables.escape(str(folder))}")
         if result.temperature is not None:
             console.print(f"It was tuned for sampling at temperature {result.temperature:.3f}, which a preset cannot hold.")
     else:
-        console.print("[bold]Nothing saved:[/bold] on the validation split it does not beat neutral beyond the interval.")
+        rival = "neutral" if isinstance(result, Tuning) else "the temperature"
+        console.print(f"[bold]Nothing saved:[/bold] on the validation split it does not beat {rival} beyond the interval.")
     output.write(console, result)
     output.write_report(console, result, loaded_profile)
     if not result.gained:
         sys.exit(EXIT_NOTHING_GAINED)
+
+
+def _on_texts(chosen: ModelOptions, text: WindowedTextOptions, how: TuningOptions) -> Work:
+    """Name the texts now; tune on them once there is a model."""
+    from confsteer.text.sources import by_title
+
+    sources = by_title(text.sources(chosen.model, "calibration"))
+    if not sources:
+        raise click.UsageError(f"{NO_TEXT}, or questions: --choices PATH")
+
+    def work(loaded: LoadedModel, profile: Profile) -> Tuning:
+        texts = {title: text.windows(source, loaded.tokenizer) for title, source in sources.items()}
+        return confsteer.tune(loaded.model, loaded.tokenizer, texts, profile, **how.settings())
+
+    return work
+
+
+def _on_answers(text: WindowedTextOptions, asked: QuestionOptions, how: TuningOptions) -> Work:
+    """Read the questions now; tune on them once there is a model."""
+    from confsteer.evaluation.run_file import Run
+    from confsteer.tuning.tune_answers import tune_answers
+
+    if text.texts:
+        raise click.UsageError("give --text or --choices, not both: one is tuned for tokens, the other for answers")
+    if how.objective != defaults.OBJECTIVE or how.temperature:
+        raise click.UsageError("--objective and --temperature are of texts: answers are tuned for their loss, with a temperature")
+    settings = Run.model_validate({"profile": "", "choices": asked.sources(text), **asked.wording(text.chat)})
+    questions, wordings = settings.questions(), settings.wordings()
+
+    def work(loaded: LoadedModel, profile: Profile) -> AnswerTuning:
+        settings = how.settings()
+        return tune_answers(
+            loaded.model,
+            loaded.tokenizer,
+            questions,
+            profile,
+            wordings=wordings,
+            parameters=settings["parameters"],
+            ridge=settings["ridge"],
+            seed=settings["seed"],
+            progress=True,
+        )
+
+    return work
 
 
 def _writable_folder(profile: str, out: Path | None) -> Path:

@@ -5,7 +5,9 @@ reader.py             a model reads each text once, for any number of steerings
 fit.py                baselines and steerings fitted by gradient
 comparison.py         ways to predict the same text, held against each other
 evaluate.py           `confsteer.evaluate`
-choices.py            multiple-choice questions
+choice_sample.py      multiple-choice questions, read once
+answers.py            ways to answer them: temperatures, lengths, chance
+choices.py            ways to answer, held against each other
 run_file.py           an evaluation as a file
 lm_eval_model.py      a model of lm-eval that is steered
 lm_eval_samples.py    the calibration of answers that lm-eval logged

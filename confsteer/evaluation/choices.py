@@ -7,34 +7,49 @@ every steering and every temperature follows in closed form (`confsteer.last_lay
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from confsteer.errors import CorpusError
+from confsteer.evaluation.answers import AnswerCandidate, answer_entropy, baselines, match_answer_entropy
+from confsteer.evaluation.choice_sample import BlockUnit, ChoiceSample, read_choices
 from confsteer.evaluation.comparison import ComparedRow, RowKind, accuracy_at_coverages, paired_differences, reliability_bins
-from confsteer.evaluation.metrics import Estimates, answer_metrics
+from confsteer.evaluation.metrics import Estimates, answer_metrics, chance_metrics
 from confsteer.evaluation.reader import Reader, interventions_of
 from confsteer.last_layer.intervention import Intervention
-from confsteer.last_layer.text_states import OnTokens, TextStates, unnoticed
-from confsteer.model.states import record_continuations
 from confsteer.profile.profile import Profile
-from confsteer.results.bootstrap import Blocks
+from confsteer.results.bootstrap import Blocks, Interval, mean
 from confsteer.results.result import Result
 from confsteer.steering import Steering
+from confsteer.text.prompts import AS_TEXT, Wording
 from confsteer.text.questions import Question
-from confsteer.text.windows import context_length, surrounding_ids
 
-MIN_TEMPERATURE, MAX_TEMPERATURE = 0.1, 1e4
-"""Temperatures between which fits look. Answers no better than chance are best at the hottest, where all choices are alike."""
-HALVINGS = 60
-"""Bisections of the range of log-temperatures: more than its ends have digits."""
+GROUPED = ("accuracy", "loss", "entropy", "ece", "brier")
+"""Metrics of groups of questions."""
+
+
+class AnswerGroup(Result):
+    """Questions that agree in a field of their records."""
+
+    name: str
+    questions: int
+    metrics: tuple[dict[str, Interval], ...]
+    """Metrics `GROUPED` of each row of the comparison, over this group alone."""
+
+
+class AnswerGroups(Result):
+    """Questions in groups."""
+
+    by: str
+    """Field of the records."""
+    groups: tuple[AnswerGroup, ...]
+    macro: tuple[dict[str, Interval], ...]
+    """Mean over groups, which count equally, of each row's metrics. Over all questions they are the row's own."""
 
 
 class ChoiceComparison(Result):
@@ -44,85 +59,65 @@ class ChoiceComparison(Result):
     """
 
     source: str
+    wording: str = "text"
+    """Words the questions are put in, see `confsteer.text.prompts.Wording`."""
+    example: str = ""
+    """The first question as the model read it, to the end of its first choice."""
+    choices: tuple[str, ...] = ()
+    """Whatever stood for each choice of that question."""
     questions: int
     truncated: int
     """Questions that do not fit the model's context with all of their choices and lost their beginning."""
     blocks: int
     """Number of units that are resampled for the intervals."""
-    unit: Literal["questions", "passages"]
+    unit: BlockUnit
     rows: tuple[ComparedRow, ...]
+    grouped: AnswerGroups | None = None
+
+    @property
+    def title(self) -> str:
+        """Name of the questions, and the words they are put in."""
+        return f"{self.source} ({self.wording})"
 
     def of_kind(self, kind: RowKind) -> tuple[ComparedRow, ...]:
         """Select the rows of a kind, in order."""
         return tuple(row for row in self.rows if row.kind == kind)
 
 
-class ChoiceSample(NamedTuple):
-    """Questions, and their choices as the last layer saw them."""
+class Answered(NamedTuple):
+    """Questions, and every way in which they were answered."""
 
-    source: str
-    questions: Sequence[Question]
-    reading: TextStates
-    """States at the choices' tokens; ``window`` counts through the choices of all questions."""
-    block: Tensor
-    """Resampling block of each question, ``[questions]``; see `question_blocks`."""
-    unit: Literal["questions", "passages"]
-    truncated: int
-    """See `ChoiceComparison.truncated`."""
+    comparison: ChoiceComparison
+    sample: ChoiceSample
+    candidates: Sequence[AnswerCandidate]
 
-    @property
-    def gold(self) -> Tensor:
-        """Index of the right choice, ``[questions]``."""
-        return torch.tensor([question.answer for question in self.questions])
+    def records(self) -> Iterator[dict[str, Any]]:
+        """Make a flat record of each question and way to answer but chance.
 
-    def padded(self, values: Tensor, padding: float) -> Tensor:
-        """Arrange values of all choices ``[choices of all questions]`` by question, ``[questions, most choices]``."""
-        parts = values.split([len(question.choices) for question in self.questions])
-        return pad_sequence(list(parts), batch_first=True, padding_value=padding)
-
-    def log_likelihoods(self, interventions: Sequence[Intervention], on_tokens: OnTokens = unnoticed) -> list[Tensor]:
-        """Score each choice given its question under each intervention, in one pass over the vocabulary.
-
-        Args:
-            interventions: to score with.
-            on_tokens: see `TextStates.predict`.
-
-        Returns:
-            Nats, float64 ``[questions, most choices]`` each; −∞ where a question has fewer choices.
+        Fields of the question's own record keep their names, unless that is a name of ours: then ``record_`` goes before it.
         """
-        reading = self.reading
-        predictions = reading.predict([reading.coordinates(one) for one in interventions], on_tokens=on_tokens)
-        zeros = torch.zeros(sum(len(question.choices) for question in self.questions), dtype=torch.float64)
-        choice = reading.states.window.cpu()
-        return [self.padded(zeros.index_add(0, choice, -one.scores.nll.double()), -math.inf) for one in predictions]
-
-    def cross_fitted_temperature(self, log_likelihood: Tensor) -> AnswerCandidate:
-        """Fit a temperature on every other block and use it on the rest, and the other way round.
-
-        No question is judged by a fit that saw it.
-
-        Args:
-            log_likelihood: of the unsteered model, as `log_likelihoods` has it.
-        """
-        _, order = self.block.unique(return_inverse=True)
-        used, temperatures = log_likelihood.clone(), []
-        for side in (0, 1):
-            use, seen = order % 2 == side, order % 2 != side
-            temperatures.append(fit_answer_temperature(log_likelihood[seen], self.gold[seen]))
-            used[use] /= temperatures[-1]
-        return AnswerCandidate("fitted temperature", "temperature", used, values=tuple(temperatures))
-
-
-class AnswerCandidate(NamedTuple):
-    """A way to answer."""
-
-    name: str
-    kind: RowKind
-    log_likelihood: Tensor
-    """See `ChoiceSample.log_likelihoods`; over a temperature, in a row of one."""
-    steering: Steering | None = None
-    values: tuple[float, ...] = ()
-    """The temperature, one per fold."""
+        for candidate in self.candidates:
+            if candidate.kind == "chance":
+                continue
+            share = candidate.log_likelihood.softmax(dim=-1)
+            for i, question in enumerate(self.sample.questions):
+                number = len(question.choices)
+                scores = candidate.log_likelihood[i, :number]
+                prediction = int(scores.argmax())
+                record = {
+                    "source": self.comparison.source,
+                    "wording": self.comparison.wording,
+                    "way": candidate.name,
+                    "id": question.id,
+                    "choices": list(question.choices),
+                    "answer": question.answer,
+                    "scores": scores.tolist(),
+                    "prediction": prediction,
+                    "confidence": float(share[i, prediction]),
+                    "correct": prediction == question.answer,
+                    "block": int(self.sample.block[i]),
+                }
+                yield record | {f"record_{k}" if k in record else k: value for k, value in question.record.items()}
 
 
 def evaluate_choices(
@@ -132,13 +127,16 @@ def evaluate_choices(
     profile: Profile,
     steerings: Sequence[Steering],
     *,
+    wordings: Sequence[Wording] = (AS_TEXT,),
+    by: str | None = None,
     progress: bool = False,
 ) -> tuple[ChoiceComparison, ...]:
     """Compare accuracy and calibration of answers without steering, with each of `steerings`, and with what each has to beat.
 
     Each has to beat a temperature on the log-likelihoods of whole choices, which leaves the answers and changes the confidence
-    in them. One is fitted on every other block of questions and used on the rest, and the other way round. Beside each steering
-    stands the one that gives the unsteered model's answers the same mean entropy.
+    in them. One is fitted on every other block of questions and used on the rest, and the other way round; see
+    `confsteer.evaluation.answers.baselines` for the other ways. Beside each steering stands the temperature that gives the
+    unsteered model's answers the same mean entropy.
 
     Args:
         model: the profile's model.
@@ -146,176 +144,83 @@ def evaluate_choices(
         questions: by the name of where they are from; see `confsteer.text.questions.read_questions`.
         profile: see `confsteer.steer`.
         steerings: to compare with the unsteered model; all for every position.
+        wordings: words to put the questions in, one after the other.
+        by: field of the questions' records to group them by.
         progress: whether to show progress bars.
 
     Returns:
-        A comparison for each name.
+        A comparison for each name and wording.
 
     Raises:
-        CorpusError: there are too few questions, or a choice has no token of its own or more than the model can read.
+        CorpusError: there are too few questions, or a choice has no token of its own or more than the model can read; a wording
+            does not fit a question; or a question has no field `by`.
         SteeringError, ProfileMismatchError, NoNeuronsError: see `confsteer.steer`; or the model is being steered.
         UnsupportedModelError: see `confsteer.model.dissect` and `confsteer.model.states.check_closed_form`.
     """
     # Validate the steerings before the model runs.
-    names = [str(steering) for steering in steerings]
-    steerings, interventions = interventions_of(steerings, profile)
-    compared = []
+    interventions_of(steerings, profile)
     reader = Reader(model, profile)
-    for source, asked in questions.items():
-        sample = read_choices(reader, tokenizer, asked, source=source, progress=progress)
-        unsteered = Intervention.neutral(sample.reading.readout.n_neurons)
-        label = f"compare on {source}"[:40]
-        with tqdm(total=sample.reading.tokens, desc=label, unit="tok", unit_scale=True, disable=not progress) as bar:
-            neutral, *every = sample.log_likelihoods([unsteered, *interventions], bar.update)
-        candidates = [AnswerCandidate("neutral", "neutral", neutral, Steering()), sample.cross_fitted_temperature(neutral)]
-        for name, steering, steered in zip(names, steerings, every, strict=True):
-            matched = match_answer_entropy(neutral, _entropy(steered))
-            candidates.append(AnswerCandidate(name, "steering", steered, steering))
-            like = f"temperature, entropy as {name}"
-            candidates.append(AnswerCandidate(like, "matched temperature", neutral / matched, steering, (matched,)))
-        compared.append(compare_answers(sample, candidates))
-    return tuple(compared)
+    found = answer(reader, tokenizer, questions, steerings, wordings=wordings, by=by, progress=progress)
+    return tuple(one.comparison for one in found)
 
 
-def read_choices(
+def answer(
     reader: Reader,
     tokenizer: PreTrainedTokenizerBase,
-    questions: Sequence[Question],
+    questions: Mapping[str, Sequence[Question]],
+    steerings: Sequence[Steering],
     *,
-    source: str = "questions",
+    wordings: Sequence[Wording] = (AS_TEXT,),
+    by: str | None = None,
     progress: bool = False,
-) -> ChoiceSample:
-    """Run the model over questions once and keep what decides how likely each choice is: ``d_model`` numbers a token of it.
-
-    Raises:
-        CorpusError: see `evaluate_choices`.
-    """
-    block, unit = question_blocks(questions)
-    if len(block.unique()) < 2:
-        raise CorpusError(
-            f"{source}: {len(questions)} questions ({len(block.unique())} {unit}); a temperature is fitted on every other one "
-            "and judged on the rest: give two or more"
-        )
-    most = context_length(reader.model.config)
-    encoded = [encode(question, tokenizer, most, f"{source}, question {i}") for i, question in enumerate(questions, start=1)]
-    sequences = [sequence for choices, _ in encoded for sequence in choices]
-    with tqdm(total=len(sequences), desc=f"read {source}"[:40], unit="choice", disable=not progress) as bar:
-        states = record_continuations(
-            reader.model, reader.anatomy, sequences, reader.neurons, reader.device, bar.update, reader.readout
-        )
-    return ChoiceSample(source, questions, reader.reading(states), block, unit, sum(truncated for _, truncated in encoded))
+) -> Iterator[Answered]:
+    """Answer one set of questions after the other; the arguments are those of `evaluate_choices`."""
+    names = [str(steering) for steering in steerings]
+    resolved, interventions = interventions_of(steerings, reader.profile)
+    for source, asked in questions.items():
+        for wording in wordings:
+            sample = read_choices(reader, tokenizer, asked, source=source, wording=wording, progress=progress)
+            unsteered = Intervention.neutral(sample.reading.readout.n_neurons)
+            label = f"compare on {source}"[:40]
+            with tqdm(total=sample.reading.tokens, desc=label, unit="tok", unit_scale=True, disable=not progress) as bar:
+                neutral, *every = sample.log_likelihoods([unsteered, *interventions], bar.update)
+            candidates = baselines(sample, neutral)
+            for name, steering, steered in zip(names, resolved, every, strict=True):
+                candidates += steered_and_matched(name, steering, steered, neutral)
+            yield Answered(compare_answers(sample, candidates, wording=wording, by=by), sample, candidates)
 
 
-def encode(
-    question: Question, tokenizer: PreTrainedTokenizerBase, most: int | None, where: str = "question"
-) -> tuple[list[tuple[list[int], list[int]]], bool]:
-    """Tokenize the prompt and each choice, as lm-eval splits them, and say whether a prompt lost its beginning.
-
-    Prompt and choice are tokenized together, and what comes after as many tokens as the prompt has by itself is the choice.
-    BOS is where the tokenizer puts it, and is the first to be lost. EOS, where the tokenizer ends texts with it, would stand
-    between prompt and choice, and is left out.
-
-    Args:
-        question: to be answered.
-        tokenizer: the model's.
-        most: tokens that the model can read; the last of a choice is not read, only predicted.
-        where: for the message.
-
-    Raises:
-        CorpusError: a choice has no token of its own, or more than the model can read.
-    """
-    _, after = surrounding_ids(tokenizer)
-
-    def ids(text: str) -> list[int]:
-        whole = list(tokenizer(text, verbose=False)["input_ids"])
-        return whole[: len(whole) - len(after)]
-
-    prompt, sequences, truncated = ids(question.prompt), [], False
-    for choice, continuation in zip(question.choices, question.continuations, strict=True):
-        own = ids(question.prompt + continuation)[len(prompt) :]
-        if not own or (most is not None and len(own) > most):
-            limit = "one or more" if most is None else f"1 to {most}"
-            raise CorpusError(f"{where}: the choice {choice[:40]!r} has {len(own)} tokens; this model needs {limit}")
-        context = prompt if most is None else prompt[-(most + 1 - len(own)) :]
-        truncated |= len(context) < len(prompt)
-        sequences.append((context, own))
-    return sequences, truncated
+def steered_and_matched(name: str, steering: Steering, steered: Tensor, neutral: Tensor) -> list[AnswerCandidate]:
+    """Pair a steering with the temperature that gives the unsteered model's answers the same mean entropy."""
+    matched = match_answer_entropy(neutral, answer_entropy(steered))
+    like = f"temperature, entropy as {name}"
+    return [
+        AnswerCandidate(name, "steering", steered, steering),
+        AnswerCandidate(like, "matched temperature", neutral / matched, steering, (matched,)),
+    ]
 
 
-def question_blocks(questions: Sequence[Question]) -> tuple[Tensor, Literal["questions", "passages"]]:
-    """Number the resampling block of each question, ``[questions]``, and name the unit: passages, if any has several questions.
-
-    A question without a passage is a block of its own.
-    """
-    number: dict[str | int, int] = {}
-    keys = [question.passage or i for i, question in enumerate(questions)]
-    block = torch.tensor([number.setdefault(key, len(number)) for key in keys])
-    return block, "questions" if len(number) == len(questions) else "passages"
-
-
-def fit_answer_temperature(log_likelihood: Tensor, gold: Tensor) -> float:
-    """Find the temperature on answers that minimises their loss, between `MIN_TEMPERATURE` and `MAX_TEMPERATURE`.
-
-    The loss is convex in ``1/T`` and its slope is ``E_p[ℓ] − ℓ_gold``: at the minimum the right choices are as likely as the
-    model expects of its answers.
-
-    Args:
-        log_likelihood: of the choices, ``[questions, choices]``; −∞ where a question has fewer.
-        gold: index of the right choice, ``[questions]``.
-    """
-    of_gold = log_likelihood.gather(1, gold[:, None])[:, 0]
-
-    def surplus(temperature: float) -> float:
-        share = (log_likelihood / temperature).softmax(dim=-1)
-        expected = (share * log_likelihood.nan_to_num(neginf=0.0)).sum(dim=-1)
-        return float((of_gold - expected).mean())
-
-    return _crossing(surplus)
-
-
-def match_answer_entropy(log_likelihood: Tensor, entropy: float) -> float:
-    """Find the temperature, between `MIN_TEMPERATURE` and `MAX_TEMPERATURE`, at which answers have a mean entropy, nats.
-
-    Args:
-        log_likelihood: of the choices, ``[questions, choices]``; −∞ where a question has fewer.
-        entropy: between 0 and the mean logarithm of the numbers of choices.
-    """
-    return _crossing(lambda temperature: _entropy(log_likelihood / temperature) - entropy)
-
-
-def _crossing(rising: Callable[[float], float]) -> float:
-    """Find the temperature at which a function that rises with it crosses zero; an end of the range if it does not."""
-    low, high = math.log(MIN_TEMPERATURE), math.log(MAX_TEMPERATURE)
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        low, high = (low, middle) if rising(math.exp(middle)) > 0 else (middle, high)
-    return math.exp(middle)
-
-
-def _entropy(log_likelihood: Tensor) -> float:
-    """Average the entropy of answers, nats."""
-    return float(torch.special.entr(log_likelihood.softmax(dim=-1)).sum(dim=-1).mean())
-
-
-def compare_answers(sample: ChoiceSample, candidates: Sequence[AnswerCandidate]) -> ChoiceComparison:
+def compare_answers(
+    sample: ChoiceSample, candidates: Sequence[AnswerCandidate], *, wording: Wording = AS_TEXT, by: str | None = None
+) -> ChoiceComparison:
     """Compute every metric of every candidate, and the differences that matter.
 
     Args:
         sample: the questions.
         candidates: the first is neutral.
+        wording: words they were put in.
+        by: see `evaluate_choices`.
+
+    Raises:
+        CorpusError: a question has no field `by`.
     """
-    blocks, gold = Blocks(sample.block), sample.gold
-    # In characters, as lm-eval's acc_norm has it (its acc_bytes is in bytes).
-    lengths = torch.tensor([float(len(choice)) for question in sample.questions for choice in question.choices])
-    lengths = sample.padded(lengths, 1.0)
-    estimates: list[Estimates] = []
-    for candidate in candidates:
-        right = (candidate.log_likelihood / lengths).argmax(dim=-1) == gold
-        estimates.append(answer_metrics(candidate.log_likelihood, gold, blocks) | {"accuracy_normalised": blocks.mean(right)})
+    blocks = Blocks(sample.block)
+    estimates = [_estimates(sample, candidate, candidates[0], blocks) for candidate in candidates]
     rows = []
     for i, candidate in enumerate(candidates):
         confidence, prediction = candidate.log_likelihood.softmax(dim=-1).max(dim=-1)
-        correct = prediction == gold
+        correct = prediction == sample.gold
+        guesses = candidate.kind == "chance"
         rows.append(
             ComparedRow(
                 name=candidate.name,
@@ -324,15 +229,67 @@ def compare_answers(sample: ChoiceSample, candidates: Sequence[AnswerCandidate])
                 values=candidate.values,
                 metrics={name: estimate.interval for name, estimate in estimates[i].items()},
                 minus=paired_differences(i, [(other.kind, other.steering) for other in candidates], estimates),
-                reliability=reliability_bins(confidence, correct, blocks),
-                coverage=accuracy_at_coverages(confidence, correct),
+                reliability=() if guesses else reliability_bins(confidence, correct, blocks),
+                coverage=() if guesses else accuracy_at_coverages(confidence, correct),
             )
         )
+    first = sample.asked[0]
     return ChoiceComparison(
         source=sample.source,
+        wording=wording.title,
+        example=first.verbatim(),
+        choices=first.continuations if len(set(first.contexts)) == 1 else sample.questions[0].choices,
         questions=len(sample.questions),
         truncated=sample.truncated,
         blocks=blocks.number,
         unit=sample.unit,
         rows=tuple(rows),
+        grouped=None if by is None else _grouped(sample, candidates, by),
     )
+
+
+def _estimates(sample: ChoiceSample, candidate: AnswerCandidate, neutral: AnswerCandidate, blocks: Blocks) -> Estimates:
+    score = candidate.log_likelihood
+    if candidate.kind == "chance":
+        return chance_metrics(sample.inside.sum(dim=1), blocks)
+    found = answer_metrics(score, sample.gold, blocks)
+    found["argmax_changed"] = blocks.mean(score.argmax(dim=-1) != neutral.log_likelihood.argmax(dim=-1))
+    if candidate.kind in ("neutral", "temperature", "steering", "matched temperature"):
+        found["accuracy_normalised"] = blocks.mean((score / sample.characters).argmax(dim=-1) == sample.gold)
+    return found
+
+
+def field_of(question: Question, by: str, where: str) -> str:
+    """Read the field that questions are grouped by.
+
+    Raises:
+        CorpusError: the question does not have it.
+    """
+    if by not in question.record:
+        known = ", ".join(map(repr, question.record)) or "none"
+        raise CorpusError(f"{where} has no field {by!r} to group by, a string, number or truth value; its fields are: {known}")
+    return str(question.record[by])
+
+
+def _grouped(sample: ChoiceSample, candidates: Sequence[AnswerCandidate], by: str) -> AnswerGroups:
+    """Compute the metrics of groups of questions, each resampled by itself, and their means over groups."""
+    names = [field_of(one, by, f"{sample.source}, question {i}") for i, one in enumerate(sample.questions, start=1)]
+    groups, estimates = [], []
+    for number, name in enumerate(dict.fromkeys(names)):
+        rows = torch.tensor([i for i, other in enumerate(names) if other == name])
+        blocks, gold = Blocks(sample.block[rows], seed=number), sample.gold[rows]
+        found: list[Estimates] = []
+        for candidate in candidates:
+            if candidate.kind == "chance":
+                metrics = chance_metrics(sample.inside[rows].sum(dim=1), blocks)
+            else:
+                metrics = answer_metrics(candidate.log_likelihood[rows], gold, blocks)
+            found.append({metric: metrics[metric] for metric in GROUPED if metric in metrics})
+        estimates.append(found)
+        intervals = tuple({metric: one.interval for metric, one in row.items()} for row in found)
+        groups.append(AnswerGroup(name=name, questions=len(rows), metrics=intervals))
+    macro = tuple(
+        {metric: mean([found[i][metric] for found in estimates]).interval for metric in estimates[0][i]}
+        for i in range(len(candidates))
+    )
+    return AnswerGroups(by=by, groups=tuple(groups), macro=macro)

@@ -19,7 +19,16 @@ from confsteer.results.bootstrap import Blocks, Interval
 from confsteer.results.result import Result
 from confsteer.steering import Steering
 
-RowKind = Literal["neutral", "steering", "temperature", "null write", "matched temperature"]
+RowKind = Literal[
+    "neutral",
+    "chance",
+    "temperature",
+    "temperature and length",
+    "scoring",
+    "null write",
+    "steering",
+    "matched temperature",
+]
 FREQUENCY_GROUPS = 10
 ENTROPY_BINS = 40
 COVERAGES = tuple(i / 20 for i in range(1, 21))
@@ -58,7 +67,9 @@ class ComparedRow(Result):
     steering: Steering | None = None
     """Steering of the row; of a matched temperature the steering whose mean entropy it has."""
     values: tuple[float, ...] = ()
-    """The temperature, or the constant written along the null direction (in units of the residual); one per fold."""
+    """The temperature, or the constant written along the null direction (in units of the residual); one per fold.
+
+    Of a temperature with length the temperature, nats a token and nats a character of the choice, for each fold."""
     metrics: dict[str, Interval]
     """By the names in `confsteer.evaluation.metrics`."""
     minus: dict[RowKind, dict[str, Interval]] = Field(default_factory=dict)
@@ -254,7 +265,7 @@ def paired_differences(
     against: dict[RowKind, Estimates] = {}
     for j, (kind, of) in enumerate(candidates):
         matches = kind == "matched temperature" and of == steering
-        if i != j and (kind in ("neutral", "temperature", "null write") or matches):
+        if i != j and (kind in ("neutral", "chance", "temperature", "null write") or matches):
             against[kind] = estimates[j]
     ours = estimates[i]
     return {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypedDict, Unpack
 
 import torch
@@ -35,6 +35,9 @@ class Evaluation(Result):
     """Steerings compared on texts."""
 
     model: str
+    """Id of the profile's model."""
+    given: str = ""
+    """Name of the model on the command line."""
     profile: str
     """Checksum of the profile."""
     versions: dict[str, str]
@@ -42,6 +45,11 @@ class Evaluation(Result):
     texts: tuple[TextComparison, ...]
     choices: tuple[ChoiceComparison, ...] = ()
     induction: InductionStudy | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of the model for reports: what the user called it."""
+        return self.given or self.model
 
 
 class EvaluationSettings(TypedDict, total=False):
@@ -104,23 +112,33 @@ def evaluate(
         ProfileMismatchError, NoNeuronsError: see `confsteer.steer`.
         TypeError: a keyword is not in `EvaluationSettings`.
     """
+    # Validate before the model is looked at.
+    defaults.with_defaults("evaluate", settings, defaults.EVALUATION)
+    interventions_of(steerings, profile)
+    compared = tuple(compare_texts(Reader(model, profile), tokenizer, texts, steerings, **settings))
+    return Evaluation(model=profile.model.id, profile=profile.checksum, versions=library_versions(), texts=compared)
+
+
+def compare_texts(
+    reader: Reader,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Texts,
+    steerings: Sequence[Steering],
+    **settings: Unpack[EvaluationSettings],
+) -> Iterator[TextComparison]:
+    """Compare on one text after the other; the arguments are those of `evaluate`, the reader of its model and profile."""
     given = defaults.with_defaults("evaluate", settings, defaults.EVALUATION)
-    unigram_counts, progress = given["unigram_counts"], given["progress"]
-    # Validate the steerings before the model runs.
+    unigram_counts, size = given["unigram_counts"], reader.profile.model.tokenizer_size
     names = [str(steering) for steering in steerings]
-    steerings, interventions = interventions_of(steerings, profile)
-    reader = Reader(model, profile)
-    compared = []
+    steerings, interventions = interventions_of(steerings, reader.profile)
     every_text = named_windows(texts, tokenizer, tokens=given["tokens"], window=given["window"], source=given["source"])
     for name, windows in every_text:
         # Read the text once: every candidate follows in closed form.
-        sample = read_sample(reader, windows, progress=progress)
+        sample = read_sample(reader, windows, progress=given["progress"])
         if len(sample.block.unique()) < 2:
             raise CorpusError(f"{name}: a single window; baselines are fitted on one part of a text and judged on another")
-        counts = windows.counts(profile.model.tokenizer_size) if unigram_counts is None else unigram_counts
-        unigram = Unigram.from_counts(counts)
-        compared.append(_compare(sample, steerings, interventions, names, unigram, given))
-    return Evaluation(model=profile.model.id, profile=profile.checksum, versions=library_versions(), texts=tuple(compared))
+        unigram = Unigram.from_counts(windows.counts(size) if unigram_counts is None else unigram_counts)
+        yield _compare(sample, steerings, interventions, names, unigram, given)
 
 
 def _compare(

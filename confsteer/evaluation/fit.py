@@ -68,6 +68,38 @@ def fit(
         validation: texts by whose objective the best step is chosen; none: the last step.
         on_step: called after each step with its number and the best score so far.
     """
+
+    def value_and_gradient(at: Tensor) -> tuple[Tensor, Tensor]:
+        return _value_and_gradient(build, at, train, objective)
+
+    def score(at: Tensor) -> float:
+        scored = [text.sampled_scores(build(at)) for text in validation]
+        return sum(_objective_value(objective, scores) for scores in scored) / len(scored)
+
+    best, steps = minimise(value_and_gradient, start, score=score if validation else None, ridge=ridge, on_step=on_step)
+    return Fit(best, build(best), steps)
+
+
+def minimise(
+    value_and_gradient: Callable[[Tensor], tuple[Tensor, Tensor]],
+    start: Tensor,
+    *,
+    score: Callable[[Tensor], float] | None = None,
+    ridge: float = 0.0,
+    on_step: Callable[[int, float], object] = lambda step, score: None,
+) -> tuple[Tensor, int]:
+    """Minimise a function by LBFGS.
+
+    Args:
+        value_and_gradient: of the function at parameters, ``[n]``.
+        start: see `fit`.
+        score: judges parameters; the best step is kept, and searching ends where it no longer gets better. None: the last step.
+        ridge: see `fit`.
+        on_step: see `fit`.
+
+    Returns:
+        The parameters, and the steps taken to get there.
+    """
     parameters = start.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([parameters], max_iter=1, max_eval=20, history_size=20, line_search_fn="strong_wolfe")
     known: tuple[Tensor, Tensor, Tensor] | None = None
@@ -79,7 +111,7 @@ def fit(
         nonlocal known, scale, pull
         here = parameters.detach()
         if known is None or not torch.equal(known[0], here):
-            value, gradient = _value_and_gradient(build, here, train, objective)
+            value, gradient = value_and_gradient(here)
             if known is None:
                 pull = ridge * float(value)
             value, gradient = value + pull * here.square().sum(), gradient + 2 * pull * here
@@ -89,25 +121,22 @@ def fit(
         parameters.grad = known[2].clone()
         return known[1]
 
-    def score(at: Tensor) -> float:
-        scored = [text.sampled_scores(build(at)) for text in validation]
-        return sum(_objective_value(objective, scores) for scores in scored) / max(1, len(scored))
-
-    # Step until the objective stands still or validation no longer gets better; keep the best step.
-    best, best_score, best_step = start.clone(), score(start), 0
+    # Step until the objective stands still or the score no longer gets better; keep the best step.
+    best, best_score, best_step = start.clone(), score(start) if score else 0.0, 0
     before = float(closure())
     for step in range(1, MAX_STEPS + 1):
         optimizer.step(closure)
         here = parameters.detach().clone()
-        if not validation or (reached := score(here)) < best_score:
+        reached = score(here) if score else -math.inf
+        if reached < best_score:
             best, best_step = here, step
-            best_score = reached if validation else best_score
+            best_score = reached if score else best_score
         on_step(step, best_score)
         value = float(closure())
         if before - value < CONVERGED * abs(value) or step - best_step >= PATIENCE:
             break
         before = value
-    return Fit(best, build(best), best_step)
+    return best, best_step
 
 
 def _objective_value(objective: Objective, scores: TokenScores) -> float:
@@ -125,27 +154,40 @@ def objective_estimate(objective: Objective, scores: TokenScores, blocks: Blocks
 
 
 def _value_and_gradient(build: Build, at: Tensor, texts: Sequence[TextStates], objective: Objective) -> tuple[Tensor, Tensor]:
-    parameters = at.clone().requires_grad_()
     value, gradient = torch.zeros(()), torch.zeros_like(at)
     for text in texts:
-        per_token = _token_loss(objective, build, at, text)
-        with torch.enable_grad():
-            coordinates = text.coordinates(build(parameters))
-            # Cut the graph where it is narrowest: a few coordinates stand for all of a token's logits.
-            cut = Coordinates._make(None if field is None else _leaf(field) for field in coordinates)
-            for part in text.sampled(cut):
-                loss = per_token(part).sum() / (text.tokens * len(texts))
-                loss.backward()
-                value = value + loss.detach().cpu()
-            moved = [
-                (field, leaf.grad)
-                for field, leaf in zip(coordinates, cut, strict=True)
-                if leaf is not None and leaf.requires_grad
-            ]
-            fields, slopes = zip(*moved, strict=True)
-            (slope,) = torch.autograd.grad(fields, parameters, slopes)
-        gradient = gradient + slope
+        found, slope = sum_and_gradient(build, at, text, _token_loss(objective, build, at, text))
+        share = 1 / (text.tokens * len(texts))
+        value, gradient = value + share * found, gradient + share * slope
     return value, gradient
+
+
+def sum_and_gradient(
+    build: Build, at: Tensor, text: TextStates, per_token: Callable[[SampledLogits], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Add up a loss over the tokens of a text, on its sample of the vocabulary, and differentiate by the parameters.
+
+    Args:
+        build: see `fit`.
+        at: parameters, ``[n]``.
+        text: to read.
+        per_token: from logits of a few tokens, in order, to the loss of each.
+    """
+    parameters, value = at.clone().requires_grad_(), torch.zeros(())
+    with torch.enable_grad():
+        coordinates = text.coordinates(build(parameters))
+        # Cut the graph where it is narrowest: a few coordinates stand for all of a token's logits.
+        cut = Coordinates._make(None if field is None else _leaf(field) for field in coordinates)
+        for part in text.sampled(cut):
+            loss = per_token(part).sum()
+            loss.backward()
+            value = value + loss.detach().cpu()
+        moved = [
+            (field, leaf.grad) for field, leaf in zip(coordinates, cut, strict=True) if leaf is not None and leaf.requires_grad
+        ]
+        fields, slopes = zip(*moved, strict=True)
+        (slope,) = torch.autograd.grad(fields, parameters, slopes)
+    return value, slope
 
 
 def _leaf(field: Tensor) -> Tensor:

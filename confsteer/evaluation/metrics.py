@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from confsteer.last_layer.scores import TokenScores
-from confsteer.results.bootstrap import Blocks, Resampled
+from confsteer.results.bootstrap import Blocks, Resampled, resampled_norm
 
 BINS = 15
 MASS_BINS = 10
@@ -22,6 +22,7 @@ RANK_BINS = 500
 SMOOTH_RESAMPLES = 100
 """Smooth ECE is slow: that many of the resamples give its interval."""
 
+UNIT = (0.0, 1.0)
 Estimates = dict[str, Resampled]
 
 
@@ -85,7 +86,7 @@ METRICS = {
     "kl_model_unigram": Metric("KL(model ‖ unigram)", "mean KL(P_model ‖ P_freq), nats", compared=True, digits=3),
     "kl_unigram_model": Metric("KL(unigram ‖ model)", "mean KL(P_freq ‖ P_model), nats", digits=3),
     "argmax_changed": Metric(
-        "argmax changed", "share of tokens whose top prediction is not the unsteered model's", digits=1, percent=True
+        "argmax changed", "share of top predictions that are not the unsteered model's", digits=1, percent=True
     ),
 }
 """The one table of metrics, in the order of all others: tables, reports, paired differences and this page read it."""
@@ -140,6 +141,23 @@ def answer_metrics(log_likelihood: Tensor, gold: Tensor, blocks: Blocks) -> Esti
     }
 
 
+def chance_metrics(choices: Tensor, blocks: Blocks) -> Estimates:
+    """Compute what can be expected of guessing, with all choices of a question alike.
+
+    Args:
+        choices: how many each question has, ``[questions]``.
+        blocks: that the questions are in.
+    """
+    share = 1 / choices.double()
+    return {
+        "loss": blocks.mean(-share.log()),
+        "entropy": blocks.mean(-share.log()),
+        "brier": blocks.mean(share * (1 - share)),
+        "accuracy": blocks.mean(share),
+        "brier_multiclass": blocks.mean(1 - share),
+    }
+
+
 def calibration_metrics(confidence: Tensor, correct: Tensor, blocks: Blocks, *, smooth: bool = False) -> Estimates:
     """Measure how well a confidence says what is right.
 
@@ -191,15 +209,16 @@ def width_calibration_error(confidence: Tensor, correct: Tensor, blocks: Blocks)
 def _calibration_error(gap: Tensor, bin_of: Tensor, bins: int, blocks: Blocks) -> tuple[Resampled, Resampled]:
     """Compute the mean gap of a bin, weighted by what is in it, and the largest: ECE and MCE."""
     gaps, numbers = blocks.sums(gap, bin_of, bins), blocks.sums(torch.ones_like(gap), bin_of, bins)
-
-    def errors(gaps: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        return gaps.abs().sum(dim=-1) / numbers.sum(dim=-1), (gaps.abs() / numbers.clamp_min(1)).amax(dim=-1)
-
-    values = errors(gaps.sum(dim=0), numbers.sum(dim=0))
-    resampled = errors(blocks.weights @ gaps, blocks.weights @ numbers)
-    # ECE is biased upwards by noise, and resampling adds noise again; recentre the draws on the estimate.
-    mean, largest = (Resampled(float(v), draws - draws.mean() + float(v)) for v, draws in zip(values, resampled, strict=True))
-    return mean, largest
+    drawn_gaps, drawn_numbers = blocks.weights @ gaps, blocks.weights @ numbers
+    gaps, numbers = gaps.sum(dim=0), numbers.sum(dim=0)
+    shares = drawn_gaps / drawn_numbers.sum(dim=-1, keepdim=True)
+    means = gaps / numbers.clamp_min(1)
+    # A resample without a bin says nothing of it.
+    drawn_means = torch.where(drawn_numbers > 0, drawn_gaps / drawn_numbers.clamp_min(1), means)
+    return (
+        resampled_norm(lambda u: u.abs().sum(dim=-1), gaps / numbers.sum(), shares),
+        resampled_norm(lambda u: u.abs().amax(dim=-1), means, drawn_means),
+    )
 
 
 def _ranking(confidence: Tensor, correct: Tensor, blocks: Blocks) -> Estimates:
@@ -217,7 +236,7 @@ def _ranking(confidence: Tensor, correct: Tensor, blocks: Blocks) -> Estimates:
     coarse = ranking_metrics(numbers.sum(dim=0)[None], right.sum(dim=0)[None])
     draws = ranking_metrics(blocks.weights @ numbers, blocks.weights @ right)
     return {
-        name: Resampled(float(value), draws[name] + (value - coarse[name]))
+        name: Resampled(float(value), draws[name] + (value - coarse[name]), UNIT)
         for name, value in exact.items()
         if value.isfinite().all() and draws[name].isfinite().any()
     }
@@ -261,4 +280,5 @@ def _smooth_ece(confidence: Tensor, correct: Tensor, blocks: Blocks) -> Resample
     drawn = blocks.weights[:SMOOTH_RESAMPLES].long()
     resampled = [error(everything.repeat_interleave(weights[blocks.index])) for weights in drawn]
     value, draws = error(everything), torch.tensor(resampled, dtype=torch.float64)
-    return Resampled(value, draws - draws.mean() + value)
+    # It is biased upwards by noise, and resampling adds noise again; recentre the draws on the estimate.
+    return Resampled(value, draws - draws.mean() + value, UNIT)

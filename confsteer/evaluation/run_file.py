@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import os
+import random
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from types import MappingProxyType
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from confsteer.defaults import WINDOW
+from confsteer.defaults import SEED, WINDOW
 from confsteer.errors import SettingError, first_problem
-from confsteer.evaluation.choices import ChoiceComparison, evaluate_choices
-from confsteer.evaluation.evaluate import Evaluation, evaluate, sweep
-from confsteer.evaluation.reader import interventions_of
+from confsteer.evaluation.choices import Answered, answer, field_of
+from confsteer.evaluation.evaluate import Evaluation, EvaluationSettings, compare_texts, sweep
+from confsteer.evaluation.reader import Reader, interventions_of
 from confsteer.files import MAX_RUN_FILE_BYTES, read_at_most
 from confsteer.model.loading import DEMO_UNIGRAM, LoadedModel
 from confsteer.profile.profile import Profile
+from confsteer.profile.schema import library_versions
 from confsteer.steering import Steering
 from confsteer.studies.induction import InductionStudy, induction
 from confsteer.studies.repetition import DEFAULT_REPETITION, check_repetition, natural_cut
 from confsteer.text.counts import checked_counts, read_counts
-from confsteer.text.questions import Question, read_questions
+from confsteer.text.prompts import AnswerForm, Wording, read_template
+from confsteer.text.questions import Question, QuestionSource, read_questions
 from confsteer.text.sources import TextSource, by_title
 
 
@@ -48,8 +53,20 @@ class Run(BaseModel):
     """Tokens per window."""
     unigram: Path | None = None
     """``.npy`` file with token counts; counted in each text if None."""
-    choices: tuple[Path, ...] = ()
-    """Files of multiple-choice questions, see `confsteer.text.questions`."""
+    choices: tuple[QuestionSource, ...] = ()
+    """Multiple-choice questions: files and folders, or datasets."""
+    formats: tuple[AnswerForm, ...] = ("text",)
+    """Ways to ask each of them: for the text of a choice, or for its letter."""
+    template: str | None = None
+    """Jinja, or a file of it, which writes what comes before an answer, see `confsteer.text.prompts.Wording`."""
+    chat: bool = False
+    """Whether questions go through the tokenizer's chat template."""
+    shots: Path | None = None
+    """File of questions that stand before each with their answers."""
+    limit: Annotated[int, Field(ge=2)] | None = None
+    """Questions of each file to draw at random; all if None."""
+    by: str | None = None
+    """Field of the questions' records to group them by."""
     smooth_ece: bool = False
     """Whether to compute smooth ECE too, which is slow."""
     induction: bool = False
@@ -87,7 +104,12 @@ class Run(BaseModel):
             text.model_copy(update={"text": tuple(folder / path for path in text.text), "dataset": name(text.dataset)})
             for text in self.texts
         )
-        changed["choices"] = tuple(folder / path for path in self.choices)
+        changed["choices"] = tuple(
+            source.model_copy(update={"path": source.path and folder / source.path, "dataset": name(source.dataset)})
+            for source in self.choices
+        )
+        changed["shots"] = self.shots and folder / self.shots
+        changed["template"] = name(self.template)
         changed["unigram"] = self.unigram and folder / self.unigram
         return self.model_copy(update=changed)
 
@@ -100,16 +122,31 @@ class Run(BaseModel):
         return [*map(Steering.parse, self.steerings), *(one for text in self.sweeps for one in sweep(text))]
 
     def questions(self) -> dict[str, list[Question]]:
-        """Read its multiple-choice questions, by file name.
+        """Read its multiple-choice questions, by the name of where they are from.
 
         Raises:
-            CorpusError: a file is no such file.
+            CorpusError: a file is no such file, or a question has no field to group it by.
             SettingError: two files have the same name.
         """
-        names = [path.name for path in self.choices]
+        names = [source.title for source in self.choices]
         if len(set(names)) < len(names):
             raise SettingError(f"two files of questions are called {max(names, key=names.count)!r}: they are reported by name")
-        return {path.name: read_questions([path]) for path in self.choices}
+        found = {source.title: _drawn(source.read(), self.limit) for source in self.choices}
+        for title, questions in found.items():
+            for number, question in enumerate(questions if self.by else (), start=1):
+                field_of(question, self.by or "", f"{title}, question {number}")
+        return found
+
+    def wordings(self) -> list[Wording]:
+        """Read the words that questions are put in.
+
+        Raises:
+            CorpusError: the examples are no questions.
+            SettingError: the template cannot be read.
+        """
+        template = None if self.template is None else read_template(self.template)
+        shots = () if self.shots is None else tuple(read_questions([self.shots]))
+        return [Wording(form, template, self.chat, shots) for form in dict.fromkeys(self.formats)]
 
     def sources(self) -> dict[str, TextSource]:
         """Name its texts by title.
@@ -124,19 +161,35 @@ class Run(BaseModel):
         return by_title(sources)
 
 
-def run(settings: Run, profile: Profile, loaded: LoadedModel, *, progress: bool = False) -> Evaluation:
-    """Run the evaluation that `settings` ask for.
+class Stage(NamedTuple):
+    """An evaluation that has come so far."""
+
+    result: Evaluation
+    answered: Answered | None = None
+    """Answers that the last questions got, if the stage ends with questions."""
+
+
+def run(
+    settings: Run,
+    profile: Profile,
+    loaded: LoadedModel,
+    questions: Mapping[str, Sequence[Question]] = MappingProxyType({}),
+    *,
+    progress: bool = False,
+) -> Iterator[Stage]:
+    """Run the evaluation that `settings` ask for, a file at a time: a long run can be kept wherever it ends.
 
     Args:
         settings: the request.
         profile: the one they name, loaded.
         loaded: the model they name, loaded.
+        questions: those they name, read.
         progress: whether to show progress bars.
 
     Raises:
         ConfsteerError: see `evaluate`, `induction` and `confsteer.evaluation.choices`.
     """
-    steerings, questions, sources = settings.all_steerings(), settings.questions(), settings.sources()
+    steerings, wordings, sources = settings.all_steerings(), settings.wordings(), settings.sources()
     interventions_of(steerings, profile)
     size = profile.model.tokenizer_size
     counts_file = settings.unigram or (DEMO_UNIGRAM if settings.model is None else None)
@@ -144,21 +197,30 @@ def run(settings: Run, profile: Profile, loaded: LoadedModel, *, progress: bool 
     # Begin with what is short and may be refused: nothing that took long is lost then.
     if settings.induction:
         check_repetition(loaded.model, loaded.tokenizer, DEFAULT_REPETITION)
-    choices: tuple[ChoiceComparison, ...] = ()
-    if questions:
-        choices = evaluate_choices(loaded.model, loaded.tokenizer, questions, profile, steerings, progress=progress)
-    result = evaluate(
-        loaded.model,
-        loaded.tokenizer,
-        {title: source.windows(loaded.tokenizer, settings.window, settings.tokens) for title, source in sources.items()},
-        profile,
-        steerings,
-        unigram_counts=counts,
-        smooth_ece=settings.smooth_ece,
-        progress=progress,
+    tokenizer = loaded.tokenizer
+    texts = {title: source.windows(tokenizer, settings.window, settings.tokens) for title, source in sources.items()}
+    reader = Reader(loaded.model, profile)
+    result = Evaluation(
+        model=profile.model.id, given=settings.model or "", profile=profile.checksum, versions=library_versions(), texts=()
     )
-    study = _study(next(iter(sources.values()), None), profile, loaded, progress) if settings.induction else None
-    return result.model_copy(update={"choices": choices, "induction": study})
+    for answered in answer(reader, tokenizer, questions, steerings, wordings=wordings, by=settings.by, progress=progress):
+        result = result.model_copy(update={"choices": (*result.choices, answered.comparison)})
+        yield Stage(result, answered)
+    how: EvaluationSettings = {"unigram_counts": counts, "smooth_ece": settings.smooth_ece, "progress": progress}
+    for text in compare_texts(reader, tokenizer, texts, steerings, **how):
+        result = result.model_copy(update={"texts": (*result.texts, text)})
+        yield Stage(result)
+    if settings.induction:
+        study = _study(next(iter(sources.values()), None), profile, loaded, progress)
+        yield Stage(result.model_copy(update={"induction": study}))
+
+
+def _drawn(questions: list[Question], limit: int | None) -> list[Question]:
+    """Draw some of the questions at random, the same each time, in their order."""
+    if limit is None or limit >= len(questions):
+        return questions
+    chosen = sorted(random.Random(SEED).sample(range(len(questions)), limit))
+    return [questions[i] for i in chosen]
 
 
 def _study(natural: TextSource | None, profile: Profile, loaded: LoadedModel, progress: bool) -> InductionStudy:

@@ -16,6 +16,7 @@ LISTED = "loss, ECE and Brier score"
 OBJECTIVES = {"nll": "loss", "brier": "Brier score", "ece": "ECE"}
 AGAINST: dict[RowKind, str] = {
     "neutral": "the unsteered model",
+    "chance": "chance",
     "temperature": "the fitted temperature",
     "matched temperature": "the temperature of the same mean entropy",
 }
@@ -42,7 +43,7 @@ def significant_sign(difference: Interval) -> Literal["lower", "higher"] | None:
     return "lower" if difference.high < 0 else "higher" if difference.low > 0 else None
 
 
-def _says(name: str, difference: Interval) -> str:
+def says(name: str, difference: Interval) -> str:
     """``ECE is lower by 0.0240 (0.0120 to 0.0360)``"""
     metric, way = METRICS[name], significant_sign(difference)
     if way is None:
@@ -55,7 +56,7 @@ def _says(name: str, difference: Interval) -> str:
 
 def _against(row: ComparedRow, kind: RowKind, names: Sequence[str]) -> Differences:
     found = row.minus.get(kind, {})
-    return Differences(f"Against {AGAINST[kind]}", [_says(name, found[name]) for name in names if name in found])
+    return Differences(f"Against {AGAINST[kind]}", [says(name, found[name]) for name in names if name in found])
 
 
 def findings(rows: Sequence[ComparedRow]) -> list[Finding]:
@@ -64,37 +65,70 @@ def findings(rows: Sequence[ComparedRow]) -> list[Finding]:
     if not steerings:
         return []
     best = min(steerings, key=lambda row: row.metrics["ece"].value)
-    return [_better_calibrated(best, rows[0], len(steerings)), _cost(best), _more_than_a_temperature(best, steerings)]
+    changed = METRICS["argmax_changed"].number(best.metrics["argmax_changed"].value)
+    cost = f"The top prediction is another one on {changed} of the tokens."
+    return [better_calibrated(best, rows), costs(best, cost), more_than_a_temperature(best, steerings)]
 
 
-def _better_calibrated(best: ComparedRow, neutral: ComparedRow, steerings: int) -> Finding:
-    steered, unsteered = (METRICS["ece"].number(row.metrics["ece"].value) for row in (best, neutral))
-    lead = f"With {shortened(best.name, 120)} the ECE is {steered}, without steering {unsteered}."
+def better_calibrated(best: ComparedRow, rows: Sequence[ComparedRow]) -> Finding:
+    """Say what a steering does to the ECE, beside what the fitted temperature does."""
+    steerings = sum(row.kind == "steering" for row in rows)
+    temperature = next((row for row in rows if row.kind == "temperature"), None)
+    steered, unsteered = (ece_of(row) for row in (best, rows[0]))
+    lead = f"With {shortened(best.name, 120)} the ECE is {steered}, without steering {unsteered}"
+    lead += f", with {AGAINST['temperature']} {ece_of(temperature)}." if temperature else "."
     if steerings > 1:
         lead += (
-            f" Of the {steerings} steerings that is the lowest ECE on this text; picked where it is judged, it looks better than "
-            "it would on other text."
+            f" Of the {steerings} steerings that is the lowest ECE here; picked where it is judged, it looks better than it "
+            "would elsewhere."
         )
-    way = significant_sign(best.minus["neutral"]["ece"])
-    answer = {"lower": "Yes: its ECE is lower.", "higher": "No: its ECE is higher.", None: "Not shown: no difference in ECE."}[
-        way
-    ]
+    kinds: tuple[RowKind, ...] = ("neutral", "temperature")
     return Finding(
-        "Does steering make it better calibrated?", answer, lead, [_against(best, "neutral", ("ece", "ece_equal_mass", "brier"))]
+        "Does steering make it better calibrated?",
+        _calibration_answer(best, temperature),
+        lead,
+        [_against(best, kind, ("ece", "ece_equal_mass", "brier")) for kind in kinds if kind in best.minus],
     )
 
 
-def _cost(best: ComparedRow) -> Finding:
+def _calibration_answer(best: ComparedRow, temperature: ComparedRow | None) -> str:
+    difference = best.minus["neutral"]["ece"]
+    way, size = significant_sign(difference), METRICS["ece"].number(abs(difference.value))
+    its = temperature.minus["neutral"]["ece"] if temperature else None
+    its_way = its and significant_sign(its)
+    does = f"{AGAINST['temperature']} lowers it by {METRICS['ece'].number(abs(its.value))}" if its and its_way == "lower" else ""
+    if way is None:
+        return "Not shown: no difference in ECE beyond the interval" + (f", where {does}." if does else ".")
+    if way == "higher":
+        return f"No: its ECE is higher, by {size}" + (f", where {does}." if does else ".")
+    to_temperature = best.minus.get("temperature", {}).get("ece")
+    if to_temperature is None:
+        return f"Yes: its ECE is lower, by {size}."
+    beside = significant_sign(to_temperature)
+    if beside == "higher":
+        its_own = does or f"{AGAINST['temperature']} has a lower one"
+        return f"Less than by a temperature: its ECE is lower by {size}; {its_own}."
+    if beside == "lower":
+        return f"Yes: its ECE is lower, by {size}, and lower than with {AGAINST['temperature']}."
+    return f"Yes: its ECE is lower, by {size}; from {AGAINST['temperature']} no difference beyond the interval."
+
+
+def ece_of(row: ComparedRow) -> str:
+    """Write the ECE of a row."""
+    return METRICS["ece"].number(row.metrics["ece"].value)
+
+
+def costs(best: ComparedRow, changed: str) -> Finding:
+    """Say in what a steering is worse than none; `changed` is how many predictions are others."""
     worse, better = significantly_worse_and_better(best.minus["neutral"], ("loss", "accuracy", "auroc"))
     answer = f"Worse {worse}." if worse else "Nothing that shows in loss, accuracy or AUROC."
     lead = f"{better[:1].upper() + better[1:]} {'are' if ' and ' in better else 'is'} better." if better else ""
-    if "argmax_changed" in best.metrics:
-        changed = METRICS["argmax_changed"].number(best.metrics["argmax_changed"].value)
-        lead += f" The top prediction is another one on {changed} of the tokens."
-    return Finding("What does it cost?", answer, lead, [_against(best, "neutral", ("loss", "accuracy", "auroc", "entropy"))])
+    shown = _against(best, "neutral", ("loss", "accuracy", "auroc", "entropy"))
+    return Finding("What does it cost?", answer, f"{lead} {changed}".strip(), [shown])
 
 
-def _more_than_a_temperature(best: ComparedRow, steerings: Sequence[ComparedRow]) -> Finding:
+def more_than_a_temperature(best: ComparedRow, steerings: Sequence[ComparedRow]) -> Finding:
+    """Compare a steering with the temperature of the same mean entropy, and with the fitted one."""
     worse, better = significantly_worse_and_better(best.minus.get("matched temperature", {}), JUDGED)
     same = AGAINST["matched temperature"]
     if "matched temperature" not in best.minus:

@@ -16,10 +16,13 @@ from confsteer.evaluation.evaluate import Evaluation
 from confsteer.evaluation.metrics import BINS, MASS_BINS, METRICS, SELECTED
 from confsteer.files import write_result
 from confsteer.profile.profile import Profile
+from confsteer.report.answer_findings import answer_findings, answer_tuning_finding
+from confsteer.report.answer_tables import fitted_in_words, grouped_columns
 from confsteer.report.figures import Figures, compared_figures, induction_figures, profile_figures, text_figures
 from confsteer.report.findings import AGAINST, OBJECTIVES, Finding, findings, significant_sign, tuning_finding
 from confsteer.results.bootstrap import RESAMPLES, Interval
 from confsteer.tuning.tune import Tuning
+from confsteer.tuning.tune_answers import AnswerTuning
 
 
 class Cell(NamedTuple):
@@ -47,6 +50,14 @@ class Table(NamedTuple):
     rows: list[TableRow]
 
 
+class Asked(NamedTuple):
+    """Question as the model read it, verbatim."""
+
+    wording: str
+    example: str
+    choices: tuple[str, ...]
+
+
 class Section(NamedTuple):
     """The report on one text, or on one set of questions."""
 
@@ -60,9 +71,12 @@ class Section(NamedTuple):
     metrics: Table
     differences: list[Table]
     figures: list[Figures]
+    asked: Asked | None = None
+    groups: Table | None = None
+    """Metrics of groups of questions, the mean over them, and of all questions together."""
 
 
-def write_report(result: Evaluation | Tuning, file: Path, profile: Profile | None) -> None:
+def write_report(result: Evaluation | Tuning | AnswerTuning, file: Path, profile: Profile | None) -> None:
     """Write the report of a result, atomically.
 
     Args:
@@ -77,7 +91,7 @@ def write_report(result: Evaluation | Tuning, file: Path, profile: Profile | Non
     write_result(file, render(result, profile).encode())
 
 
-def render(result: Evaluation | Tuning, profile: Profile | None) -> str:
+def render(result: Evaluation | Tuning | AnswerTuning, profile: Profile | None) -> str:
     """The page of a result; the arguments are those of `write_report`."""
     if profile is not None and profile.model.id != result.model:
         raise ProfileMismatchError(
@@ -85,15 +99,20 @@ def render(result: Evaluation | Tuning, profile: Profile | None) -> str:
         )
     tuning = result if isinstance(result, Tuning) else None
     left_out = () if tuning is None else tuning.left_out
-    choices, induction = (result.choices, result.induction) if isinstance(result, Evaluation) else ((), None)
+    texts = () if isinstance(result, AnswerTuning) else result.texts
+    choices = () if isinstance(result, Tuning) else result.choices
+    induction = result.induction if isinstance(result, Evaluation) else None
+    gain = None if tuning is None else tuning_finding(tuning)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(resources.files("confsteer.report").joinpath("page.html.j2").read_text("utf-8"))
     return template.render(
         result=result,
+        name=result.name,
+        kind="Evaluation" if isinstance(result, Evaluation) else "Tuning",
         tuning=tuning,
         objectives=OBJECTIVES,
-        gain=None if tuning is None else tuning_finding(tuning),
-        sections=[_text_section(text, f"text-{i}") for i, text in enumerate(result.texts, 1)]
+        gain=answer_tuning_finding(result) if isinstance(result, AnswerTuning) else gain,
+        sections=[_text_section(text, f"text-{i}") for i, text in enumerate(texts, 1)]
         + [_choice_section(asked, f"choices-{i}") for i, asked in enumerate(choices, 1)],
         left_out=[_text_section(text, f"left-out-{i}", ", fitted without it") for i, text in enumerate(left_out, 1)],
         profile=profile,
@@ -115,7 +134,25 @@ def _choice_section(choices: ChoiceComparison, anchor: str) -> Section:
     size = f"{choices.questions:,} multiple-choice questions"
     if choices.truncated:
         size += f", {choices.truncated:,} of them cut to fit the model's context"
-    return _section(choices, anchor, choices.source, size, compared_figures(choices.rows, "questions"))
+    section = _section(choices, anchor, choices.title, size, compared_figures(choices.rows, "questions"))
+    asked = Asked(choices.wording, choices.example, choices.choices) if choices.example else None
+    return section._replace(findings=answer_findings(choices), asked=asked, groups=_groups_table(choices))
+
+
+def _groups_table(choices: ChoiceComparison) -> Table | None:
+    grouped, columns = choices.grouped, grouped_columns(choices)
+    if grouped is None:
+        return None
+    rows = [
+        TableRow(group.name, f"{group.questions:,}", [_cell(name, group.metrics[i].get(name)) for i, name in columns])
+        for group in grouped.groups
+    ]
+    rows.append(
+        TableRow(f"mean of {len(grouped.groups)} groups", "", [_cell(name, grouped.macro[i].get(name)) for i, name in columns])
+    )
+    pooled = [_cell(name, choices.rows[i].metrics.get(name)) for i, name in columns]
+    rows.append(TableRow("all questions", f"{choices.questions:,}", pooled))
+    return Table(f"By {grouped.by}", [f"{METRICS[name].label}, {choices.rows[i].name}" for i, name in columns], rows)
 
 
 def _section(compared: TextComparison | ChoiceComparison, anchor: str, title: str, size: str, figures: list[Figures]) -> Section:
@@ -125,18 +162,18 @@ def _section(compared: TextComparison | ChoiceComparison, anchor: str, title: st
         size=size,
         resampled=f"{compared.blocks:,} {compared.unit}",
         findings=findings(compared.rows),
-        metrics=_metrics_table(compared.rows),
+        metrics=_metrics_table(compared.rows, answers=isinstance(compared, ChoiceComparison)),
         differences=[table for kind in AGAINST if (table := _difference_table(compared.rows, kind)).rows],
         figures=figures,
     )
 
 
-def _metrics_table(rows: Sequence[ComparedRow]) -> Table:
+def _metrics_table(rows: Sequence[ComparedRow], *, answers: bool) -> Table:
     names = [name for name in METRICS if any(name in row.metrics for row in rows)]
     return Table(
         "All metrics",
         [METRICS[name].label for name in names],
-        [TableRow(row.name, _note(row), [_cell(name, row.metrics.get(name)) for name in names]) for row in rows],
+        [TableRow(row.name, _note(row, answers), [_cell(name, row.metrics.get(name)) for name in names]) for row in rows],
     )
 
 
@@ -151,10 +188,12 @@ def _difference_table(rows: Sequence[ComparedRow], kind: RowKind) -> Table:
     )
 
 
-def _note(row: ComparedRow) -> str:
+def _note(row: ComparedRow, answers: bool) -> str:
     """The one number of a baseline, per fold."""
     if not row.values:
         return ""
+    if answers:
+        return ("" if row.kind == "temperature and length" else "T = ") + fitted_in_words(row)
     return ("c = " if row.kind == "null write" else "T = ") + ", ".join(f"{value:.3f}" for value in row.values)
 
 

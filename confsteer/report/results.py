@@ -14,9 +14,10 @@ from confsteer.evaluation.evaluate import Evaluation
 from confsteer.files import MAX_RESULT_BYTES, read_at_most
 from confsteer.report.findings import JUDGED
 from confsteer.tuning.tune import Tuning
+from confsteer.tuning.tune_answers import AnswerTuning
 
 
-def read_result(file: Path) -> Evaluation | Tuning:
+def read_result(file: Path) -> Evaluation | Tuning | AnswerTuning:
     """The evaluation or the tuning that ``confsteer eval --json`` or ``confsteer tune --json`` wrote.
 
     Raises:
@@ -31,19 +32,23 @@ def read_result(file: Path) -> Evaluation | Tuning:
         raise ResultError(f"{file} is not JSON: {error}. {way_out}") from error
     if not isinstance(document, dict):
         raise ResultError(f"{file} is JSON, but a list or a value where an evaluation or a tuning is an object. {way_out}")
-    # Only a tuning has an objective; the class then says what is wrong with the rest.
-    kind: type[Evaluation] | type[Tuning] = Tuning if "objective" in document else Evaluation
+    # Only a tuning has an objective, or on answers a temperature alone; the class then says what is wrong with the rest.
+    kind: type[Evaluation] | type[Tuning] | type[AnswerTuning] = Evaluation
+    if "objective" in document or "alone" in document:
+        kind = Tuning if "objective" in document else AnswerTuning
     try:
         result = kind.model_validate_json(json.dumps(document))
     except ValidationError as error:
         problem = first_problem(error, whole="the document")
         raise ResultError(f"{file} is not of this version's {kind.__name__.lower()}: {problem}. {way_out}") from error
-    compared: list[TextComparison | ChoiceComparison] = [*result.texts]
+    compared: list[TextComparison | ChoiceComparison] = [] if isinstance(result, AnswerTuning) else [*result.texts]
     compared += result.left_out if isinstance(result, Tuning) else result.choices
     for one in compared:
         if not one.rows or one.rows[0].kind != "neutral":
             raise ResultError(f"{file}: the first row of {one.source!r} is not neutral, which all others are compared with")
         for row in one.rows:
+            if row.kind == "chance":
+                continue
             needed = {*JUDGED, "argmax_changed", "kl_model_unigram"} if isinstance(one, TextComparison) else {*JUDGED}
             missing = needed - row.metrics.keys()
             if row.kind == "steering":

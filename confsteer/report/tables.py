@@ -15,10 +15,8 @@ from confsteer.steering import DIALS, Dial, Steering
 
 if TYPE_CHECKING:
     from confsteer.calibration.published import PublishedModel
-    from confsteer.evaluation.choices import ChoiceComparison
     from confsteer.evaluation.comparison import ComparedRow, TextComparison
     from confsteer.evaluation.evaluate import Evaluation
-    from confsteer.evaluation.lm_eval_samples import TaskCalibration
     from confsteer.profile.dials import DialEffect
     from confsteer.profile.profile import Profile
     from confsteer.profile.schema import Neuron
@@ -281,7 +279,7 @@ def print_evaluation(console: Console, result: Evaluation) -> None:
     for text in result.texts:
         _print_comparison(console, text)
     console.print(
-        f"{escape(result.model)}. Nats; ECE of the top prediction, 15 bins; ± half of the 95 % bootstrap interval, in brackets "
+        f"{escape(result.name)}. Nats; ECE of the top prediction, 15 bins; ± half of the 95 % bootstrap interval, in brackets "
         "the interval of the paired difference. Matched temperature: the one that gives the unsteered model the same mean "
         "entropy. Baselines are fitted on one half of a text and used on the other. Min-p and top-p are "
         "no baselines: they cut the distribution they sample from, and give what they cut no probability at all."
@@ -298,7 +296,7 @@ def print_tuning(console: Console, result: Tuning) -> None:
     low, high = result.validation.low, result.validation.high
     console.print(
         f"Tuned: {escape(str(result.steering))}{temperature}",
-        f"{escape(result.model)}: {result.parameters} tuned for {result.objective} on {result.tokens['train']:,} tokens, "
+        f"{escape(result.name)}: {result.parameters} tuned for {result.objective} on {result.tokens['train']:,} tokens, "
         f"{result.steps} steps, {result.seconds:.0f} s. On the validation split, {result.tokens['validation']:,} tokens, it "
         f"changes {result.objective} by {result.validation.value:+.4f} ({low:+.4f} … {high:+.4f}). Nats; ± half of the 95 % "
         "bootstrap interval, in brackets the interval of the paired difference. Matched temperature: the one that gives the "
@@ -326,64 +324,16 @@ def _print_comparison(console: Console, text: TextComparison, part: str = "") ->
         m, matched = row.metrics, row.minus.get("matched temperature", {})
         table.add_row(
             _with_values(row),
-            _with_half_width(m["loss"], 3),
+            with_half_width(m["loss"], 3),
             f"{m['entropy'].value:.3f}",
             f"{m['entropy'].value - unsteered:+.3f}",
-            _with_half_width(m["ece"], 4),
+            with_half_width(m["ece"], 4),
             *(f"{m[name].value:.4f}" for name in ("brier", "accuracy")),
             f"{m['argmax_changed'].value:.1%}",
-            *(_with_range(matched[name]) if matched else "" for name in ("loss", "ece")),
+            *(with_range(matched[name]) if matched else "" for name in ("loss", "ece")),
             end_section=row.kind == "null write",
         )
     console.print(table, f"Intervals over {text.blocks} {text.unit}.", sep="\n")
-
-
-def print_choices(console: Console, model: str, compared: ChoiceComparison) -> None:
-    """Print ways to answer the same questions; matched temperatures are a column beside their steering."""
-    from confsteer.evaluation.metrics import METRICS
-
-    names = ("accuracy", "accuracy_normalised", "loss", "entropy", "ece", "brier")
-    table = Table("", *(METRICS[name].heading for name in names))
-    table.add_column("Δloss to temperature of same entropy", justify="right")
-    table.add_column("ΔECE to it", justify="right")
-    for row in compared.rows:
-        if row.kind == "matched temperature":
-            continue
-        m, matched = row.metrics, row.minus.get("matched temperature", {})
-        table.add_row(
-            _with_values(row),
-            *(_with_half_width(m[name], 3) for name in ("accuracy", "accuracy_normalised", "loss")),
-            f"{m['entropy'].value:.3f}",
-            *(_with_half_width(m[name], 3) for name in ("ece", "brier")),
-            *(_with_range(matched[name]) if matched else "" for name in ("loss", "ece")),
-            end_section=row.kind == "temperature",
-        )
-    console.print(table)
-    truncated = f", {compared.truncated} of them without their beginning, to fit the context" if compared.truncated else ""
-    console.print(
-        f"{escape(model)} on {escape(compared.source)}: {compared.questions:,} questions{truncated}. The confidence in an answer "
-        "is its share of the probability of all choices; by length: answers by log-likelihood per character. Temperatures are "
-        "on the log-likelihoods of whole choices; the fitted one is used on the half it was not fitted on. Nats; ECE of 15 bins; "
-        f"± half of the 95 % bootstrap interval over {compared.blocks} {compared.unit}, in brackets the interval of the paired "
-        "difference."
-    )
-
-
-def print_answer_calibration(console: Console, rows: Sequence[TaskCalibration]) -> None:
-    """Print multiple-choice tasks of lm-eval."""
-    from confsteer.evaluation.metrics import METRICS
-
-    names = ("accuracy", "ece", "ece_equal_mass", "brier", "auroc")
-    table = Table("task", "n", "left out", *(METRICS[name].heading for name in names))
-    for row in rows:
-        numbers = (_with_half_width(row.metrics[name], 4) if name in row.metrics else "" for name in names)
-        table.add_row(escape(row.task), f"{row.n:,}", f"{row.left_out:,}", *numbers)
-    console.print(table)
-    console.print(
-        "Of the likeliest choice, whose confidence is its share of the probability of all choices; ECE over 15 bins of equal "
-        "width and 10 of equal numbers; ± half of the 95 % bootstrap interval over questions. Left out: questions whose samples "
-        "do not name one right choice."
-    )
 
 
 def print_induction(console: Console, result: InductionStudy) -> None:
@@ -399,15 +349,15 @@ def print_induction(console: Console, result: InductionStudy) -> None:
             table.add_row(
                 str(clip.neurons[0]) if len(clip.neurons) == 1 else "all",
                 *bounds.get(clip.neurons, ("", "", "")),
-                _with_range(clip.second_entropy.nats),
+                with_range(clip.second_entropy.nats),
                 f"{clip.second_entropy.relative.value:+.1%}",
-                _with_range(clip.second_loss.nats),
-                _with_range(clip.first_entropy.nats),
+                with_range(clip.second_loss.nats),
+                with_range(clip.first_entropy.nats),
             )
         console.print(
             f"[bold]{kind.kind.capitalize()}[/bold] ({escape(kind.source)}), {kind.sequences} stretches of {result.half} tokens. "
-            f"First reading: entropy {_with_half_width(kind.first.entropy, 3)}, loss {_with_half_width(kind.first.loss, 3)}; "
-            f"second: {_with_half_width(kind.second.entropy, 3)}, {_with_half_width(kind.second.loss, 3)}.",
+            f"First reading: entropy {with_half_width(kind.first.entropy, 3)}, loss {with_half_width(kind.first.loss, 3)}; "
+            f"second: {with_half_width(kind.second.entropy, 3)}, {with_half_width(kind.second.loss, 3)}.",
             table,
             sep="\n",
         )
@@ -427,27 +377,27 @@ def print_cumulative(console: Console, result: CumulativeStudy) -> None:
         table.add_row(
             f"{'' if number == 1 else '+ '}{step.neurons[-1]}",
             f"{step.mean_norm:.2f}",
-            _with_range(step.entropy.nats),
+            with_range(step.entropy.nats),
             f"{step.entropy.relative.value:+.2%}",
-            _with_range(step.entropy_abs, sign=""),
-            _with_range(step.loss.nats),
-            _with_range(step.loss_abs, sign=""),
+            with_range(step.entropy_abs, sign=""),
+            with_range(step.loss.nats),
+            with_range(step.loss_abs, sign=""),
         )
         table.add_row(
             f"{number} random",
             f"{controls.mean_norm:.2f}",
-            _with_range(controls.entropy),
+            with_range(controls.entropy),
             "",
-            _with_range(controls.entropy_abs, sign=""),
-            _with_range(controls.loss),
-            _with_range(controls.loss_abs, sign=""),
+            with_range(controls.entropy_abs, sign=""),
+            with_range(controls.loss),
+            with_range(controls.loss_abs, sign=""),
             style="dim",
             end_section=True,
         )
     console.print(table)
     console.print(
         f"{escape(result.model)} on {escape(result.source)}: {result.tokens:,} tokens in {result.windows} windows; unsteered "
-        f"entropy {_with_half_width(result.entropy, 3)}, loss {_with_half_width(result.loss, 3)}. Nats; 95 % bootstrap intervals "
+        f"entropy {with_half_width(result.entropy, 3)}, loss {with_half_width(result.loss, 3)}. Nats; 95 % bootstrap intervals "
         f"over windows; random: mean, lowest and highest of {len(result.draws)} draws. Norm: mean of the writes."
     )
 
@@ -455,15 +405,19 @@ def print_cumulative(console: Console, result: CumulativeStudy) -> None:
 def _with_values(row: ComparedRow) -> str:
     """The name of a row, and its temperatures or constants."""
     values = ", ".join(f"{value:.3f}" for value in row.values)
-    name = row.name if len(row.name) <= MAX_NAME_CHARACTERS else row.name[: MAX_NAME_CHARACTERS - 1] + "…"
-    return escape(name) + (f" ({values})" if values else "")
+    return short_name(row.name) + (f" ({values})" if values else "")
 
 
-def _with_half_width(interval: Interval, digits: int) -> str:
+def short_name(name: str) -> str:
+    """A name that fits a table, as it is shown."""
+    return escape(name if len(name) <= MAX_NAME_CHARACTERS else name[: MAX_NAME_CHARACTERS - 1] + "…")
+
+
+def with_half_width(interval: Interval, digits: int) -> str:
     """``5.024 ±0.101``: the value and half the width of its interval."""
     return f"{interval.value:.{digits}f} ±{(interval.high - interval.low) / 2:.{digits}f}"
 
 
-def _with_range(interval: Interval, sign: str = "+") -> str:
+def with_range(interval: Interval, sign: str = "+") -> str:
     """``+0.2479 (+0.2375 … +0.2595)``"""
     return "{:{f}} ({:{f}} … {:{f}})".format(*interval, f=f"{sign}.4f")

@@ -6,6 +6,7 @@ which makes the difference of two estimates a paired one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 RESAMPLES = 1000
+HALVINGS = 40
+"""Bisections between the ends of what a resample may say."""
 
 
 class Interval(NamedTuple):
@@ -31,14 +34,19 @@ class Resampled:
     value: float
     resampled: Tensor
     """float64 ``[resamples]``"""
+    within: tuple[float, float] = (-math.inf, math.inf)
+    """Range of what can be."""
 
     @property
     def interval(self) -> Interval:
-        """The 95 % percentile interval, of the resamples on which the number is defined."""
-        low, high = (
-            self.resampled[self.resampled.isfinite()].quantile(torch.tensor([0.025, 0.975], dtype=self.resampled.dtype)).tolist()
-        )
-        return Interval(self.value, low, high)
+        """The 95 % percentile interval, of the resamples on which the number is defined, within what can be.
+
+        It holds the number itself: an estimate that noise makes too large, such as a calibration error, may be beyond what the
+        resamples say of the truth.
+        """
+        resampled = self.resampled[self.resampled.isfinite()].clamp(*self.within)
+        low, high = resampled.quantile(torch.tensor([0.025, 0.975], dtype=resampled.dtype)).tolist()
+        return Interval(self.value, min(low, self.value), max(high, self.value))
 
     def __sub__(self, other: Resampled) -> Resampled:
         """The paired difference of two estimates over the same blocks."""
@@ -52,10 +60,36 @@ class Resampled:
         return Resampled(float(function(torch.tensor(self.value, dtype=torch.float64))), function(self.resampled))
 
 
+def resampled_norm(norm: Callable[[Tensor], Tensor], gaps: Tensor, resampled: Tensor) -> Resampled:
+    """Estimate a norm of gaps, such as a calibration error, which noise makes larger.
+
+    Resampling adds noise to what is noisy already, so the norms of resamples are too large by more than the norm is. Asked is
+    instead how large the gaps would have to be, were they in proportion as estimated, for a draw's noise to bring the norm to
+    what it is: the norm of ``s · gaps`` where ``‖s · gaps + noise‖ = ‖gaps‖``, or zero where the noise does that alone. The
+    percentiles of these are the ends of a test's inversion: sizes at which the norm found would not be an extreme one.
+
+    Args:
+        norm: from ``[…, bins]`` to ``[…]``; at most 1 where it matters.
+        gaps: estimated, float64 ``[bins]``.
+        resampled: the same of each resample, ``[resamples, bins]``.
+    """
+    noise, value = resampled - gaps, norm(gaps)
+    alone = norm(noise)
+    # Convex in s, below the norm found at zero, above it at the other end: there is one crossing.
+    low, high = torch.zeros_like(alone), 1 + alone / value.clamp_min(torch.finfo(value.dtype).tiny)
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        beyond = norm(middle[:, None] * gaps + noise) >= value
+        low, high = torch.where(beyond, low, middle), torch.where(beyond, middle, high)
+    return Resampled(float(value), torch.where(alone >= value, 0.0, high * value), (0.0, 1.0))
+
+
 def mean(estimates: Sequence[Resampled]) -> Resampled:
     """The mean of estimates over different texts, each with resamples of its own."""
     values = [estimate.value for estimate in estimates]
-    return Resampled(sum(values) / len(values), torch.stack([estimate.resampled for estimate in estimates]).mean(dim=0))
+    within = min(estimate.within[0] for estimate in estimates), max(estimate.within[1] for estimate in estimates)
+    resampled = torch.stack([estimate.resampled.clamp(*estimate.within) for estimate in estimates])
+    return Resampled(sum(values) / len(values), resampled.mean(dim=0), within)
 
 
 class Blocks:

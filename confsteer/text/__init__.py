@@ -4,5 +4,7 @@ sources.py      files, folders, datasets and the Python documentation to documen
 windows.py      documents to windows of token ids, and which positions of a window count
 several.py      several texts by name, each in windows of its own
 counts.py       how often each token occurs in a corpus, counted or from a file
-questions.py    files of multiple-choice questions
+questions.py    multiple-choice questions from files and datasets
+question_shapes.py    shapes of the records that benchmarks have
+prompts.py      questions in the words a model is asked in
 """

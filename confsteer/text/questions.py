@@ -1,24 +1,24 @@
-"""Multiple-choice questions from JSON files, and the words they are put in."""
+"""Multiple-choice questions from JSON and CSV files and from datasets, of the shapes that benchmarks have."""
 
 from __future__ import annotations
 
+import csv
+import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from string import ascii_uppercase
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from pydantic import BaseModel, ConfigDict, model_validator
+
 from confsteer.errors import CorpusError
-from confsteer.text.sources import read_records
+from confsteer.text.question_shapes import FIELDS, PLAIN, Kind, shape_of
+from confsteer.text.sources import DEFAULT_SPLIT, JSON_SUFFIXES, read_dataset_records, read_records
 from confsteer.text.windows import json_kind
 
-FIELDS = {
-    "question": ("question",),
-    "choices": ("choices", "options"),
-    "answer": ("answer", "label"),
-    "passage": ("passage", "context"),
-}
-"""Names that a record may give each part: the first that it has and that is not null."""
+Scalar = str | int | float | bool
 
 
 class Question(NamedTuple):
@@ -31,28 +31,76 @@ class Question(NamedTuple):
     """Index of the right choice."""
     passage: str = ""
     """Text that the question is about; empty if it stands alone."""
+    kind: Kind = "question"
+    """Whether choices answer it, continue it, or fill its ``_``; or it is asked as it was before, see `contexts`."""
+    contexts: tuple[str, ...] = ()
+    """Text before each choice, where the question was asked before and logged; the choices then are what was scored."""
+    id: str = ""
+    record: Mapping[str, Scalar] = MappingProxyType({})
+    """Other fields of its record that are strings, numbers or truth values."""
+
+
+class QuestionSource(BaseModel):
+    """Where questions come from, in the words of the command line's options."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: Path | None = None
+    """File or folder, see `read_questions`."""
+    dataset: str | None = None
+    """Instead of a file: hub id or local folder, streamed."""
+    config: str | None = None
+    split: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path_alone(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str | Path) else value
+
+    @model_validator(mode="after")
+    def _is_one_thing(self) -> QuestionSource:
+        if (self.path is None) == (self.dataset is None):
+            raise ValueError("questions are a file (path) or a dataset: give one of them")
+        if not self.dataset and (self.config or self.split):
+            raise ValueError("config and split go with a dataset")
+        return self
 
     @property
-    def prompt(self) -> str:
-        """Put what the model reads before a choice in the words of lm-eval's ARC and SciQ."""
-        passage = f"{self.passage}\n" if self.passage else ""
-        return f"{passage}Question: {self.question}\nAnswer:"
+    def title(self) -> str:
+        """Name for reports."""
+        if self.path is not None:
+            return self.path.name or str(self.path)
+        return " ".join(filter(None, [self.dataset, self.config, self.split or DEFAULT_SPLIT]))
 
-    @property
-    def continuations(self) -> tuple[str, ...]:
-        """Put what each choice adds to the prompt."""
-        return tuple(f" {choice}" for choice in self.choices)
+    def read(self) -> list[Question]:
+        """Read its questions.
+
+        Raises:
+            CorpusError: see `read_questions`; or there is no such dataset.
+        """
+        if self.path is not None:
+            return read_questions([self.path])
+        return _questions(self._records())
+
+    def looks_like_questions(self) -> bool:
+        """Say whether the first record has the fields of a question."""
+        first = next(iter(self._records()), ("", None))[1]
+        return isinstance(first, dict) and shape_of(first) is not None
+
+    def _records(self) -> Iterable[tuple[str, Any]]:
+        return read_dataset_records(self.dataset or "", config=self.config, split=self.split or DEFAULT_SPLIT)
 
 
 def read_questions(paths: Sequence[Path]) -> list[Question]:
-    """Read questions of JSON files and folders: JSON lines, or a JSON list.
+    """Read questions of files and folders: JSON lines, a JSON list, or MMLU's CSV.
 
     A record is ``{"question": "…", "choices": ["…", …], "answer": …}``, the answer being the text of a choice, its letter (A
-    for the first) or its index (0 for the first), and may have a ``"passage"``. The names that `FIELDS` lists do as well, so
-    that AGIEval's files are read as they are. White space around texts is left out.
+    for the first) or its index (0 for the first), and may have a ``"passage"``. The names that
+    `confsteer.text.question_shapes.FIELDS` lists do as well, so that AGIEval's files are read as they are, and so do the shapes
+    that `confsteer.text.question_shapes.SHAPES` names. White space around texts is left out.
 
-    Letters that every choice begins with, as in ``(A)``, are left out too: the prompt does not list the choices, so that a
-    letter would stand for nothing in it. lm-eval's ARC has its choices without them as well.
+    Letters that every choice begins with, as in ``(A)``, are left out too: whether choices have letters is for the prompt to
+    say. lm-eval's ARC has its choices without them as well.
 
     Args:
         paths: see `confsteer.text.sources.read_texts`.
@@ -60,30 +108,110 @@ def read_questions(paths: Sequence[Path]) -> list[Question]:
     Raises:
         CorpusError: a file is missing or no JSON, or a record is not a question; it says which and why.
     """
-    return [_question(record, where) for where, record in read_records(paths, "questions")]
+    found = read_records(paths, "questions", (*JSON_SUFFIXES, ".csv"))
+    return _questions((place, record) for where, content in found for place, record in _rows(content, where))
 
 
-def _question(record: Any, where: str) -> Question:
+def _rows(content: Any, where: str) -> Iterator[tuple[str, Any]]:
+    """Yield the record itself, or each row of a CSV file's text as an object."""
+    if not (isinstance(content, str) and where.lower().removesuffix(".gz").endswith(".csv")):
+        yield where, content
+        return
+    # MMLU's files are called anatomy_test.csv.
+    subject = re.sub(r"(_test|_val|_dev)?\.csv(\.gz)?$", "", Path(where).name)
+    header: list[str] | None = None
+    for number, row in enumerate(csv.reader(io.StringIO(content)), start=1):
+        if number == 1 and any(cell.strip().lower() == "question" for cell in row):
+            header = [cell.strip() for cell in row]
+            continue
+        names = header or ["question", *ascii_uppercase[: len(row) - 2], "answer"]
+        if not row:
+            continue
+        if len(row) < 4 or len(row) != len(names):
+            raise CorpusError(
+                f"{where}, row {number} has {len(row)} cells: a question is a row of its text, two choices or more and the "
+                "letter of the right one, as in MMLU's files"
+            )
+        cells = dict(zip(names, row, strict=True))
+        choices = [cells.pop(letter) for letter in ascii_uppercase if letter in cells]
+        yield f"{where}, row {number}", {"subject": subject, **cells, "choices": choices}
+
+
+def _questions(records: Iterable[tuple[str, Any]]) -> list[Question]:
+    """Make questions of records, each with where it is from.
+
+    Repetitions of logged questions are left out: each filter of an lm-eval task logs all of them.
+    """
+    known = [*records]
+    by_letter = _answers_are_letters([record for _, record in known])
+    seen: set[tuple[tuple[str, ...], tuple[str, ...]]] = set()
+    found = []
+    for where, record in known:
+        question = _question(record, where, by_letter)
+        key = (question.contexts, question.choices)
+        if question.kind != "served" or key not in seen:
+            found.append(question)
+        seen.add(key)
+    return found
+
+
+def _answers_are_letters(records: Sequence[Any]) -> bool:
+    """Say whether some answers are letters that are no choice, and none is a choice that is no letter.
+
+    Then a letter that is the text of another choice is meant as a letter, as in a question about the grades A to D.
+    """
+    letters = texts = False
+    for record in records:
+        if not isinstance(record, dict) or shape_of(record) != PLAIN:
+            continue
+        answer, choices = (next((record[n] for n in FIELDS[p] if record.get(n) is not None), None) for p in ("answer", "choices"))
+        if not isinstance(answer, str) or not isinstance(choices, list):
+            continue
+        is_text, is_letter = answer.strip() in choices, answer.strip() in [*ascii_uppercase[: len(choices)]]
+        letters, texts = letters or (is_letter and not is_text), texts or (is_text and not is_letter)
+    return letters and not texts
+
+
+def _question(record: Any, where: str, by_letter: bool) -> Question:
     if not isinstance(record, dict):
         raise CorpusError(f"{where} is {json_kind(record)}, not an object with 'question', 'choices' and 'answer'")
-    question, choices, answer = (_part(record, name, where) for name in ("question", "choices", "answer"))
+    shape = shape_of(record) or PLAIN
+    plain = shape.read(record, where)
+    question, choices, answer = (_part(plain, name, where) for name in ("question", "choices", "answer"))
     if not isinstance(choices, list):
         raise CorpusError(f"{where}: the choices are {json_kind(choices)}, not a list of strings")
     if len(choices) < 2:
         raise CorpusError(f"{where}: {len(choices)} choices; a question needs two or more")
-    texts = [_text(choice, f"choice {number}", where) for number, choice in enumerate(choices, start=1)]
+    kind: Kind = shape.kind
+    texts = [_text(choice, f"choice {number}", where, strip=kind != "served") for number, choice in enumerate(choices, start=1)]
+    passage = next((plain[name] for name in FIELDS["passage"] if plain.get(name)), None)
+    # A logged question's record is what the task's data set has.
+    own = record["doc"] if kind == "served" and isinstance(record["doc"], dict) else record
+    return Question(
+        _text(question, "the question", where),
+        tuple(_without_letters(texts)),
+        _answer(answer, texts, where, by_letter) if kind != "served" else int(answer),
+        "" if passage is None else _text(passage, "the passage", where, empty=True),
+        kind,
+        tuple(plain["contexts"]) if kind == "served" else (),
+        _id(record, where),
+        {name: value for name, value in own.items() if isinstance(value, Scalar) and name not in shape.fields},
+    )
+
+
+def _without_letters(texts: list[str]) -> list[str]:
     lettered = [
         re.fullmatch(rf"\({letter}\)\s*(.+)", text, re.DOTALL) for letter, text in zip(ascii_uppercase, texts, strict=False)
     ]
-    if len(lettered) == len(texts) and all(lettered):
-        texts = [match[1] for match in lettered if match]
-    passage = next((record[name] for name in FIELDS["passage"] if record.get(name)), None)
-    return Question(
-        _text(question, "the question", where),
-        tuple(texts),
-        _answer(answer, texts, where),
-        "" if passage is None else _text(passage, "the passage", where, empty=True),
-    )
+    return [match[1] for match in lettered if match] if len(lettered) == len(texts) and all(lettered) else texts
+
+
+def _id(record: dict[str, Any], where: str) -> str:
+    """Take the record's own id, or the last number of where it is from."""
+    for name in ("id", "question_id", "doc_id", "ind", "idx"):
+        if isinstance(record.get(name), str | int) and record[name] != "":
+            return str(record[name])
+    return where.rpartition(" ")[2]
 
 
 def _part(record: dict[str, Any], part: str, where: str) -> Any:
@@ -94,20 +222,23 @@ def _part(record: dict[str, Any], part: str, where: str) -> Any:
     raise CorpusError(f"{where} has no {names}; it has {', '.join(map(repr, record)) or 'no fields'}")
 
 
-def _text(value: Any, what: str, where: str, *, empty: bool = False) -> str:
+def _text(value: Any, what: str, where: str, *, empty: bool = False, strip: bool = True) -> str:
     if not isinstance(value, str):
         raise CorpusError(f"{where}: {what} is {json_kind(value)}, not a string")
     if not (text := value.strip()) and not empty:
         raise CorpusError(f"{where}: {what} is empty")
-    return text
+    return text if strip else value
 
 
-def _answer(answer: Any, choices: Sequence[str], where: str) -> int:
-    """Find the choice that is meant, by index."""
+def _answer(answer: Any, choices: Sequence[str], where: str, by_letter: bool) -> int:
+    """Find the choice that is meant, by index; see `_answers_are_letters`."""
     letters = ascii_uppercase[: len(choices)]
+    if answer in ("", "-1", -1):
+        raise CorpusError(f"{where}: the answer is {answer!r}, which stands for none: take a split that has answers")
     if isinstance(answer, str):
-        meant = {i for i, choice in enumerate(choices) if choice == answer.strip()}
-        meant |= {i for i, letter in enumerate(letters) if letter == answer.strip()}
+        by_text = {i for i, choice in enumerate(choices) if choice == answer.strip()}
+        meant = {i for i, letter in enumerate(letters) if letter == answer.strip()}
+        meant = meant if meant and by_letter else meant | by_text
     else:
         meant = {answer} if type(answer) is int and 0 <= answer < len(choices) else set()
     if not meant:

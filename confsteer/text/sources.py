@@ -131,7 +131,7 @@ def read_texts(
     """
     found = [Path(path) for path in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
     if chat:
-        files = _json_files(found, "conversations")
+        files = _record_files(found, "conversations", JSON_SUFFIXES)
     else:
         files = [file for path in found for file in _files(path, (*TEXT_SUFFIXES, *JSON_SUFFIXES))]
     return (
@@ -155,6 +155,12 @@ def read_dataset(
         CorpusError: at once if there is no such dataset, configuration or split; while reading if a record has no such field, or
             cannot be read.
     """
+    found = read_dataset_records(name, config=config, split=split)
+    return (_document(record, where, field, chat) for where, record in found)
+
+
+def read_dataset_records(name: str, *, config: str | None, split: str) -> Iterator[tuple[str, Any]]:
+    """Read records of a dataset, streamed, each with where it is from; see `read_dataset`."""
     from datasets import load_dataset
 
     try:
@@ -168,22 +174,21 @@ def read_dataset(
         except Exception as error:  # as many kinds: the network, the format of a file
             raise CorpusError(f"cannot read dataset {name!r}, split {split!r}: {error}") from error
 
-    return (
-        _document(record, f"dataset {name!r}, record {number}", field, chat) for number, record in enumerate(records(), start=1)
-    )
+    return ((f"dataset {name!r}, record {number}", record) for number, record in enumerate(records(), start=1))
 
 
-def read_records(paths: Sequence[Path], what: str) -> Iterator[tuple[str, Any]]:
+def read_records(paths: Sequence[Path], what: str, suffixes: Sequence[str] = JSON_SUFFIXES) -> Iterator[tuple[str, Any]]:
     """Read what JSON files and folders hold, one record at a time, each with the file and the line it is from.
 
     Args:
         paths: files and folders as of `read_texts`.
         what: the records are, for the messages.
+        suffixes: of the files that may hold them; a file that is no JSON is one record, its text.
 
     Raises:
         CorpusError: see `read_texts`.
     """
-    return (record for file in _json_files(paths, what) for record in _read_file(file, what))
+    return (record for file in _record_files(paths, what, suffixes) for record in _read_file(file, what))
 
 
 def python_docs(part: Literal["calibration", "held-out"]) -> list[str]:
@@ -220,11 +225,11 @@ def _files(path: Path, suffixes: Sequence[str]) -> list[Path]:
     return files
 
 
-def _json_files(paths: Sequence[Path], what: str) -> list[Path]:
-    files = [file for path in paths for file in _files(path, JSON_SUFFIXES)]
+def _record_files(paths: Sequence[Path], what: str, suffixes: Sequence[str]) -> list[Path]:
+    files = [file for path in paths for file in _files(path, suffixes)]
     for file in files:
-        if _suffix(file) not in JSON_SUFFIXES:
-            raise CorpusError(f"{file}: {what} are read from {', '.join(JSON_SUFFIXES)} (or .gz of these)")
+        if _suffix(file) not in suffixes:
+            raise CorpusError(f"{file}: {what} are read from {', '.join(suffixes)} (or .gz of these)")
     return files
 
 

@@ -210,7 +210,7 @@ def make_windows(
             elif cross_documents:
                 raise SettingError("conversations are served one by one: windows of them cannot cross documents")
             else:
-                ids = _token_ids(_apply_chat_template(document, tokenizer, f"conversation {number}"), tokenizer)
+                ids = _token_ids(apply_chat_template(document, tokenizer, f"conversation {number}"), tokenizer)
                 # A template may write BOS where the tokenizer puts none.
                 first = list(islice(ids, len(start) or 1))
                 starts = bool(first) and first == (start or [bos])
@@ -298,7 +298,7 @@ def token_ids_in_parts(documents: Iterable[Document], tokenizer: PreTrainedToken
     def parts() -> Iterator[str]:
         for number, document in enumerate(documents, start=1):
             if not isinstance(document, str):
-                document = _apply_chat_template(document, tokenizer, f"conversation {number}")
+                document = apply_chat_template(document, tokenizer, f"conversation {number}")
             yield from _parts(document)
 
     batch: list[str] = []
@@ -326,7 +326,7 @@ def prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase, *, chat: bool | 
         chat = bool(tokenizer.chat_template)
     if chat:
         turn = {"role": "user", "content": prompt}
-        return [*_token_ids(_apply_chat_template([turn], tokenizer, "the prompt", answer=True), tokenizer)]
+        return [*_token_ids(apply_chat_template([turn], tokenizer, "the prompt", answer=True), tokenizer)]
     return list(tokenizer(prompt)["input_ids"])
 
 
@@ -451,7 +451,7 @@ def message_texts(conversation: Conversation, where: str) -> list[str | None]:
     return texts
 
 
-def _apply_chat_template(
+def apply_chat_template(
     conversation: Conversation, tokenizer: PreTrainedTokenizerBase, where: str, *, answer: bool = False
 ) -> str:
     """Render a conversation, each content in the form that the template takes; up to the model's answer if `answer`.

@@ -42,6 +42,9 @@ class Tuning(Result):
     """Outcome of a tuning, and its effect on text that it has not seen."""
 
     model: str
+    """Id of the profile's model."""
+    given: str = ""
+    """Name of the model on the command line."""
     profile: str
     """Checksum of the profile tuning started from."""
     versions: dict[str, str]
@@ -62,6 +65,11 @@ class Tuning(Result):
     """Each text's test split with everything fitted on the other texts alone; empty for a single text."""
     steps: int
     seconds: float
+
+    @property
+    def name(self) -> str:
+        """Name of the model for reports: what the user called it."""
+        return self.given or self.model
 
     @property
     def gained(self) -> bool:

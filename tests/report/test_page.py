@@ -16,10 +16,10 @@ from click.testing import CliRunner
 from confsteer import ConfsteerError, ProfileMismatchError, Steering
 from confsteer.cli import main
 from confsteer.evaluation.choices import ChoiceComparison, evaluate_choices
-from confsteer.evaluation.comparison import RowKind, TextComparison
+from confsteer.evaluation.comparison import TextComparison
 from confsteer.evaluation.evaluate import Evaluation, evaluate
 from confsteer.evaluation.metrics import METRICS
-from confsteer.report.findings import significant_sign
+from confsteer.report.findings import AGAINST, significant_sign
 from confsteer.report.page import render, write_report
 from confsteer.report.results import read_result
 from confsteer.results.bootstrap import Interval
@@ -136,12 +136,15 @@ def test_the_numbers_of_the_tables_are_the_results() -> None:
             for cell, name in zip(cells[1:], names, strict=True):
                 digits = METRICS[name].digits + 2 * METRICS[name].percent
                 assert numbers(cell) == pytest.approx(row.metrics[name], abs=0.51 * 10**-digits)
-        kinds: tuple[RowKind, ...] = ("neutral", "temperature", "matched temperature")
-        for kind in kinds:
+        for kind in AGAINST if isinstance(text, ChoiceComparison) else [kind for kind in AGAINST if kind != "chance"]:
             _, *rows = next(tables)
             subtracted = [row for row in text.rows if kind in row.minus]
             for cells, row in zip(rows, subtracted, strict=True):
-                for cell, name in zip(cells[1:], [name for name in METRICS if name in row.minus[kind]], strict=True):
+                there = [name for name in METRICS if any(name in other.minus[kind] for other in subtracted)]
+                for cell, name in zip(cells[1:], there, strict=True):
+                    if name not in row.minus[kind]:
+                        assert cell == "–"
+                        continue
                     difference = row.minus[kind][name]
                     assert numbers(cell) == pytest.approx(difference, abs=0.51 * 10 ** -METRICS[name].digits)
                     good = METRICS[name].better
@@ -164,7 +167,7 @@ def test_differences_within_their_interval_are_called_none() -> None:
             Interval(-0.02, -0.03, -0.01),
             Interval(-0.02, -0.03, -0.01),
             [
-                "Yes: its ECE is lower.",
+                "Yes: its ECE is lower, by 0.0200; from the fitted temperature no difference beyond the interval.",
                 "ECE is lower by 0.0200 (0.0100 to 0.0300)",
                 "Yes: the temperature of the same mean entropy is",
             ],
@@ -173,7 +176,7 @@ def test_differences_within_their_interval_are_called_none() -> None:
             Interval(-0.02, -0.03, 0.01),
             Interval(-0.02, -0.03, 0.01),
             [
-                "Not shown: no difference in ECE.",
+                "Not shown: no difference in ECE beyond the interval.",
                 "ECE: no difference beyond the interval (−0.0300 to +0.0100)",
                 "Not shown: no difference beyond the interval from the temperature",
             ],
@@ -182,7 +185,7 @@ def test_differences_within_their_interval_are_called_none() -> None:
             Interval(0.02, 0.01, 0.03),
             Interval(0.02, 0.01, 0.03),
             [
-                "No: its ECE is higher.",
+                "No: its ECE is higher, by 0.0200.",
                 "ECE is higher by 0.0200 (0.0100 to 0.0300)",
                 "No: the temperature of the same mean entropy is",
             ],
@@ -194,7 +197,8 @@ def test_the_summary_says_what_the_intervals_say(ece: Interval, matched: Interva
     neutral, *_ = result.texts[0].rows
     steering = result.texts[0].of_kind("steering")[0]
     nothing = dict.fromkeys(("loss", "brier"), Interval(0.0, -1.0, 1.0))
-    differences = {"neutral": steering.minus["neutral"] | {"ece": ece}, "matched temperature": nothing | {"ece": matched}}
+    differences: dict[Any, Any] = {"neutral": steering.minus["neutral"] | {"ece": ece}}
+    differences |= {"matched temperature": nothing | {"ece": matched}, "temperature": nothing | {"ece": Interval(0.0, -1.0, 1.0)}}
     rows = (neutral, steering.model_copy(update={"minus": differences}))
     changed = result.model_copy(
         update={"texts": (result.texts[0].model_copy(update={"rows": rows}),), "induction": None, "choices": ()}

@@ -1,0 +1,285 @@
+"""Steering tuned on answers to multiple-choice questions, and whether it gains anything over a temperature on them."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from confsteer import defaults
+from confsteer.errors import CorpusError
+from confsteer.evaluation.answers import AnswerCandidate, answer_entropy, fit_answer_temperature, match_answer_entropy
+from confsteer.evaluation.choice_sample import ChoiceSample, read_choices
+from confsteer.evaluation.choices import ChoiceComparison, compare_answers
+from confsteer.evaluation.fit import MAX_STEPS, minimise, sum_and_gradient, temperature
+from confsteer.evaluation.reader import Reader
+from confsteer.last_layer.intervention import Intervention
+from confsteer.last_layer.sample import SampledLogits
+from confsteer.profile.profile import Profile
+from confsteer.profile.schema import library_versions
+from confsteer.results.bootstrap import Blocks, Interval, Resampled, mean
+from confsteer.results.result import Result
+from confsteer.steering import Steering
+from confsteer.text.prompts import AS_TEXT, Wording
+from confsteer.text.questions import Question
+from confsteer.tuning.parameters import DialParameters, NeuronParameters
+from confsteer.tuning.splits import MIN_BLOCKS, SPLITS
+from confsteer.tuning.tune import Parameters
+
+
+class AnswerTuning(Result):
+    """Outcome of a tuning on answers, and its effect on questions that it has not seen.
+
+    In the rows of `choices` the tuned steering is judged together with its temperature on answers.
+    """
+
+    model: str
+    """Id of the profile's model."""
+    given: str = ""
+    """Name of the model on the command line."""
+    profile: str
+    """Checksum of the profile tuning started from."""
+    versions: dict[str, str]
+    parameters: Parameters
+    steering: Steering
+    temperature: float
+    """Temperature on answers that was fitted along with the steering."""
+    alone: float
+    """The one fitted to the same questions without steering."""
+    questions: dict[str, int]
+    """Number of questions in each part, over all sets."""
+    validation: Interval
+    """Paired difference of the loss, the mean over sets: the steering with its temperature, less the temperature alone."""
+    choices: tuple[ChoiceComparison, ...]
+    """Each set's test part."""
+    steps: int
+    seconds: float
+
+    @property
+    def name(self) -> str:
+        """Name of the model for reports: what the user called it."""
+        return self.given or self.model
+
+    @property
+    def gained(self) -> bool:
+        """Whether it beats the temperature on the validation part beyond the interval."""
+        return self.validation.high < 0
+
+
+class AnswerSplit(NamedTuple):
+    """Questions in four parts, see `confsteer.tuning.splits.SPLITS`."""
+
+    train: ChoiceSample
+    stop: ChoiceSample
+    validation: ChoiceSample
+    test: ChoiceSample
+    wording: Wording
+
+
+def tune_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Mapping[str, Sequence[Question]],
+    profile: Profile,
+    *,
+    wordings: Sequence[Wording] = (AS_TEXT,),
+    parameters: Parameters = defaults.PARAMETERS,
+    ridge: float = defaults.RIDGE,
+    seed: int = defaults.SEED,
+    progress: bool = False,
+) -> AnswerTuning:
+    """Find the steering with which answers have the lowest loss, together with a temperature on whole choices.
+
+    Every set of questions is cut in four, passages together, as `confsteer.tuning.tune.tune` cuts texts. What was found has to
+    beat, on the third part, the temperature fitted to the first part alone: a temperature is on both sides, so that what is
+    gained is the neurons'.
+
+    Args:
+        model: the profile's model.
+        tokenizer: its tokenizer.
+        questions: by the name of where they are from; sets count equally.
+        profile: whose neurons to tune.
+        wordings: words to put them in; each makes a set of its own.
+        parameters: see `confsteer.tuning.tune.tune`.
+        ridge: see `confsteer.tuning.tune.tune`.
+        seed: of the order in which questions are shared out.
+        progress: whether to show progress bars.
+
+    Raises:
+        CorpusError: there are too few questions; see `confsteer.evaluation.choices.evaluate_choices`.
+        NoNeuronsError, ProfileMismatchError: see `confsteer.steer`.
+    """
+    began = time.monotonic()
+    reader, splits = Reader(model, profile), []
+    for source, asked in questions.items():
+        for wording in wordings:
+            sample = read_choices(reader, tokenizer, asked, source=source, wording=wording, progress=progress)
+            splits.append(split_questions(sample, wording, seed))
+
+    # Search on a sample of the vocabulary.
+    for one in splits:
+        for part in (one.train, one.stop):
+            part.reading.draw_sample()
+    ways = NeuronParameters(profile) if parameters == "neurons" else DialParameters(profile)
+    steering, steps = _search(ways, splits, ridge, progress)
+
+    # Judge what is stored, digits and all, over the whole vocabulary; fit both temperatures to the parts that were tuned on.
+    steered = Intervention.of(profile.edit(steering))
+    temperatures = [_fit_temperature([one.train for one in splits], which) for which in (steered, _neutral(reader))]
+    gains = [_gain(one.validation, steered, *temperatures, seed=number) for number, one in enumerate(splits)]
+    return AnswerTuning(
+        model=profile.model.id,
+        profile=profile.checksum,
+        versions=library_versions(),
+        parameters=parameters,
+        steering=steering,
+        temperature=temperatures[0],
+        alone=temperatures[1],
+        questions={name: sum(len(getattr(one, name).questions) for one in splits) for name in AnswerSplit._fields[:-1]},
+        validation=mean(gains).interval,
+        choices=tuple(_report(one, steering, steered, *temperatures) for one in splits),
+        steps=steps,
+        seconds=time.monotonic() - began,
+    )
+
+
+def split_questions(sample: ChoiceSample, wording: Wording, seed: int) -> AnswerSplit:
+    """Cut questions into four parts that share no passage.
+
+    Raises:
+        CorpusError: there are too few.
+    """
+    blocks = sample.block.unique()
+    if len(blocks) < MIN_BLOCKS:
+        raise CorpusError(
+            f"{sample.source}: {len(blocks)} {sample.unit} are too few to tune on, to stop by, to validate and to report "
+            f"on; give {MIN_BLOCKS} or more"
+        )
+    order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))
+    ends = [round(len(blocks) * share) for share in torch.tensor(SPLITS).cumsum(dim=0).tolist()]
+    train, stop, validation, test = (
+        sample.at(torch.isin(sample.block, blocks[order[first:last]]).nonzero()[:, 0])
+        for first, last in zip([0, *ends[:-1]], ends, strict=True)
+    )
+    return AnswerSplit(train, stop, validation, test, wording)
+
+
+def _search(
+    ways: NeuronParameters | DialParameters, splits: Sequence[AnswerSplit], ridge: float, progress: bool
+) -> tuple[Steering, int]:
+    """Look for the parameters, the logarithm of a temperature last, that answers of the first parts like best."""
+
+    def value_and_gradient(at: Tensor) -> tuple[Tensor, Tensor]:
+        found = [answer_loss_and_gradient(one.train, ways, at) for one in splits]
+        values, gradients = zip(*found, strict=True)
+        return sum(values, torch.zeros(())) / len(found), sum(gradients, torch.zeros_like(at)) / len(found)
+
+    def score(at: Tensor) -> float:
+        losses = []
+        for one in splits:
+            nll = one.stop.reading.sampled_scores(ways.intervention(at)).nll
+            losses.append(_loss(one.stop.summed(-nll) / float(temperature(at[-1])), one.stop.gold))
+        return sum(losses) / len(losses)
+
+    # Begin with the temperature alone: what comes is the neurons'.
+    start = torch.zeros(ways.number + 1)
+    start[-1] = math.log(_fit_temperature([one.train for one in splits], None))
+    start[-1].clamp_(-4.6, 4.6)
+    with tqdm(total=MAX_STEPS, desc="tune on answers", unit="step", disable=not progress) as bar:
+
+        def on_step(step: int, reached: float) -> None:
+            bar.set_postfix(validation=f"{reached:.4f}", refresh=False)
+            bar.update()
+
+        best, steps = minimise(value_and_gradient, start, score=score, ridge=ridge, on_step=on_step)
+        bar.total = bar.n
+    return ways.steering(best), steps
+
+
+def answer_loss_and_gradient(sample: ChoiceSample, ways: NeuronParameters | DialParameters, at: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the loss of answers on the sample of the vocabulary, and its gradient.
+
+    The loss depends on a token through its log-probability alone, and of the log-likelihood of choice c its slope is
+    ``(p_c − [c is right]) / T`` over the number of questions.
+
+    Args:
+        sample: questions, their vocabulary sampled.
+        ways: turns parameters into an intervention.
+        at: parameters, the logarithm of the temperature last, ``[ways.number + 1]``.
+    """
+    heat = temperature(at[-1]).double()
+    nll = sample.reading.sampled_scores(ways.intervention(at)).nll
+    score = sample.summed(-nll) / heat
+    right = torch.nn.functional.one_hot(sample.gold, score.shape[1])
+    surplus = (score.softmax(dim=-1) - right) / len(sample.questions)
+    of_choice = surplus[sample.inside] / heat
+    weight = -of_choice[sample.reading.states.window.cpu()].float()
+    done = 0
+
+    def per_token(part: SampledLogits) -> Tensor:
+        nonlocal done
+        its = weight[done : done + len(part.ids)].to(part.logits.device)
+        done += len(part.ids)
+        return its * (part.log_sum - part.of_target)
+
+    _, gradient = sum_and_gradient(ways.intervention, at, sample.reading, per_token)
+    # The slope by log T, where T = exp(log T) divides all scores.
+    gradient[-1] = -(surplus * score.masked_fill(~sample.inside, 0)).sum()
+    return torch.tensor(_loss(score, sample.gold)), gradient
+
+
+def _loss(score: Tensor, gold: Tensor) -> float:
+    return float(torch.nn.functional.cross_entropy(score, gold))
+
+
+def _neutral(reader: Reader) -> Intervention:
+    return Intervention.neutral(len(reader.neurons))
+
+
+def _log_likelihood(sample: ChoiceSample, intervention: Intervention) -> Tensor:
+    (found,) = sample.log_likelihoods([intervention])
+    return found
+
+
+def _fit_temperature(samples: Sequence[ChoiceSample], intervention: Intervention | None) -> float:
+    """Fit one temperature to the answers of several sets; without an intervention to the unsteered model's."""
+    which = Intervention.neutral(samples[0].reading.readout.n_neurons) if intervention is None else intervention
+    scores = [_log_likelihood(sample, which) for sample in samples]
+    most = max(score.shape[1] for score in scores)
+    padded = [torch.nn.functional.pad(score, (0, most - score.shape[1]), value=-math.inf) for score in scores]
+    return fit_answer_temperature(torch.cat(padded), torch.cat([sample.gold for sample in samples]))
+
+
+def _gain(sample: ChoiceSample, steered: Intervention, tuned: float, alone: float, *, seed: int) -> Resampled:
+    """Subtract the loss with the temperature alone from that of the tuned steering with its own."""
+    neutral = Intervention.neutral(sample.reading.readout.n_neurons)
+    with_it, without = sample.log_likelihoods([steered, neutral])
+    blocks = Blocks(sample.block, seed=seed)
+
+    def loss(score: Tensor) -> Resampled:
+        return blocks.mean(-score.log_softmax(dim=-1).gather(1, sample.gold[:, None])[:, 0])
+
+    return loss(with_it / tuned) - loss(without / alone)
+
+
+def _report(one: AnswerSplit, steering: Steering, steered: Intervention, tuned: float, alone: float) -> ChoiceComparison:
+    """Compare on the test part, to which nothing was fitted."""
+    sample = one.test
+    neutral, with_it = sample.log_likelihoods([Intervention.neutral(sample.reading.readout.n_neurons), steered])
+    scores = with_it / tuned
+    matched = match_answer_entropy(neutral, answer_entropy(scores))
+    alike = torch.zeros_like(neutral).masked_fill(~sample.inside, -math.inf)
+    candidates = [
+        AnswerCandidate("neutral", "neutral", neutral, Steering()),
+        AnswerCandidate("chance", "chance", alike),
+        AnswerCandidate("fitted temperature", "temperature", neutral / alone, values=(alone,)),
+        AnswerCandidate("tuned", "steering", scores, steering, (tuned,)),
+        AnswerCandidate("temperature, entropy as tuned", "matched temperature", neutral / matched, steering, (matched,)),
+    ]
+    return compare_answers(sample, candidates, wording=one.wording)
