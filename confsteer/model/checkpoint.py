@@ -118,7 +118,9 @@ def _skeleton(config: Any, trust_remote_code: bool) -> tuple[PreTrainedModel, An
         with torch.device("meta"):
             # The other kinds of attention look at the values of the mask, and the meta device has none.
             model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", trust_remote_code=trust_remote_code)
-        return model, locate(model)
+        anatomy = locate(model)
+        anatomy.require_dense("reading the last layer of a checkpoint alone")
+        return model, anatomy
     except ConfsteerError:
         raise
     except Exception as error:  # transformers raises many kinds

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from confsteer.errors import UnsupportedModelError
 from confsteer.model.anatomy import Anatomy
+from confsteer.model.experts import find_experts, norm_after, norm_beside, with_experts
 from confsteer.model.families import FAMILIES, Family
 from confsteer.model.layers import execution_device, sizes, without_adapter, without_compiler
 
@@ -39,19 +40,16 @@ def locate(model: nn.Module) -> Anatomy:
     _check_not_inside(base, config, family)
     layers = _last_layers(base, family)
     last_layer = without_compiler(layers[-1])
-    for name, module in last_layer.named_modules():
-        if name.split(".")[-1] == "experts" or type(module).__name__.endswith("Experts"):
-            raise UnsupportedModelError(
-                f"the last layer of {config.model_type} is a mixture of experts ({name}): its neurons are active only on the "
-                "tokens routed to them, which confsteer does not support"
-            )
-    if family is not None:
+    experts = find_experts(last_layer, config.model_type)
+    if experts is not None:
+        down_proj, write_norm, final_norm = experts, norm_after(last_layer), norm_beside(layers, base)
+    elif family is not None:
         down_proj = _submodule(last_layer, family.down_proj)
         final_norm = _submodule(base, family.final_norm)
         write_norm = None if family.write_norm is None else _submodule(last_layer, family.write_norm)
     else:
         down_proj, write_norm, final_norm = _search(base, last_layer, unembedding)
-    return Anatomy(
+    anatomy = Anatomy(
         layer=len(layers) - 1,
         last_layer=last_layer,
         down_proj=down_proj,
@@ -62,6 +60,7 @@ def locate(model: nn.Module) -> Anatomy:
         softcap=getattr(config, "final_logit_softcapping", None),
         write_norm=write_norm,
     )
+    return anatomy if experts is None else with_experts(anatomy, config)
 
 
 def unwrap(model: nn.Module) -> PreTrainedModel:
