@@ -31,7 +31,9 @@ MAX_NEURONS = 1_000
 """That one request names: profiles have dozens."""
 Number = Annotated[float, Field(ge=-1e6, le=1e6)]
 Bound = Number | None
-NeuronKey = int | Literal["entropy", "frequency"]
+EXPERT_NEURON = r"^(?:0|[1-9][0-9]{0,8}|shared)\.(?:0|[1-9][0-9]{0,8})$"
+"""A neuron of an expert: ``3.17`` is number 17 of expert 3, ``shared.17`` of the shared expert."""
+NeuronKey = int | Literal["entropy", "frequency"] | Annotated[str, Field(pattern=EXPERT_NEURON)]
 PresetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,100}$")]
 
 
@@ -51,7 +53,8 @@ class Steering(BaseModel):
     """How to steer one request. Everything left out stays as it is.
 
     In Python a keyword each (``steer(model, profile, entropy=0.3)``), over the wire the same names in JSON
-    (``{"entropy": 0.3}``). Neurons are named by their index, or ``"entropy"`` and ``"frequency"`` for all of a kind.
+    (``{"entropy": 0.3}``). Neurons are named by their index, or ``"entropy"`` and ``"frequency"`` for all of a kind. Those of a
+    mixture of experts are named by expert and index: ``"3.17"``, ``"shared.17"``.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)

@@ -33,7 +33,7 @@ from torch import Tensor
 from confsteer import Profile, demo
 from confsteer.calibration import stages
 from confsteer.calibration.calibrate import calibrate
-from confsteer.discovery import streaming
+from confsteer.discovery import groups, streaming
 from confsteer.discovery.exact import TokenEffects, TokenSlopes
 from confsteer.discovery.response import ResponseCurve
 from confsteer.discovery.streaming import ActivationMoments, EffectMeans, ExactEffectMeans, NeuronEffects
@@ -92,8 +92,10 @@ class Diary:
         diary = self
 
         class Means(EffectMeans):
-            def update(self, effects: TokenEffects, window: Tensor, slopes: TokenSlopes | None = None) -> None:
-                super().update(effects, window, slopes)
+            def update(
+                self, effects: TokenEffects, window: Tensor, slopes: TokenSlopes | None = None, *, among: Tensor | None = None
+            ) -> None:
+                super().update(effects, window, slopes, among=among)
                 if slopes is not None:  # else before a softcap
                     diary.note_effects(stage, diary.places(stage), effects, slopes, window)
 
@@ -113,8 +115,8 @@ class Diary:
         diary = self
 
         class Curve(ResponseCurve):
-            def update(self, outputs: FullOutputs) -> None:
-                super().update(outputs)
+            def update(self, outputs: FullOutputs, active: Tensor | None = None) -> None:
+                super().update(outputs, active)
                 diary.note("responses", {})
 
         return Curve
@@ -243,9 +245,9 @@ def main(text: tuple[Path, ...], tokens: int, neurons: int, json_file: Path | No
         diary = Diary(Path(folder), watched)
         started, processor = time.monotonic(), time.process_time()
         with (
-            mock.patch.object(stages, "ActivationMoments", diary.moments()),
-            mock.patch.object(stages, "EffectMeans", diary.means("effects")),
-            mock.patch.object(stages, "ExactEffectMeans", diary.exact_means()),
+            mock.patch.object(groups, "ActivationMoments", diary.moments()),
+            mock.patch.object(groups, "EffectMeans", diary.means("effects")),
+            mock.patch.object(groups, "ExactEffectMeans", diary.exact_means()),
             mock.patch.object(streaming, "EffectMeans", diary.means("contenders")),
             mock.patch.object(stages, "ResponseCurve", diary.curve()),
         ):

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from confsteer.calibration.stages import Contenders, FoldedLayer, Responses
+from confsteer.discovery.groups import GroupMoments
 from confsteer.discovery.response import ResponseMeans
 from confsteer.discovery.select import Chosen, percentile
-from confsteer.discovery.streaming import ActivationMoments, NeuronEffects, WithError
+from confsteer.discovery.streaming import NeuronEffects, WithError
 from confsteer.profile.profile import Profile
 from confsteer.profile.schema import (
     CorpusIdentity,
@@ -31,7 +32,7 @@ from confsteer.text.windows import Windows
 class Measurements(NamedTuple):
     """The results of the stages."""
 
-    moments: ActivationMoments
+    moments: GroupMoments
     effects: NeuronEffects
     """Effects of every neuron of the layer: of the contenders on all tokens, of the others on the sample."""
     sample_tokens: int
@@ -78,9 +79,10 @@ def assemble_profile(
         "frequency_cosine": layer.cosine,
         "mean_activation": moments.mean,
         "std_activation": moments.std,
+        **({} if identity.experts is None else {"active": moments.active}),
     }
     neurons = {
-        dial: tuple(_neuron(identity.layer, i, statistics, chosen.sign, _reported(contenders, i)) for i in chosen.neurons)
+        dial: tuple(_neuron(identity, i, statistics, chosen.sign, _reported(contenders, i)) for i in chosen.neurons)
         for dial, chosen in measured.chosen.items()
     }
     effect_tokens = torch.full_like(moments.mean, measured.sample_tokens)
@@ -134,14 +136,16 @@ def _reported(contenders: Contenders, neuron: int) -> _Reported:
     )
 
 
-def _neuron(layer: int, index: int, statistics: dict[str, Tensor], sign: Tensor, reported: _Reported) -> Neuron:
+def _neuron(model: ModelIdentity, index: int, statistics: dict[str, Tensor], sign: Tensor, reported: _Reported) -> Neuron:
     """Gather what is known of a neuron of the layer."""
     effects, uncapped = reported.effects, reported.uncapped
+    values: dict[str, Any] = {name: float(column[index]) for name, column in statistics.items()}
     return Neuron(
-        layer=layer,
+        layer=model.layer,
         index=index,
+        name=None if model.experts is None else model.experts.name(index),
         sign=cast(Literal[-1, 0, 1], int(sign[index])),
-        **{name: float(column[index]) for name, column in statistics.items()},
+        **values,
         norm_percentile=float(percentile(statistics["norm"])[index]),
         logit_variance_percentile=float(percentile(statistics["logit_variance"])[index]),
         total_effect=effects["total"],

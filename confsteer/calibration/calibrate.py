@@ -130,7 +130,7 @@ def calibrate(
     with torch.no_grad():
         readout = anatomy.readout(identity.tokenizer_size)
         weights = None if scanned is None else _weights_of(scanned, identity)
-        layer = fold_layer(readout, counts, weights=weights, null_dims=null_dims, seed=seed)
+        layer = fold_layer(readout, anatomy.experts, counts, weights=weights, null_dims=null_dims, seed=seed)
         recording = Recording(model, anatomy, windows, layer.device, this_process(), readout=readout, sample_tokens=SAMPLE_TOKENS)
         passes = Passes(recording, kept, show=progress)
         moments = measure_activations(passes, layer, identity)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -10,13 +11,15 @@ from torch import Tensor
 from confsteer.calibration.passes import Passes
 from confsteer.discovery.effects import ablation_effects
 from confsteer.discovery.frequency import chance_frequency_cosine, frequency_cosine
+from confsteer.discovery.groups import GroupEffectMeans, GroupExactMeans, GroupMoments, active_groups, groups_of
 from confsteer.discovery.moments import tokens_at_once
 from confsteer.discovery.response import ResponseCurve, ResponseMeans, choose_positions, mean_over_texts, with_temperature
 from confsteer.discovery.select import Chosen, contenders, entropy_neurons, select_neurons
-from confsteer.discovery.streaming import ActivationMoments, EffectMeans, ExactEffectMeans, NeuronEffects, ReportedEffects
+from confsteer.discovery.streaming import NeuronEffects, ReportedEffects
 from confsteer.discovery.temperature import EntropyByTemperature, EntropyMeans
 from confsteer.discovery.weights import WeightStatistics, weight_statistics, with_null_dims
 from confsteer.errors import UnsupportedModelError
+from confsteer.last_layer.experts import Experts, parts
 from confsteer.last_layer.readout import FullOutputs, Readout
 from confsteer.last_layer.states import TokenStates, join_rows
 from confsteer.last_layer.unigram import Unigram
@@ -37,6 +40,8 @@ class FoldedLayer(NamedTuple):
     """The last layer as tensors, and what its weights and the token counts alone say."""
 
     readout: Readout
+    experts: Experts | None
+    """Sizes of a mixture of experts; None of a dense layer."""
     weights: WeightStatistics
     unigram: Unigram
     cosine: Tensor
@@ -47,6 +52,16 @@ class FoldedLayer(NamedTuple):
     @property
     def device(self) -> torch.device:
         return self.readout.unembedding.device
+
+    @property
+    def groups(self) -> list[slice]:
+        """Neurons that are active on the same tokens."""
+        return groups_of(self.experts, self.readout.n_neurons)
+
+    @property
+    def at_once(self) -> int:
+        """Tokens that are best worked on together."""
+        return tokens_at_once(max(group.stop - group.start for group in self.groups))
 
 
 class Sample(NamedTuple):
@@ -68,12 +83,19 @@ class Contenders(NamedTuple):
 
 
 def fold_layer(
-    readout: Readout, counts: Tensor, *, weights: WeightStatistics | None, null_dims: int | None, seed: int
+    readout: Readout,
+    experts: Experts | None,
+    counts: Tensor,
+    *,
+    weights: WeightStatistics | None,
+    null_dims: int | None,
+    seed: int,
 ) -> FoldedLayer:
     """Gather what is known before any text is read.
 
     Args:
         readout: the model's last layer.
+        experts: sizes of a mixture of experts; None of a dense layer.
         counts: how often each token occurs, int64 ``[tokenizer_size]``.
         weights: statistics to take over; computed if None.
         null_dims: directions counted as the null space; read off the spectrum if None.
@@ -83,18 +105,18 @@ def fold_layer(
     if weights is None:
         weights = weight_statistics(readout, null_dims=null_dims, seed=seed)
     cosine = frequency_cosine(readout, unigram)
-    return FoldedLayer(readout, weights, unigram, cosine, chance_frequency_cosine(readout, unigram, seed=seed))
+    return FoldedLayer(readout, experts, weights, unigram, cosine, chance_frequency_cosine(readout, unigram, seed=seed))
 
 
-def measure_activations(passes: Passes, layer: FoldedLayer, identity: ModelIdentity) -> ActivationMoments:
+def measure_activations(passes: Passes, layer: FoldedLayer, identity: ModelIdentity) -> GroupMoments:
     """Measure the mean and the standard deviation of every neuron's activation.
 
     Raises:
         UnsupportedModelError: activations are not finite.
     """
-    moments = ActivationMoments(layer.readout.n_neurons)
+    moments = GroupMoments(layer.experts, layer.readout.n_neurons)
     for batch, _ in passes.over("activations", moments, label="1/4 activations"):
-        moments.update(batch.activations)
+        moments.update(batch)
     if not (moments.mean.isfinite().all() and moments.std.isfinite().all()):
         raise UnsupportedModelError(
             f"the activations of {identity.id} are not finite on this text: its weights are damaged, or too large for "
@@ -103,27 +125,33 @@ def measure_activations(passes: Passes, layer: FoldedLayer, identity: ModelIdent
     return moments
 
 
-def measure_sample(passes: Passes, layer: FoldedLayer, moments: ActivationMoments) -> Sample:
+def measure_sample(passes: Passes, layer: FoldedLayer, moments: GroupMoments) -> Sample:
     """Measure what setting each neuron of the layer to its mean does, on the sample."""
-    mean, means = moments.mean.to(layer.device), EffectMeans(layer.readout.n_neurons)
-    at_once = tokens_at_once(layer.readout.n_neurons)
-    for batch, move_to in passes.over("effects", means, label="2/4 all neurons", at_least=at_once, sample=True):
-        effects, slopes = ablation_effects(layer.readout, batch, mean, layer.unigram, on_progress=move_to)
-        means.update(effects, batch.window, slopes)
+    mean, means = moments.mean.to(layer.device), GroupEffectMeans(layer.experts, layer.readout.n_neurons)
+    for batch, move_to in passes.over("effects", means, label="2/4 all neurons", at_least=layer.at_once, sample=True):
+        for number, part in enumerate(parts(layer.experts, batch)):
+
+            def done(share: float, number: int = number, move_to: Callable[[float], None] = move_to) -> None:
+                move_to((number + share) / len(layer.groups))
+
+            readout = layer.readout if layer.experts is None else layer.readout.select(part.neurons)
+            measured = ablation_effects(readout, part.states, mean[part.neurons], layer.unigram, on_progress=done)
+            means.update(number, *measured, part, batch.window)
     return Sample(means.result(), means.count)
 
 
-def measure_contenders(passes: Passes, layer: FoldedLayer, moments: ActivationMoments, sample: NeuronEffects) -> Contenders:
+def measure_contenders(passes: Passes, layer: FoldedLayer, moments: GroupMoments, sample: NeuronEffects) -> Contenders:
     """Measure the neurons that could be selected exactly, and the unsteered model, on all tokens."""
     readout, device = layer.readout, layer.device
     neurons = contenders(layer.weights, sample, layer.cosine, layer.chance_cosine)
     indices = torch.tensor(neurons, dtype=torch.long, device=device)
-    effects = ExactEffectMeans(readout, indices, moments.mean.to(device), layer.unigram)
+    effects = GroupExactMeans(layer.experts, readout, indices, moments.mean.to(device), layer.unigram)
     for batch, move_to in passes.over("contenders", effects, label="3/4 contenders"):
+        effects.start(batch)
         for outputs, rows in FullOutputs.stream(readout, batch):
-            effects.evaluate(outputs, batch.activations[rows])
+            effects.evaluate(outputs, rows)
             move_to(rows.stop / len(batch.targets))
-        effects.update(batch.window)
+        effects.finish()
     return Contenders(neurons, effects.result(), moments.count)
 
 
@@ -152,41 +180,73 @@ class Responses(NamedTuple):
     """The same dials at the same positions on each text; empty if no dial has neurons."""
 
 
-def measure_responses(passes: Passes, layer: FoldedLayer, chosen: dict[Dial, Chosen], moments: ActivationMoments) -> Responses:
+def measure_responses(passes: Passes, layer: FoldedLayer, chosen: dict[Dial, Chosen], moments: GroupMoments) -> Responses:
     """Measure what each dial that has neurons does to the output, and which temperature does as much: on each text's sample."""
-    at_once = tokens_at_once(layer.readout.n_neurons)
-    pushes = {
-        dial: _push(chosen[dial], moments).to(layer.device) for dial in DIALS if chosen[dial].sign[chosen[dial].neurons].any()
-    }
+    pushes = {dial: _Push.of(layer, chosen[dial], moments) for dial in DIALS if chosen[dial].sign[chosen[dial].neurons].any()}
     if not pushes:
         return Responses({}, [])
-    positions = _choose_positions(passes, layer, pushes, at_once)
+    positions = _choose_positions(passes, layer, pushes)
     curves: list[dict[Dial, ResponseMeans]] = []
     unsteered: list[EntropyMeans] = []
     for text in range(passes.texts):
-        of_dials = {dial: ResponseCurve(layer.readout, push, layer.unigram, positions[dial]) for dial, push in pushes.items()}
+        of_dials = {
+            dial: ResponseCurve(layer.readout, push.added, layer.unigram, positions[dial]) for dial, push in pushes.items()
+        }
         entropies = EntropyByTemperature(layer.readout)
         name = f"responses of text {text + 1}" if passes.texts > 1 else "responses"
         every: tuple[ResponseCurve | EntropyByTemperature, ...] = (*of_dials.values(), entropies)
-        for batch, move_to in passes.over(name, *every, label="4/4 responses", at_least=at_once, sample=True, text=text):
+        for batch, move_to in passes.over(name, *every, label="4/4 responses", at_least=layer.at_once, sample=True, text=text):
+            active = {dial: push.active(layer, batch) for dial, push in pushes.items()}
             for outputs, rows in FullOutputs.stream(layer.readout, batch):
-                for one in every:
-                    one.update(outputs)
+                for dial, curve in of_dials.items():
+                    groups = active[dial]
+                    curve.update(outputs, None if groups is None else groups[rows])
+                entropies.update(outputs)
                 move_to(rows.stop / len(batch.targets))
         curves.append({dial: curve.result() for dial, curve in of_dials.items()})
         unsteered.append(entropies.result())
     return _with_temperatures(curves, unsteered)
 
 
-def _choose_positions(passes: Passes, layer: FoldedLayer, pushes: dict[Dial, Tensor], at_once: int) -> dict[Dial, Tensor]:
+class _Push(NamedTuple):
+    """Position 1 of a dial: a signed standard deviation of each of its neurons."""
+
+    added: Tensor
+    """Change of each activation, float32 ``[n_neurons]``; in a mixture ``[groups, n_neurons]``, a row each group's."""
+    groups: list[int]
+    """Numbers of the groups; those of a mixture alone."""
+
+    @classmethod
+    def of(cls, layer: FoldedLayer, chosen: Chosen, moments: GroupMoments) -> _Push:
+        """Work it out."""
+        on_dial = torch.zeros_like(moments.std)
+        on_dial[chosen.neurons] = 1
+        added = (chosen.sign * moments.std * on_dial).float().to(layer.device)
+        if layer.experts is None:
+            return cls(added, [])
+        groups = [number for number, group in enumerate(layer.groups) if added[group].any()]
+        rows = torch.zeros(len(groups), len(added), device=layer.device)
+        for row, number in zip(rows, groups, strict=True):
+            row[layer.groups[number]] = added[layer.groups[number]]
+        return cls(rows, groups)
+
+    def active(self, layer: FoldedLayer, states: TokenStates) -> Tensor | None:
+        """Tell which groups are active on each token, bool ``[tokens, groups]``; None where all are."""
+        return None if layer.experts is None else active_groups(layer.experts, states, self.groups)
+
+
+def _choose_positions(passes: Passes, layer: FoldedLayer, pushes: dict[Dial, _Push]) -> dict[Dial, Tensor]:
     """Choose the positions of each dial by a few tokens of each text."""
 
     def decide(firsts: list[TokenStates]) -> Tensor:
         sample = join_rows([first.at(slice(None, None, max(1, len(first.targets) // POSITION_SAMPLE))) for first in firsts])
-        readout, unigram = layer.readout, layer.unigram
-        return torch.stack([choose_positions(readout, push, unigram, sample, dial=dial) for dial, push in pushes.items()])
+        positions = [
+            choose_positions(layer.readout, push.added, layer.unigram, sample, dial=dial, active=push.active(layer, sample))
+            for dial, push in pushes.items()
+        ]
+        return torch.stack(positions)
 
-    return dict(zip(pushes, passes.decide_once("positions", decide, at_least=at_once), strict=True))
+    return dict(zip(pushes, passes.decide_once("positions", decide, at_least=layer.at_once), strict=True))
 
 
 def _with_temperatures(curves: list[dict[Dial, ResponseMeans]], unsteered: list[EntropyMeans]) -> Responses:
@@ -197,10 +257,3 @@ def _with_temperatures(curves: list[dict[Dial, ResponseMeans]], unsteered: list[
         {dial: with_temperature(curve, entropies) for dial, curve in pooled.items()},
         [{dial: with_temperature(curve, own) for dial, curve in one.items()} for one, own in zip(curves, unsteered, strict=True)],
     )
-
-
-def _push(chosen: Chosen, moments: ActivationMoments) -> Tensor:
-    """Work out what position 1 of a dial adds to each activation, float32 ``[n_neurons]``: signed standard deviations."""
-    on_dial = torch.zeros_like(moments.std)
-    on_dial[chosen.neurons] = 1
-    return (chosen.sign * moments.std * on_dial).float()

@@ -8,6 +8,7 @@ pairs.py          pairs of a token and a neuron for which that is not good enoug
 exact.py          effects of a few neurons exactly, over the whole vocabulary
 frequency.py      how far neurons write along the unigram direction
 streaming.py      averages over a stream of tokens, with standard errors
+groups.py         the same where neurons are active on different tokens, as in a mixture of experts
 select.py         which neurons are entropy neurons and token-frequency neurons
 response.py       what a dial does at each of its positions
 temperature.py    the entropy by temperature, and which temperature a change of it amounts to

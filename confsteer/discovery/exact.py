@@ -61,23 +61,27 @@ class ExactEffects(NamedTuple):
     loss: Tensor
     """Loss of the unsteered output, in nats, ``[tokens]``."""
 
+    @classmethod
+    def empty(cls, delta: Tensor) -> ExactEffects:
+        """Make room for the effects of adding ``delta`` ``[tokens, n_neurons]``."""
+        effects = TokenEffects(*(torch.empty_like(delta) for _ in TokenEffects._fields))
+        slopes = TokenSlopes(*(torch.empty_like(delta) for _ in TokenSlopes._fields))
+        return cls(effects, slopes, torch.empty_like(delta, dtype=torch.bool), *delta.new_empty(2, len(delta)))
+
 
 def exact_effects(readout: Readout, outputs: FullOutputs, delta: Tensor, unigram: Unigram) -> ExactEffects:
     """Effects of adding ``delta`` ``[tokens, n_neurons]`` to each activation alone.
 
     For a few neurons: pass a readout of these only.
     """
-    effects = TokenEffects(*(torch.empty_like(delta) for _ in TokenEffects._fields))
-    slopes = TokenSlopes(*(torch.empty_like(delta) for _ in TokenSlopes._fields))
-    changed = torch.empty_like(delta, dtype=torch.bool)
-    entropy, loss = delta.new_empty(2, len(delta))
+    effects, slopes, changed, entropy, loss = whole = ExactEffects.empty(delta)
     u = readout.w_out @ readout.unembedding.T
     moves = readout.move(outputs.state, delta)
     # Some tokens by the vocabulary stay in the cache.
     for rows in readout.blocks(len(delta), readout.vocab_size):
         here = ExactEffects(rows_of(effects, rows), rows_of(slopes, rows), changed[rows], entropy[rows], loss[rows])
         _evaluate(readout, outputs.at(rows), u, unigram, moves.at(slice(None), rows), here)
-    return ExactEffects(effects, slopes, changed, entropy, loss)
+    return whole
 
 
 def _evaluate(readout: Readout, outputs: FullOutputs, u: Tensor, unigram: Unigram, moves: Move, into: ExactEffects) -> None:

@@ -53,23 +53,26 @@ class ResponseCurve:
         """
         Args:
             readout: the model's last layer.
-            push: what position 1 adds to each activation, ``[n_neurons]``.
+            push: what position 1 adds to each activation, ``[n_neurons]``; of neurons that are not all active on the same tokens
+                ``[groups, n_neurons]``, those that are in one row.
             unigram: the corpus's unigram distribution.
             positions: dial positions, ``[positions]``.
         """
         self.readout, self.unigram = readout.combine(push), unigram
         self.positions = positions.double()
-        self._u = self.readout.w_out[0] @ readout.unembedding.T
+        self._u = self.readout.w_out @ readout.unembedding.T if push.dim() > 1 else self.readout.w_out[0] @ readout.unembedding.T
         self._frequency = unigram.frequency
         self._sums = torch.zeros(5, len(positions), dtype=torch.float64, device=push.device)
         self._count = torch.tensor(0)
 
-    def update(self, outputs: FullOutputs) -> None:
-        """Add tokens."""
-        readout = self.readout
-        u = self._u
+    def update(self, outputs: FullOutputs, active: Tensor | None = None) -> None:
+        """Add tokens, and tell which groups are active on each if there are groups, bool ``[tokens, groups]``."""
+        readout, u = self.readout, self._u
+        if active is not None:
+            # What is active on a token writes as one neuron of that token's.
+            readout, u = readout.combine(active.to(u)), (active.to(u) @ u)[:, None]
         delta = self.positions.to(u).expand(len(outputs.targets), -1)
-        move = readout.move(outputs.state, delta).at(0)
+        move = readout.move(outputs.state, delta, paired=active is not None).at(0)
         ids = torch.stack([outputs.targets, outputs.argmax], dim=-1)
         sums = u.new_empty(len(self._QUANTITIES), *delta.shape)
         # A block of tokens and positions by the vocabulary are worked on at once.
@@ -79,7 +82,7 @@ class ResponseCurve:
             rows = slice(first, first + tokens)
             for at in range(0, len(self.positions), columns):
                 here = slice(at, at + columns)
-                y = torch.addcmul(outputs.y[rows, None], move.write[rows, here, None], u)
+                y = torch.addcmul(outputs.y[rows, None], move.write[rows, here, None], u if active is None else u[rows])
                 for along, direction in zip(move.along, outputs.x, strict=True):
                     y.addcmul_(along[rows, here, None], direction[rows, None])
                 self._measure(readout.cap(y), ids[rows], sums[:, rows, here])
@@ -134,7 +137,9 @@ class ResponseCurve:
         return ResponseMeans(self.positions, *torch.cat([self._sums / int(self._count), unknown]).cpu())
 
 
-def choose_positions(readout: Readout, push: Tensor, unigram: Unigram, states: TokenStates, *, dial: str) -> Tensor:
+def choose_positions(
+    readout: Readout, push: Tensor, unigram: Unigram, states: TokenStates, *, dial: str, active: Tensor | None = None
+) -> Tensor:
     """Dial positions worth measuring, ascending, with 0 among them; found on a sample of tokens.
 
     On each side positions grow until the dial's quantity has moved by `MAX_CHANGE` nats, flattens out or turns back, or
@@ -142,15 +147,16 @@ def choose_positions(readout: Readout, push: Tensor, unigram: Unigram, states: T
 
     Args:
         readout: the model's last layer.
-        push: what position 1 adds to each activation, ``[n_neurons]``.
+        push: see `ResponseCurve`.
         unigram: the corpus's unigram distribution.
         states: a sample of tokens.
         dial: ``"entropy"`` or ``"unigram"``.
+        active: see `ResponseCurve.update`.
     """
     trials = [position for i in range(17) if (position := 0.25 * 2 ** (i / 2)) <= MAX_POSITION]
     curve = ResponseCurve(readout, push, unigram, torch.tensor([0.0, *trials, *(-p for p in trials)]))
-    for outputs, _ in FullOutputs.stream(readout, states):
-        curve.update(outputs)
+    for outputs, rows in FullOutputs.stream(readout, states):
+        curve.update(outputs, None if active is None else active[rows])
     moved = dial_change(curve.result(), dial)
     fractions = (torch.arange(1, POINTS_PER_SIDE + 1, dtype=torch.float64) / POINTS_PER_SIDE) ** 1.5
     sides = []

@@ -156,12 +156,19 @@ class EffectMeans:
         self._sums = torch.zeros(3 + len(self.WHOLES), *shape, dtype=torch.float64)
         self._counts = torch.zeros(3, dtype=torch.float64)
 
-    def update(self, effects: TokenEffects, window: Tensor, slopes: TokenSlopes | None = None) -> None:
-        """Add tokens; `window` ``[tokens]`` says which window each came from. A window must come whole.
+    def update(
+        self, effects: TokenEffects, window: Tensor, slopes: TokenSlopes | None = None, *, among: Tensor | None = None
+    ) -> None:
+        """Add tokens. A window must come whole.
 
-        Slopes that are never given are zero in the result.
+        Args:
+            effects: on the tokens.
+            window: says which window each came from, ``[tokens]``.
+            slopes: on the tokens; those that are never given are zero in the result.
+            among: windows of all tokens that are averaged over, if there are more, on which there is no effect.
         """
-        _, index, n = window.unique(return_inverse=True, return_counts=True)
+        present, n = (window if among is None else among).unique(return_counts=True)
+        index = torch.searchsorted(present, window)
         in_window = (torch.arange(len(n), device=window.device)[:, None] == index).to(effects.loss.dtype)
         norm, write_norm = effects.entropy - effects.direct_entropy, effects.direct_entropy - effects.straight_entropy
         straight = effects.straight_entropy
@@ -284,12 +291,16 @@ class ExactEffectMeans:
         if self._before_cap is not None:
             self._waiting_uncapped.append(exact_effects(self._before_cap, outputs, delta, self._unigram).effects)
 
-    def update(self, window: Tensor) -> None:
-        """Add the tokens evaluated since the last call; `window` as `EffectMeans.update` takes it."""
+    def update(self, window: Tensor, *, among: Tensor | None = None) -> None:
+        """Add the tokens evaluated since the last call; `window` and `among` as `EffectMeans.update` takes them."""
+        if not self._waiting:
+            nothing = torch.zeros(0, len(self._neurons), device=window.device)
+            self._waiting = [ExactEffects.empty(nothing)]
+            self._waiting_uncapped = [] if self._before_cap is None else [self._waiting[0].effects]
         effects, slopes, changed, *_ = zip(*self._waiting, strict=True)
-        self._means.update(join_rows(effects), window, join_rows(slopes))
+        self._means.update(join_rows(effects), window, join_rows(slopes), among=among)
         if self._waiting_uncapped:
-            self._uncapped_means.update(join_rows(self._waiting_uncapped), window)
+            self._uncapped_means.update(join_rows(self._waiting_uncapped), window, among=among)
         self._changed += torch.cat(changed).double().sum(dim=0).cpu()
         self._waiting.clear()
         self._waiting_uncapped.clear()

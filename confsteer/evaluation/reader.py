@@ -54,11 +54,10 @@ class Reader:
         neurons = torch.tensor([neuron.index for neuron in profile.steerable])
         self.model, self.profile, self.anatomy = model, profile, dissect(model)
         profile.check_model(self.anatomy)
-        readout = self.anatomy.readout(profile.model.tokenizer_size)
-        self.device = readout.unembedding.device
+        self.readout = self.anatomy.readout(profile.model.tokenizer_size, neurons)
+        self.device = self.readout.unembedding.device
         self.neurons = neurons.to(self.device)
-        self.readout = readout.select(self.neurons)
-        self._null_direction = unembedding_spectrum(readout).directions[:, 0].float()
+        self._null_direction = unembedding_spectrum(self.readout).directions[:, 0].float()
         self._writes = Writes(self.readout, self._null_direction)
 
     @torch.no_grad()

@@ -1,6 +1,7 @@
 """The last layer in closed form: what any change at the end of a model does to its predictions. Tensors only.
 
 states.py         what a model leaves in its last layer at some tokens
+experts.py        a mixture of experts: its neurons, and the tokens that each is active on
 readout.py        from the last MLP's activations to the logits, norms and softcap included
 unigram.py        the unigram distribution as a direction in logit space
 edit.py           the rule of steering: clip(gain · a + bias, low, high)

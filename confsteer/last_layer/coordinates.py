@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from confsteer.last_layer.edit import edited
+from confsteer.last_layer.edit import change_of
 from confsteer.last_layer.intervention import Intervention
 from confsteer.last_layer.readout import Readout
 from confsteer.last_layer.states import TokenStates, join_rows, rows_of
@@ -116,22 +116,21 @@ class Geometry(NamedTuple):
         """The dot products of some of the tokens."""
         return rows_of(self, rows)
 
-    def coordinates(self, readout: Readout, writes: Writes, activations: Tensor, intervention: Intervention) -> Coordinates:
+    def coordinates(self, readout: Readout, writes: Writes, states: TokenStates, intervention: Intervention) -> Coordinates:
         """Work out the coefficients of an intervention.
 
         Args:
             readout: the last layer.
             writes: what can be added to the residual.
-            activations: of the neurons that can be changed, ``[tokens, neurons]``.
+            states: the activations of the neurons that can be changed.
             intervention: the change; the coefficients can be differentiated by its tensors.
         """
-        tokens, device, d = len(activations), activations.device, readout.d_model
+        tokens, device, d = len(states.activations), states.activations.device, readout.d_model
         *edit, null_write, temperature = (column.to(device) for column in intervention)
         cooling = (1 / temperature.float()).expand(tokens)
         if intervention.leaves_neurons and intervention.leaves_residual:
             return Coordinates(torch.ones(tokens, 1, device=device), None, None, cooling)
-        activations = activations.float()
-        change = (edited(activations, *edit) - activations).double()
+        change = change_of(states, edit).double()
         along = torch.ones(tokens, 1, dtype=torch.float64, device=device)
         if readout.write_norm is not None:
             change, gamma = self._through_write_norm(readout, change)

@@ -5,12 +5,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from confsteer.last_layer.states import TokenStates
 
 
 class NeuronEdit(NamedTuple):
@@ -37,3 +40,15 @@ def edited(activations: Tensor, gain: Tensor, bias: Tensor, low: Tensor, high: T
         high: see gain.
     """
     return torch.clamp(activations.float() * gain + bias, low, high).to(activations.dtype)
+
+
+def change_of(states: TokenStates, edit: Sequence[Tensor]) -> Tensor:
+    """Compute what an edit adds to each activation, float32 ``[tokens, neurons]``: nothing where a neuron is not active.
+
+    Args:
+        states: of some tokens, with the activations of the profile's neurons.
+        edit: gain, bias, low and high.
+    """
+    activations = states.activations.float()
+    added = edited(activations, *edit) - activations
+    return added if states.active is None else torch.where(states.active, added, 0)

@@ -217,13 +217,13 @@ class Readout:
             logit_bias -= logit_bias.mean()
         return cls(w_out, folded, logit_bias, norm.epsilon, norm.centred, softcap, write)
 
-    def select(self, neurons: Tensor) -> Readout:
-        """The readout of some of the neurons, by index ``[n]``."""
+    def select(self, neurons: Tensor | slice) -> Readout:
+        """The readout of some of the neurons, by index ``[n]`` or as a slice."""
         return self._with_writes(lambda writes: writes[neurons])
 
     def combine(self, push: Tensor) -> Readout:
-        """The readout of one imaginary neuron that stands for all, each activated by ``push`` ``[n_neurons]``."""
-        return self._with_writes(lambda writes: (push @ writes)[None])
+        """The readout of an imaginary neuron that stands for all, each activated by ``push`` ``[n_neurons]``, or of several."""
+        return self._with_writes(lambda writes: torch.atleast_2d(push @ writes))
 
     def _with_writes(self, change: Callable[[Tensor], Tensor]) -> Readout:
         norm = self.write_norm and dataclasses.replace(self.write_norm, inputs=change(self.write_norm.inputs))
@@ -293,15 +293,21 @@ class Readout:
         assert state.normed is not None
         return state.residual - state.normed + after
 
-    def move(self, state: ReadoutState, delta: Tensor) -> Move:
+    def move(self, state: ReadoutState, delta: Tensor, *, paired: bool = False) -> Move:
         """How the logits move when ``delta`` ``[tokens, n_neurons]`` is added to each activation alone.
+
+        Args:
+            state: of the tokens.
+            delta: what is added.
+            paired: whether the readout has one neuron for each token, to which each column of `delta` is added.
 
         Returns:
             ``[moves, tokens, n_neurons]``: the whole move; the same with the final norm's denominator frozen; and, in a model
             with a write norm, with both frozen. So the last is always what goes straight to the logits.
         """
         d, residual, sigma = self.d_model, state.residual, state.sigma
-        dot, length = residual @ self.w_out.T, self.w_out.square().sum(dim=1)
+        dots = _paired_dots if paired else _dots
+        dot, length = dots(residual, self.w_out), self.w_out.square().sum(dim=1, keepdim=paired)
         none = torch.zeros_like(delta)
         if self.write_norm is None:
             growth = (2 * delta * dot + delta.square() * length) / (d * sigma.square())
@@ -311,11 +317,12 @@ class Readout:
         assert state.rho is not None
         assert state.normed is not None
         inputs, rho, normed = self.write_norm.inputs, state.rho, state.normed
-        growth = (2 * delta * (state.mlp_output @ inputs.T) + delta.square() * inputs.square().sum(dim=1)) / (d * rho.square())
+        lengths = inputs.square().sum(dim=1, keepdim=paired)
+        growth = (2 * delta * dots(state.mlp_output, inputs) + delta.square() * lengths) / (d * rho.square())
         gamma, straight = _inverse_root(growth), delta / rho
         delta = straight * (1 + gamma)
         growth = 2 * delta * dot + delta.square() * length + 2 * gamma * (residual * normed).sum(-1, keepdim=True)
-        growth += gamma.square() * normed.square().sum(-1, keepdim=True) + 2 * gamma * delta * (normed @ self.w_out.T)
+        growth += gamma.square() * normed.square().sum(-1, keepdim=True) + 2 * gamma * delta * dots(normed, self.w_out)
         alpha = _inverse_root(growth / (d * sigma.square()))
         return Move(
             (torch.stack([gamma * (1 + alpha), gamma, none]), torch.stack([alpha, none, none])),
@@ -368,6 +375,16 @@ class FullOutputs(NamedTuple):
 def products(directions: Tensor, unembedding: Tensor) -> Tensor:
     """``W_U directions``, ``[K, tokens, vocab]``, of directions ``[K, tokens, d_model]``."""
     return directions @ unembedding.T
+
+
+def _dots(states: Tensor, writes: Tensor) -> Tensor:
+    """Dot products of every state with every write, ``[tokens, n]``."""
+    return states @ writes.T
+
+
+def _paired_dots(states: Tensor, writes: Tensor) -> Tensor:
+    """Dot products of every state with its own write, ``[tokens, 1]``."""
+    return (states * writes).sum(dim=1, keepdim=True)
 
 
 def _inverse_root(growth: Tensor) -> Tensor:

@@ -25,7 +25,11 @@ class TokenStates(NamedTuple):
     """States that a model left in its last layer at some tokens."""
 
     activations: Tensor
-    """Input of the last MLP's output projection, ``[tokens, n_neurons]``."""
+    """Input of the last MLP's output projection, ``[tokens, n_neurons]``.
+
+    In a mixture of experts what multiplies each neuron's write: of the experts that a token is routed to, one after the other,
+    then of the shared one, ``[tokens, slots · units + shared]``.
+    """
     residual: Tensor
     """Input of the final norm, ``[tokens, d_model]``."""
     mlp_output: Tensor | None
@@ -34,7 +38,15 @@ class TokenStates(NamedTuple):
     """Ids of the tokens that follow, ``[tokens]``."""
     window: Tensor
     """Window that each token is in, ``[tokens]``."""
+    experts: Tensor | None = None
+    """Experts that each token is routed to, ``[tokens, slots]``; None in a dense model."""
+    active: Tensor | None = None
+    """Whether each activation is one, bool ``[tokens, n]``; None: all are. Elsewhere the token is not routed to the neuron."""
 
     def at(self, rows: slice | Tensor) -> TokenStates:
         """The states of some of the tokens."""
         return rows_of(self, rows)
+
+    def to(self, device: torch.device) -> TokenStates:
+        """The states on a device."""
+        return self._replace(**{name: tensor.to(device) for name, tensor in self._asdict().items() if tensor is not None})

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from confsteer.last_layer.coordinates import Coordinates, Geometry, Plan, Writes
-from confsteer.last_layer.edit import edited
+from confsteer.last_layer.edit import change_of
 from confsteer.last_layer.intervention import Intervention
 from confsteer.last_layer.readout import WORKING_SET, Readout
 from confsteer.last_layer.sample import SampledLogits, VocabularySample
@@ -98,7 +98,7 @@ class TextStates:
 
     def coordinates(self, intervention: Intervention) -> Coordinates:
         """Coefficients of an intervention at each token."""
-        return self.geometry.coordinates(self.readout, self.writes, self.states.activations, intervention)
+        return self.geometry.coordinates(self.readout, self.writes, self.states, intervention)
 
     @torch.no_grad()
     def predict(
@@ -180,7 +180,6 @@ class TextStates:
     def logits(self, intervention: Intervention) -> Tensor:
         """Logits ``[tokens, vocab]`` after an intervention, of a text of few tokens: the definition of all the rest."""
         *edit, null_write, temperature = (column.to(self.null_direction.device) for column in intervention)
-        activations = self.states.activations.float()
         state = self.readout.state(self.states.residual, self.states.mlp_output)
-        residual = self.readout.residual_after(state, edited(activations, *edit) - activations)
+        residual = self.readout.residual_after(state, change_of(self.states, edit))
         return self.readout.logits(residual + null_write * self.null_direction) / temperature

@@ -2,6 +2,7 @@
 
 layers.py       any linear layer or norm, plain, quantised, offloaded or under an adapter, as tensors
 anatomy.py      the modules at the end of a model, folded into a Readout
+experts.py      the same of a mixture of experts
 factors.py      scalars between the last MLP and the logits, by what each family calls them
 locate.py       finds the modules by what the model calls, and in which order
 dissect.py      proves numerically that the model at hand is what was found

@@ -6,13 +6,14 @@ import contextlib
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from confsteer.errors import UnsupportedModelError
+from confsteer.last_layer.experts import Experts
 from confsteer.last_layer.readout import Readout
 from confsteer.model.layers import (
     dtype_name,
@@ -40,6 +41,8 @@ class LastLayerStates(NamedTuple):
     """Input of the final norm, ``[batch · positions, d_model]``."""
     mlp_output: Tensor | None = None
     """Input of the write norm, ``[batch · positions, d_model]``, in a model that has one."""
+    experts: Tensor | None = None
+    """Experts that each token is routed to, in a mixture of experts: see `TokenStates`, and there for the activations."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,21 @@ class Anatomy:
     """The weights' content when `readout` last read them."""
 
     @property
+    def experts(self) -> Experts | None:
+        """Sizes of a mixture of experts; None if the last MLP is a dense one."""
+        return None
+
+    @property
+    def projections(self) -> tuple[nn.Module, ...]:
+        """Modules that hold the neurons' output weights."""
+        return (self.down_proj,)
+
+    @property
+    def linear_projections(self) -> tuple[nn.Module, ...]:
+        """Those of them that are linear layers, whose input the activations are."""
+        return self.projections
+
+    @property
     def n_neurons(self) -> int:
         return sizes(self.down_proj)[0]
 
@@ -87,11 +105,12 @@ class Anatomy:
         """Whether the unembedding or the last projection is."""
         return not all(map(is_plain, (self.unembedding, self.down_proj)))
 
-    def readout(self, vocab_size: int | None = None) -> Readout:
+    def readout(self, vocab_size: int | None = None, neurons: Tensor | None = None) -> Readout:
         """Fold the last layer, a float32 copy.
 
         Args:
             vocab_size: rows of the unembedding to keep; leave out those the tokenizer has no id for.
+            neurons: indices ``[n]`` of the neurons to keep; all if None.
 
         Raises:
             UnsupportedModelError: this process does not have the weights whole, or a norm is of no known kind.
@@ -109,7 +128,7 @@ class Anatomy:
             unembedding = output_weights(self.unembedding).T[:vocab_size]
             device, bias = unembedding.device, getattr(self.unembedding, "bias", None)
             return Readout.fold(
-                w_out=self.w_out().to(device) * multiplier,
+                w_out=self.w_out(neurons).to(device) * multiplier,
                 unembedding=unembedding,
                 norm=norm.to(device),
                 unembedding_bias=None if bias is None else bias[:vocab_size],
@@ -118,14 +137,23 @@ class Anatomy:
                 write_norm=None if write is None else write.to(device),
             )
 
-    def w_out(self) -> Tensor:
-        """Read the last projection as ``[n_neurons, d_model]``, whatever way round and however quantised the model stores it."""
+    def w_out(self, neurons: Tensor | None = None) -> Tensor:
+        """Read the last projection as ``[n_neurons, d_model]``, whatever way round and however quantised the model stores it.
+
+        Args:
+            neurons: indices ``[n]`` of the rows to read; all if None.
+        """
         with on_device(without_adapter(self.down_proj)):
-            return output_weights(self.down_proj).clone()
+            rows = output_weights(self.down_proj)
+            return rows.clone() if neurons is None else rows[neurons.to(rows.device)]
+
+    def writes(self) -> Iterator[Tensor]:
+        """Yield the rows of `w_out`, as many at a time as are to be had together."""
+        yield self.w_out()
 
     def fingerprint(self, dtype: torch.dtype) -> str:
         """Hash the unembedding and the last projection, rounded to `dtype`, by SHA-256; kept until the weights change."""
-        layers = (self.unembedding, self.down_proj)
+        layers = (self.unembedding, *self.projections)
         key = (dtype, *(weights_content(layer) or weights_version(layer) for layer in layers))
         if key not in self._digests:
             self._require_whole_weights()
@@ -135,7 +163,7 @@ class Anatomy:
     def _hash_weights(self, dtype: torch.dtype) -> str:
         digest = hashlib.sha256()
         with on_device(self.unembedding):
-            for weight in (output_weights(self.unembedding).T, self.w_out()):
+            for weight in chain([output_weights(self.unembedding).T], self.writes()):
                 digest.update(str(tuple(weight.shape)).encode())
                 for rows in weight.split(8192):
                     digest.update(rows.to(dtype).contiguous().view(torch.uint8).cpu().numpy())
@@ -163,14 +191,14 @@ class Anatomy:
 
     def _content(self) -> tuple[Any, ...]:
         norms = [norm for norm in (self.final_norm, self.write_norm) if norm is not None]
-        return tuple(weights_content(module) for module in (self.unembedding, self.down_proj, *norms))
+        return tuple(weights_content(module) for module in (self.unembedding, *self.projections, *norms))
 
     def _require_whole_weights(self) -> None:
         """
         Raises:
             UnsupportedModelError: other processes have parts of them.
         """
-        for module in (self.unembedding, self.down_proj, self.final_norm):
+        for module in (self.unembedding, *self.projections, self.final_norm):
             for parameter in module.parameters():
                 # A neuron's index would be that of a shard: neither measuring nor steering could tell neurons apart.
                 # DeepSpeed leaves an empty tensor where a partitioned one was.
@@ -181,26 +209,53 @@ class Anatomy:
                         "the devices of one"
                     )
 
+    def require_dense(self, what: str) -> None:
+        """Refuse what supports only neurons that are active on all tokens.
+
+        Raises:
+            UnsupportedModelError: the last layer is a mixture of experts.
+        """
+        if self.experts is not None:
+            raise UnsupportedModelError(
+                f"{what} needs neurons that are active on every token; the last layer of this model is a mixture of experts "
+                f"({self.experts})"
+            )
+
     @contextlib.contextmanager
     def recording(self, receive: Callable[[LastLayerStates], None]) -> Iterator[None]:
         """Within the context every forward pass hands its `LastLayerStates` to `receive`."""
         pending: dict[str, Tensor] = {}
 
-        def keep(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-            pending[name] = args[0].detach().flatten(0, -2)
-
         def keep_residual(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if "activations" in pending:
-                residual = args[0].detach().flatten(0, -2)
-                receive(LastLayerStates(residual=residual, **{name: t.to(residual.device) for name, t in pending.items()}))
+            if (states := self._gather(pending, args[0].detach().flatten(0, -2))) is not None:
+                receive(states)
                 pending.clear()
 
         with contextlib.ExitStack() as stack:
-            stack.callback(self.down_proj.register_forward_pre_hook(partial(keep, "activations")).remove)
+            self._note(pending, stack)
             if self.write_norm is not None:
-                stack.callback(self.write_norm.register_forward_pre_hook(partial(keep, "mlp_output")).remove)
+                stack.callback(self.write_norm.register_forward_pre_hook(_keep("mlp_output", pending)).remove)
             stack.callback(self.final_norm.register_forward_pre_hook(keep_residual).remove)
             yield
+
+    def _note(self, pending: dict[str, Tensor], stack: contextlib.ExitStack) -> None:
+        """Have the activations of every pass put into `pending` until `stack` is closed."""
+        stack.callback(self.down_proj.register_forward_pre_hook(_keep("activations", pending)).remove)
+
+    def _gather(self, pending: dict[str, Tensor], residual: Tensor) -> LastLayerStates | None:
+        """Put together what a pass has left; None if it did not come through the last layer."""
+        if "activations" not in pending:
+            return None
+        return LastLayerStates(residual=residual, **{name: t.to(residual.device) for name, t in pending.items()})
+
+
+def _keep(name: str, pending: dict[str, Tensor]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    """Make a hook that keeps a module's input, flattened over batch and positions."""
+
+    def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
+        pending[name] = args[0].detach().flatten(0, -2)
+
+    return keep
 
 
 def weights_content(module: nn.Module) -> tuple[Any, ...] | None:
@@ -223,7 +278,7 @@ def weights_content(module: nn.Module) -> tuple[Any, ...] | None:
 def _summary(tensor: Tensor) -> tuple[Any, ...]:
     if tensor.numel() == 0:
         return (tuple(tensor.shape),)
-    rows = (tensor.flatten(1) if tensor.dim() > 1 else tensor.reshape(1, -1)).contiguous()
+    rows = (tensor.flatten(0, -2) if tensor.dim() > 1 else tensor.reshape(1, -1)).contiguous()
     # Integers add up without rounding, and eight bytes at a time ten times faster than fewer.
     units = next(
         unit

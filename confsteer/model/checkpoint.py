@@ -121,7 +121,9 @@ def _skeleton(config: Any, trust_remote_code: bool) -> tuple[PreTrainedModel, An
             # grouped products of experts in bfloat16 alone; the weights that are read come as they are stored.
             how: dict[str, Any] = {"attn_implementation": "eager", "dtype": torch.bfloat16}
             model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code, **how)
-        return model, locate(model)
+        anatomy = locate(model)
+        anatomy.require_dense("reading the last layer of a checkpoint alone")
+        return model, anatomy
     except ConfsteerError:
         raise
     except Exception as error:  # transformers raises many kinds

@@ -11,11 +11,13 @@ import weakref
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from confsteer.errors import UnsupportedModelError
+from confsteer.last_layer.readout import Readout, ReadoutState
 from confsteer.model.anatomy import Anatomy, LastLayerStates
+from confsteer.model.experts import MixtureAnatomy, writes_error
 from confsteer.model.layers import adapters_off, own_arithmetic, relative_error
 from confsteer.model.locate import locate, probe_ids, probe_logits, unwrap
 
@@ -59,33 +61,14 @@ def verify(base: PreTrainedModel, anatomy: Anatomy) -> None:
                 f"they ran {len(states)} times"
             )
         before = states.pop()
-        # Float32 weights may meet in half precision all the same: autocast inside ``forward``, quantised layers below.
-        halves = {anatomy.dtype, before.activations.dtype} & {torch.bfloat16, torch.float16}
-        tolerance = 5e-2 if halves else 1e-3
-        readout = anatomy.readout()
-        device = readout.w_out.device
-        mlp_output = None if before.mlp_output is None else before.mlp_output.to(device)
-        state = readout.state(before.residual.to(device), mlp_output)
-        neurons = torch.linspace(0, anatomy.n_neurons - 1, steps=min(4, anatomy.n_neurons), device=device).long()
-        chosen = torch.zeros(1, anatomy.n_neurons, dtype=torch.float32, device=device)
-        chosen[:, neurons] = 1
-        # A push as large as what it is added to, so that rounding in half precision stays small beside it.
-        write, onto = readout.w_out, state.residual
-        if readout.write_norm is not None and state.mlp_output is not None:
-            write, onto = readout.write_norm.inputs, state.mlp_output
-        push = float(onto.norm(dim=-1).mean() / (chosen @ write).norm().clamp_min(1e-12))
-
-        def push_activations(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            pushed = args[0].clone()
-            pushed[..., neurons.to(pushed.device)] += push
-            return (pushed, *args[1:])
-
-        handle = anatomy.down_proj.register_forward_pre_hook(push_activations, prepend=True)
-        try:
-            probe_logits(base, ids)
-        finally:
-            handle.remove()
-        after = states.pop()
+    # Float32 weights may meet in half precision all the same: autocast inside ``forward``, quantised layers below.
+    halves = {anatomy.dtype, before.activations.dtype} & {torch.bfloat16, torch.float16}
+    tolerance = 5e-2 if halves else 1e-3
+    neurons = torch.linspace(0, anatomy.n_neurons - 1, steps=min(4, anatomy.n_neurons), device="cpu").long()
+    readout = anatomy.readout(neurons=neurons)
+    device = readout.w_out.device
+    mlp_output = None if before.mlp_output is None else before.mlp_output.to(device)
+    state = readout.state(before.residual.to(device), mlp_output)
     if not torch.isfinite(logits).all():
         raise UnsupportedModelError(f"{name}: the model's logits are not finite; its weights may be damaged")
     ours, theirs = readout.logits(state.residual), logits.flatten(0, -2).float().to(device)
@@ -95,10 +78,33 @@ def verify(base: PreTrainedModel, anatomy: Anatomy) -> None:
             f"{name}: its logits are not its unembedding applied to its final norm (relative error {error:.1e}, at most "
             f"{tolerance:.0e}); something else happens to them"
         )
-    moved = readout.centre(after.residual.to(device)) - state.residual
-    error = relative_error(moved, readout.residual_after(state, push * chosen) - state.residual)
+    if isinstance(anatomy, MixtureAnatomy):
+        error = writes_error(anatomy, lambda: probe_logits(base, ids))
+    else:
+        error = _push_error(base, anatomy, neurons, readout, state)
     if not error < tolerance:
         raise UnsupportedModelError(
             f"{name}: a neuron of the last MLP does not move the residual by its output weights (relative error {error:.1e}, "
             f"at most {tolerance:.0e}); something else happens to the MLP's output before it is added"
         )
+
+
+def _push_error(base: PreTrainedModel, anatomy: Anatomy, neurons: Tensor, readout: Readout, state: ReadoutState) -> float:
+    """Push some neurons, of which `readout` is, and compare how the residual moves with the closed form: the relative error."""
+    # A push as large as what it is added to, so that rounding in half precision stays small beside it.
+    write, onto = readout.w_out, state.residual
+    if readout.write_norm is not None and state.mlp_output is not None:
+        write, onto = readout.write_norm.inputs, state.mlp_output
+    push = float(onto.norm(dim=-1).mean() / write.sum(dim=0).norm().clamp_min(1e-12))
+
+    def push_activations(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        pushed = args[0].clone()
+        pushed[..., neurons.to(pushed.device)] += push
+        return (pushed, *args[1:])
+
+    after: list[LastLayerStates] = []
+    with anatomy.down_proj.register_forward_pre_hook(push_activations, prepend=True), anatomy.recording(after.append):
+        probe_logits(base, probe_ids(anatomy.vocab_size))
+    moved = readout.centre(after[0].residual.to(state.residual.device)) - state.residual
+    expected = readout.residual_after(state, torch.full_like(write[:, 0], push)[None]) - state.residual
+    return relative_error(moved, expected)

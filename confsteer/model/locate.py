@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from confsteer.errors import ConfsteerError, UnsupportedModelError
 from confsteer.model.anatomy import Anatomy
+from confsteer.model.experts import find_experts, norm_after, with_experts
 from confsteer.model.factors import read_factors
 from confsteer.model.layers import execution_device, sizes, without_adapter, without_compiler
 
@@ -61,9 +62,10 @@ def locate(model: nn.Module) -> Anatomy:
     places = _found.get(base)
     if places is None or not _still_there(base, places):
         places = _found[base] = _search(base, unembedding)
+    config = base.config.get_text_config(decoder=True)
     last_layer = _submodule(base, f"{places.layers}.{places.layer}")
-    factors = read_factors(base, base.config.get_text_config(decoder=True), last_layer)
-    return Anatomy(
+    factors = read_factors(base, config, last_layer)
+    anatomy = Anatomy(
         layer=places.layer,
         last_layer=last_layer,
         down_proj=_submodule(last_layer, places.down_proj),
@@ -74,6 +76,7 @@ def locate(model: nn.Module) -> Anatomy:
         softcap=factors.softcap,
         write_norm=None if places.write_norm is None else _submodule(last_layer, places.write_norm),
     )
+    return with_experts(anatomy, config) if find_experts(last_layer, config.model_type) else anatomy
 
 
 def unwrap(model: nn.Module) -> PreTrainedModel:
@@ -150,7 +153,6 @@ def _search(base: PreTrainedModel, unembedding: nn.Module) -> Places:
         raise UnsupportedModelError(f"{name} has no list of transformer layers")
     element = _element(calls[of_layers[-1]].path, lists)
     last_layer = _submodule(base, element)
-    _refuse_experts(name, last_layer)
     if head := [call.path for call in calls[of_layers[-1] + 1 :] if _is_linear(call.module)]:
         raise UnsupportedModelError(
             f"{name} has no final norm before its unembedding: a layer of its own ({head[-1]}) stands between the last "
@@ -162,6 +164,15 @@ def _search(base: PreTrainedModel, unembedding: nn.Module) -> Places:
             f"{name} does not have one residual for each token in the order of the text: of ids {list(PROBE_SHAPE)} the final "
             f"norm reads {list(residual.shape)}"
         )
+    layers, _, layer = element.rpartition(".")
+    stack = base.get_submodule(layers)
+    assert isinstance(stack, nn.ModuleList)
+    here = Places(layers=layers, layer=int(layer), depth=len(stack), down_proj="", final_norm="", write_norm=None)
+    if experts := find_experts(last_layer, name):
+        last_norms = [call.path for call in calls if _is_norm(call.module) and not call.path.startswith(f"{element}.")]
+        if not last_norms:
+            raise UnsupportedModelError(f"{name} has no final norm: there is none between its last layer and its unembedding")
+        return here._replace(down_proj=experts, final_norm=last_norms[-1], write_norm=norm_after(last_layer))
     inside = [call for call in calls if call.path.startswith(f"{element}.") and _is_linear(call.module)]
     projection = _projection(base, element, inside)
     after = calls[max(i for i, call in enumerate(calls) if call.module is projection.module) + 1 :]
@@ -170,13 +181,7 @@ def _search(base: PreTrainedModel, unembedding: nn.Module) -> Places:
         raise UnsupportedModelError(f"{name} has no final norm: there is none between its last MLP and its unembedding")
     _refuse_more(base, element, projection, [call for call in after if _is_linear(call.module)])
     write_norm = next((norm for norm in norms[:-1] if norm.path.startswith(f"{element}.") and _same(norm, projection)), None)
-    layers, _, layer = element.rpartition(".")
-    stack = base.get_submodule(layers)
-    assert isinstance(stack, nn.ModuleList)
-    return Places(
-        layers=layers,
-        layer=int(layer),
-        depth=len(stack),
+    return here._replace(
         down_proj=projection.path.removeprefix(f"{element}."),
         final_norm=norms[-1].path,
         write_norm=None if write_norm is None else write_norm.path.removeprefix(f"{element}."),
@@ -248,19 +253,6 @@ def _element(path: str, lists: Collection[str]) -> str:
     places = (i for i in range(1, len(parts) - 1) if ".".join(parts[:i]) in lists)
     first = next(places, None)
     return "" if first is None else ".".join(parts[: first + 1])
-
-
-def _refuse_experts(name: str, last_layer: nn.Module) -> None:
-    """
-    Raises:
-        UnsupportedModelError: the last layer is a mixture of experts.
-    """
-    for path, module in last_layer.named_modules():
-        if path.split(".")[-1] == "experts" or type(module).__name__.endswith("Experts"):
-            raise UnsupportedModelError(
-                f"the last layer of {name} is a mixture of experts ({path}): its neurons are active only on the tokens routed to "
-                "them, which confsteer does not support"
-            )
 
 
 def _projection(base: PreTrainedModel, element: str, linears: Sequence[_Call]) -> _Call:

@@ -18,15 +18,18 @@ from transformers import PreTrainedModel
 
 from confsteer.distributed import SINGLE_PROCESS, Process
 from confsteer.errors import SteeringError, UnsupportedModelError
+from confsteer.last_layer.experts import of_neurons
 from confsteer.last_layer.readout import Readout
 from confsteer.last_layer.states import TokenStates, join_rows, rows_of
 from confsteer.model.anatomy import Anatomy, LastLayerStates
+from confsteer.model.experts import MixtureAnatomy, writes_error
 from confsteer.model.layers import (
     dtype_name,
     is_plain,
     on_device,
     output_weights,
     relative_error,
+    sizes,
     without_adapter,
     without_compiler,
 )
@@ -126,13 +129,8 @@ class Recording:
             self._checked = True
         states, _ = _forward(self.model, self.anatomy, batch.input_ids, batch.attention_mask, use_cache=False)
         kept = batch.kept.flatten().to(states.residual.device)
-        return TokenStates(
-            activations=states.activations[kept].to(self.device),
-            residual=states.residual[kept].to(self.device),
-            mlp_output=None if states.mlp_output is None else states.mlp_output[kept].to(self.device),
-            targets=batch.targets.to(self.device),
-            window=batch.window.to(self.device),
-        )
+        of_kept = rows_of(states, kept)._asdict()
+        return TokenStates(**of_kept, targets=batch.targets, window=batch.window).to(self.device)
 
 
 def _forward(
@@ -153,12 +151,17 @@ def _pass(
     run: Callable[..., Any], model: PreTrainedModel, anatomy: Anatomy, input_ids: Tensor, attention_mask: Tensor, **cache: Any
 ) -> tuple[LastLayerStates, Any]:
     """Run a model or its body."""
-    inputs_on = input_device(model)
     received: list[LastLayerStates] = []
-    with torch.no_grad(), anatomy.recording(received.append):
-        output = run(input_ids=input_ids.to(inputs_on), attention_mask=attention_mask.to(inputs_on), **cache)
+    with anatomy.recording(received.append):
+        output = _run(run, model, input_ids, attention_mask, **cache)
     (states,) = received
     return states, output
+
+
+@torch.no_grad()
+def _run(run: Callable[..., Any], model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, **cache: Any) -> Any:
+    device = input_device(model)
+    return run(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), **cache)
 
 
 @contextlib.contextmanager
@@ -170,17 +173,16 @@ def _unsteered(anatomy: Anatomy) -> Iterator[None]:
     """
     kept: dict[nn.Module, tuple[Tensor, int]] = {}
 
-    def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
-        activations: Tensor = args[0]
+    def keep(module: nn.Module, tensor: Tensor) -> None:
         # In inference mode PyTorch does not count how often a tensor is written into.
-        inference = activations.is_inference()
-        kept[module] = (activations.clone(), 0) if inference else (activations, activations._version)
+        inference = tensor.is_inference()
+        kept[module] = (tensor.clone(), 0) if inference else (tensor, tensor._version)
 
-    def compare(module: nn.Module, args: tuple[Any, ...]) -> None:
+    def compare(module: nn.Module, tensor: Tensor) -> None:
         before, version = kept.pop(module)
         # Without other hooks it is the same tensor, and there is nothing to compare.
         written = not before.is_inference() and before._version != version
-        if written or not (args[0] is before or torch.equal(args[0], before)):
+        if written or not (tensor is before or torch.equal(tensor, before)):
             raise SteeringError(
                 "the model is being steered: something changes the activations of its last MLP, such as an open steer() context. "
                 "Leave the context first (or remove the hook): measuring compares steerings with the unsteered model by itself"
@@ -188,9 +190,14 @@ def _unsteered(anatomy: Anatomy) -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         # A context that was opened before an adapter was put around the layer has its hook inside.
-        for module in {anatomy.down_proj, without_adapter(anatomy.down_proj)}:
-            stack.callback(module.register_forward_pre_hook(keep, prepend=True).remove)
-            stack.callback(module.register_forward_pre_hook(compare).remove)
+        for module in {one for layer in anatomy.linear_projections for one in (layer, without_adapter(layer))}:
+            stack.callback(module.register_forward_pre_hook(lambda m, args: keep(m, args[0]), prepend=True).remove)
+            stack.callback(module.register_forward_pre_hook(lambda m, args: compare(m, args[0])).remove)
+        if isinstance(anatomy, MixtureAnatomy):
+            # Neurons of routed experts are steered behind them.
+            module = anatomy.down_proj
+            stack.callback(module.register_forward_hook(lambda m, args, output: keep(m, output), prepend=True).remove)
+            stack.callback(module.register_forward_hook(lambda m, args, output: compare(m, output)).remove)
         yield
 
 
@@ -250,8 +257,10 @@ def check_closed_form(model: PreTrainedModel, anatomy: Anatomy, ids: Tensor, rea
             f"{error:.1e}, at most {tolerance:.0e}): a hook, an adapter or a patch changes them. Remove it, or merge it into the "
             "weights and calibrate those"
         )
-    moved, expected = _push(model, anatomy, states, ids, mask, counted)
-    error = relative_error(moved, expected)
+    if isinstance(anatomy, MixtureAnatomy):
+        error = writes_error(anatomy, lambda: _run(model.base_model, model, ids, mask, use_cache=False), counted)
+    else:
+        error = relative_error(*_push(model, anatomy, states, ids, mask, counted))
     if not error < tolerance:
         raise UnsupportedModelError(
             f"{name}: on this text a neuron of the last MLP does not move the residual by its output weights (relative error "
@@ -295,8 +304,11 @@ def _refuse_adapters(anatomy: Anatomy, states: LastLayerStates, name: str) -> No
     Raises:
         UnsupportedModelError: adapters on the last projection or the unembedding take part; the closed form has neither.
     """
-    inputs = {"last MLP projection": (anatomy.down_proj, states.activations), "unembedding": (anatomy.unembedding, None)}
-    for place, (module, x) in inputs.items():
+    layers: list[tuple[str, nn.Module, Tensor | None]] = [("unembedding", anatomy.unembedding, None)]
+    for layer in anatomy.linear_projections:
+        # Any input tells whether an adapter adds something.
+        layers.append(("last MLP projection", layer, states.activations[:, -sizes(layer)[0] :]))
+    for place, module, x in layers:
         inner = without_adapter(module)
         if inner is module:
             continue
@@ -364,8 +376,8 @@ def record(
     """
     kept = []
     for first, batch in enumerate(Recording(model, anatomy, windows, device, room=0, readout=readout).read(on_read)):
-        activations = batch.activations[:, neurons.to(device)]
-        kept.append(batch._replace(activations=activations, window=batch.window + first * BATCH_SIZE))
+        batch = of_neurons(anatomy.experts, batch, neurons.to(device))
+        kept.append(batch._replace(window=batch.window + first * BATCH_SIZE))
     return join_rows(kept)
 
 
@@ -404,16 +416,10 @@ def record_continuations(
     kept: list[TokenStates] = []
     for context, members in by_context.items():
         continuations = [torch.tensor(sequences[i][1]) for i in members]
-        kept.extend(
-            TokenStates(
-                activations=states.activations[:, neurons.to(states.activations.device)].to(device),
-                residual=states.residual.to(device),
-                mlp_output=None if states.mlp_output is None else states.mlp_output.to(device),
-                targets=targets.to(device),
-                window=torch.tensor(members, device=device)[window.to(device)],
-            )
-            for states, targets, window in _continue(model, anatomy, torch.tensor([context]), continuations)
-        )
+        for states, targets, window in _continue(model, anatomy, torch.tensor([context]), continuations):
+            of_all = TokenStates(**states._asdict(), targets=targets, window=torch.tensor(members)[window])
+            few = of_neurons(anatomy.experts, of_all, neurons.to(states.activations.device))
+            kept.append(few.to(device))
         on_read(len(members))
     return join_rows(kept)
 

@@ -26,7 +26,7 @@ def describe(profile: Profile) -> dict[str, Any]:
                 "unit": "nats",
                 "range": profile.reach(dial),
                 "effects": [effect._asdict() for effect in example_effects(profile, dial)],
-                "neurons": [neuron.index for neuron in profile.neurons(dial)],
+                "neurons": [neuron.key for neuron in profile.neurons(dial)],
             }
             for dial in profile.response
         },

@@ -73,6 +73,8 @@ class Profile(Strict):
             raise ValueError("a neuron is listed twice")
         if any(index >= self.model.n_neurons for index in indices):
             raise ValueError(f"a neuron's index is beyond the layer's {self.model.n_neurons} neurons")
+        if any(neuron.key != self.model.key(neuron.index) for neuron in neurons):
+            raise ValueError("a neuron's name is not that of its index")
         if any(neuron.layer != self.model.layer for neuron in neurons):
             raise ValueError(f"a neuron is not in layer {self.model.layer}")
         for dial in DIALS:
@@ -173,7 +175,7 @@ class Profile(Strict):
                 f"this profile of {self.model.id} is a scan of its weights alone: there is nothing to steer before the neurons' "
                 "effects are measured. Run confsteer calibrate on the model"
             )
-        if unsigned := [neuron.index for dial in dials for neuron in self.neurons(dial)]:
+        if unsigned := [neuron.key for dial in dials for neuron in self.neurons(dial)]:
             return NoNeuronsError(
                 f"the {DIALS[dials[0]].neurons} neurons of {self.model.id} ({', '.join(map(str, unsigned))}) have no clear sign "
                 "on the calibration text, so that no dial can turn them: scale, shift or clamp them by index"
@@ -263,7 +265,7 @@ class Profile(Strict):
             if change := getattr(steering, dial):
                 position = self.dial_position(dial, change)
                 for neuron in self.neurons(dial):
-                    bias[self._rows(neuron.index)] += position * neuron.sign * neuron.std_activation
+                    bias[self._rows(neuron.key)] += position * neuron.sign * neuron.std_activation
         for key, bounds in steering.clamp.items():
             lower, upper = bounds if isinstance(bounds, tuple) else (bounds, bounds)
             low[self._rows(key)] = -np.inf if lower is None else lower
@@ -280,13 +282,13 @@ class Profile(Strict):
         Raises:
             SteeringError: the profile has none.
         """
-        groups = {words.group: self.neurons(dial) for dial, words in DIALS.items()}
-        meant = {neuron.index for neuron in groups[key]} if isinstance(key, str) else {key}
-        indices = [neuron.index for neuron in self.steerable]
-        rows = [row for row, index in enumerate(indices) if index in meant]
+        groups: dict[NeuronKey, tuple[Neuron, ...]] = {words.group: self.neurons(dial) for dial, words in DIALS.items()}
+        meant = {neuron.key for neuron in groups[key]} if key in groups else {key}
+        keys = [neuron.key for neuron in self.steerable]
+        rows = [row for row, own in enumerate(keys) if own in meant]
         if not rows:
-            what = f"{key} neurons" if isinstance(key, str) else f"neuron {key}"
-            raise SteeringError(f"{what}: not in the profile of {self.model.id}, which has {', '.join(map(str, indices))}")
+            what = f"{key} neurons" if key in groups else f"neuron {key}"
+            raise SteeringError(f"{what}: not in the profile of {self.model.id}, which has {', '.join(map(str, keys))}")
         return rows
 
     def check_model(self, anatomy: Anatomy) -> None:
@@ -294,9 +296,8 @@ class Profile(Strict):
         Raises:
             ProfileMismatchError: the profile belongs to another model.
         """
-        expected = {"layer": self.model.layer, "n_neurons": self.model.n_neurons, "d_model": self.model.d_model}
-        expected["vocab_size"] = self.model.vocab_size
-        for name, value in expected.items():
+        for name in ("layer", "experts", "n_neurons", "d_model", "vocab_size"):
+            value = getattr(self.model, name)
             if (actual := getattr(anatomy, name)) != value:
                 raise ProfileMismatchError(
                     f"the profile is of {self.model.id} with {name} {value}; this model has {name} {actual}"
@@ -348,7 +349,7 @@ def schema() -> dict[str, Any]:
     """JSON schema of ``profile.json``."""
     described = Profile.model_json_schema()
     described["properties"] = {
-        "format_version": {"const": store.FORMAT_VERSION},
+        "format_version": {"enum": list(store.FORMAT_VERSIONS)},
         **described["properties"],
         "checksum": {"type": "string", "description": "SHA-256 of the rest, keys sorted."},
     }

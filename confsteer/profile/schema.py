@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import importlib.metadata
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    FailFast,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from confsteer.last_layer.experts import Experts
 from confsteer.model.anatomy import Anatomy
 from confsteer.model.layers import dtype_name
-from confsteer.steering import Dial
+from confsteer.steering import EXPERT_NEURON, Dial, NeuronKey
 from confsteer.text.windows import vocabulary_size
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -19,12 +28,23 @@ Percent = Annotated[float, Field(ge=0, le=100)]
 NonNegative = Annotated[float, Field(ge=0)]
 # The first wrong item is enough: every further one would be a line of the error, and there may be very many.
 CurveColumn = Annotated[tuple[float, ...], FailFast()]
+OF_EXPERTS = ("experts", "name", "active")
+"""Fields that only a mixture of experts has."""
 
 
 class Strict(BaseModel):
     """A frozen record that takes no other types, no further keys and no infinity."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class _OfExperts(Strict):
+    """A record with fields that only a layer of experts has; they are written down where they have a value."""
+
+    @model_serializer(mode="wrap")
+    def _without_empty(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        written: dict[str, Any] = write(self)
+        return {name: value for name, value in written.items() if value is not None or name not in OF_EXPERTS}
 
 
 class Measurement(Strict):
@@ -35,11 +55,20 @@ class Measurement(Strict):
     """None if the corpus was a single window."""
 
 
-class Neuron(Strict):
-    """A neuron of the last MLP. Effects are those of setting it to its mean activation, in nats."""
+class Neuron(_OfExperts):
+    """A neuron of the last MLP. Effects are those of setting it to its mean activation, in nats, averaged over all tokens.
+
+    A neuron of an expert has an activation only where a token is routed to the expert: there its own activation times the routing
+    weight. Elsewhere nothing of it can be changed, and its effect is none.
+    """
 
     layer: Annotated[int, Field(ge=0)]
     index: Annotated[int, Field(ge=0)]
+    """Row of the columns."""
+    name: Annotated[str, Field(pattern=EXPERT_NEURON)] | None = None
+    """Expert and number within it, such as 3.17 or shared.17, in a mixture of experts, as the next."""
+    active: Fraction | None = None
+    """Share of the tokens that are routed to its expert; an effect divided by it is the mean over these."""
     sign: Literal[-1, 0, 1]
     """Direction in which its activation goes when its dial goes up; 0: its effect has no clear sign, and the dial leaves it."""
     norm: NonNegative
@@ -50,6 +79,7 @@ class Neuron(Strict):
     null_fraction: Fraction
     """Share of its write in the unembedding's effective null space."""
     mean_activation: float
+    """Over the tokens that it is active on, as the next."""
     std_activation: NonNegative
     total_effect: Measurement
     """Mean |Δloss|."""
@@ -84,6 +114,11 @@ class Neuron(Strict):
     """Mean |Δloss| of the logits before the model's softcap; None in models that have none, as the next."""
     entropy_effect_abs_uncapped: Measurement | None = None
     """Mean |Δentropy| before the softcap."""
+
+    @property
+    def key(self) -> NeuronKey:
+        """Its name in a steering, and in all that people read: its index, or its name in a mixture of experts."""
+        return self.index if self.name is None else self.name
 
 
 class Response(Strict):
@@ -130,7 +165,7 @@ class Response(Strict):
         return tuple(value - values[self.zero] for value in values)
 
 
-class ModelIdentity(Strict):
+class ModelIdentity(_OfExperts):
     """The model a profile belongs to."""
 
     id: str
@@ -140,6 +175,9 @@ class ModelIdentity(Strict):
     model_type: str
     layer: Annotated[int, Field(ge=0)]
     n_neurons: Annotated[int, Field(gt=0)]
+    """Neurons of the last MLP; of all experts together in a mixture."""
+    experts: Experts | None = None
+    """Sizes of a mixture of experts."""
     d_model: Annotated[int, Field(gt=0)]
     vocab_size: Annotated[int, Field(gt=0)]
     """Rows of the unembedding, padding included."""
@@ -149,6 +187,16 @@ class ModelIdentity(Strict):
     """Precision it was calibrated in."""
     fingerprints: dict[str, Sha256]
     """SHA-256 of the unembedding and the last projection, rounded to each precision."""
+
+    @model_validator(mode="after")
+    def _counts_its_experts(self) -> ModelIdentity:
+        if self.experts is not None and self.experts.n_neurons != self.n_neurons:
+            raise ValueError(f"{self.n_neurons} neurons, and experts of {self.experts.n_neurons}")
+        return self
+
+    def key(self, neuron: int) -> NeuronKey:
+        """Name a neuron by its index as `Neuron.key` does."""
+        return neuron if self.experts is None else self.experts.name(neuron)
 
     @classmethod
     def of(
@@ -161,6 +209,7 @@ class ModelIdentity(Strict):
             model_type=config.model_type,
             layer=anatomy.layer,
             n_neurons=anatomy.n_neurons,
+            experts=anatomy.experts,
             d_model=anatomy.d_model,
             vocab_size=anatomy.vocab_size,
             tokenizer_size=min(vocabulary_size(tokenizer), anatomy.vocab_size),

@@ -26,7 +26,8 @@ from confsteer.files import (
 )
 from confsteer.model.layers import dtype_name
 
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = (1, 2)
+"""2 is of mixtures of experts, 1 of all other models."""
 FILE_NAME = "profile.json"
 COLUMNS_PATTERN = "columns-*.safetensors"
 WEIGHT_COLUMNS = ("norm", "logit_variance", "null_fraction", "singular_values")
@@ -71,9 +72,14 @@ def find_profile(source: str | os.PathLike[str]) -> Path:
     )
 
 
+def format_version(fields: Mapping[str, Any]) -> int:
+    """Tell the version of the format that a profile with these fields is written in."""
+    return FORMAT_VERSIONS["experts" in fields["model"]]
+
+
 def checksum(fields: Mapping[str, Any]) -> str:
     """SHA-256 of a profile's fields as JSON has them, keys sorted, and of the format version."""
-    canonical = json.dumps([FORMAT_VERSION, fields], sort_keys=True, separators=(",", ":"))
+    canonical = json.dumps([format_version(fields), fields], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
@@ -92,7 +98,7 @@ def write(folder: Path, fields: Mapping[str, Any], columns_file: str, columns: M
     Raises:
         ProfileError: it cannot be written, or would be larger than `MAX_PROFILE_BYTES`.
     """
-    document = {"format_version": FORMAT_VERSION, **fields, "checksum": checksum(fields)}
+    document = {"format_version": format_version(fields), **fields, "checksum": checksum(fields)}
     payload = (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode()
     if len(payload) > MAX_PROFILE_BYTES:
         raise ProfileError(
@@ -120,6 +126,7 @@ class Stored(NamedTuple):
     """A ``profile.json`` of a version that is known; its fields are not looked at yet."""
 
     file: Path
+    version: int
     fields: dict[str, Any]
     checksum: Any
 
@@ -128,7 +135,7 @@ class Stored(NamedTuple):
         Raises:
             ProfileCorruptError: the fields are not those that the checksum is of.
         """
-        if self.checksum != checksum(self.fields):
+        if self.checksum != checksum(self.fields) or self.version != format_version(self.fields):
             raise ProfileCorruptError(
                 f"{self.file} was changed after it was written (its checksum does not fit). Calibrate again, or get a fresh copy"
             )
@@ -144,12 +151,12 @@ def read(file: Path) -> Stored:
     """
     document = _read_document(file)
     version = document.pop("format_version", None)
-    if version != FORMAT_VERSION or isinstance(version, bool):
+    if version not in FORMAT_VERSIONS or isinstance(version, bool):
         raise ProfileVersionError(
-            f"{file} has format version {version!r}; this confsteer reads version {FORMAT_VERSION}. "
+            f"{file} has format version {version!r}; this confsteer reads versions {' and '.join(map(str, FORMAT_VERSIONS))}. "
             "Upgrade confsteer, or calibrate again"
         )
-    return Stored(file, document, document.pop("checksum", None))
+    return Stored(file, version, document, document.pop("checksum", None))
 
 
 def _read_document(file: Path) -> dict[str, Any]:

@@ -263,7 +263,7 @@ def _neuron_table(title: str, neurons: tuple[Neuron, ...], dial: str) -> Table:
                 f"{n.frequency_cosine:+.3f}",
             ]
         table.add_row(
-            f"{n.layer}.{n.index}",
+            f"{n.layer}.{n.key}",
             f"{n.sign:+d}" if n.sign else "none",
             f"{n.norm_percentile:.1f}",
             f"{n.logit_variance_percentile:.1f}",

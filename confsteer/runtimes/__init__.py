@@ -1,6 +1,7 @@
 """One rule, several engines: a steering in a transformers model, in weights, in vLLM, in llama.cpp.
 
 transformers.py    a context around ``generate()``, ``forward`` or a pipeline
+experts.py         the same in a mixture of experts, whatever kernel runs it
 passes.py          which positions of a forward pass generate, and whether the pass is steered
 generations.py     a prompt continued with each of several steerings
 linear.py          the steerings that weights can hold

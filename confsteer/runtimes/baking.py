@@ -88,6 +88,7 @@ def bake(model: nn.Module, profile: Profile | str | os.PathLike[str], steering: 
             "model.merge_and_unload(), and calibrate the merged model"
         )
     anatomy = dissect(model)
+    anatomy.require_dense("baking")
     profile.check_model(anatomy)
     _check_weights(base, anatomy)
 

@@ -17,9 +17,11 @@ from transformers import PreTrainedModel
 from confsteer.errors import SteeringError
 from confsteer.last_layer.edit import edited
 from confsteer.model.dissect import dissect
+from confsteer.model.experts import MixtureAnatomy
 from confsteer.model.layers import execution_device
 from confsteer.model.locate import unwrap
 from confsteer.profile.profile import Profile
+from confsteer.runtimes.experts import steer_experts
 from confsteer.runtimes.passes import Asked, Watch, continues, generating, keeps_graphs, recompiled, replaced
 from confsteer.steering import Steering, SteeringFields
 
@@ -113,19 +115,21 @@ class Steerer:
         if self._neurons.device != activations.device:
             self._move(activations.device)
         selected = activations.index_select(-1, self._neurons)
-        gain, bias, low, high = self._table
-        if self.by_row:
-            # One row per sequence, whether the model keeps [rows, positions, n] or flattens it.
-            by_row = selected.reshape(self._rows, -1, selected.shape[-1])
-            per_steering = self._rows // len(self.steerings)
-            gain, bias, low, high = (t.repeat_interleave(per_steering, dim=0)[:, None] for t in (gain, bias, low, high))
-            after = edited(by_row, gain, bias, low, high)
-            if self._marked is not None:
-                after = torch.where(self._marked[..., None], after, by_row)
-            after = after.reshape(selected.shape)
-        else:
-            after = edited(selected, gain[0], bias[0], low[0], high[0])
-        return (activations.index_copy(-1, self._neurons, after), *args[1:])
+        return (activations.index_copy(-1, self._neurons, self._after(selected, self._table)), *args[1:])
+
+    def _after(self, before: Tensor, table: Tensor) -> Tensor:
+        """Apply the rule to the activations of some neurons, ``[…, n]``, by their part of the table ``[4, steerings, n]``."""
+        gain, bias, low, high = table
+        if not self.by_row:
+            return edited(before, gain[0], bias[0], low[0], high[0])
+        # One row per sequence, whether the model keeps [rows, positions, n] or flattens it.
+        by_row = before.reshape(self._rows, -1, before.shape[-1])
+        per_steering = self._rows // len(self.steerings)
+        gain, bias, low, high = (t.repeat_interleave(per_steering, dim=0)[:, None] for t in (gain, bias, low, high))
+        after = edited(by_row, gain, bias, low, high)
+        if self._marked is not None:
+            after = torch.where(self._marked[..., None], after, by_row)
+        return after.reshape(before.shape)
 
     def _refuse_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Stand for a model's continuous batching, which packs requests in an order of its own."""
@@ -194,7 +198,10 @@ def steer(
             stack.callback(anatomy.last_layer.register_forward_pre_hook(steerer._note_pass, with_kwargs=True).remove)
         if len(steerer.steerings) > 1:
             stack.enter_context(replaced(base, "init_continuous_batching", steerer._refuse_batching))
-        stack.callback(anatomy.down_proj.register_forward_pre_hook(steerer._edit).remove)
+        if isinstance(anatomy, MixtureAnatomy):
+            steer_experts(anatomy, steerer, stack)
+        else:
+            stack.callback(anatomy.down_proj.register_forward_pre_hook(steerer._edit).remove)
         # Watch last, and stop first: threads may run the model before and after.
         stack.enter_context(steerer._watch.over(base))
         yield steerer

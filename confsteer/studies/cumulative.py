@@ -112,6 +112,7 @@ def cumulative(
     check_context(windows.window, model.config)
     model.eval()
     anatomy = dissect(model)
+    anatomy.require_dense("the cumulative study")
     profile.check_model(anatomy)
     # The order of ablation, and draws of random neurons of like norm in their place.
     neurons = [neuron.index for neuron in profile.entropy_neurons[:k]]

@@ -95,6 +95,7 @@ def bos_ablation(
     check_repetition(model, tokenizer, repeat)
     model.eval()
     anatomy = dissect(model)
+    anatomy.require_dense("the study of induction heads")
     profile.check_model(anatomy)
     windows = random_repeats(tokenizer, profile.model.tokenizer_size, repeat)
     scores = induction_scores(model, windows, repeat.half, progress=progress)

@@ -144,6 +144,7 @@ def induction(
     check_repetition(model, tokenizer, repeat)
     model.eval()
     anatomy = dissect(model)
+    anatomy.require_dense("the study of induction")
     profile.check_model(anatomy)
     repeated: dict[SequenceKind, Windows] = {"random": random_repeats(tokenizer, profile.model.tokenizer_size, repeat)}
     if text is not None:

@@ -33,8 +33,8 @@ class NeuronParameters:
         """Turn parameters into a request, rounded as it is stored."""
         gain, shift = self._gain_and_shift(at)
         return Steering(
-            scale={neuron.index: _short(value) for neuron, value in zip(self.neurons, gain, strict=True)},
-            shift={neuron.index: _short(value) for neuron, value in zip(self.neurons, shift, strict=True)},
+            scale={neuron.key: _short(value) for neuron, value in zip(self.neurons, gain, strict=True)},
+            shift={neuron.key: _short(value) for neuron, value in zip(self.neurons, shift, strict=True)},
         )
 
     def _gain_and_shift(self, at: Tensor) -> tuple[Tensor, Tensor]:

@@ -139,7 +139,8 @@ def test_a_hidden_scale_on_the_write_is_noticed() -> None:
 @pytest.mark.parametrize(
     ("model_type", "extra", "reason"),
     [
-        ("mixtral", {"num_local_experts": 2}, "mixture of experts"),
+        ("jetmoe", {"kv_channels": 8}, r"mixture of experts \(mlp.input_linear, .*not kept as transformers keeps most"),
+        ("cohere2_moe", {"num_experts": 4, "num_experts_per_tok": 2, "num_shared_experts": 1}, "does not move the residual"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_the_reason(model_type: str, extra: dict[str, object], reason: str) -> None:

@@ -21,7 +21,7 @@ import pytest
 from rich.console import Console
 
 from confsteer import Profile, ProfileCorruptError, ProfileError, ProfileNotFoundError, Steering, SteeringError
-from confsteer.profile.store import FILE_NAME, FORMAT_VERSION, MEASURED_COLUMNS, WEIGHT_COLUMNS
+from confsteer.profile.store import FILE_NAME, FORMAT_VERSIONS, MEASURED_COLUMNS, WEIGHT_COLUMNS
 from confsteer.report.tables import print_profile
 from confsteer.steering import DIALS
 from tests.planted import planted
@@ -181,7 +181,7 @@ def with_checksum(document: dict[str, Any]) -> str:
     content = written(document)
     with contextlib.suppress(ValueError, RecursionError):
         rest = {name: value for name, value in json.loads(content).items() if name not in ("format_version", "checksum")}
-        canonical = json.dumps([FORMAT_VERSION, rest], sort_keys=True, separators=(",", ":"))
+        canonical = json.dumps([FORMAT_VERSIONS[0], rest], sort_keys=True, separators=(",", ":"))
         content = written(document | {"checksum": hashlib.sha256(canonical.encode()).hexdigest()})
     return content
 

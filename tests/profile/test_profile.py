@@ -93,7 +93,7 @@ def profiles(draw: st.DrawFn) -> Profile:
                 fields[name] = draw(SHARE)
             elif name == "frequency_cosine":
                 fields[name] = draw(st.floats(-1, 1))
-            elif name not in fields:
+            elif name not in {*fields, "name", "active"}:  # which only a mixture of experts has
                 fields[name] = draw(POSITIVE)
         return Neuron(**fields)
 
@@ -152,7 +152,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 @pytest.mark.parametrize(
     ("damage", "error", "sentence"),
     [
-        (lambda d: d.update(format_version=2), ProfileVersionError, "format version 2; this confsteer reads version 1"),
+        (lambda d: d.update(format_version=3), ProfileVersionError, "format version 3; this confsteer reads versions 1 and 2"),
         (lambda d: d.update(format_version=True), ProfileVersionError, "format version True"),
         (lambda d: d.pop("format_version"), ProfileVersionError, "format version None"),
         (lambda d: d.update(surprise=1), ProfileCorruptError, "surprise: Extra inputs are not permitted"),

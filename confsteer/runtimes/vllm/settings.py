@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from confsteer.errors import ProfileError, SettingError, first_problem
+from confsteer.errors import ProfileError, SettingError, UnsupportedModelError, first_problem
 from confsteer.profile.profile import Profile
 from confsteer.runtimes.vllm.arguments import CONFIG_KEY
 
@@ -51,8 +51,14 @@ class Settings(BaseModel):
         """
         Raises:
             ProfileError: there is none, or it is not the one that the engine was configured with.
+            UnsupportedModelError: it is of a mixture of experts.
         """
         profile = Profile.load(self.profile)
+        if profile.model.experts is not None:
+            raise UnsupportedModelError(
+                f"{profile.model.id} ends in a mixture of experts, whose neurons are out of reach inside vLLM's kernels: steer "
+                "it in transformers (confsteer.steer, confsteer generate)"
+            )
         if self.checksum not in (None, profile.checksum):
             raise ProfileError(f"the profile {self.profile} has changed since the server was started: restart it")
         return profile
