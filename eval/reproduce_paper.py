@@ -234,7 +234,7 @@ DEMO_CAVEAT = (
 def beside_the_paper(profile: Profile, findings: Findings) -> str:
     """What the paper reports of other models, and the same of this one."""
     layer, neurons = profile.layer, profile.entropy_neurons
-    cliff = "an exact null space" if layer.cliff is None else f"the next singular value is {layer.cliff:.3g} times as large"
+    cliff = "an exact null space" if layer.cliff is None else f"the next singular value is {layer.cliff:.4g} times as large"
     rows = [
         (
             "directions of the null space",

@@ -40,14 +40,19 @@ def read_norm(norm: nn.Module, d_model: int) -> NormParameters:
         one = torch.ones(d_model, dtype=torch.float32, device=like.device)
         gains = [one] if weight is None else [weight.float(), 1 + weight.float()]
         tolerance = 1e-4 if like.dtype == torch.float32 else 2e-2
+        # Take the nearest: where gains are in the hundreds, one more is within what half precision rounds.
+        nearest, least = None, tolerance * float(expected.norm())
         for centred in (True, False):
             x = probe.float()
             x = x - x.mean(dim=-1, keepdim=True) if centred else x
             x = x / (x.square().mean(dim=-1, keepdim=True) + epsilon).sqrt()
             for gain in gains:
                 ours = x * gain + (0 if bias is None else bias.float())
-                if float((ours - expected).norm()) <= tolerance * float(expected.norm()):
-                    return NormParameters(gain.clone(), None if bias is None else bias.float().clone(), epsilon, centred)
+                if (error := float((ours - expected).norm())) <= least:
+                    nearest, least = (gain, centred), error
+    if nearest is not None:
+        gain, centred = nearest
+        return NormParameters(gain.clone(), None if bias is None else bias.float().clone(), epsilon, centred)
     raise UnsupportedModelError(f"the final norm {type(norm).__name__} is neither a LayerNorm nor an RMSNorm")
 
 

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from confsteer import UnsupportedModelError
 from confsteer.model.anatomy import LastLayerStates, weights_content
@@ -221,6 +223,16 @@ def test_norms_are_read_by_what_they_compute() -> None:
     assert not read_norm(rms_norm, 16).centred
     with pytest.raises(UnsupportedModelError, match="OddNorm"):
         read_norm(OddNorm(), 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_gain_of_hundreds_is_told_from_one_more(dtype: torch.dtype) -> None:
+    """As of Gemma 3's MLP outputs; half precision rounds by as much."""
+    weight = torch.linspace(5, 700, 640).to(dtype)
+    for kind, offset in ((LlamaRMSNorm, 0), (Gemma3RMSNorm, 1)):
+        norm = kind(640).to(dtype)
+        norm.weight.data.copy_(weight)
+        torch.testing.assert_close(read_norm(norm, 640).gain, weight.float() + offset, rtol=0, atol=0)
 
 
 def test_fingerprints_survive_a_change_of_precision_but_not_of_weights() -> None:
