@@ -14,8 +14,7 @@ import confsteer
 from confsteer import CorpusError, Profile, SettingError
 from confsteer.cli import main
 from confsteer.cli.options import EXIT_INTERRUPTED, EXIT_NO_NEURONS, EXIT_NOTHING_GAINED
-from confsteer.evaluation import choices
-from confsteer.evaluation.choice_sample import ChoiceSample
+from confsteer.evaluation.choice_sample import ChoiceSample, read_choices
 from confsteer.evaluation.evaluate import Evaluation
 from confsteer.evaluation.run_file import Run
 from confsteer.studies.cumulative import CumulativeStudy
@@ -488,14 +487,13 @@ def test_an_interrupted_eval_keeps_the_files_that_were_done(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = [quiz(tmp_path / f"{name}.jsonl", 6) for name in ("first", "second")]
-    read = choices.read_choices
 
     def interrupted(*args: Any, source: str, **how: Any) -> ChoiceSample:
         if source == "second.jsonl":
             raise KeyboardInterrupt
-        return read(*args, source=source, **how)
+        return read_choices(*args, source=source, **how)
 
-    monkeypatch.setattr(choices, "read_choices", interrupted)
+    monkeypatch.setattr("confsteer.evaluation.choices.read_choices", interrupted)
     given = ("--choices", files[0], "--choices", files[1], "--json", tmp_path / "e.json", "--answers", tmp_path / "a.jsonl")
     result = run("eval", folder / "model", "-p", folder / "profile", *given, code=EXIT_INTERRUPTED)
     assert "Interrupted" in result.output
