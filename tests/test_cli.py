@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,13 +13,15 @@ from click.testing import CliRunner, Result
 import confsteer
 from confsteer import CorpusError, Profile, SettingError
 from confsteer.cli import main
-from confsteer.cli.options import EXIT_NO_NEURONS, EXIT_NOTHING_GAINED
+from confsteer.cli.options import EXIT_INTERRUPTED, EXIT_NO_NEURONS, EXIT_NOTHING_GAINED
+from confsteer.evaluation.choice_sample import ChoiceSample, read_choices
 from confsteer.evaluation.evaluate import Evaluation
 from confsteer.evaluation.run_file import Run
 from confsteer.studies.cumulative import CumulativeStudy
 from confsteer.studies.induction import InductionStudy
 from confsteer.text.windows import make_windows
 from confsteer.tuning.tune import Tuning
+from confsteer.tuning.tune_answers import AnswerTuning
 from tests.models import ENTROPY_NEURONS, FAMILIES, chat_tokenizer, tiny_model, tiny_tokenizer, zipf_texts
 from tests.planted import planted
 
@@ -414,3 +417,94 @@ def test_where_nothing_can_be_written_is_said_before_the_work(folder: Path, tmp_
         for option in options:
             result = run(command, *where, option, tmp_path / "nowhere" / "file", code=2)
             assert "is not there, or cannot be written to" in result.output
+
+
+def quiz(file: Path, number: int = 24) -> Path:
+    lines = [
+        {"question": f"t{i} t{i + 1}", "choices": ["t5", f"t{i + 9} t7"], "answer": "AB"[i % 2], "subject": f"s{i % 2}"}
+        for i in range(1, number + 1)
+    ]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file
+
+
+def test_eval_asks_questions_in_several_ways_and_writes_every_answer(folder: Path, tmp_path: Path) -> None:
+    """And a dataset of questions is taken for one; nothing is said of texts, and the model is called as it was given."""
+    file, shots = quiz(tmp_path / "quiz.jsonl"), quiz(tmp_path / "shots.jsonl", 1)
+    (tmp_path / "set").mkdir()
+    quiz(tmp_path / "set" / "train.jsonl", 6)
+    result = run(
+        *(
+            "eval",
+            folder / "model",
+            "-p",
+            folder / "profile",
+            "-s",
+            "entropy=0.2",
+            "--choices",
+            file,
+            "--dataset",
+            tmp_path / "set",
+        ),
+        *("--format", "letters", "--format", "text", "--shots", shots, "--limit", 12, "--by", "subject"),
+        *("--json", tmp_path / "e.json", "--answers", tmp_path / "a.jsonl"),
+    )
+    written = Evaluation.model_validate_json((tmp_path / "e.json").read_text())
+    assert [(one.source, one.wording, one.questions) for one in written.choices] == [
+        ("quiz.jsonl", "letters, 1 example", 12),
+        ("quiz.jsonl", "text, 1 example", 12),
+        (f"{tmp_path / 'set'} train", "letters, 1 example", 6),
+        (f"{tmp_path / 'set'} train", "text, 1 example", 6),
+    ]
+    assert written.choices[0].example.startswith("t1 t2\nA. t5\nB. t10 t7\nAnswer: B\n\n")
+    assert written.name == str(folder / "model")
+    assert "Min-p and top-p" not in result.output
+    assert "all questions" in result.output
+    ways = [row for row in written.choices[0].rows if row.kind != "chance"]
+    lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert len([line for line in lines if line["source"] == "quiz.jsonl" and line["wording"].startswith("letters")]) == 12 * len(
+        ways
+    )
+
+
+def test_what_is_wrong_with_questions_is_found_before_the_model_is_loaded(folder: Path, tmp_path: Path) -> None:
+    file = quiz(tmp_path / "quiz.jsonl")
+    where = ("eval", tmp_path / "no model", "-p", "no profile", "--choices", file)
+    for options, code, says in (
+        (("--by", "topic"), 1, "question 1 has no field 'topic' to group by"),
+        (("--template", "nowhere.jinja"), 1, "neither a file with a template"),
+        (("--shots", folder / "chats.jsonl"), 1, "has no 'question'"),
+        (("--choices", folder / "chats.jsonl"), 1, "has no 'question'"),
+    ):
+        assert says in run(*where, *options, code=code).output
+    assert "are of questions: give some" in run("eval", "-p", "p", "--format", "letters", code=2).output
+    assert "--answers are to questions" in run("eval", "-p", "p", "--answers", tmp_path / "a.jsonl", code=2).output
+    assert "not both" in run("tune", "-p", "p", "--choices", file, "--text", folder / "text.txt", code=2).output
+    assert "answers are tuned for their loss" in run("tune", "-p", "p", "--choices", file, "--objective", "ece", code=2).output
+
+
+def test_an_interrupted_eval_keeps_the_files_that_were_done(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [quiz(tmp_path / f"{name}.jsonl", 6) for name in ("first", "second")]
+
+    def interrupted(*args: Any, source: str, **how: Any) -> ChoiceSample:
+        if source == "second.jsonl":
+            raise KeyboardInterrupt
+        return read_choices(*args, source=source, **how)
+
+    monkeypatch.setattr("confsteer.evaluation.choices.read_choices", interrupted)
+    given = ("--choices", files[0], "--choices", files[1], "--json", tmp_path / "e.json", "--answers", tmp_path / "a.jsonl")
+    result = run("eval", folder / "model", "-p", folder / "profile", *given, code=EXIT_INTERRUPTED)
+    assert "Interrupted" in result.output
+    assert [one.source for one in Evaluation.model_validate_json((tmp_path / "e.json").read_text()).choices] == ["first.jsonl"]
+    assert {json.loads(line)["source"] for line in (tmp_path / "a.jsonl").read_text().splitlines()} == {"first.jsonl"}
+    assert "first.jsonl" in result.output
+
+
+def test_tune_on_answers_saves_nothing_that_a_temperature_does_too(folder: Path, tmp_path: Path) -> None:
+    where = ("tune", folder / "model", "-p", folder / "profile", "--choices", quiz(tmp_path / "quiz.jsonl"), "--dials")
+    result = run(*where, "--out", tmp_path / "tuned", "--json", tmp_path / "t.json", code=EXIT_NOTHING_GAINED)
+    assert "it does not beat the temperature beyond the interval" in result.output
+    assert not (tmp_path / "tuned").exists()
+    assert not AnswerTuning.model_validate_json((tmp_path / "t.json").read_text()).gained

@@ -68,9 +68,12 @@ class RunOptions:
         if self.profile is None:
             raise click.UsageError("give a profile, -p PROFILE, or a run file, --run FILE.yaml")
         questions, text = self.asked.sources(self.text), self.text
-        if questions and not text.texts:
+        is_text = text.dataset is not None and all(one.dataset is None for one in questions)
+        if questions and not (text.texts or is_text):
             # All that was said of a text is of the questions.
-            sources = [] if text.dataset in {None, questions[-1].dataset} else text.sources(model, "held-out")
+            if text.field or text.join:
+                raise click.UsageError("--field and --join are of texts, and there are none: give some with --text PATH")
+            sources = []
         else:
             sources = text.sources(model, "held-out")
         if not (sources or questions):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -72,6 +72,19 @@ class AnswerTuning(Result):
         return self.validation.high < 0
 
 
+class AnswerTuningSettings(TypedDict, total=False):
+    """Keywords of `tune_answers`; those left out are as in `confsteer.defaults.TUNING`."""
+
+    parameters: Parameters
+    """Numbers to tune: ``neurons`` or ``dials``."""
+    ridge: float
+    """Pull towards neutral, as a part of the unsteered loss."""
+    seed: int
+    """Seed of the order in which questions are shared out."""
+    progress: bool
+    """Whether to show progress bars."""
+
+
 class AnswerSplit(NamedTuple):
     """Questions in four parts, see `confsteer.tuning.splits.SPLITS`."""
 
@@ -89,10 +102,7 @@ def tune_answers(
     profile: Profile,
     *,
     wordings: Sequence[Wording] = (AS_TEXT,),
-    parameters: Parameters = defaults.PARAMETERS,
-    ridge: float = defaults.RIDGE,
-    seed: int = defaults.SEED,
-    progress: bool = False,
+    **settings: Unpack[AnswerTuningSettings],
 ) -> AnswerTuning:
     """Find the steering with which answers have the lowest loss, together with a temperature on whole choices.
 
@@ -106,28 +116,29 @@ def tune_answers(
         questions: by the name of where they are from; sets count equally.
         profile: whose neurons to tune.
         wordings: words to put them in; each makes a set of its own.
-        parameters: see `confsteer.tuning.tune.tune`.
-        ridge: see `confsteer.tuning.tune.tune`.
-        seed: of the order in which questions are shared out.
-        progress: whether to show progress bars.
+        **settings: see `AnswerTuningSettings` and `confsteer.tuning.tune.tune`.
 
     Raises:
         CorpusError: there are too few questions; see `confsteer.evaluation.choices.evaluate_choices`.
         NoNeuronsError, ProfileMismatchError: see `confsteer.steer`.
+        TypeError: a keyword is not in `AnswerTuningSettings`.
     """
     began = time.monotonic()
+    own = {name: defaults.TUNING[name] for name in AnswerTuningSettings.__annotations__}
+    given = defaults.with_defaults("tune_answers", settings, own)
+    parameters, progress = given["parameters"], given["progress"]
     reader, splits = Reader(model, profile), []
     for source, asked in questions.items():
         for wording in wordings:
             sample = read_choices(reader, tokenizer, asked, source=source, wording=wording, progress=progress)
-            splits.append(split_questions(sample, wording, seed))
+            splits.append(split_questions(sample, wording, given["seed"]))
 
     # Search on a sample of the vocabulary.
     for one in splits:
         for part in (one.train, one.stop):
             part.reading.draw_sample()
     ways = NeuronParameters(profile) if parameters == "neurons" else DialParameters(profile)
-    steering, steps = _search(ways, splits, ridge, progress)
+    steering, steps = _search(ways, splits, given["ridge"], progress)
 
     # Judge what is stored, digits and all, over the whole vocabulary; fit both temperatures to the parts that were tuned on.
     steered = Intervention.of(profile.edit(steering))
