@@ -16,7 +16,7 @@ VLLM_RELEASES = confsteer/runtimes/vllm/release.py
 VLLM_OLDEST := $(shell sed -n 's/^OLDEST = "\(.*\)"$$/\1/p' $(VLLM_RELEASES))
 VLLM_NEWEST := $(shell sed -n 's/^NEWEST = "\(.*\)"$$/\1/p' $(VLLM_RELEASES))
 # Of the models that are alike in vLLM, one is enough but for the newest release.
-FEWER = not mistral and not qwen2
+FEWER = not mistral and not qwen2 and not smolvlm
 # What the worker does is the same whichever model runner it has.
 WORKER = not come_later and not sleep
 VLLM_TESTS = tests/runtimes/vllm/test_engine.py tests/runtimes/vllm/test_server.py tests/runtimes/vllm/test_examples.py

@@ -97,6 +97,11 @@ MULTIMODAL = [
         | {"vision_config": {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 32}}
         | {"image_token_id": IMAGE, "video_token_id": 94, "vision_start_token_id": 93, "vision_end_token_id": 92},
     ),
+    TinyFamily(
+        "smolvlm",
+        {"text_config": _TEXT | {"model_type": "llama"}, "vision_config": _VISION | {"model_type": "smolvlm_vision"}}
+        | {"image_token_id": IMAGE, "scale_factor": 1},
+    ),
 ]
 """Language models inside others: with a norm on the MLP's output, as it is, and with positions in three dimensions."""
 
@@ -113,7 +118,10 @@ def image_inputs(model_type: str, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         patches = torch.randn(4 * IMAGE_TOKENS, 3 * 2 * 14 * 14, generator=generator)
         grid = torch.tensor([[1, 4, 4]])
         return given | {"pixel_values": patches.repeat(images, 1), "image_grid_thw": grid.repeat(images, 1)}
-    return given | {"pixel_values": torch.randn(1, 3, 28, 28, generator=generator).repeat(images, 1, 1, 1)}
+    image = torch.randn(1, 3, 28, 28, generator=generator)
+    if model_type == "smolvlm":  # each row has an image; one that is black is none
+        return {"pixel_values": (ids == IMAGE).any(dim=1)[:, None, None, None, None] * image}
+    return given | {"pixel_values": image.repeat(images, 1, 1, 1)}
 
 
 WIDE = {
@@ -128,8 +136,15 @@ WIDE = {
     "num_heads": 2,
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
+    "mrope_section": [8, 4, 4],
+    "out_hidden_size": 64,
 }
 """The least that vLLM's attention has kernels for: heads of 32."""
+
+
+def widened(config: dict[str, Any]) -> dict[str, Any]:
+    """The sizes of `WIDE` in a configuration and those inside it."""
+    return {name: widened(value) if isinstance(value, dict) else WIDE.get(name, value) for name, value in config.items()}
 
 
 def tiny_model(model_type: str, config: dict[str, Any], *, seed: int = 0) -> Any:  # its modules have no static types
@@ -205,9 +220,8 @@ def planted_model(model_type: str, counts: torch.Tensor, *, wide: bool = False, 
     With `tied` embeddings only the frequency neuron is planted: what the unembedding does not read, the embedding cannot hold.
     """
     config = {family.model_type: family.config for family in (*FAMILIES, *MULTIMODAL)}[model_type]
+    config = widened(config) if wide else config
     text = config.get("text_config", config) | {"tie_word_embeddings": tied}
-    if wide:
-        text |= {name: size for name, size in WIDE.items() if name in text}
     model = tiny_model(model_type, config | {"text_config": text} if "text_config" in config else text)
     anatomy = locate(model)
     norm = read_norm(anatomy.final_norm, anatomy.d_model)

@@ -26,7 +26,7 @@ def read_factors(model: nn.Module, config: Any, last_layer: nn.Module) -> Factor
         config: of its language model.
         last_layer: which may have a factor among its weights; NaN comes of one that has not been read.
     """
-    return Factors(_logit_scale(model, config), _residual_multiplier(config, last_layer), _softcap(config))
+    return Factors(_logit_scale(model, config), residual_multiplier(config, last_layer), _softcap(config))
 
 
 def _logit_scale(model: nn.Module, config: Any) -> float:
@@ -39,7 +39,8 @@ def _logit_scale(model: nn.Module, config: Any) -> float:
     return scale * scaling if config.model_type == "hyperclovax" else scale / scaling
 
 
-def _residual_multiplier(config: Any, last_layer: nn.Module) -> float:
+def residual_multiplier(config: Any, last_layer: nn.Module) -> float:
+    """Read the factor on the MLP's output; see `read_factors`."""
     multiplier = float(getattr(config, "residual_multiplier", 1.0))  # Granite
     if hasattr(config, "scale_depth"):  # MiniCPM3
         multiplier *= config.scale_depth / math.sqrt(config.num_hidden_layers)

@@ -62,7 +62,9 @@ def edited_by_hand(found: Planted, steering: Steering, first: int) -> Iterator[N
         changed[:, first:, neurons] = (gain * changed[:, first:, neurons] + bias).clamp(low, high)
         return (changed,)
 
-    handle = found.model.model.language_model.layers[-1].mlp.down_proj.register_forward_pre_hook(edit)
+    body = found.model.model
+    language_model = body.text_model if found.model.config.model_type == "smolvlm" else body.language_model
+    handle = language_model.layers[-1].mlp.down_proj.register_forward_pre_hook(edit)
     try:
         yield
     finally:
@@ -122,7 +124,8 @@ def test_a_checkpoint_is_loaded_scanned_and_evaluated_as_it_is(model_type: str, 
 
 
 @pytest.mark.parametrize(
-    ("model_type", "steering"), [("llava", "entropy=0.2"), ("gemma3", "clamp.5=0"), ("qwen2_5_vl", "clamp.5=0")]
+    ("model_type", "steering"),
+    [("llava", "entropy=0.2"), ("smolvlm", "shift.5=0.3"), ("gemma3", "clamp.5=0"), ("qwen2_5_vl", "clamp.5=0")],
 )
 def test_a_baked_model_sees_as_a_steered_one(model_type: str, steering: str) -> None:
     found = planted(model_type)

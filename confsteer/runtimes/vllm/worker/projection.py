@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
 from confsteer.errors import ProfileMismatchError, UnsupportedModelError
 from confsteer.last_layer.readout import NormParameters
+from confsteer.model.factors import residual_multiplier
 from confsteer.model.layers import UNITS_AT_ONCE, read_norm
 from confsteer.profile.profile import Profile
 from confsteer.runtimes.vllm.worker.table import SteeringTable
@@ -128,14 +130,15 @@ def _find(model: nn.Module, profile: Profile) -> _Found:
             f"vLLM's {type(model).__name__} has no linear layer from {identity.n_neurons:,} to {identity.d_model:,} in layer "
             f"{identity.layer}: its last MLP may be a mixture of experts, or the profile is of another model"
         )
-    errors = []
+    config: Any = getattr(model, "config", PretrainedConfig())
+    text_config, errors = config.get_text_config(decoder=True), []
     for name, layer in candidates:
         final_norm, write_gain = _norms(model, name, profile)
         writes = writes_of(layer)
         first = layer.tp_rank * len(writes) if len(writes) < identity.n_neurons else 0
         expected = profile.columns["norm"][first : first + len(writes)].to(writes.device)
         seen = writes if write_gain is None else writes * write_gain
-        seen = seen * getattr(getattr(model, "config", None), "residual_multiplier", 1.0)
+        seen = seen * residual_multiplier(text_config, model.get_submodule(_layer(name, identity.layer)))
         seen = seen - seen.mean(dim=1, keepdim=True) if final_norm.centred else seen
         error = (seen.norm(dim=1) - expected).abs() / expected.clamp_min(1e-12)
         plain = isinstance(layer.quant_method, UnquantizedLinearMethod)
@@ -166,9 +169,9 @@ def writes_of(layer: LinearBase) -> Tensor:
 
 def _norms(model: nn.Module, projection: str, profile: Profile) -> tuple[NormParameters, Tensor | None]:
     """The final norm of the language model that a projection is in, and the gain of a norm on the projection's output."""
-    stack, _, _ = projection.partition(f".{profile.model.layer}.")
+    layer = _layer(projection, profile.model.layer)
     norms = dict(_norm_modules(model, profile.model.d_model))
-    final, parent = None, stack
+    final, parent = None, layer.rpartition(".")[0]
     # The nearest above the layers: what sees or hears has norms of its own.
     while final is None and parent:
         parent = parent.rpartition(".")[0]
@@ -178,10 +181,14 @@ def _norms(model: nn.Module, projection: str, profile: Profile) -> tuple[NormPar
         final = next(reversed([*inside]), None)
     if final is None:
         raise UnsupportedModelError(f"vLLM's {type(model).__name__} has no final norm that confsteer finds")
-    layer = f"{stack}.{profile.model.layer}."
-    write = next((norm for name, norm in norms.items() if name.startswith(layer) and WRITE_NORM.search(name)), None)
+    write = next((norm for name, norm in norms.items() if name.startswith(f"{layer}.") and WRITE_NORM.search(name)), None)
     gain = None if write is None else read_norm(write, profile.model.d_model).gain
     return read_norm(final, profile.model.d_model), gain
+
+
+def _layer(projection: str, layer: int) -> str:
+    """Name the layer that a projection is in."""
+    return f"{projection.partition(f'.{layer}.')[0]}.{layer}"
 
 
 def _norm_modules(model: nn.Module, d_model: int) -> Iterator[tuple[str, nn.Module]]:
