@@ -4,6 +4,7 @@ families.py     the one table of model families: where each keeps its last MLP, 
 layers.py       any linear layer or norm, plain, quantised, offloaded or under an adapter, as tensors
 anatomy.py      the modules at the end of a model, folded into a Readout
 experts.py      the same of a mixture of experts
+experts_on_disk.py   output weights of experts on disk, one expert at a time
 locate.py       finds them: by the table, or by the model's structure
 dissect.py      proves numerically that the model at hand is what was found
 states.py       forward passes over windows, and over answers to questions
