@@ -201,11 +201,14 @@ class Readout:
         if write_norm is not None:
             write = WriteNorm(write_norm.gain.detach().float(), write_norm.epsilon, inputs=w_out)
             w_out = w_out * write.gain
-        # Multiplied in float32 without a copy of that precision.
-        folded = unembedding.detach() * (norm.gain.detach().float() * logit_scale)
+        raw, gain = unembedding.detach(), norm.gain.detach().float() * logit_scale
+        # A copy of all of it in float32 would be as large as the result.
+        folded = torch.empty_like(raw, dtype=torch.float32, memory_format=torch.contiguous_format)
+        for rows, of in zip(folded.split(ROWS_PER_CHUNK), raw.split(ROWS_PER_CHUNK), strict=True):
+            torch.mul(of, gain, out=rows)
         logit_bias = torch.zeros(len(folded), dtype=torch.float32, device=folded.device)
         if norm.bias is not None:
-            logit_bias += unembedding.detach().float() @ norm.bias.detach().float() * logit_scale
+            logit_bias += raw.float() @ norm.bias.detach().float() * logit_scale
         if unembedding_bias is not None:
             logit_bias += unembedding_bias.detach().float() * logit_scale
         # Centre what the norm would centre, and over the vocabulary what no probability notices.
