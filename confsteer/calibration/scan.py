@@ -64,7 +64,7 @@ def scan(
     with tqdm(total=3, desc="reading", unit="step", disable=not progress) as bar, torch.no_grad():
         last = read_last_layer(source, gguf_file=gguf_file, revision=revision, trust_remote_code=trust_remote_code)
         tokenizer = load_tokenizer(source, file=last.file, revision=last.commit or revision, trust_remote_code=trust_remote_code)
-        bytes_read, bytes_total, names = last.bytes_read, last.bytes_total, tuple(last.tensors)
+        bytes_read, bytes_total, names = last.bytes_read, last.bytes_total, (*last.tensors, *last.streamed)
         bar.update()
         bar.set_description("hashing")
         if name is None:
@@ -72,10 +72,13 @@ def scan(
         identity = ModelIdentity.of(last.config, tokenizer, last.anatomy, revision=last.commit)
         bar.update()
         bar.set_description("statistics")
-        readout = last.anatomy.readout(identity.tokenizer_size)
+        anatomy = last.anatomy
+        # Neurons of experts are read a second time, an expert at a time: all at once may not fit into memory.
+        readout = anatomy.readout(identity.tokenizer_size, None if anatomy.experts is None else torch.empty(0, dtype=torch.long))
         # The raw weights make room for the float64 copies of the folded ones.
+        writes = None if anatomy.experts is None else map(readout.folded, anatomy.scaled_writes())
         del last
-        weights = weight_statistics(readout, null_dims=null_dims, seed=seed)
+        weights = weight_statistics(readout, writes, null_dims=null_dims, seed=seed)
         bar.update()
     profile = Profile.create(
         model=identity,

@@ -5,7 +5,7 @@ Source of the statistics: Stolfo et al. 2024 (arXiv 2406.16254), section 3.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -115,8 +115,9 @@ def chance_null_fraction(d: int, null_dims: int, n_neurons: int, *, seed: int = 
         shape = torch.full((repeats, n_neurons), dof / 2, dtype=torch.float64)
         return torch._standard_gamma(shape, generator=generator)
 
+    # In place, for there may be very many neurons.
     null = chi_square(null_dims)
-    squared = null / (null + chi_square(d - null_dims))
+    squared = null.div_(chi_square(d - null_dims).add_(null))
     return float(squared.max(dim=1).values.sqrt().quantile(0.95))
 
 
@@ -145,11 +146,14 @@ def with_null_dims(readout: Readout, weights: WeightStatistics, sizes: Sequence[
     return found
 
 
-def weight_statistics(readout: Readout, *, null_dims: int | None = None, seed: int = 0) -> WeightStatistics:
+def weight_statistics(
+    readout: Readout, writes: Iterable[Tensor] | None = None, *, null_dims: int | None = None, seed: int = 0
+) -> WeightStatistics:
     """Norm, logit variance and null fraction of every neuron, with the chance level of the last.
 
     Args:
         readout: the model's last layer.
+        writes: of its neurons, folded, ``[n, d_model]`` at a time; those of `readout` if None.
         null_dims: ``k``; read off the spectrum by `choose_null_dims` if None.
         seed: of the random directions behind the chance level.
 
@@ -162,20 +166,21 @@ def weight_statistics(readout: Readout, *, null_dims: int | None = None, seed: i
     if not 0 < k < d:
         raise SettingError(f"null_dims is {k}; it must be between 1 and {d - 1}")
     covariance, null_space = _direction_covariance(readout.unembedding), spectrum.directions[:, :k]
-    norm, logit_variance, null_fraction = (torch.empty(readout.n_neurons, dtype=torch.float64) for _ in range(3))
-    for first in range(0, readout.n_neurons, ROWS_PER_CHUNK):
-        rows = slice(first, first + ROWS_PER_CHUNK)
-        writes = readout.w_out[rows].double()
-        norm[rows] = length = writes.norm(dim=1)
-        unit = writes / length.clamp_min(torch.finfo(torch.float64).tiny)[:, None]
+    parts = []
+    for rows in readout.w_out.split(ROWS_PER_CHUNK) if writes is None else writes:
+        rows = rows.double()
+        length = rows.norm(dim=1)
+        unit = rows / length.clamp_min(torch.finfo(torch.float64).tiny)[:, None]
         # Var_t of (row_t · unit) is a quadratic form in the covariance of the rows: no [vocab, n_neurons] product.
-        logit_variance[rows] = ((unit @ covariance) * unit).sum(dim=1).clamp_min(0)
-        null_fraction[rows] = (unit @ null_space).norm(dim=1).clamp_max(1)  # rounding
+        logit_variance = ((unit @ covariance) * unit).sum(dim=1).clamp_min(0)
+        null_fraction = (unit @ null_space).norm(dim=1).clamp_max(1)  # rounding
+        parts.append((length.cpu(), logit_variance.cpu(), null_fraction.cpu()))
+    norm, logit_variance, null_fraction = map(torch.cat, zip(*parts, strict=True))
     return WeightStatistics(
         norm=norm,
         logit_variance=logit_variance,
         null_fraction=null_fraction,
         singular_values=spectrum.singular_values,
         null_dims=k,
-        chance_null_fraction=chance_null_fraction(d, k, readout.n_neurons, seed=seed),
+        chance_null_fraction=chance_null_fraction(d, k, len(norm), seed=seed),
     )

@@ -39,7 +39,7 @@ class Experts:
 
     def __str__(self) -> str:
         shared = f" and a shared one of {self.shared:,}" if self.shared else ""
-        return f"{self.number:,} of {self.units:,} neurons{shared}"
+        return f"{self.number:,} experts of {self.units:,} neurons{shared}"
 
     @property
     def n_routed(self) -> int:

@@ -201,11 +201,14 @@ class Readout:
         if write_norm is not None:
             write = WriteNorm(write_norm.gain.detach().float(), write_norm.epsilon, inputs=w_out)
             w_out = w_out * write.gain
-        raw = unembedding.detach().float()
-        folded = raw * (norm.gain.detach().float() * logit_scale)
-        logit_bias = torch.zeros(raw.shape[0], dtype=torch.float32, device=raw.device)
+        raw, gain = unembedding.detach(), norm.gain.detach().float() * logit_scale
+        # A copy of all of it in float32 would be as large as the result.
+        folded = torch.empty_like(raw, dtype=torch.float32, memory_format=torch.contiguous_format)
+        for rows, of in zip(folded.split(ROWS_PER_CHUNK), raw.split(ROWS_PER_CHUNK), strict=True):
+            torch.mul(of, gain, out=rows)
+        logit_bias = torch.zeros(len(folded), dtype=torch.float32, device=folded.device)
         if norm.bias is not None:
-            logit_bias += raw @ norm.bias.detach().float() * logit_scale
+            logit_bias += raw.float() @ norm.bias.detach().float() * logit_scale
         if unembedding_bias is not None:
             logit_bias += unembedding_bias.detach().float() * logit_scale
         # Centre what the norm would centre, and over the vocabulary what no probability notices.
@@ -216,6 +219,11 @@ class Readout:
             folded -= folded.mean(dim=0)
             logit_bias -= logit_bias.mean()
         return cls(w_out, folded, logit_bias, norm.epsilon, norm.centred, softcap, write)
+
+    def folded(self, w_out: Tensor) -> Tensor:
+        """Fold raw writes of other neurons, ``[n, d_model]`` with the residual multiplier, as `fold` does those of `w_out`."""
+        w_out = w_out.detach().float().to(self.unembedding.device)
+        return self.centre(w_out if self.write_norm is None else w_out * self.write_norm.gain)
 
     def select(self, neurons: Tensor | slice) -> Readout:
         """The readout of some of the neurons, by index ``[n]`` or as a slice."""

@@ -3,6 +3,7 @@
 layers.py       any linear layer or norm, plain, quantised, offloaded or under an adapter, as tensors
 anatomy.py      the modules at the end of a model, folded into a Readout
 experts.py      the same of a mixture of experts
+experts_on_disk.py   output weights of experts on disk, one expert at a time
 factors.py      scalars between the last MLP and the logits, by what each family calls them
 locate.py       finds the modules by what the model calls, and in which order
 dissect.py      proves numerically that the model at hand is what was found

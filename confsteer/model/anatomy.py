@@ -151,6 +151,10 @@ class Anatomy:
         """Yield the rows of `w_out`, as many at a time as are to be had together."""
         yield self.w_out()
 
+    def scaled_writes(self) -> Iterator[Tensor]:
+        """Yield `writes` times the factor on the MLP's output, as `Readout.fold` takes them."""
+        return (rows * self.residual_multiplier for rows in self.writes())
+
     def fingerprint(self, dtype: torch.dtype) -> str:
         """Hash the unembedding and the last projection, rounded to `dtype`, by SHA-256; kept until the weights change."""
         layers = (self.unembedding, *self.projections)

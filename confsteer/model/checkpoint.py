@@ -20,6 +20,8 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 from confsteer.errors import ConfsteerError, LoadError, UnsupportedModelError
 from confsteer.model import gguf
 from confsteer.model.anatomy import Anatomy
+from confsteer.model.experts import MixtureAnatomy
+from confsteer.model.experts_on_disk import stored_experts, with_stored
 from confsteer.model.gguf import GgufFile
 from confsteer.model.gguf_weights import NORM_OFFSET, as_loaded
 from confsteer.model.layers import dtype_name
@@ -47,6 +49,8 @@ class LastLayer(NamedTuple):
     """Size of the whole checkpoint; None where its index does not say."""
     file: GgufFile | None = None
     """GGUF file it is from, if it is from one."""
+    streamed: tuple[str, ...] = ()
+    """Names of the tensors of a mixture of experts, which are read one expert at a time, whenever their neurons are."""
 
 
 def read_last_layer(
@@ -81,7 +85,12 @@ def read_last_layer(
             tensors |= {name: opened.get_tensor(name) for name in places if shard_of[name] == shard}
     _fill(places, tensors, source)
     anatomy = locate(model)  # with factors that are among the weights
-    return LastLayer(config, commit, anatomy, tensors, sum(tensor.nbytes for tensor in tensors.values()), bytes_total)
+    bytes_read = sum(tensor.nbytes for tensor in tensors.values())
+    if not isinstance(anatomy, MixtureAnatomy):
+        return LastLayer(config, commit, anatomy, tensors, bytes_read, bytes_total)
+    experts = stored_experts(model, anatomy, source, shard_of, lambda shard: _file(source, shard, revision))
+    anatomy, bytes_read = with_stored(anatomy, experts), bytes_read + experts.n_bytes
+    return LastLayer(config, commit, anatomy, tensors, bytes_read, bytes_total, streamed=tuple(experts.names))
 
 
 def _read_gguf(file: GgufFile) -> LastLayer:
@@ -92,6 +101,7 @@ def _read_gguf(file: GgufFile) -> LastLayer:
         )
     config = gguf_config(file)
     _, anatomy = _skeleton(config, trust_remote_code=False)
+    anatomy.require_dense("a scan of a GGUF file")
     places = _gguf_places(anatomy, file)
     tensors = {name: as_loaded(file.tensor(name), name, module, file) for name, (module, _) in places.items()}
     _fill(places, tensors, file.name)
@@ -121,9 +131,7 @@ def _skeleton(config: Any, trust_remote_code: bool) -> tuple[PreTrainedModel, An
             # grouped products of experts in bfloat16 alone; the weights that are read come as they are stored.
             how: dict[str, Any] = {"attn_implementation": "eager", "dtype": torch.bfloat16}
             model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code, **how)
-        anatomy = locate(model)
-        anatomy.require_dense("reading the last layer of a checkpoint alone")
-        return model, anatomy
+        return model, locate(model)
     except ConfsteerError:
         raise
     except Exception as error:  # transformers raises many kinds
@@ -153,8 +161,8 @@ def _shards(source: str, revision: str | None) -> tuple[dict[str, str], int | No
 
 
 def _needed(anatomy: Anatomy) -> list[tuple[nn.Module, str]]:
-    """List the modules at the end of a model, and their weights that say what a neuron writes."""
-    needed = [(anatomy.down_proj, "weight")]  # its bias is no neuron's write
+    """List the modules at the end of a model, and their parameters that say what a neuron writes."""
+    needed = [(layer, "weight") for layer in anatomy.linear_projections]  # their biases are no neuron's write
     for module in filter(None, (anatomy.write_norm, anatomy.final_norm, anatomy.unembedding)):
         needed += [(module, parameter) for parameter, _ in module.named_parameters(recurse=False)]
     if hasattr(anatomy.last_layer, "layer_scalar"):

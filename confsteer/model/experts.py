@@ -64,6 +64,8 @@ class MixtureAnatomy(Anatomy):
     """Linear layer whose sigmoid multiplies the shared expert's output."""
     shared_mlp: nn.Module | None
     """The shared expert."""
+    stored: Callable[[int], Tensor] | None = None
+    """Reads the output weights of an expert, ``[units, d_model]``, for a model that was laid out without them."""
 
     @property
     def experts(self) -> Experts:
@@ -79,6 +81,11 @@ class MixtureAnatomy(Anatomy):
         return (self.down_proj,) if self.shared is None else (self.down_proj, self.shared)
 
     @property
+    def keeps_rows(self) -> bool:
+        """Whether the weights of an expert are stored as ``[units, d_model]``, and not the other way round."""
+        return _is_transposed(self.down_proj)
+
+    @property
     def linear_projections(self) -> tuple[nn.Module, ...]:
         return self.projections[1:]
 
@@ -91,6 +98,8 @@ class MixtureAnatomy(Anatomy):
         device = self.unembedding.get_parameter("weight").device
         if neurons is None:
             return torch.cat([rows.to(device) for rows in self.writes()])
+        if not len(neurons):
+            return torch.empty(0, self.d_model, dtype=self.dtype, device=device)
         experts, neurons = self.experts, neurons.cpu()
         of_shared = neurons >= experts.n_routed
         routed, shared = neurons[~of_shared], neurons[of_shared] - experts.n_routed
@@ -110,8 +119,11 @@ class MixtureAnatomy(Anatomy):
 
     def writes(self) -> Iterator[Tensor]:
         """Yield the output weights of one expert after the other, ``[units, d_model]`` each; those of the shared one last."""
-        with on_device(self.down_proj):
-            yield from down_proj_of(self.down_proj).detach()
+        if self.stored is not None:
+            yield from map(self.stored, range(self.experts.number))
+        else:
+            with on_device(self.down_proj):
+                yield from down_proj_of(self.down_proj).detach()
         if self.shared is not None:
             with on_device(without_adapter(self.shared)):
                 yield output_weights(self.shared)

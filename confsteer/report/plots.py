@@ -85,7 +85,7 @@ def _scatter(axes: Axes, profile: Profile, x: np.ndarray, y: np.ndarray) -> None
         if index:
             axes.scatter(x[index], y[index], s=30, color=colour, label=label, zorder=3)
     for i in entropy[:6]:
-        axes.annotate(str(i), (x[i], y[i]), fontsize="x-small", xytext=(4, 3), textcoords="offset points")
+        axes.annotate(str(profile.model.key(i)), (x[i], y[i]), fontsize="x-small", xytext=(4, 3), textcoords="offset points")
 
 
 def draw_spectrum(axes: Axes, profile: Profile) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from confsteer.evaluation.evaluate import Evaluation
     from confsteer.profile.dials import DialEffect
     from confsteer.profile.profile import Profile
-    from confsteer.profile.schema import Neuron
+    from confsteer.profile.schema import ModelIdentity, Neuron
     from confsteer.results.bootstrap import Interval
     from confsteer.studies.cumulative import CumulativeStudy
     from confsteer.studies.induction import InductionStudy
@@ -49,7 +49,7 @@ def print_profile(console: Console, profile: Profile) -> None:
         _print_scan(console, profile)
         return
     console.print(
-        f"[bold]{escape(model.id)}[/bold] ({escape(model.model_type)}), layer {model.layer}: {model.n_neurons:,} neurons, "
+        f"[bold]{escape(model.id)}[/bold] ({escape(model.model_type)}), layer {model.layer}: {_count(model)}, "
         f"{corpus.kept_tokens:,} tokens in {corpus.windows} windows of {escape(corpus.source)}. Unsteered: entropy "
         f"{layer.entropy:.3f}, loss {layer.loss:.3f} nats."
     )
@@ -74,6 +74,16 @@ def print_profile(console: Console, profile: Profile) -> None:
         f"exceeds {layer.chance_null_fraction:.3f} 1 time in 20, and a cosine with unigram of "
         f"{layer.chance_frequency_cosine:.3f}. Effects: neuron set to its mean, nats, ± standard error over windows."
     )
+    if model.experts is not None:
+        console.print(
+            "Neurons are EXPERT.NUMBER, active on the tokens that the router sends to the expert (tokens); other effects are "
+            "means over all tokens."
+        )
+
+
+def _count(model: ModelIdentity) -> str:
+    experts = "" if model.experts is None else f" ({model.experts})"
+    return f"{model.n_neurons:,} neurons{experts}"
 
 
 def print_dial_effects(console: Console, effects: Mapping[Dial, Sequence[DialEffect]]) -> None:
@@ -114,7 +124,11 @@ def _null_space_sentence(profile: Profile) -> str:
     others = []
     for other in layer.other_null_spaces:
         more, fewer = sorted({*other.entropy_neurons} - found), sorted(found - {*other.entropy_neurons})
-        changes = [f"{sign}{', '.join(map(str, neurons))}" for sign, neurons in (("also ", more), ("not ", fewer)) if neurons]
+        changes = [
+            f"{sign}{', '.join(str(profile.model.key(i)) for i in neurons)}"
+            for sign, neurons in (("also ", more), ("not ", fewer))
+            if neurons
+        ]
         others.append(f"with {other.null_dims}, {' and '.join(changes) or 'the same'}")
     return f"{cliff}. Entropy neurons: {'; '.join(others)}."
 
@@ -147,7 +161,7 @@ def print_near_misses(console: Console, profile: Profile) -> None:
         table.add_column("lacks")
         for i, lacks in misses:
             table.add_row(
-                f"{profile.model.layer}.{i}",
+                f"{profile.model.layer}.{profile.model.key(i)}",
                 f"{weights.null_fraction[i]:.3f}",
                 f"{variance[i]:.1f}",
                 f"{cosine[i]:+.3f}",
@@ -164,7 +178,7 @@ def _print_scan(console: Console, profile: Profile) -> None:
 
     model, weights = profile.model, profile.weights
     console.print(
-        f"[bold]{escape(model.id)}[/bold] ({escape(model.model_type)}), layer {model.layer}: {model.n_neurons:,} neurons, "
+        f"[bold]{escape(model.id)}[/bold] ({escape(model.model_type)}), layer {model.layer}: {_count(model)}, "
         "scanned by their weights alone."
     )
     values, k = weights.singular_values, weights.null_dims
@@ -179,7 +193,7 @@ def _print_scan(console: Console, profile: Profile) -> None:
         norm_percentile, variance_percentile = percentile(weights.norm), percentile(weights.logit_variance)
         for i in found:
             table.add_row(
-                f"{model.layer}.{i}",
+                f"{model.layer}.{model.key(i)}",
                 f"{weights.norm[i]:.3f}",
                 f"{norm_percentile[i]:.1f}",
                 f"{weights.logit_variance[i]:.2e}",
@@ -243,6 +257,10 @@ def _neuron_table(title: str, neurons: tuple[Neuron, ...], dial: str) -> Table:
         columns = ["via unigram", "|ΔKL|", "|Δloss|", "cosine with unigram"]
     for name in columns:
         table.add_column(name, justify="right")
+    routed = any(n.active is not None for n in neurons)
+    if routed:
+        table.add_column("tokens", justify="right")
+        table.add_column("|Δentropy| on these" if dial == "entropy" else "|ΔKL| on these", justify="right")
     capped = any(n.total_effect_uncapped is not None for n in neurons)
     if capped:
         table.add_column("|Δloss| before softcap", justify="right")
@@ -269,9 +287,17 @@ def _neuron_table(title: str, neurons: tuple[Neuron, ...], dial: str) -> Table:
             f"{n.logit_variance_percentile:.1f}",
             f"{n.null_fraction:.3f}",
             *effects,
+            *(_where_active(n, dial) if routed else []),
             *([measured(n.total_effect_uncapped)] if capped else []),
         )
     return table
+
+
+def _where_active(neuron: Neuron, dial: str) -> list[str]:
+    """Share of the tokens that are routed to a neuron, and its effect on these."""
+    effect = neuron.entropy_effect_abs if dial == "entropy" else neuron.frequency_effect
+    share = neuron.active or 0.0
+    return [f"{share:.1%}", f"{effect.value / share:.4f}" if share else ""]
 
 
 def print_evaluation(console: Console, result: Evaluation) -> None:

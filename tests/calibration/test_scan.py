@@ -244,8 +244,8 @@ def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
         scan(str(tmp_path))
 
 
-def test_a_mixture_of_experts_is_refused_without_a_model(tmp_path: Path) -> None:
-    folder = saved(tmp_path, tiny_model("mixtral", CONFIGS["llama"] | {"num_local_experts": 2}))
+def test_an_unknown_mixture_of_experts_is_refused_without_a_model(tmp_path: Path) -> None:
+    folder = saved(tmp_path, tiny_model("jetmoe", CONFIGS["llama"] | {"num_local_experts": 2, "kv_channels": 8}))
     with pytest.raises(UnsupportedModelError, match="mixture of experts"):
         scan(str(folder))
 

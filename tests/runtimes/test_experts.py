@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import confsteer
-from confsteer import Profile
+from confsteer import Profile, SteeringError, UnsupportedModelError
 from confsteer.model.dissect import dissect
 from confsteer.model.experts import MixtureAnatomy
 from confsteer.profile.schema import ModelIdentity, Neuron
-from tests.mixtures import MIXTURES, tiny_mixture
+from tests.mixtures import MIXTURES, planted_experts, tiny_mixture
 from tests.models import VOCAB, TinyFamily
 from tests.planted import planted
 
@@ -106,6 +106,92 @@ def test_steering_is_the_edit_of_a_loop_over_experts(family: TinyFamily, monkeyp
         expected = model(ids, use_cache=False).logits.log_softmax(-1)
     torch.testing.assert_close(steered, expected, atol=1e-5, rtol=1e-5)
     assert float((steered - before).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("kernel", ["eager", "batched_mm", "grouped_mm"])
+def test_steering_is_the_same_whatever_kernel_runs_the_experts(kernel: str) -> None:
+    found = planted_experts("gpt_oss")
+    ids = torch.randint(1, VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), confsteer.steer(found.model, found.profile, entropy=0.2):
+        expected = found.model(ids, use_cache=False).logits
+        before = found.model.config._experts_implementation
+        try:
+            found.model.set_experts_implementation(kernel)
+            torch.testing.assert_close(found.model(ids, use_cache=False).logits, expected, atol=1e-5, rtol=1e-5)
+        finally:
+            found.model.set_experts_implementation(before)
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "llama4_text", "qwen2_moe"])
+def test_each_row_of_a_batch_follows_its_own_steering(model_type: str) -> None:
+    found = planted_experts(model_type)
+    ids = torch.randint(1, VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))
+    requests: list[Any] = [{"entropy": 0.1}, {"scale": {"entropy": -2.0}, "shift": {"2.3": 1.0}}]
+    with torch.no_grad():
+        alone = []
+        for row, request in zip(ids, requests, strict=True):
+            with confsteer.steer(found.model, found.profile, request):
+                alone.append(found.model(row[None], use_cache=False).logits[0])
+        with confsteer.steer(found.model, found.profile, requests):
+            together = found.model(ids, use_cache=False).logits
+    torch.testing.assert_close(together, torch.stack(alone), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "llama4_text", "qwen2_moe"])
+def test_only_the_position_that_generates_is_steered_if_asked(model_type: str) -> None:
+    found = planted_experts(model_type)
+    ids = torch.randint(1, VOCAB, (1, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = found.model(ids, use_cache=False).logits
+        with confsteer.steer(found.model, found.profile, entropy=0.3):
+            everywhere = found.model(ids, use_cache=False).logits
+        with confsteer.steer(found.model, found.profile, entropy=0.3, positions="generated"):
+            last = found.model(ids, use_cache=False).logits
+    torch.testing.assert_close(last, torch.cat([before[:, :-1], everywhere[:, -1:]], dim=1), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(before[:, -1], everywhere[:, -1])
+
+
+def test_a_compiled_model_is_steered() -> None:
+    found = planted_experts("qwen2_moe")
+    ids = torch.randint(1, VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))
+    torch._dynamo.reset()
+    with torch.no_grad(), confsteer.steer(found.model, found.profile, entropy=0.2) as steerer:
+        compiled: Any = torch.compile(found.model, backend="eager")
+        for entropy in (0.2, -0.1):
+            steerer.update(entropy=entropy)
+            expected = found.model(ids, use_cache=False).logits
+            torch.testing.assert_close(compiled(ids, use_cache=False).logits, expected, atol=1e-5, rtol=1e-5)
+    torch._dynamo.reset()
+
+
+def test_a_neutral_steering_changes_no_bit() -> None:
+    for model_type in ("deepseek_v3", "llama4_text", "mixtral"):
+        found = planted_experts(model_type)
+        ids = torch.randint(1, VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            before = found.model(ids, use_cache=False).logits
+            with confsteer.steer(found.model, found.profile):
+                assert torch.equal(found.model(ids, use_cache=False).logits, before)
+
+
+def test_wrong_names_are_refused_with_those_that_are_right() -> None:
+    found = planted_experts("deepseek_v3")
+    with pytest.raises(SteeringError, match=r"neuron 3\.1: not in the profile of .*, which has shared\.7, 1\.5, 2\.3"):
+        found.profile.edit(confsteer.Steering(scale={"3.1": 0}))
+    with pytest.raises(SteeringError, match=r"neuron 5: not in the profile"):
+        found.profile.edit(confsteer.Steering(scale={5: 0}))
+    for key in ("3.017", "3.", "shared", "-1.2", "3.1.4"):
+        with pytest.raises(SteeringError, match=r"scale"):
+            confsteer.Steering.parse({"scale": {key: 0}})
+    steering = confsteer.Steering.parse("scale.3.17=0 clamp.shared.2=:1")
+    assert steering == confsteer.Steering(scale={"3.17": 0}, clamp={"shared.2": (None, 1.0)})
+    assert confsteer.Steering.parse(str(steering)) == steering
+
+
+def test_what_needs_neurons_that_are_always_active_is_refused() -> None:
+    found = planted_experts("mixtral")
+    with pytest.raises(UnsupportedModelError, match=r"baking needs .*mixture of experts \(4 experts of 24 neurons\)"):
+        confsteer.bake(found.model, found.profile, {"scale": {"1.5": 0}})
 
 
 def _edit_shared(model: Any, anatomy: MixtureAnatomy, edit: Callable[[Tensor], Tensor]) -> None:
