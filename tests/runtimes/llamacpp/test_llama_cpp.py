@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from confsteer import Profile, Steering
 from confsteer.model.checkpoint import LastLayer, read_last_layer
 from confsteer.model.gguf_weights import NORM_OFFSET
 from confsteer.model.loading import DEMO
+from confsteer.model.locate import locate
 from confsteer.runtimes.llamacpp.adapters import export
 from confsteer.runtimes.llamacpp.baking import READ_A_BIAS, bake_file
 from tests.model import gguf_files
@@ -84,6 +86,29 @@ def test_gains_before_a_norm(tmp_path: Path) -> None:
         before = largest(unsteered, transformers(found.model, found.profile, Steering(), IDS))
         llama.lora(tmp_path / "l.gguf")
         expected = transformers(found.model, found.profile, steering, IDS)
+        assert largest(llama.log_probabilities(IDS), expected) < 2 * before + 1e-4
+        assert largest(expected, unsteered) > 10 * before
+
+
+def test_a_control_vector_comes_after_a_norm(tmp_path: Path) -> None:
+    """Gemma 2's on the MLP's output: what `after_norm` relies on."""
+    found = planted("gemma2", tied=True)
+    model = gguf_files.write(tmp_path / "model.gguf", found.model, pieces=True)
+    direction = torch.randn(32, generator=torch.Generator().manual_seed(0))
+    writer = gguf.GGUFWriter(tmp_path / "v.gguf", "controlvector")
+    writer.add_tensor("direction.1", direction.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    hook = locate(found.model).final_norm.register_forward_pre_hook(lambda module, args: (args[0] + direction, *args[1:]))
+    with torch.no_grad():
+        expected = found.model(torch.tensor([IDS]), use_cache=False).logits[0].log_softmax(-1)
+    hook.remove()
+    with Llama(model) as llama:
+        unsteered = llama.log_probabilities(IDS)
+        before = largest(unsteered, transformers(found.model, found.profile, Steering(), IDS))
+        llama.control((tmp_path / "v.gguf", 1.0), first=1, last=1)
         assert largest(llama.log_probabilities(IDS), expected) < 2 * before + 1e-4
         assert largest(expected, unsteered) > 10 * before
 
