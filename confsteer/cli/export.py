@@ -96,6 +96,11 @@ def export(
         raise click.UsageError(
             "--ladder goes with --to control-vector, and without --scale-per-nat, which needs one file for all"
         )
+    measured = bool(text.texts or text.dataset)
+    if measured and scale_per_nat:
+        raise click.UsageError(
+            "--scale-per-nat reads the profile's curve, and the dial after the norm has another: leave out one"
+        )
     loaded = confsteer.Profile.load(profile)
     steering = loaded.resolve(Steering.parse(steers[0]) if steers else Steering())
     settings = ladder(rungs, steering) if rungs else {"": steering}
@@ -106,7 +111,7 @@ def export(
         revision=chosen.revision,
         trust_remote_code=chosen.trust_remote_code,
     )
-    after_norm = _measure(chosen, loaded, last, text) if text.texts or text.dataset else None
+    after_norm = _measure(chosen, loaded, last, text) if measured else None
     vector, console = files.get("control-vector"), tables.console()
     for suffix, setting in settings.items():
         own = vector.with_name(f"{vector.stem}.{suffix}{vector.suffix}") if vector and suffix else vector

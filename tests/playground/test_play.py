@@ -204,7 +204,8 @@ class LikeVllm(BaseHTTPRequestHandler):
         logprobs = {"tokens": [name for name, _ in rows], "token_logprobs": [math.log(p) for _, p in rows], "top_logprobs": top}
         choice = {"index": 0, "text": "".join(name for name, _ in rows), "logprobs": logprobs}
         end = {"index": 0, "text": "", "logprobs": None, "finish_reason": "stop"}
-        chunks = [json.dumps(chunk) for chunk in ({"choices": [choice]}, {"choices": [end]}, {"choices": [], "usage": {}})]
+        said: list[dict[str, Any]] = [{"choices": [choice]}, {"choices": [end]}, {"choices": [], "usage": {}}]
+        chunks = [json.dumps(chunk) for chunk in said]
         self.behind_key("".join(f"data: {chunk}\n\n" for chunk in (*chunks, "[DONE]")).encode())
 
     def behind_key(self, body: bytes) -> None:

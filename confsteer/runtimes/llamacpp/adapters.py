@@ -82,7 +82,6 @@ def export(
         ResultError: a file cannot be written.
     """
     parts = split(steering, profile, last)
-    _check_files(parts, control_vector, lora)
     scale = halves = None
     if parts.constant is not None and last.anatomy.write_norm is not None:
         change = parts.steering.entropy
@@ -93,6 +92,7 @@ def export(
     elif scale_per_nat:
         scale = getattr(parts.steering, the_dial(parts.steering))
         parts = per_nat(parts, profile)
+    _check_files(parts, control_vector, lora)
     if parts.constant is not None and parts.layer == 0:
         raise UnsupportedModelError(f"{profile.model.id} has a single layer, and llama.cpp adds no control vector to the first")
     says = _origin(parts, profile)

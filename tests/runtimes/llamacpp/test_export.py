@@ -301,6 +301,8 @@ def test_the_command_reads_a_gguf_file_and_says_how_to_use_what_it_writes(tmp_pa
         (["-s", "entropy=0.1", "--to", "lora", "v.gguf", "--to", "lora", "w.gguf"], "give --to once"),
         (["--ladder", "entropy=0:1:3", "--to", "lora", "v.gguf"], "--ladder goes with --to control-vector"),
         (["-s", "entropy=0.1", "--to", "onnx", "v.gguf"], "'onnx' is not one of"),
+        (["-s", "entropy=0.1", "--to", "control-vector", "v.gguf", "--text", "t.txt"], "--text is for models with a norm"),
+        (["-s", "entropy=0.1", "--scale-per-nat", "--to", "control-vector", "v.gguf", "--text", "t.txt"], "leave out one"),
     ],
 )
 def test_wrong_usage(arguments: list[str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
