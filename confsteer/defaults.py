@@ -25,6 +25,9 @@ CUMULATIVE_TOKENS: Final = 5_120
 CUMULATIVE_REPEATS: Final = 10
 """Draws of random neurons."""
 
+AFTER_NORM_TOKENS: Final = 2_048
+"""Tokens that are read at most to measure a dial after the norm on the MLP's output."""
+
 MAX_NEW_TOKENS: Final = 40
 """Tokens that a continuation has at most."""
 TEMPERATURE: Final = 1.0

@@ -25,9 +25,12 @@ from torch import Tensor, nn
 
 import confsteer
 from confsteer import Profile, Steering, SteeringError
+from confsteer.defaults import AFTER_NORM_TOKENS
 from confsteer.model.checkpoint import LastLayer, read_last_layer
 from confsteer.model.loading import DEMO_NAME, load_model
+from confsteer.model.locate import locate
 from confsteer.runtimes.llamacpp.adapters import export
+from confsteer.runtimes.llamacpp.after_norm import DialAfterNorm, dial_after_norm
 from confsteer.runtimes.llamacpp.baking import bake_file
 from confsteer.text.sources import python_docs
 from confsteer.text.windows import make_windows
@@ -44,14 +47,28 @@ class Case(NamedTuple):
     steering: Steering
 
 
+class Text(NamedTuple):
+    """A text that both read, with what transformers predicts on it under each steering."""
+
+    ids: list[int]
+    expected: dict[str, Tensor]
+    after_norm: DialAfterNorm | None
+    """The entropy dial of a model with a norm on the MLP's output."""
+
+
+def dials(profile: Profile) -> list[Case]:
+    """The entropy dial, half of its way up and down."""
+    low, high = profile.reach("entropy")
+    settings = {"entropy dial, up": round(0.5 * high, 2), "entropy dial, down": round(0.5 * low, 2)}
+    return [Case(name, Steering(entropy=change)) for name, change in settings.items()]
+
+
 def cases(profile: Profile) -> list[Case]:
     """Dials up and down, gains with and without a constant."""
     neuron = profile.entropy_neurons[0]
-    low, high = profile.reach("entropy")
     gain = Steering(scale={neuron.index: 3.0}, shift={neuron.index: 2.0 * neuron.mean_activation})
     return [
-        Case("entropy dial, up", Steering(entropy=round(0.5 * high, 2))),
-        Case("entropy dial, down", Steering(entropy=round(0.5 * low, 2))),
+        *dials(profile),
         Case("a neuron's gain tripled", gain),
         Case("entropy neurons ablated", Steering(scale={"entropy": 0.0})),
     ]
@@ -100,10 +117,9 @@ def bundled(place: Path) -> Path:
     return gguf_files.write(place / "demo.gguf", model, says={f"tokenizer.ggml.{key}": value for key, value in words.items()})
 
 
-def rows(
-    file: Path, cache: Literal["F32", "F16"], ids: list[int], expected: dict[str, Tensor], profile: Profile, last: LastLayer
-) -> Iterator[dict[str, Any]]:
+def rows(file: Path, cache: Literal["F32", "F16"], text: Text, profile: Profile, last: LastLayer) -> Iterator[dict[str, Any]]:
     """Run one file with every case, exported and baked."""
+    ids, expected, after_norm = text
     with tempfile.TemporaryDirectory() as folder, Llama(file, cache=cache) as llama:
         plain = llama.log_probabilities(ids)
         yield {"case": "unsteered"} | compare(plain, expected["unsteered"])
@@ -126,12 +142,46 @@ def rows(
             llama.lora(None)
             vector.unlink(missing_ok=True)
             lora.unlink(missing_ok=True)
-            if last.file is not None:
-                yield (
-                    says | {"how": "baked"} | _baked(case.steering, profile, last, Path(folder), cache, ids, expected[case.name])
-                )
+            baked = _baked(case.steering, profile, last, Path(folder), cache, ids, expected[case.name])
+            yield says | {"how": "baked"} | baked
+        for case in dials(profile) if after_norm else ():
+            export(case.steering, profile, last, control_vector=vector, after_norm=after_norm)
+            llama.control((vector, 1.0), first=last.anatomy.layer, last=last.anatomy.layer)
+            given, dial = llama.log_probabilities(ids), expected[case.name]
+            says = {"case": _after(case), "steering": str(case.steering)}
+            says |= {"changes the mean entropy by": compare(given, plain)["difference of the mean entropy"]}
+            says |= {"mean divergence of unsteered from the neurons' dial": compare(plain, dial)["mean divergence"]}
+            yield says | {"from the neurons' dial": compare(given, dial)} | compare(given, expected[_after(case)])
+            llama.control(first=0, last=0)
         unchanged = torch.equal(llama.log_probabilities(ids), plain)
         yield {"case": "unsteered again", "the same to the bit": unchanged}
+
+
+def _after(case: Case) -> str:
+    return f"{case.name}, as a constant after the norm"
+
+
+def predictions(model: Any, tokenizer: Any, ids: list[int], profile: Profile) -> Text:
+    """Have transformers predict a text under each steering."""
+    expected = {"unsteered": log_probabilities(model, ids)}
+    with confsteer.steer(model, profile) as steerer:
+        for case in cases(profile):
+            steerer.update(case.steering)
+            expected[case.name] = log_probabilities(model, ids)
+    anatomy = locate(model)
+    if anatomy.write_norm is None:
+        return Text(ids, expected, None)
+    # Measure the dial after the norm on another text, and put its constant before the final norm.
+    windows = make_windows(
+        python_docs("calibration"), tokenizer, window=WINDOW, max_tokens=AFTER_NORM_TOKENS, source="other text"
+    )
+    dial = dial_after_norm(model, windows, profile)
+    for case in dials(profile):
+        constant = dial.at(case.steering.entropy or 0).constant.float()
+        hook = anatomy.final_norm.register_forward_pre_hook(lambda module, args, c=constant: (args[0] + c, *args[1:]))
+        expected[_after(case)] = log_probabilities(model, ids)
+        hook.remove()
+    return Text(ids, expected, dial)
 
 
 def _export(steering: Steering, profile: Profile, last: LastLayer, vector: Path, lora: Path) -> None:
@@ -163,11 +213,7 @@ def measure(name: str, source: str | None, profile: Profile, tokens: int, folder
     model, tokenizer = load_model(source, device="cpu")
     windows = make_windows(python_docs("held-out"), tokenizer, window=WINDOW, max_tokens=tokens)
     ids = next(windows.batches(1)).input_ids[0].tolist()
-    with confsteer.steer(model, profile) as steerer:
-        expected = {"unsteered": log_probabilities(model, ids)}
-        for case in cases(profile):
-            steerer.update(case.steering)
-            expected[case.name] = log_probabilities(model, ids)
+    text = predictions(model, tokenizer, ids, profile)
     del model
     forms = {"float32": bundled(folder)} if source is None else {"as it is": Path(source)}
     if source is not None:
@@ -177,7 +223,7 @@ def measure(name: str, source: str | None, profile: Profile, tokens: int, folder
     for form, file in forms.items():
         last = read_last_layer(str(file))
         for cache in caches:
-            for row in rows(file, cache, ids, expected, profile, last):
+            for row in rows(file, cache, text, profile, last):
                 print(name, form, cache, row, flush=True)
                 found.append({"weights": form, "KV cache": cache} | row)
     return {"model": name, "layer": profile.model.layer, "positions": len(ids), "rows": found}

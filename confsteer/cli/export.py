@@ -4,29 +4,38 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 from rich.table import Table
 
 import confsteer
-from confsteer.cli.options import OUTPUT_FILE, gguf_option, profile_option, revision_option, steer_option, trust_option
+from confsteer import defaults
+from confsteer.cli.options import (
+    OUTPUT_FILE,
+    ModelOptions,
+    WindowedTextOptions,
+    model_options,
+    profile_option,
+    steer_option,
+    windowed_text_options,
+)
 from confsteer.report import tables
+from confsteer.report.printable import one_safe_line
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from confsteer.model.checkpoint import LastLayer
     from confsteer.profile.profile import Profile
+    from confsteer.runtimes.llamacpp.after_norm import DialAfterNorm
     from confsteer.steering import Steering
 
 KINDS = ("control-vector", "lora")
 
 
 @click.command(short_help="Write a steering as files that stock llama.cpp reads.")
-@click.argument("model", required=False)
-@gguf_option
-@revision_option
-@trust_option
+@model_options
 @profile_option
 @steer_option
 @click.option(
@@ -38,18 +47,21 @@ KINDS = ("control-vector", "lora")
     metavar="KIND FILE.gguf",
     help="control-vector, for what adds a constant; lora, for what multiplies activations. Both, for a steering that does both.",
 )
+@windowed_text_options(
+    defaults.AFTER_NORM_TOKENS, "Read at most this many, to measure the entropy dial of a model with a norm on the MLP's output."
+)
 @click.option("--ladder", "rungs", metavar="DIAL=LOW:HIGH:STEPS", help="Write a control vector for each of several settings.")
 @click.option(
     "--scale-per-nat", is_flag=True, help="Write one dial so that FILE:0.3 means +0.3 nats, nearly, and say how nearly."
 )
 def export(
-    model: str | None,
+    chosen: ModelOptions,
     profile: str,
     steers: tuple[str, ...],
     targets: tuple[tuple[str, Path], ...],
+    text: WindowedTextOptions,
     rungs: str | None,
     scale_per_nat: bool,
-    **where: Any,
 ) -> None:
     """Write a steering of MODEL as files for llama-server and llama-cli, which run it without confsteer.
 
@@ -62,8 +74,12 @@ def export(
     Dials and shifts add a constant to the last layer's output, which is a control vector of that layer. A scale multiplies a
     neuron's deviation from its mean: a LoRA, and a constant besides. Three weights of MODEL are read, no more.
 
-    Ranges (clamp.N=LOW:HIGH) and positions=generated are neither, and refused. So are constants in models with a norm on the
-    MLP's output (Gemma 2 and 3, OLMo 2).
+    Ranges (clamp.N=LOW:HIGH) and positions=generated are neither, and refused. In models with a norm on the MLP's output (Gemma 2
+    and 3, OLMo 2) a constant before it is no constant after it, and refused; but with --text the entropy dial alone is measured
+    there, as a dial of its own:
+
+    \b
+    confsteer export gemma.gguf -p my-profile -s entropy=0.3 --text wiki.txt --to control-vector calm.gguf
     """
     from confsteer.model.checkpoint import read_last_layer
     from confsteer.model.loading import source_of
@@ -80,21 +96,56 @@ def export(
         raise click.UsageError(
             "--ladder goes with --to control-vector, and without --scale-per-nat, which needs one file for all"
         )
+    measured = bool(text.texts or text.dataset)
+    if measured and scale_per_nat:
+        raise click.UsageError(
+            "--scale-per-nat reads the profile's curve, and the dial after the norm has another: leave out one"
+        )
     loaded = confsteer.Profile.load(profile)
     steering = loaded.resolve(Steering.parse(steers[0]) if steers else Steering())
     settings = ladder(rungs, steering) if rungs else {"": steering}
 
-    last = read_last_layer(source_of(model, where["gguf_file"]), **where)
+    last = read_last_layer(
+        source_of(chosen.model, chosen.gguf_file),
+        gguf_file=chosen.gguf_file,
+        revision=chosen.revision,
+        trust_remote_code=chosen.trust_remote_code,
+    )
+    after_norm = _measure(chosen, loaded, last, text) if measured else None
     vector, console = files.get("control-vector"), tables.console()
     for suffix, setting in settings.items():
         own = vector.with_name(f"{vector.stem}.{suffix}{vector.suffix}") if vector and suffix else vector
-        written = write(setting, loaded, last, control_vector=own, lora=files.get("lora"), scale_per_nat=scale_per_nat)
+        written = write(
+            setting,
+            loaded,
+            last,
+            control_vector=own,
+            lora=files.get("lora"),
+            scale_per_nat=scale_per_nat,
+            after_norm=after_norm,
+        )
         for file in filter(None, (own, files.get("lora"))):
             click.echo(f"Written: {file}, {setting} of layer {written.parts.layer}.")
+        if written.halves:
+            click.echo("  Measured as a constant after the norm: {:+.3f} and {:+.3f} nats on the halves.".format(*written.halves))
         named = last.file.path if last.file else "MODEL.gguf"
         click.echo(f"  llama-server -m {shlex.quote(str(named))} {written.options}")
     if scale_per_nat:
         _print_readings(console, loaded, steering)
+
+
+def _measure(chosen: ModelOptions, profile: Profile, last: LastLayer, text: WindowedTextOptions) -> DialAfterNorm:
+    """Load the model and measure its entropy dial after the norm."""
+    from confsteer.runtimes.llamacpp.after_norm import dial_after_norm
+
+    if last.anatomy.write_norm is None:
+        raise click.UsageError("--text is for models with a norm on the MLP's output: here the control vector is the dial itself")
+    source = text.source(chosen.model, "held-out")
+    assert source is not None
+    model, tokenizer = chosen.load()
+    found = dial_after_norm(model, text.windows(source, tokenizer), profile)
+    click.echo(f"Measured the entropy dial after the norm on {found.tokens:,} tokens of {one_safe_line(found.source)}.")
+    return found
 
 
 def _print_readings(console: Console, profile: Profile, steering: Steering) -> None:

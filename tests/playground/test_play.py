@@ -5,8 +5,11 @@ from __future__ import annotations
 import html.parser
 import json
 import math
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -66,7 +69,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         yield driver
 
 
-def opened(browser: Any, server: LocalServer, width: int = 1280) -> Any:
+def opened(browser: Any, server: Any, width: int = 1280) -> Any:
     metrics = {"width": width, "height": 800, "deviceScaleFactor": 2, "mobile": width < 500}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     for log in ("browser", "performance"):
@@ -91,8 +94,8 @@ def answer(browser: Any, **fields: str) -> None:
             name,
             value,
         )
+    # The button is off before the click returns.
     browser.execute_script("document.getElementById('go').click()")
-    wait(browser, "return document.getElementById('go').disabled")
     wait(browser, "return !document.getElementById('go').disabled")
 
 
@@ -177,6 +180,70 @@ def test_what_the_server_refuses_is_said(browser: Any, server: LocalServer) -> N
     assert text(browser, "state") == ""
 
 
+class LikeVllm(BaseHTTPRequestHandler):
+    """Answers as vLLM streams them, behind an API key: several tokens a chunk, no entropies, a last chunk of usage alone."""
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
+        """Say nothing."""
+
+    def do_GET(self) -> None:
+        dials = {dial: {"range": [-1.0, 2.0]} for dial in ("entropy", "unigram")}
+        described = {"model": "m", "layer": 3, "dials": dials, "presets": {}}
+        if self.path == PATH:
+            self.answer(200, page().encode(), "text/html")
+        elif self.path == "/confsteer":
+            self.answer(200, json.dumps(described).encode())
+        else:
+            self.behind_key(json.dumps({"data": [{"id": "m"}]}).encode())
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        steered = asked["vllm_xargs"]["confsteer"] != "neutral"
+        rows = [("It", 0.5), (" is", 0.25), (" done", 0.125)] if steered else [("It", 0.5)]
+        top = [{name: math.log(p), " other": math.log(p)} for name, p in rows]
+        logprobs = {"tokens": [name for name, _ in rows], "token_logprobs": [math.log(p) for _, p in rows], "top_logprobs": top}
+        choice = {"index": 0, "text": "".join(name for name, _ in rows), "logprobs": logprobs}
+        end = {"index": 0, "text": "", "logprobs": None, "finish_reason": "stop"}
+        said: list[dict[str, Any]] = [{"choices": [choice]}, {"choices": [end]}, {"choices": [], "usage": {}}]
+        chunks = [json.dumps(chunk) for chunk in said]
+        self.behind_key("".join(f"data: {chunk}\n\n" for chunk in (*chunks, "[DONE]")).encode())
+
+    def behind_key(self, body: bytes) -> None:
+        if self.headers.get("Authorization") == "Bearer secret":
+            self.answer(200, body)
+        else:
+            self.answer(401, b'{"error": "Unauthorized"}')
+
+    def answer(self, status: int, body: bytes, kind: str = "application/json") -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.end_headers()
+        self.wfile.write(body)
+
+
+@pytest.mark.browser
+def test_a_key_is_asked_for_and_answers_as_vllms_are_read(browser: Any) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), LikeVllm) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            opened(browser, SimpleNamespace(url=f"http://127.0.0.1:{server.server_port}{PATH}"))
+            answer(browser)
+            assert text(browser, "wrong") == "401: Unauthorized"
+            answer(browser, **{"key": "secret", "dial-entropy": "0.5"})
+            assert text(browser, "wrong") == ""
+            assert [text(browser, f"text{i}") for i in range(2)] == ["It", "It is done"]
+            # Halves: ln 2. A quarter twice and the rest: 1.5 ln 2. An eighth twice and the rest: less.
+            rest = -0.75 * math.log(0.75) + 2 * 0.125 * math.log(8)
+            mean = (math.log(2) + 1.5 * math.log(2) + rest) / 3
+            assert text(browser, "entropy0") == f"Mean entropy: at least {math.log(2):.2f} nats, 1 token"
+            assert text(browser, "entropy1") == f"Mean entropy: at least {mean:.2f} nats, 3 tokens"
+            assert browser.execute_script("return document.cookie + JSON.stringify({...localStorage, ...sessionStorage})") == "{}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
 @pytest.mark.browser
 def test_what_a_model_or_a_profile_says_is_text(browser: Any, server: LocalServer, tmp_path: Path) -> None:
     """Whatever is generated; a preset's name has letters that cannot do harm."""
@@ -190,4 +257,4 @@ def test_what_a_model_or_a_profile_says_is_text(browser: Any, server: LocalServe
     assert text(browser, "text0") == hostile
     assert browser.execute_script("return document.images.length") == 0
     # Without exact entropies a bound is shown: of one alternative and the rest.
-    assert text(browser, "entropy0") == "Mean entropy: at least 0.66 nats, 1 tokens"
+    assert text(browser, "entropy0") == "Mean entropy: at least 0.66 nats, 1 token"

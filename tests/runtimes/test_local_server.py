@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from transformers import PreTrainedModel
 
 import confsteer
 from confsteer import Profile, SettingError, Steering
@@ -54,6 +55,12 @@ def server(demo: Demo) -> Iterator[LocalServer]:
         yield found
 
 
+@pytest.fixture(scope="module")
+def other() -> PreTrainedModel:
+    """The model once more, for the server steers its own."""
+    return confsteer.demo.load().model
+
+
 def send(server: LocalServer, path: str, body: Any = None, **headers: str) -> tuple[int, bytes, dict[str, str]]:
     connection = http.client.HTTPConnection(HOST, server.server_port, timeout=60)
     payload = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -87,14 +94,14 @@ def stream(server: LocalServer, steering: str, **options: Any) -> list[dict[str,
 
 
 @pytest.mark.parametrize("steering", ["neutral", "entropy=0.9", '{"entropy": -0.1, "scale": {"767": 0}}'])
-def test_an_answer_has_the_predictions_that_steering_gives(demo: Demo, server: LocalServer, steering: str) -> None:
+def test_an_answer_has_the_predictions_that_steering_gives(
+    demo: Demo, server: LocalServer, other: PreTrainedModel, steering: str
+) -> None:
     choice = complete(server, steering, seed=3)
     given = prompt_ids(PROMPT, demo.tokenizer, chat=False)
     ids = [*given, *demo.tokenizer(choice["text"])["input_ids"]]
-    # The profile is steered by the server already; a copy of the model is not.
-    model = confsteer.demo.load().model
-    with torch.no_grad(), confsteer.steer(model, demo.profile, Steering.parse(steering)):
-        log_p = model(torch.tensor([ids])).logits[0, len(given) - 1 : -1].log_softmax(-1)
+    with torch.no_grad(), confsteer.steer(other, demo.profile, Steering.parse(steering)):
+        log_p = other(torch.tensor([ids])).logits[0, len(given) - 1 : -1].log_softmax(-1)
     chosen = log_p.gather(1, torch.tensor(ids[len(given) :])[:, None])[:, 0]
     torch.testing.assert_close(torch.tensor(choice["logprobs"]["token_logprobs"]), chosen, atol=1e-4, rtol=0)
     entropy = torch.special.entr(log_p.exp()).sum(-1)

@@ -3,6 +3,7 @@
 parts.py       a steering as a constant after the last layer and as gains of neurons
 adapters.py    GGUF files that stock llama.cpp reads: a control vector for the constant, a LoRA for the gains
 per_nat.py     a dial as a control vector whose scale is read in nats
+after_norm.py  the entropy dial as a constant after the norm on the MLP's output, measured
 ladder.py      several settings of a dial, a file for each
 baking.py      a GGUF file with a steering in its weights
 """

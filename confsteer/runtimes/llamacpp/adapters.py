@@ -19,6 +19,7 @@ from confsteer.errors import SteeringError, UnsupportedModelError
 from confsteer.files import write_result
 from confsteer.model.checkpoint import LastLayer
 from confsteer.profile.profile import Profile
+from confsteer.runtimes.llamacpp.after_norm import DialAfterNorm
 from confsteer.runtimes.llamacpp.parts import Parts, no_constant, split
 from confsteer.runtimes.llamacpp.per_nat import per_nat, the_dial
 from confsteer.steering import Steering
@@ -38,6 +39,8 @@ class Exported(NamedTuple):
     """File of the gains; None if there are none."""
     scale: float | None
     """Scale that the control vector is to be used at; None for 1."""
+    halves: tuple[float, float] | None = None
+    """Change of the mean entropy on either half of a text, in nats, where the constant was measured on one."""
 
     @property
     def options(self) -> str:
@@ -58,6 +61,7 @@ def export(
     control_vector: Path | None = None,
     lora: Path | None = None,
     scale_per_nat: bool = False,
+    after_norm: DialAfterNorm | None = None,
 ) -> Exported:
     """Write a steering as files that llama.cpp takes as they are.
 
@@ -68,6 +72,7 @@ def export(
         control_vector: file for what adds a constant.
         lora: file for what multiplies activations, a rank for each neuron. A scale of s makes a gain 1 + s · (gain − 1).
         scale_per_nat: whether a scale of the control vector is to be read as nats of the one dial that is turned.
+        after_norm: the entropy dial of a model with a norm on the MLP's output; no other constant has a place there.
 
     Raises:
         SteeringError: see `confsteer.runtimes.llamacpp.parts.split`; or the steering has a part with no file to go to, or none
@@ -77,19 +82,25 @@ def export(
         ResultError: a file cannot be written.
     """
     parts = split(steering, profile, last)
-    scale = None
-    if scale_per_nat:
+    scale = halves = None
+    if parts.constant is not None and last.anatomy.write_norm is not None:
+        change = parts.steering.entropy
+        if after_norm is None or scale_per_nat or change is None or parts.steering != Steering(entropy=change):
+            raise no_constant(parts.steering, profile)
+        constant, halves = after_norm.at(change)
+        parts = parts._replace(constant=constant)
+    elif scale_per_nat:
         scale = getattr(parts.steering, the_dial(parts.steering))
         parts = per_nat(parts, profile)
     _check_files(parts, control_vector, lora)
-    if parts.constant is not None and last.anatomy.write_norm is not None:
-        raise no_constant(parts.steering, profile)
     if parts.constant is not None and parts.layer == 0:
         raise UnsupportedModelError(f"{profile.model.id} has a single layer, and llama.cpp adds no control vector to the first")
     says = _origin(parts, profile)
     if control_vector is not None and parts.constant is not None:
         about = {"controlvector.model_hint": parts.architecture, "controlvector.layer_count": 1}
         about |= {"confsteer.scale": "nats, near neutral" if scale_per_nat else "1 is the steering"}
+        if after_norm and halves:
+            about |= {"confsteer.measured": "{:+.3f} and {:+.3f} nats on the halves of ".format(*halves) + after_norm.source}
         _write(control_vector, "controlvector", about | says, {f"direction.{parts.layer}": parts.constant})
     if lora is not None:
         rank = len(parts.neurons)
@@ -99,7 +110,7 @@ def export(
         about = {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": float(rank)}
         tensors = {f"{parts.projection}.lora_a": chosen, f"{parts.projection}.lora_b": parts.changes.T}
         _write(lora, parts.architecture, about | says, tensors)
-    return Exported(parts, control_vector, lora, scale)
+    return Exported(parts, control_vector, lora, scale, halves)
 
 
 def _check_files(parts: Parts, control_vector: Path | None, lora: Path | None) -> None:

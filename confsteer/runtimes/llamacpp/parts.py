@@ -116,6 +116,7 @@ def no_constant(steering: Steering, profile: Profile) -> SteeringError:
     return SteeringError(
         f"{steering}: adds a constant to the MLP's output of {model.id} ({model.model_type}), which a norm divides by its size, "
         "another for each token; llama.cpp adds control vectors after that norm, where it is no constant, and has no bias before "
-        f"it. What llama.cpp can do here multiplies activations: a scale whose constant a shift takes away, {cancelling}. Steer "
-        "with anything else in transformers or vLLM"
+        "it. What llama.cpp can do here multiplies activations, a scale whose constant a shift takes away, "
+        f"{cancelling}; and the entropy dial alone as a constant after the norm, which confsteer export measures on a --text. "
+        "Steer with anything else in transformers or vLLM"
     )

@@ -22,9 +22,11 @@ from confsteer.cli import main
 from confsteer.model.checkpoint import LastLayer, read_last_layer
 from confsteer.model.locate import locate
 from confsteer.runtimes.llamacpp.adapters import export
+from confsteer.runtimes.llamacpp.after_norm import dial_after_norm
 from confsteer.runtimes.llamacpp.ladder import ladder
 from confsteer.runtimes.llamacpp.per_nat import readings
 from confsteer.steering import DIALS
+from confsteer.text.windows import make_windows
 from tests.model import gguf_files
 from tests.planted import Planted, planted
 
@@ -122,6 +124,42 @@ def test_gains_go_before_a_norm_and_constants_do_not(tmp_path: Path) -> None:
     # The way out that it names is one.
     way = re.findall(r"(?:scale|shift)\.\d+=[-\d.e]*\d", str(refused.value))
     export(Steering.parse(" ".join(way)), found.profile, last, lora=lora)
+
+
+def test_a_dial_after_a_norm_does_what_was_measured_on_its_text(tmp_path: Path) -> None:
+    """By the model itself with the constant before its final norm, on either half of the text."""
+    found = planted("gemma2")
+    last, vector = on_disk(found, tmp_path / "model"), tmp_path / "v.gguf"
+    windows = make_windows(found.texts, found.tokenizer, window=64, source="zipf")
+    dial = dial_after_norm(found.model, windows, found.profile)
+    batch = next(windows.batches(len(windows)))
+
+    def entropy(constant: Tensor | None) -> Tensor:
+        hook = locate(found.model).final_norm.register_forward_pre_hook(
+            lambda module, args: args if constant is None else (args[0] + constant, *args[1:])
+        )
+        with torch.no_grad():
+            log_p = found.model(batch.input_ids, attention_mask=batch.attention_mask).logits.log_softmax(-1)
+        hook.remove()
+        per_token, half = torch.special.entr(log_p.exp()).sum(-1), len(windows) // 2
+        return torch.stack([per_token[rows][batch.kept[rows]].mean() for rows in (slice(half), slice(half, None))])
+
+    for change in (-0.02, 0.02):
+        written = export(Steering(entropy=change), found.profile, last, control_vector=vector, after_norm=dial)
+        given = entropy(read(vector)[1]["direction.1"]) - entropy(None)
+        assert written.halves
+        torch.testing.assert_close(given, torch.tensor(written.halves), atol=1e-3, rtol=0)
+        assert sum(written.halves) / 2 == pytest.approx(change)
+    says = read(vector)[0]
+    assert says["confsteer.measured"].endswith("on the halves of zipf")
+    for asked, how in ((Steering(unigram=0.01), False), (Steering(entropy=0.01), True)):
+        with pytest.raises(SteeringError, match="which a norm divides"):
+            export(asked, found.profile, last, control_vector=vector, after_norm=dial, scale_per_nat=how)
+    with pytest.raises(SteeringError, match="out of reach after the norm: on zipf"):
+        dial.at(50.0)
+    llama = planted("llama")
+    with pytest.raises(UnsupportedModelError, match="a control vector is the dial itself"):
+        dial_after_norm(llama.model, windows, llama.profile)
 
 
 def test_the_metadata_says_what_a_file_is(tmp_path: Path) -> None:
@@ -263,6 +301,8 @@ def test_the_command_reads_a_gguf_file_and_says_how_to_use_what_it_writes(tmp_pa
         (["-s", "entropy=0.1", "--to", "lora", "v.gguf", "--to", "lora", "w.gguf"], "give --to once"),
         (["--ladder", "entropy=0:1:3", "--to", "lora", "v.gguf"], "--ladder goes with --to control-vector"),
         (["-s", "entropy=0.1", "--to", "onnx", "v.gguf"], "'onnx' is not one of"),
+        (["-s", "entropy=0.1", "--to", "control-vector", "v.gguf", "--text", "t.txt"], "--text is for models with a norm"),
+        (["-s", "entropy=0.1", "--scale-per-nat", "--to", "control-vector", "v.gguf", "--text", "t.txt"], "leave out one"),
     ],
 )
 def test_wrong_usage(arguments: list[str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

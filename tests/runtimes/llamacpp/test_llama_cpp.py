@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,14 +17,18 @@ import confsteer
 from confsteer import Profile, Steering
 from confsteer.model.checkpoint import LastLayer, read_last_layer
 from confsteer.model.gguf_weights import NORM_OFFSET
-from confsteer.model.loading import DEMO
+from confsteer.model.loading import DEMO, load_model
+from confsteer.model.locate import locate
 from confsteer.runtimes.llamacpp.adapters import export
 from confsteer.runtimes.llamacpp.baking import READ_A_BIAS, bake_file
+from confsteer.text.windows import prompt_ids
 from tests.model import gguf_files
 from tests.models import FAMILIES, tiny_model
+from tests.paths import ROOT
 from tests.planted import planted
 from tests.runtimes.llamacpp.library import VARIABLE, VERSION, Llama, folder
 from tests.runtimes.llamacpp.test_export import steerings
+from tests.test_real import FILE
 
 pytestmark = [
     pytest.mark.llamacpp,
@@ -88,6 +93,29 @@ def test_gains_before_a_norm(tmp_path: Path) -> None:
         assert largest(expected, unsteered) > 10 * before
 
 
+def test_a_control_vector_comes_after_a_norm(tmp_path: Path) -> None:
+    """Gemma 2's on the MLP's output: what `after_norm` relies on."""
+    found = planted("gemma2", tied=True)
+    model = gguf_files.write(tmp_path / "model.gguf", found.model, pieces=True)
+    direction = torch.randn(32, generator=torch.Generator().manual_seed(0))
+    writer = gguf.GGUFWriter(tmp_path / "v.gguf", "controlvector")
+    writer.add_tensor("direction.1", direction.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    hook = locate(found.model).final_norm.register_forward_pre_hook(lambda module, args: (args[0] + direction, *args[1:]))
+    with torch.no_grad():
+        expected = found.model(torch.tensor([IDS]), use_cache=False).logits[0].log_softmax(-1)
+    hook.remove()
+    with Llama(model) as llama:
+        unsteered = llama.log_probabilities(IDS)
+        before = largest(unsteered, transformers(found.model, found.profile, Steering(), IDS))
+        llama.control((tmp_path / "v.gguf", 1.0), first=1, last=1)
+        assert largest(llama.log_probabilities(IDS), expected) < 2 * before + 1e-4
+        assert largest(expected, unsteered) > 10 * before
+
+
 class Demo:
     """The bundled model as a file of float32, its profile and its last layer."""
 
@@ -137,6 +165,39 @@ def test_no_layer_but_the_last_carries_it(demo: Demo, tmp_path: Path) -> None:
         assert torch.equal(llama.log_probabilities(demo.ids), unsteered)
         llama.control((vector, 1.0), first=1, last=llama.n_layers)
         assert not torch.equal(llama.log_probabilities(demo.ids), unsteered)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(("name", "profile"), [("smollm2", "smollm2-135m-instruct"), ("gemma", "gemma-3-270m")])
+def test_real_models_as_people_have_them(name: str, profile: str, tmp_path: Path) -> None:
+    """Quantised weights, which llama.cpp multiplies by quantised activations: steering adds nothing to that difference."""
+    file = FILE.with_name(json.loads((ROOT / "eval" / "real_models.json").read_text())[name]["file"])
+    if not file.exists():
+        pytest.skip(f"there is no {file}: python eval/fetch_model.py {name} fetches it")
+    model, tokenizer = load_model(str(file), device="cpu")
+    found, last = Profile.load(profile), read_last_layer(str(file))
+    ids = prompt_ids("The capital of France is Paris, and the capital of Germany is Berlin, which has", tokenizer, chat=False)
+    neuron = found.entropy_neurons[0]
+    gain = Steering(scale={neuron.index: 3.0}, shift={neuron.index: 2.0 * neuron.mean_activation})
+    vector, lora = tmp_path / "v.gguf", tmp_path / "l.gguf"
+    with Llama(file) as llama:
+
+        def divergence(expected: Tensor) -> float:
+            given = llama.log_probabilities(ids)
+            return float((expected.exp() * (expected - given)).sum(-1).mean())
+
+        unsteered = transformers(model, found, Steering(), ids)
+        before = divergence(unsteered)
+        export(gain, found, last, lora=lora)
+        llama.lora(lora)
+        expected = transformers(model, found, gain, ids)
+        assert divergence(expected) < 2 * before < divergence(unsteered)
+        llama.lora(None)
+        if last.anatomy.write_norm is None:
+            dial = Steering(entropy=0.5 * found.reach("entropy")[1])
+            export(dial, found, last, control_vector=vector)
+            llama.control((vector, 1.0), first=last.anatomy.layer, last=last.anatomy.layer)
+            assert divergence(transformers(model, found, dial, ids)) < 2 * before < divergence(unsteered)
 
 
 SERVER = """
