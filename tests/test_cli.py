@@ -273,11 +273,13 @@ def test_help_lists_the_commands_once_and_in_the_order_of_work() -> None:
         "show",
         "push",
         "generate",
+        "play",
         "eval",
         "report",
         "tune",
         "lm-eval",
         "bake",
+        "export",
         "serve",
         "study",
     ]

@@ -32,7 +32,7 @@ def test_a_wheel_holds_the_package_and_what_it_needs_to_run(wheel: Path) -> None
     modules = {str(file.relative_to(ROOT)) for file in package.rglob("*.py")}
     model = {str(file.relative_to(ROOT)) for file in (package / "demo" / "model").iterdir()}
     profiles = {f"confsteer/{file.relative_to(ROOT)}" for file in (ROOT / "calibrations").rglob("*") if file.is_file()}
-    others = {"calibration/published.json", "demo/unigram.npy", "py.typed", "report/page.html.j2"}
+    others = {"calibration/published.json", "demo/unigram.npy", "playground/page.html", "py.typed", "report/page.html.j2"}
     assert "confsteer/demo/model/model.safetensors" in model
     assert "confsteer/calibrations/confsteer-demo/profile.json" in profiles
     assert names == modules | model | profiles | {f"confsteer/{name}" for name in others}

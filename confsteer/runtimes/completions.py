@@ -98,6 +98,8 @@ class Completions:
             CorpusError: the prompt has no tokens, or the answer would be longer than the model's context.
         """
         steering = self._steerer.profile.resolve(Steering.parse(request.vllm_xargs.confsteer))
+        # An answer uses the last position's prediction alone, and no cache remembers the last layer's MLP: all is as good.
+        steering = steering.model_copy(update={"positions": "all"})
         with self._turn:
             self._steerer.update(steering)
         given = prompt_ids(request.prompt, self._tokenizer, chat=False)

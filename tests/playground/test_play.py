@@ -205,8 +205,9 @@ class LikeVllm(BaseHTTPRequestHandler):
         choice = {"index": 0, "text": "".join(name for name, _ in rows), "logprobs": logprobs}
         end = {"index": 0, "text": "", "logprobs": None, "finish_reason": "stop"}
         said: list[dict[str, Any]] = [{"choices": [choice]}, {"choices": [end]}, {"choices": [], "usage": {}}]
-        chunks = [json.dumps(chunk) for chunk in said]
-        self.behind_key("".join(f"data: {chunk}\n\n" for chunk in (*chunks, "[DONE]")).encode())
+        ends = [] if asked["prompt"] == "broken" else ["[DONE]"]
+        chunks = [*(json.dumps(chunk) for chunk in said), *ends]
+        self.behind_key("".join(f"data: {chunk}\n\n" for chunk in chunks).encode())
 
     def behind_key(self, body: bytes) -> None:
         if self.headers.get("Authorization") == "Bearer secret":
@@ -238,6 +239,8 @@ def test_a_key_is_asked_for_and_answers_as_vllms_are_read(browser: Any) -> None:
             mean = (math.log(2) + 1.5 * math.log(2) + rest) / 3
             assert text(browser, "entropy0") == f"Mean entropy: at least {math.log(2):.2f} nats, 1 token"
             assert text(browser, "entropy1") == f"Mean entropy: at least {mean:.2f} nats, 3 tokens"
+            answer(browser, prompt="broken")
+            assert text(browser, "wrong") == "The server broke off its answer."
             assert browser.execute_script("return document.cookie + JSON.stringify({...localStorage, ...sessionStorage})") == "{}"
         finally:
             server.shutdown()

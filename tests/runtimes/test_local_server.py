@@ -128,6 +128,10 @@ def test_clients_at_once_get_what_each_gets_alone(server: LocalServer) -> None:
     assert len({choice["text"] for choice in alone}) == len(asked)
 
 
+def test_to_an_answer_all_positions_are_those_that_generate(server: LocalServer) -> None:
+    assert complete(server, "entropy=0.9 positions=generated", seed=2) == complete(server, "entropy=0.9", seed=2)
+
+
 def test_the_same_seed_draws_other_tokens_only_where_predictions_differ(server: LocalServer) -> None:
     """A push too small to change a draw leaves the answer; greedy answers need no seed."""
     assert complete(server, "entropy=0.0001", seed=5)["text"] == complete(server, "neutral", seed=5)["text"]
@@ -139,7 +143,6 @@ def test_the_same_seed_draws_other_tokens_only_where_predictions_differ(server: 
     ("changed", "sentence"),
     [
         ({"vllm_xargs": {"confsteer": "entropy=9"}}, "entropy=+9 is out of reach"),
-        ({"vllm_xargs": {"confsteer": "entropy=0.1 positions=generated"}}, "update() keeps"),
         ({"vllm_xargs": {"confsteer": {"entropy": 0.1}}}, "vllm_xargs.confsteer: Input should be a valid string"),
         ({"vllm_xargs": {"steering": "entropy=0.1"}}, "vllm_xargs.steering: Extra inputs are not permitted"),
         ({"confsteer": "entropy=0.1"}, "confsteer: Extra inputs are not permitted"),

@@ -18,6 +18,7 @@ from torch import Tensor
 from confsteer.errors import SteeringError, UnsupportedModelError
 from confsteer.files import write_result
 from confsteer.model.checkpoint import LastLayer
+from confsteer.playground.description import public_name
 from confsteer.profile.profile import Profile
 from confsteer.runtimes.llamacpp.after_norm import DialAfterNorm
 from confsteer.runtimes.llamacpp.parts import Parts, no_constant, split
@@ -131,12 +132,12 @@ def _check_files(parts: Parts, control_vector: Path | None, lora: Path | None) -
 
 
 def _origin(parts: Parts, profile: Profile) -> dict[str, Any]:
-    """Say of a file what it was made of."""
-    model = profile.model
+    """Say of a file what it was made of. It may be passed on, so without the paths of this machine."""
+    name = public_name(profile.model.id)
     says: dict[str, Any] = {
-        "general.name": f"{parts.steering} of {model.id}",
-        "confsteer.model": model.id,
-        "confsteer.layer": model.layer,
+        "general.name": f"{parts.steering} of {name}",
+        "confsteer.model": name,
+        "confsteer.layer": parts.layer,
         "confsteer.profile": profile.checksum,
         "confsteer.steering": str(parts.steering),
     }

@@ -23,6 +23,7 @@ from confsteer.errors import LoadError, ResultError, SteeringError
 from confsteer.files import sync_folder, temporary_sibling
 from confsteer.model.checkpoint import LastLayer
 from confsteer.model.gguf import ALIGNMENT, FLOAT32, MAGIC, STRING, GgufFile, TensorInfo
+from confsteer.playground.description import public_name
 from confsteer.profile.profile import Profile
 from confsteer.runtimes.llamacpp.parts import Parts, no_constant, split
 from confsteer.steering import Steering
@@ -89,7 +90,7 @@ def bake_file(steering: Steering, profile: Profile, last: LastLayer, out: Path) 
         raise SteeringError(f"{parts.steering}: makes weights that the file's precision cannot hold. Ask for less")
     # A file may be baked again.
     nth = sum(re.fullmatch(r"confsteer\.\d+\.steering", key) is not None for key in file.metadata)
-    said = {"steering": str(parts.steering), "model": profile.model.id, "profile": profile.checksum}
+    said = {"steering": str(parts.steering), "model": public_name(profile.model.id), "profile": profile.checksum}
     record = {f"confsteer.{nth}.{key}": value for key, value in said.items()}
     _write(file, changed, record, out)
     quantised = bool(parts.neurons) and file.tensors[parts.projection].kind not in IN_PLACE
