@@ -117,6 +117,14 @@ class MixtureAnatomy(Anatomy):
             writes = output_weights(self.shared)
             return torch.cat([rows, writes[shared.to(writes.device)].to(rows)])
 
+    def row(self, neuron: int) -> Tensor:
+        """Find the output weights of a neuron, ``[d_model]``: a view, to write into it is to change the model."""
+        experts = self.experts
+        if neuron < experts.n_routed:
+            return down_proj_of(self.down_proj).detach()[neuron // experts.units, neuron % experts.units]
+        assert self.shared is not None
+        return output_weights(self.shared)[neuron - experts.n_routed]
+
     def writes(self) -> Iterator[Tensor]:
         """Yield the output weights of one expert after the other, ``[units, d_model]`` each; those of the shared one last."""
         if self.stored is not None:

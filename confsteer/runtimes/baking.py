@@ -19,11 +19,13 @@ from confsteer.errors import ResultError, SteeringError, UnsupportedModelError
 from confsteer.files import sync_folder, temporary_sibling
 from confsteer.model.anatomy import Anatomy
 from confsteer.model.dissect import dissect
+from confsteer.model.experts import MixtureAnatomy
 from confsteer.model.layers import dtype_name, output_weights, without_compiler
 from confsteer.model.loading import LoadedModel
 from confsteer.model.locate import unwrap
 from confsteer.profile.profile import Profile
-from confsteer.runtimes.linear import linear_edit
+from confsteer.profile.schema import Neuron
+from confsteer.runtimes.linear import LinearEdit, linear_edit
 from confsteer.runtimes.transformers import Request
 from confsteer.steering import Steering
 
@@ -39,7 +41,8 @@ class Baked(NamedTuple):
     neurons: tuple[int, ...]
     """Indices of the neurons that are steered."""
     weight: str | None
-    """Name of the parameter with their output weights; None where those are as they were."""
+    """Name of the parameter with their output weights (``NAME and NAME`` where shared experts' are others); None where those are
+    as they were."""
     bias: str | None
     """Name of the parameter that took up the constant part; None where there is none."""
     mlp_bias_added: bool
@@ -57,6 +60,8 @@ def bake(model: nn.Module, profile: Profile | str | os.PathLike[str], steering: 
     A neuron's output weights are multiplied by its gain, and the constant part, Σ bias · (original output weights), goes to
     the projection's bias. A projection without one gets one where the config can say so (``mlp_bias``: Llama, Granite,
     SmolLM3); elsewhere only steerings without a constant part can be baked.
+
+    In a mixture of experts only gains can be baked: the routing weight multiplies all that an expert adds.
 
     The arithmetic is float64, rounded once to the weights' precision. In bfloat16 that is up to 0.2 % of each weight, and
     up to 0.2 % of each entry of the *sum* of the projection's own bias and the constant, so that a constant much smaller than
@@ -88,9 +93,10 @@ def bake(model: nn.Module, profile: Profile | str | os.PathLike[str], steering: 
             "model.merge_and_unload(), and calibrate the merged model"
         )
     anatomy = dissect(model)
-    anatomy.require_dense("baking")
     profile.check_model(anatomy)
     _check_weights(base, anatomy)
+    if isinstance(anatomy, MixtureAnatomy):
+        return _bake_experts(base, anatomy, profile, steering, edit)
 
     # Compute the new rows and the new bias, and refuse before anything is changed.
     projection: Any = anatomy.down_proj
@@ -104,14 +110,7 @@ def bake(model: nn.Module, profile: Profile | str | os.PathLike[str], steering: 
         bias = torch.zeros_like(constant, dtype=rows.dtype) if projection.bias is None else projection.bias.cpu()
         baked_bias = (bias.double() + constant).to(bias.dtype)
         weight_changes, bias_changes = not torch.equal(baked_rows, rows), not torch.equal(baked_bias, bias)
-        if not (weight_changes or bias_changes):
-            raise SteeringError(
-                f"{steering}: changes nothing in the {dtype_name(rows.dtype)} weights of this model; there is nothing to bake"
-            )
-        if not (baked_rows.isfinite().all() and baked_bias.isfinite().all()):
-            raise SteeringError(
-                f"{steering}: makes weights that {dtype_name(rows.dtype)} cannot hold. Ask for less, or load the model in float32"
-            )
+        _check_changes(steering, rows.dtype, weight_changes or bias_changes, baked_rows, baked_bias)
 
         # Change the model, which gets a bias first where it has a place for one.
         without_bias: list[nn.Linear] = []
@@ -136,6 +135,50 @@ def bake(model: nn.Module, profile: Profile | str | os.PathLike[str], steering: 
     )
 
 
+def _bake_experts(
+    base: PreTrainedModel, anatomy: MixtureAnatomy, profile: Profile, steering: Steering, edit: LinearEdit
+) -> Baked:
+    """Multiply the output weights of experts' neurons by their gains.
+
+    The routing weight multiplies all that an expert adds, a bias too: no weight of an expert adds a constant.
+
+    Raises:
+        SteeringError: there is a constant, or nothing changes.
+    """
+    if constant := [neuron for neuron, added in zip(profile.steerable, edit.bias.tolist(), strict=True) if added]:
+        raise SteeringError(
+            f"{steering}: adds a constant where neuron {', '.join(str(neuron.key) for neuron in constant)} is active, and the "
+            f"routing weight multiplies all that an expert of {profile.model.id} adds, so that no weight of it is a constant. "
+            f"{_without_a_constant(constant[0])}"
+        )
+    index, changed = edit.neurons, (edit.gain != 1).nonzero()[:, 0]
+    with torch.no_grad():
+        rows = anatomy.w_out(index).cpu()
+        baked = (edit.gain[:, None] * rows.double()).to(rows.dtype)
+        _check_changes(steering, rows.dtype, not torch.equal(baked, rows), baked)
+        for i in changed.tolist():
+            anatomy.row(int(index[i])).copy_(baked[i])
+    modules = {anatomy.down_proj if i < anatomy.experts.n_routed else anatomy.shared for i in index[changed].tolist()}
+    names = [name for name, module in base.named_modules() if module in modules]
+    weights = [f"{name}.down_proj" if base.get_submodule(name) is anatomy.down_proj else f"{name}.weight" for name in names]
+    return Baked(steering, tuple(index[changed].tolist()), " and ".join(weights), None, False)
+
+
+def _check_changes(steering: Steering, dtype: torch.dtype, changes: bool, *baked: Tensor) -> None:
+    """
+    Raises:
+        SteeringError: nothing changes, or the new weights are not finite.
+    """
+    if not changes:
+        raise SteeringError(
+            f"{steering}: changes nothing in the {dtype_name(dtype)} weights of this model; there is nothing to bake"
+        )
+    if not all(weights.isfinite().all() for weights in baked):
+        raise SteeringError(
+            f"{steering}: makes weights that {dtype_name(dtype)} cannot hold. Ask for less, or load the model in float32"
+        )
+
+
 def _check_weights(base: PreTrainedModel, anatomy: Anatomy) -> None:
     """
     Raises:
@@ -151,7 +194,7 @@ def _check_weights(base: PreTrainedModel, anatomy: Anatomy) -> None:
             f"weights of this {model_type} are offloaded; load it whole into memory, such as with device_map='cpu' (on the "
             "command line --device cpu)"
         )
-    own = set(map(id, anatomy.down_proj.parameters()))
+    own = {id(parameter) for module in anatomy.projections for parameter in module.parameters()}
     sharing = [name for name, parameter in base.named_parameters(remove_duplicate=False) if id(parameter) in own]
     if len(sharing) > len(own):
         raise UnsupportedModelError(
@@ -180,12 +223,18 @@ def _layers_of_mlp_bias(base: PreTrainedModel) -> list[nn.Linear]:
 
 
 def _no_place_for_a_constant(steering: Steering, profile: Profile) -> SteeringError:
-    neuron = profile.steerable[0]
-    cancelling = f"scale.{neuron.index}=0.5 shift.{neuron.index}={-0.5 * neuron.mean_activation!r}"
     return SteeringError(
         f"{steering}: adds a constant, and the last MLP projection of {profile.model.id} ({profile.model.model_type}) has no "
-        f"bias to hold it. What can be baked here multiplies activations: clamp.{neuron.index}=0, or a scale whose constant a "
-        f"shift takes away, {cancelling}. Steer with anything else while the model runs: confsteer serve"
+        f"bias to hold it. {_without_a_constant(profile.steerable[0])}"
+    )
+
+
+def _without_a_constant(neuron: Neuron) -> str:
+    cancelling = f"scale.{neuron.key}=0.5 shift.{neuron.key}={-0.5 * neuron.mean_activation!r}"
+    runs = "confsteer serve" if neuron.name is None else "confsteer.steer"
+    return (
+        f"What can be baked here multiplies activations: clamp.{neuron.key}=0, or a scale whose constant a shift takes away, "
+        f"{cancelling}. Steer with anything else while the model runs: {runs}"
     )
 
 

@@ -61,7 +61,7 @@ def linear_edit(steering: Steering, profile: Profile) -> LinearEdit:
     gain, bias = torch.where(fixed, 0.0, gain), torch.where(fixed, low, bias)
     ranged = ~fixed & (low.isfinite() | high.isfinite())
     if ranged.any():
-        neurons = ", ".join(str(neuron.index) for neuron, is_ranged in zip(profile.steerable, ranged, strict=True) if is_ranged)
+        neurons = ", ".join(str(neuron.key) for neuron, is_ranged in zip(profile.steerable, ranged, strict=True) if is_ranged)
         raise SteeringError(
             f"{steering}: a range is not linear, so weights cannot keep neuron {neurons} in one; clamp to a single value, or "
             "steer while the model runs"

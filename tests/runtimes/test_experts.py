@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import confsteer
-from confsteer import Profile, SteeringError, UnsupportedModelError
+from confsteer import Profile, SteeringError
 from confsteer.model.dissect import dissect
 from confsteer.model.experts import MixtureAnatomy
 from confsteer.profile.schema import ModelIdentity, Neuron
@@ -188,10 +189,35 @@ def test_wrong_names_are_refused_with_those_that_are_right() -> None:
     assert confsteer.Steering.parse(str(steering)) == steering
 
 
-def test_what_needs_neurons_that_are_always_active_is_refused() -> None:
-    found = planted_experts("mixtral")
-    with pytest.raises(UnsupportedModelError, match=r"baking needs .*mixture of experts \(4 experts of 24 neurons\)"):
-        confsteer.bake(found.model, found.profile, {"scale": {"1.5": 0}})
+@pytest.mark.parametrize("model_type", ["gpt_oss", "llama4_text", "mixtral", "qwen2_moe"])
+def test_gains_are_baked_into_the_rows_of_experts(model_type: str) -> None:
+    found = planted_experts(model_type)
+    model = copy.deepcopy(found.model)
+    first, second, _ = found.profile.steerable
+    steering = {
+        "clamp": {first.key: 0.0},
+        "scale": {second.key: 0.5},
+        "shift": {second.key: -0.5 * second.mean_activation},
+    }
+    ids = torch.randint(1, VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        with confsteer.steer(model, found.profile, steering):
+            expected = model(ids, use_cache=False).logits
+        before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+        baked = confsteer.bake(model, found.profile, steering)
+        torch.testing.assert_close(model(ids, use_cache=False).logits, expected, atol=1e-5, rtol=1e-5)
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert baked.weight is not None
+    assert changed == set(baked.weight.split(" and "))
+    assert baked.neurons == (first.index, second.index)
+
+
+def test_a_constant_cannot_be_baked_into_an_expert() -> None:
+    found = planted_experts("gpt_oss")
+    before = found.model.state_dict()["model.layers.1.mlp.experts.down_proj"].clone()
+    with pytest.raises(SteeringError, match=r"adds a constant where neuron 3\.7, 1\.5 is active.*clamp\.3\.7=0"):
+        confsteer.bake(found.model, found.profile, {"entropy": 0.1})
+    assert torch.equal(found.model.state_dict()["model.layers.1.mlp.experts.down_proj"], before)
 
 
 def _edit_shared(model: Any, anatomy: MixtureAnatomy, edit: Callable[[Tensor], Tensor]) -> None:
