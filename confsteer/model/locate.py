@@ -151,7 +151,7 @@ def _search(base: PreTrainedModel, unembedding: nn.Module) -> Places:
     lists = {path.replace("_orig_mod.", "") for path, module in base.named_modules() if isinstance(module, nn.ModuleList)}
     of_layers = [i for i, call in enumerate(calls) if _is_linear(call.module) and _element(call.path, lists)]
     if not of_layers:
-        raise UnsupportedModelError(f"{name} has no list of transformer layers")
+        raise UnsupportedModelError(f"{type(base).__name__} has no layers: no list of modules takes part in reading a text")
     element = _element(calls[of_layers[-1]].path, lists)
     last_layer = _submodule(base, element)
     _refuse_experts(name, last_layer)
