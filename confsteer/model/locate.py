@@ -104,12 +104,16 @@ def _unembedding(base: PreTrainedModel) -> nn.Module:
     Raises:
         UnsupportedModelError: there is none.
     """
-    models = (module for module in base.modules() if isinstance(module, PreTrainedModel))
-    heads: Iterator[Any] = (model.get_output_embeddings() for model in models)
+    heads: Iterator[Any] = (model.get_output_embeddings() for _, model in _models(base))
     unembedding: nn.Module | None = next((head for head in heads if head is not None), None)
     if unembedding is None:
         raise UnsupportedModelError(f"{type(base).__name__} has no unembedding: it is not a causal language model")
     return unembedding
+
+
+def _models(base: PreTrainedModel) -> Iterator[tuple[str, PreTrainedModel]]:
+    """List the models inside a model by path, itself first."""
+    yield from ((path, module) for path, module in base.named_modules() if isinstance(module, PreTrainedModel))
 
 
 def _submodule(parent: nn.Module, path: str) -> nn.Module:
@@ -150,7 +154,7 @@ def _search(base: PreTrainedModel, unembedding: nn.Module) -> Places:
     lists = {path.replace("_orig_mod.", "") for path, module in base.named_modules() if isinstance(module, nn.ModuleList)}
     of_layers = [i for i, call in enumerate(calls) if _is_linear(call.module) and _element(call.path, lists)]
     if not of_layers:
-        raise UnsupportedModelError(f"{name} has no list of transformer layers")
+        raise UnsupportedModelError(f"{type(base).__name__} has no layers: no list of modules takes part in reading a text")
     element = _element(calls[of_layers[-1]].path, lists)
     last_layer = _submodule(base, element)
     if head := [call.path for call in calls[of_layers[-1] + 1 :] if _is_linear(call.module)]:
@@ -212,7 +216,11 @@ def _calls(base: PreTrainedModel, unembedding: nn.Module) -> list[_Call]:
             raise
         except Exception as error:  # whatever a model raises that needs an image, a language or another library
             words = " ".join(str(error).split())[:200] or type(error).__name__
-            raise UnsupportedModelError(f"{type(base).__name__} does not run on the ids of a text alone: {words}") from error
+            inner = next((path for path, model in _models(base) if path and model.get_output_embeddings() is not None), None)
+            hint = "" if inner is None else f". Give the language model inside it: model.{inner}"
+            raise UnsupportedModelError(
+                f"{type(base).__name__} does not run on the ids of a text alone: {words}{hint}"
+            ) from error
     heads = [i for i, call in enumerate(calls) if call.module is head]
     if not heads:
         raise UnsupportedModelError(f"{base.config.model_type} does not use its unembedding ({type(head).__name__})")

@@ -19,8 +19,8 @@ from tests.paths import ROOT
 SERVED = [
     "aya_vision", "bamba", "cohere2", "cohere2_vision", "deepseek_v3", "ernie4_5", "falcon_h1", "gemma3", "gemma4", "glm4v",
     "gpt_oss", "granite4_vision", "hunyuan_v1_dense", "idefics3", "internvl", "kimi_k25", "lfm2", "lfm2_vl", "llama4",
-    "llava_next", "llava_onevision", "minicpm3", "ministral3", "mistral3", "mixtral", "mllama", "nemotron_h", "olmo_hybrid",
-    "paligemma", "qwen2_5_omni_thinker", "qwen2_vl", "qwen3_5", "qwen3_moe", "qwen3_vl", "qwen3_vl_moe", "smolvlm",
+    "llava_next", "llava_onevision", "minicpm3", "ministral3", "mistral3", "mixtral", "mllama", "nemotron_h", "nemotron_h_omni",
+    "olmo_hybrid", "paligemma", "qwen2_5_omni_thinker", "qwen2_vl", "qwen3_5", "qwen3_moe", "qwen3_vl", "qwen3_vl_moe", "smolvlm",
 ]  # fmt: skip
 """Beside those of `tests.models`, which have tests of their own."""
 

@@ -13,11 +13,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 import confsteer
-from confsteer import SettingError, Steering
+from confsteer import SettingError, Steering, UnsupportedModelError
 from confsteer.calibration.scan import scan
 from confsteer.evaluation.evaluate import evaluate
+from confsteer.model.dissect import dissect
 from confsteer.model.loading import load_model
 from confsteer.text.windows import make_windows
 from tests.models import (
@@ -27,6 +29,7 @@ from tests.models import (
     IMAGE,
     IMAGE_TOKENS,
     MULTIMODAL,
+    VOCAB,
     image_inputs,
 )
 from tests.planted import Planted, planted
@@ -135,6 +138,27 @@ def test_a_baked_model_sees_as_a_steered_one(model_type: str, steering: str) -> 
     confsteer.bake(model, found.profile, steering)
     torch.testing.assert_close(logits(model, IDS), expected, atol=1e-4, rtol=1e-5)
     assert not torch.allclose(expected, logits(found.model, IDS), atol=1e-3)
+
+
+def test_a_model_that_reads_no_text_alone_is_steered_by_the_one_inside() -> None:
+    text = {"model_type": "opt", "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_hidden_layers": 2}
+    text |= {"num_attention_heads": 4, "max_position_embeddings": 64, "vocab_size": VOCAB}
+    seen = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes = {"qformer_config": seen | {"encoder_hidden_size": 32}, "vision_config": seen | {"image_size": 28, "patch_size": 14}}
+    config = AutoConfig.for_model("blip-2", text_config=text, **sizes, num_query_tokens=IMAGE_TOKENS, image_token_index=IMAGE)
+    model: Any = AutoModelForImageTextToText.from_config(config).eval()
+    with pytest.raises(UnsupportedModelError, match=r"text alone: .*pixel_values.* Give .*: model\.language_model$"):
+        dissect(model)
+    anatomy = dissect(model.language_model)
+    identity = {"n_neurons": anatomy.n_neurons, "vocab_size": anatomy.vocab_size, "fingerprints": anatomy.fingerprints()}
+    profile = planted("gpt2").profile
+    profile = profile.model_copy(update={"model": profile.model.model_copy(update=identity)})
+    ids, image = torch.tensor([[*[IMAGE] * IMAGE_TOKENS, 5, 7]]), torch.randn(1, 3, 28, 28)
+    with torch.no_grad(), confsteer.steer(model.language_model, profile, clamp={5: 3.0}):
+        steered = model(input_ids=ids, pixel_values=image).logits
+    with torch.no_grad():
+        anatomy.down_proj.register_forward_pre_hook(lambda module, args: (args[0].index_fill(-1, torch.tensor([5]), 3.0),))
+        torch.testing.assert_close(steered, model(input_ids=ids, pixel_values=image).logits)
 
 
 def test_the_context_is_that_of_the_language_model() -> None:
