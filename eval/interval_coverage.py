@@ -62,9 +62,10 @@ def main() -> None:
     """Print a line for each kind of answers and write them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draws", type=int, default=1000)
-    draws = parser.parse_args().draws
-    found = {}
-    for questions in (200, 1000):
+    parser.add_argument("--questions", type=int, nargs="+", default=[200])
+    given = parser.parse_args()
+    draws, found = given.draws, {}
+    for questions in given.questions:
         for name, truth in TRUTHS.items():
             found[f"{name}, {questions} questions"] = one = coverage(truth, questions, draws)
             print(f"{name}, {questions}: {', '.join(f'{key} {value:.3f}' for key, value in one.items())}", flush=True)

@@ -146,13 +146,13 @@ def evaluate(
     confsteer eval ./my-model -p my-profile --dataset allenai/ai2_arc --config ARC-Easy --split test --shots examples.jsonl
 
     --choices takes JSON lines, a JSON list, MMLU's CSV, or a folder of these; --dataset takes a dataset if its records are
-    questions. They are recognised by their fields: plain ones as above, AGIEval's, MMLU's, ARC's, CommonsenseQA's,
+    questions. They are recognised by their fields: plain ones (--choices, below), AGIEval's, MMLU's, ARC's, CommonsenseQA's,
     OpenBookQA's, HellaSwag's, PIQA's, BoolQ's, WinoGrande's, and the samples that lm-eval logs, which are asked as they were
     there. Without --format letters, --template, --shots and --chat, questions are worded as lm-eval words ARC.
 
     The confidence in an answer is its share of the probability of all choices. A steering has to beat a temperature on these;
     chance, a temperature with the length of the choice, and log-likelihoods per character and per token stand beside it.
-    Results are written after each file; Ctrl-C keeps what there is.
+    Results are written after each file; Ctrl-C keeps what there is (exit code 130).
     """
     from confsteer.evaluation.run_file import Run, Stage, run
 

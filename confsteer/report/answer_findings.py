@@ -82,15 +82,16 @@ def _knows(compared: ChoiceComparison) -> Finding:
         answer = (
             "No more often than by guessing, but its confidence is worth something: with a temperature its loss is below chance."
         )
-    numbers = METRICS["accuracy"], METRICS["loss"]
+    number, guessed = METRICS["loss"].number, chance.metrics["accuracy"].value
+    unsteered, with_it, of_chance = (number(row.metrics["loss"].value) for row in (neutral, fitted, chance))
+    right, asked = neutral.metrics["accuracy"].value, compared.questions
     lead = (
-        f"It is right on {numbers[0].number(neutral.metrics['accuracy'].value)} of {compared.questions:,} questions, guessing on "
-        f"{numbers[0].number(chance.metrics['accuracy'].value)}. Its loss is {numbers[1].number(neutral.metrics['loss'].value)}, "
-        f"with the fitted temperature ({fitted_in_words(fitted)}) {numbers[1].number(fitted.metrics['loss'].value)}, of guessing "
-        f"{numbers[1].number(chance.metrics['loss'].value)}."
+        f"It is right on {round(right * asked):,} of {asked:,} questions, which is {right:.1%}; guessing "
+        f"would be on {guessed:.1%}. Its loss is {unsteered}, with the fitted temperature {with_it}, of guessing {of_chance}."
     )
     if halves_disagree(fitted.values):
-        lead += " The two halves of the questions ask for different temperatures: one number does not fit both."
+        one, other = (temperature_in_words(value) for value in fitted.values)
+        lead += f" Fitted to one half of the questions the temperature is {one}, to the other {other}: they do not settle it."
     phrases = [f"unsteered, {says('accuracy', accuracy)}"] if accuracy else []
     phrases += [f"with the fitted temperature, {says('loss', loss)}"] if loss else []
     return Finding("Does the model know the answers?", answer, lead, [Differences("Against chance", phrases)])
@@ -151,7 +152,7 @@ def _dials(steerings: Sequence[ComparedRow]) -> list[Finding]:
     if backwards:
         answer = f"No: {backwards} of {len(phrases)} work backwards on these answers."
     elif along == len(phrases):
-        answer = "In which way, yes; how far is a matter of tokens, not of answers."
+        answer = "Yes, in direction. The size it asks for is one of tokens, not of answers."
     else:
         answer = f"That shows for {along} of {len(phrases)}."
     return [
