@@ -296,7 +296,7 @@ class Profile(Strict):
         Raises:
             ProfileMismatchError: the profile belongs to another model.
         """
-        for name in ("layer", "experts", "n_neurons", "d_model", "vocab_size"):
+        for name in ("layer", "n_neurons", "d_model", "vocab_size", "experts"):
             value = getattr(self.model, name)
             if (actual := getattr(anatomy, name)) != value:
                 raise ProfileMismatchError(

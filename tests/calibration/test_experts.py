@@ -33,8 +33,8 @@ def test_the_planted_neurons_are_found_in_every_mixture(model_type: str) -> None
     assert {neuron.key: neuron.sign for neuron in found.profile.frequency_neurons} == {frequency: -1}
     for neuron in (*found.profile.entropy_neurons, *found.profile.frequency_neurons):
         assert neuron.active is not None
-        # Every token goes through the shared expert; AFMoE's random router has a favourite too.
-        assert neuron.active == 1 if str(neuron.key).startswith("shared") else 0 < neuron.active <= 1
+        assert 0 < neuron.active <= 1
+        assert neuron.active == 1 or not str(neuron.key).startswith("shared")
 
 
 FORMS = ["afmoe", "gpt_oss", "granitemoe", "llama4_text", "qwen2_moe"]
@@ -93,9 +93,15 @@ def test_effects_and_curves_are_those_of_the_model_itself(model_type: str) -> No
     assert float(measure(Steering(entropy=asked))[0].mean()) == pytest.approx(curve.entropy[at], abs=2e-4)
 
 
-@pytest.mark.parametrize("model_type", [family.model_type for family in MIXTURES])
-def test_a_scan_reads_the_experts_of_every_mixture_from_disk(model_type: str, tmp_path: Path) -> None:
-    """Most are stored one by one, and merged when transformers loads them."""
+STORED = [
+    *("afmoe", "deepseek_v3", "gpt_oss", "granitemoeshared", "hy_v3", "jamba"),
+    *("lfm2_moe", "llama4_text", "mixtral", "nemotron_h", "phimoe", "qwen2_moe"),
+]
+"""One of each way to store experts: most one by one, and merged when transformers loads them."""
+
+
+@pytest.mark.parametrize("model_type", STORED)
+def test_a_scan_reads_the_experts_from_disk(model_type: str, tmp_path: Path) -> None:
     model = tiny_mixture(model_type).to(torch.bfloat16)
     model.save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 import confsteer
-from confsteer import Profile, SteeringError
+from confsteer import Profile, SteeringError, UnsupportedModelError
 from confsteer.model.dissect import dissect
 from confsteer.model.experts import MixtureAnatomy
 from confsteer.profile.schema import ModelIdentity, Neuron
+from confsteer.runtimes.vllm.settings import Settings
 from tests.mixtures import MIXTURES, planted_experts, tiny_mixture
 from tests.models import VOCAB, TinyFamily
 from tests.planted import planted
@@ -218,6 +221,14 @@ def test_a_constant_cannot_be_baked_into_an_expert() -> None:
     with pytest.raises(SteeringError, match=r"adds a constant where neuron 3\.7, 1\.5 is active.*clamp\.3\.7=0"):
         confsteer.bake(found.model, found.profile, {"entropy": 0.1})
     assert torch.equal(found.model.state_dict()["model.layers.1.mlp.experts.down_proj"], before)
+
+
+def test_vllm_refuses_a_profile_of_experts_by_name(tmp_path: Path) -> None:
+    found = planted_experts("mixtral")
+    found.profile.save(tmp_path / "profile")
+    assert json.loads((tmp_path / "profile" / "profile.json").read_text())["format_version"] == 2
+    with pytest.raises(UnsupportedModelError, match="mixture of experts, whose neurons are out of reach inside vLLM's kernels"):
+        Settings(profile=str(tmp_path / "profile")).load_profile()
 
 
 def _edit_shared(model: Any, anatomy: MixtureAnatomy, edit: Callable[[Tensor], Tensor]) -> None:
