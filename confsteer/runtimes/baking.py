@@ -23,7 +23,7 @@ from confsteer.model.layers import dtype_name, output_weights, without_compiler
 from confsteer.model.loading import LoadedModel
 from confsteer.model.locate import unwrap
 from confsteer.profile.profile import Profile
-from confsteer.runtimes.linear import linear_edit
+from confsteer.runtimes.linear import linear_edit, no_weight
 from confsteer.runtimes.transformers import Request
 from confsteer.steering import Steering
 
@@ -56,7 +56,8 @@ def bake(model: nn.Module, profile: Profile | str | os.PathLike[str], steering: 
 
     A neuron's output weights are multiplied by its gain, and the constant part, Σ bias · (original output weights), goes to
     the projection's bias. A projection without one gets one where the config can say so (``mlp_bias``: Llama, Granite,
-    SmolLM3); elsewhere only steerings without a constant part can be baked.
+    SmolLM3); elsewhere only steerings without a constant part can be baked. The constant of a null direction goes there too,
+    where no norm stands between the projection and the residual.
 
     The arithmetic is float64, rounded once to the weights' precision. In bfloat16 that is up to 0.2 % of each weight, and
     up to 0.2 % of each entry of the *sum* of the projection's own bias and the constant, so that a constant much smaller than
@@ -72,7 +73,7 @@ def bake(model: nn.Module, profile: Profile | str | os.PathLike[str], steering: 
 
     Raises:
         SteeringError: the request is malformed, out of reach, changes nothing, or is not linear in the activations at all
-            positions; or it has a constant part and the projection has no bias.
+            positions; or it has a constant part and the projection has no bias, or a norm that the constant belongs after.
         NoNeuronsError: the profile has no neurons to turn.
         ProfileMismatchError: the profile is of another model.
         UnsupportedModelError: see `confsteer.model.dissect`; or weights are quantised, shared, offloaded or under adapters.
@@ -91,6 +92,8 @@ def bake(model: nn.Module, profile: Profile | str | os.PathLike[str], steering: 
     anatomy.require_dense("baking")
     profile.check_model(anatomy)
     _check_weights(base, anatomy)
+    if edit.residual.any() and anatomy.write_norm is not None:
+        raise no_weight(steering, profile)
 
     # Compute the new rows and the new bias, and refuse before anything is changed.
     projection: Any = anatomy.down_proj
@@ -99,7 +102,7 @@ def bake(model: nn.Module, profile: Profile | str | os.PathLike[str], steering: 
         # A view: what is written into it is written into the weight.
         w_out = output_weights(projection)
         rows = w_out[index.to(w_out.device)].cpu()
-        constant = edit.constant(rows)
+        constant = edit.constant(rows) + edit.residual / anatomy.residual_multiplier
         baked_rows = (edit.gain[:, None] * rows.double()).to(rows.dtype)
         bias = torch.zeros_like(constant, dtype=rows.dtype) if projection.bias is None else projection.bias.cpu()
         baked_bias = (bias.double() + constant).to(bias.dtype)
@@ -180,11 +183,16 @@ def _layers_of_mlp_bias(base: PreTrainedModel) -> list[nn.Linear]:
 
 
 def _no_place_for_a_constant(steering: Steering, profile: Profile) -> SteeringError:
+    why = (
+        f"{steering}: adds a constant, and the last MLP projection of {profile.model.id} ({profile.model.model_type}) has no "
+        "bias to hold it."
+    )
+    if profile.null_direction is not None:
+        return SteeringError(f"{why} Steer while the model runs: confsteer.steer")
     neuron = profile.steerable[0]
     cancelling = f"scale.{neuron.index}=0.5 shift.{neuron.index}={-0.5 * neuron.mean_activation!r}"
     return SteeringError(
-        f"{steering}: adds a constant, and the last MLP projection of {profile.model.id} ({profile.model.model_type}) has no "
-        f"bias to hold it. What can be baked here multiplies activations: clamp.{neuron.index}=0, or a scale whose constant a "
+        f"{why} What can be baked here multiplies activations: clamp.{neuron.index}=0, or a scale whose constant a "
         f"shift takes away, {cancelling}. Steer with anything else while the model runs: confsteer serve"
     )
 

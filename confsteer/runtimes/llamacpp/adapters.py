@@ -82,7 +82,7 @@ def export(
         scale = getattr(parts.steering, the_dial(parts.steering))
         parts = per_nat(parts, profile)
     _check_files(parts, control_vector, lora)
-    if parts.constant is not None and last.anatomy.write_norm is not None:
+    if parts.normed:
         raise no_constant(parts.steering, profile)
     if parts.constant is not None and parts.layer == 0:
         raise UnsupportedModelError(f"{profile.model.id} has a single layer, and llama.cpp adds no control vector to the first")
