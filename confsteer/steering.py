@@ -25,6 +25,8 @@ DIALS: dict[Dial, DialWords] = {
     "entropy": DialWords("entropy", "entropy"),
     "unigram": DialWords("token-frequency", "frequency"),
 }
+MADE_BY_HAND = "null direction, made by hand"
+"""Name, wherever people read it, for what an entropy dial turns in place of neurons that were found."""
 MAX_CHARACTERS = 10_000
 """Longest request, in JSON or in text: dozens of neurons by name fit."""
 MAX_NEURONS = 1_000
@@ -82,6 +84,8 @@ class Steering(BaseModel):
             return value
         if len(value) > MAX_NEURONS:
             raise ValueError(f"{len(value):,} neurons are named; a steering names at most {MAX_NEURONS:,}")
+        if "null" in value:
+            raise ValueError("a null direction is no neuron, and has nothing to scale, shift or clamp: turn it with entropy=NATS")
         keys = [int(key) if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 10 else key for key in value]
         if len(set(keys)) != len(keys):
             raise ValueError("a neuron is named twice")

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from confsteer.calibration.stages import Contenders, FoldedLayer, Responses
 from confsteer.discovery.groups import GroupMoments
+from confsteer.discovery.null_direction import NullDirection
 from confsteer.discovery.response import ResponseMeans
 from confsteer.discovery.select import Chosen, percentile
 from confsteer.discovery.streaming import NeuronEffects, WithError
+from confsteer.profile import schema
 from confsteer.profile.profile import Profile
 from confsteer.profile.schema import (
     CorpusIdentity,
@@ -40,6 +42,8 @@ class Measurements(NamedTuple):
     chosen: dict[Dial, Chosen]
     other_null_spaces: dict[int, list[int]]
     """Entropy neurons with other numbers of directions counted as the null space."""
+    null_direction: NullDirection | None
+    """The thing that the entropy dial turns in place of neurons; None for neurons."""
     responses: Responses
     texts: list[str]
     """Names of the texts, in their order."""
@@ -72,6 +76,7 @@ def assemble_profile(
         seed: of the random directions behind the chance levels.
     """
     weights, moments, effects, contenders = layer.weights, measured.moments, measured.effects, measured.contenders
+    direction = measured.null_direction
     statistics = {
         "norm": weights.norm,
         "logit_variance": weights.logit_variance,
@@ -105,15 +110,26 @@ def assemble_profile(
         ),
         entropy_neurons=neurons["entropy"],
         frequency_neurons=neurons["unigram"],
+        null_direction=direction and _null_direction(direction),
         response=_curves(measured.responses.pooled),
         responses_by_text=_curves_by_text(measured),
         columns={
             **statistics,
             "singular_values": weights.singular_values,
             "effect_tokens": effect_tokens,
+            **({} if direction is None else {"null_direction": direction.vector.cpu()}),
             **{name: estimate.value for name, estimate in effects._asdict().items()},
             **{f"{name}_standard_error": estimate.standard_error for name, estimate in effects._asdict().items()},
         },
+    )
+
+
+def _null_direction(found: NullDirection) -> schema.NullDirection:
+    return schema.NullDirection(
+        singular_value=found.singular_value,
+        push=found.push,
+        residual_norm=found.residual_norm,
+        residual_along=found.residual_along,
     )
 
 

@@ -19,6 +19,7 @@ from confsteer.calibration.progress import Progress, sample_of_weights
 from confsteer.calibration.stages import (
     SAMPLE_TOKENS,
     choose_neurons,
+    find_null_direction,
     fold_layer,
     measure_activations,
     measure_contenders,
@@ -51,6 +52,7 @@ def calibrate(
     window: int = WINDOW,
     unigram_counts: NDArray[np.integer] | None = None,
     null_dims: int | None = None,
+    null_direction: bool = False,
     scanned: Profile | None = None,
     seed: int = SEED,
     source: str = SOURCE,
@@ -82,6 +84,9 @@ def calibrate(
         unigram_counts: how often each token occurs in text like the model's training text, by id; counted in `texts` if None,
             with a warning if that is too little to rank tokens.
         null_dims: directions counted as the unembedding's effective null space; read off its spectrum if None.
+        null_direction: whether the entropy dial turns no neurons but a constant in the residual right before the final norm,
+            made by hand along the direction that the unembedding reads least: for a model that has no entropy neurons, or none
+            within reach of what will run it. Neurons are found and reported as ever.
         scanned: a profile of the same model, from `confsteer.scan` or an earlier calibration, whose statistics of the weights
             are taken over instead of computed again.
         seed: of the random directions that give chance levels, and of sampling.
@@ -122,7 +127,7 @@ def calibrate(
     # What the result depends on: an interrupted run of the same goes on.
     identity = ModelIdentity.of(model.config, tokenizer, anatomy, revision=getattr(model.config, "_commit_hash", None))
     counts = _token_counts(windows, unigram_counts, identity.tokenizer_size)
-    settings = {"null_dims": null_dims, "scan": scanned and scanned.checksum, "seed": seed}
+    settings = {"null_dims": null_dims, "null_direction": null_direction, "scan": scanned and scanned.checksum, "seed": seed}
     file = None if checkpoint is None else Path(checkpoint)
     kept = Progress(file, {} if file is None else _settings(model, identity, windows, counts) | settings, resume=resume)
 
@@ -138,10 +143,11 @@ def calibrate(
         contenders = measure_contenders(passes, layer, moments, sample.effects)
         effects = sample.effects.with_rows(contenders.neurons, contenders.measured.effects)
         chosen = choose_neurons(layer, effects, contenders.neurons)
-        responses = measure_responses(passes, layer, chosen, moments)
+        direction = find_null_direction(passes, layer) if null_direction else None
+        responses = measure_responses(passes, layer, chosen, moments, direction)
     corpus = identify_corpus(windows, counts, kept_tokens=moments.count)
     others = other_null_spaces(layer, effects, seed=seed)
-    measured = Measurements(moments, effects, sample.tokens, contenders, chosen, others, responses, list(by_name))
+    measured = Measurements(moments, effects, sample.tokens, contenders, chosen, others, direction, responses, list(by_name))
     return assemble_profile(identity, corpus, layer, measured, seed=seed)
 
 

@@ -13,11 +13,12 @@ from confsteer.discovery.effects import ablation_effects
 from confsteer.discovery.frequency import chance_frequency_cosine, frequency_cosine
 from confsteer.discovery.groups import GroupEffectMeans, GroupExactMeans, GroupMoments, active_groups, groups_of
 from confsteer.discovery.moments import tokens_at_once
+from confsteer.discovery.null_direction import NullDirection, measure_along, written_before_norm
 from confsteer.discovery.response import ResponseCurve, ResponseMeans, choose_positions, mean_over_texts, with_temperature
 from confsteer.discovery.select import Chosen, contenders, entropy_neurons, select_neurons
 from confsteer.discovery.streaming import NeuronEffects, ReportedEffects
 from confsteer.discovery.temperature import EntropyByTemperature, EntropyMeans
-from confsteer.discovery.weights import WeightStatistics, weight_statistics, with_null_dims
+from confsteer.discovery.weights import WeightStatistics, unembedding_spectrum, weight_statistics, with_null_dims
 from confsteer.errors import UnsupportedModelError
 from confsteer.last_layer.experts import Experts, parts
 from confsteer.last_layer.readout import FullOutputs, Readout
@@ -33,7 +34,7 @@ All tokens are read for the neurons that could be. What a dial does differs more
 differs from its text.
 """
 POSITION_SAMPLE = 64
-"""Tokens of each text on which the range of each response curve is found."""
+"""Tokens of each text on which the range of each response curve is found, and the sign of a null direction."""
 
 
 class FoldedLayer(NamedTuple):
@@ -180,9 +181,33 @@ class Responses(NamedTuple):
     """The same dials at the same positions on each text; empty if no dial has neurons."""
 
 
-def measure_responses(passes: Passes, layer: FoldedLayer, chosen: dict[Dial, Chosen], moments: GroupMoments) -> Responses:
-    """Measure what each dial that has neurons does to the output, and which temperature does as much: on each text's sample."""
+def find_null_direction(passes: Passes, layer: FoldedLayer) -> NullDirection:
+    """Find the direction that the unembedding reads least, and what the first tokens of the sample say of it."""
+    spectrum = unembedding_spectrum(layer.readout)
+    vector = spectrum.directions[:, 0].float()
+
+    def decide(firsts: list[TokenStates]) -> Tensor:
+        return measure_along(layer.readout, vector, join_rows(firsts), _few_of_each(firsts), layer.unigram)
+
+    sign, norm, along = passes.decide_once("null direction", decide, at_least=layer.at_once).tolist()
+    return NullDirection(sign * vector, float(spectrum.singular_values[0]), norm, sign * along)
+
+
+def measure_responses(
+    passes: Passes, layer: FoldedLayer, chosen: dict[Dial, Chosen], moments: GroupMoments, direction: NullDirection | None
+) -> Responses:
+    """Measure what each dial does to the output, and which temperature does as much: on each text's sample.
+
+    Args:
+        passes: over the texts.
+        layer: the last layer.
+        chosen: neurons on each dial; one that has none with a sign is not measured.
+        moments: of the activations.
+        direction: what the entropy dial turns in place of its neurons; None for the neurons.
+    """
     pushes = {dial: _Push.of(layer, chosen[dial], moments) for dial in DIALS if chosen[dial].sign[chosen[dial].neurons].any()}
+    if direction is not None:
+        pushes = {**pushes, "entropy": _Push.along(layer, direction)}
     if not pushes:
         return Responses({}, [])
     positions = _choose_positions(passes, layer, pushes)
@@ -190,7 +215,7 @@ def measure_responses(passes: Passes, layer: FoldedLayer, chosen: dict[Dial, Cho
     unsteered: list[EntropyMeans] = []
     for text in range(passes.texts):
         of_dials = {
-            dial: ResponseCurve(layer.readout, push.added, layer.unigram, positions[dial]) for dial, push in pushes.items()
+            dial: ResponseCurve(push.readout, push.added, layer.unigram, positions[dial]) for dial, push in pushes.items()
         }
         entropies = EntropyByTemperature(layer.readout)
         name = f"responses of text {text + 1}" if passes.texts > 1 else "responses"
@@ -209,12 +234,14 @@ def measure_responses(passes: Passes, layer: FoldedLayer, chosen: dict[Dial, Cho
 
 
 class _Push(NamedTuple):
-    """Position 1 of a dial: a signed standard deviation of each of its neurons."""
+    """Position 1 of a dial: a signed standard deviation of each of its neurons, or a constant along a null direction."""
 
+    readout: Readout
+    """The last layer of the neurons that are pushed; a direction is an imaginary one."""
     added: Tensor
     """Change of each activation, float32 ``[n_neurons]``; in a mixture ``[groups, n_neurons]``, a row each group's."""
     groups: list[int]
-    """Numbers of the groups; those of a mixture alone."""
+    """Numbers of the groups of neurons that are not all active on the same tokens; empty where all are."""
 
     @classmethod
     def of(cls, layer: FoldedLayer, chosen: Chosen, moments: GroupMoments) -> _Push:
@@ -223,30 +250,41 @@ class _Push(NamedTuple):
         on_dial[chosen.neurons] = 1
         added = (chosen.sign * moments.std * on_dial).float().to(layer.device)
         if layer.experts is None:
-            return cls(added, [])
+            return cls(layer.readout, added, [])
         groups = [number for number, group in enumerate(layer.groups) if added[group].any()]
         rows = torch.zeros(len(groups), len(added), device=layer.device)
         for row, number in zip(rows, groups, strict=True):
             row[layer.groups[number]] = added[layer.groups[number]]
-        return cls(rows, groups)
+        return cls(layer.readout, rows, groups)
+
+    @classmethod
+    def along(cls, layer: FoldedLayer, direction: NullDirection) -> _Push:
+        """Make it of a direction."""
+        push = torch.tensor([direction.push], dtype=torch.float32, device=layer.device)
+        return cls(written_before_norm(layer.readout, direction.vector), push, [])
 
     def active(self, layer: FoldedLayer, states: TokenStates) -> Tensor | None:
         """Tell which groups are active on each token, bool ``[tokens, groups]``; None where all are."""
-        return None if layer.experts is None else active_groups(layer.experts, states, self.groups)
+        return active_groups(layer.experts, states, self.groups) if layer.experts and self.groups else None
 
 
 def _choose_positions(passes: Passes, layer: FoldedLayer, pushes: dict[Dial, _Push]) -> dict[Dial, Tensor]:
     """Choose the positions of each dial by a few tokens of each text."""
 
     def decide(firsts: list[TokenStates]) -> Tensor:
-        sample = join_rows([first.at(slice(None, None, max(1, len(first.targets) // POSITION_SAMPLE))) for first in firsts])
+        sample = _few_of_each(firsts)
         positions = [
-            choose_positions(layer.readout, push.added, layer.unigram, sample, dial=dial, active=push.active(layer, sample))
+            choose_positions(push.readout, push.added, layer.unigram, sample, dial=dial, active=push.active(layer, sample))
             for dial, push in pushes.items()
         ]
         return torch.stack(positions)
 
     return dict(zip(pushes, passes.decide_once("positions", decide, at_least=layer.at_once), strict=True))
+
+
+def _few_of_each(firsts: list[TokenStates]) -> TokenStates:
+    """Take about `POSITION_SAMPLE` tokens of each text, evenly spread."""
+    return join_rows([first.at(slice(None, None, max(1, len(first.targets) // POSITION_SAMPLE))) for first in firsts])
 
 
 def _with_temperatures(curves: list[dict[Dial, ResponseMeans]], unsteered: list[EntropyMeans]) -> Responses:

@@ -52,6 +52,11 @@ null_dims_option = click.option(
 )
 @null_dims_option
 @click.option(
+    "--null-direction",
+    is_flag=True,
+    help="Make the entropy dial by hand: a constant before the final norm, where the unembedding reads least; no neurons.",
+)
+@click.option(
     "--scan",
     "scanned",
     type=click.Path(path_type=Path, file_okay=False),
@@ -67,11 +72,10 @@ def calibrate(
     chosen: ModelOptions,
     text: WindowedTextOptions,
     unigram: Path | None,
-    null_dims: int | None,
     scanned: Path | None,
-    seed: int,
     out: Path | None,
     resume: bool,
+    **settings: Any,
 ) -> None:
     """Find MODEL's entropy and token-frequency neurons and save a profile.
 
@@ -92,6 +96,10 @@ def calibrate(
     Tokens are ranked by how often they occur in the text unless --unigram has their counts in text like the model's training
     text, as confsteer count makes them; 25,600 tokens are too few to rank a vocabulary, and a warning says so.
 
+    A model without entropy neurons, or whose neurons the engine does not reach, still gets an entropy dial with
+    --null-direction: a constant in the residual, made by hand, that acts as they would. It has no neurons to scale or clamp, and
+    runs in transformers, baked, and as a control vector in llama.cpp (Gemma too), not in vLLM.
+
     What was added up so far is written to the folder every minute (by a single process). Killed or interrupted, the same
     command with --resume goes on from there and ends with the same profile.
     """
@@ -107,7 +115,9 @@ def calibrate(
     counts = _unigram_counts(unigram, chosen.model)
     loaded = chosen.load()
     if not sources and first:
-        click.echo(f"No text given: the model writes its own, {text.tokens:,} tokens sampled at temperature 1 (seed {seed}).")
+        click.echo(
+            f"No text given: the model writes its own, {text.tokens:,} tokens sampled at temperature 1 (seed {settings['seed']})."
+        )
     folder = out or Path(f"{_folder_name(model_id(loaded.model.config))}.confsteer")
     checkpoint = folder / FILE_NAME
     _say_where_it_begins(checkpoint, resume)
@@ -120,12 +130,11 @@ def calibrate(
             tokens=text.tokens,
             window=text.window,
             unigram_counts=counts,
-            null_dims=null_dims,
             scanned=confsteer.Profile.load(scanned) if scanned else None,
-            seed=seed,
             progress=first,
             checkpoint=checkpoint if process.world_size == 1 else None,
             resume=resume,
+            **settings,
         )
         if not first:
             return
@@ -138,7 +147,7 @@ def calibrate(
 
     tables.print_profile(tables.console(), profile)
     tables.console().print(f"Profile written to {tables.escape(str(folder))}")
-    if not (profile.entropy_neurons or profile.frequency_neurons):
+    if not (profile.entropy_neurons or profile.frequency_neurons or profile.null_direction):
         sys.exit(EXIT_NO_NEURONS)
 
 

@@ -11,5 +11,6 @@ streaming.py      averages over a stream of tokens, with standard errors
 groups.py         the same where neurons are active on different tokens, as in a mixture of experts
 select.py         which neurons are entropy neurons and token-frequency neurons
 response.py       what a dial does at each of its positions
+null_direction.py an entropy neuron made by hand
 temperature.py    the entropy by temperature, and which temperature a change of it amounts to
 """

@@ -83,7 +83,8 @@ class ResponseCurve:
             for at in range(0, len(self.positions), columns):
                 here = slice(at, at + columns)
                 y = torch.addcmul(outputs.y[rows, None], move.write[rows, here, None], u if active is None else u[rows])
-                for along, direction in zip(move.along, outputs.x, strict=True):
+                # A write after the MLP's norm moves along the residual alone, which is the last.
+                for along, direction in zip(move.along, outputs.x[-len(move.along) :], strict=True):
                     y.addcmul_(along[rows, here, None], direction[rows, None])
                 self._measure(readout.cap(y), ids[rows], sums[:, rows, here])
         self._add(*sums)

@@ -17,6 +17,7 @@ from confsteer.last_layer.text_states import TextStates
 from confsteer.model.dissect import dissect
 from confsteer.model.states import record
 from confsteer.profile.profile import Profile
+from confsteer.profile.store import DIRECTION_COLUMN
 from confsteer.steering import Steering
 from confsteer.text.windows import Windows, check_context
 
@@ -31,7 +32,7 @@ def interventions_of(steerings: Sequence[Steering], profile: Profile) -> tuple[l
     for steering in resolved:
         if steering.positions != "all":
             raise SteeringError(f"{steering}: an evaluation scores text that is given, and steers every position of it")
-    return resolved, [Intervention.of(profile.edit(steering)) for steering in resolved]
+    return resolved, [profile.intervention(steering) for steering in resolved]
 
 
 class Reader:
@@ -51,13 +52,16 @@ class Reader:
             UnsupportedModelError: see `confsteer.model.dissect`.
         """
         model.eval()
-        neurons = torch.tensor([neuron.index for neuron in profile.steerable])
+        neurons = torch.tensor([neuron.index for neuron in profile.steerable], dtype=torch.long)
         self.model, self.profile, self.anatomy = model, profile, dissect(model)
         profile.check_model(self.anatomy)
         self.readout = self.anatomy.readout(profile.model.tokenizer_size, neurons)
         self.device = self.readout.unembedding.device
         self.neurons = neurons.to(self.device)
-        self._null_direction = unembedding_spectrum(self.readout).directions[:, 0].float()
+        if profile.null_direction is None:
+            self._null_direction = unembedding_spectrum(self.readout).directions[:, 0].float()
+        else:
+            self._null_direction = profile.columns[DIRECTION_COLUMN].to(self.device).float()
         self._writes = Writes(self.readout, self._null_direction)
 
     @torch.no_grad()

@@ -35,9 +35,10 @@ class Intervention(NamedTuple):
         return cls(torch.ones(neurons), zeros, -inf, inf, torch.zeros(()), torch.ones(()))
 
     @classmethod
-    def of(cls, edit: NeuronEdit) -> Intervention:
+    def of(cls, edit: NeuronEdit, null_write: float = 0.0) -> Intervention:
         """A steering alone."""
-        return cls.neutral(len(edit.gain))._replace(**{n: torch.from_numpy(c) for n, c in edit._asdict().items()})
+        columns = {name: torch.from_numpy(column) for name, column in edit._asdict().items()}
+        return cls.neutral(len(edit.gain))._replace(**columns, null_write=torch.tensor(null_write))
 
     @property
     def leaves_neurons(self) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 from confsteer.profile.dials import example_effects
 from confsteer.profile.profile import Profile
+from confsteer.steering import MADE_BY_HAND
 
 
 def public_name(source: str) -> str:
@@ -26,7 +27,8 @@ def describe(profile: Profile) -> dict[str, Any]:
                 "unit": "nats",
                 "range": profile.reach(dial),
                 "effects": [effect._asdict() for effect in example_effects(profile, dial)],
-                "neurons": [neuron.key for neuron in profile.neurons(dial)],
+                "neurons": [neuron.key for neuron in profile.pushed(dial)],
+                **({"turns": MADE_BY_HAND} if profile.turns_direction(dial) else {}),
             }
             for dial in profile.response
         },

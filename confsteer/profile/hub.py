@@ -13,7 +13,7 @@ from confsteer.errors import ProfileError
 from confsteer.profile.dials import example_effects
 from confsteer.profile.profile import Profile
 from confsteer.profile.schema import Neuron
-from confsteer.steering import DIALS
+from confsteer.steering import DIALS, MADE_BY_HAND
 
 
 def push(profile: Profile, repo: str, *, private: bool = False) -> str:
@@ -70,12 +70,17 @@ def card(profile: Profile, repo: str) -> str:
     for dial in DIALS:
         neurons = profile.neurons(dial)
         kind = DIALS[dial].neurons.capitalize()
-        if not neurons:
-            lines += [f"{kind} neurons: none found.", ""]
-            continue
         reach = "{:+.2f} to {:+.2f} nats".format(*profile.reach(dial)) if dial in profile.response else "none: no clear sign"
         effects = example_effects(profile, dial) if dial in profile.response else []
         known = [f"- {dial} {effect.asked:+.3f}: {effect}" for effect in effects if str(effect)]
+        if profile.turns_direction(dial):
+            assert profile.null_direction is not None
+            lines += [f"## {MADE_BY_HAND.capitalize()} ({dial} dial: {reach})", "", str(profile.null_direction), ""]
+            lines += [*known, ""] if known else []
+            reach, known = "not these", []
+        if not neurons:
+            lines += [f"{kind} neurons: none found.", ""]
+            continue
         lines += [
             f"## {kind} neurons ({dial} dial: {reach})",
             "",

@@ -25,15 +25,16 @@ from confsteer.errors import (
     first_problem,
 )
 from confsteer.last_layer.edit import NeuronEdit
+from confsteer.last_layer.intervention import Intervention
 from confsteer.model.anatomy import Anatomy
 from confsteer.profile import store
-from confsteer.profile.schema import ColumnsFile, CorpusIdentity, Layer, ModelIdentity, Neuron, Response, Strict
+from confsteer.profile.schema import ColumnsFile, CorpusIdentity, Layer, ModelIdentity, Neuron, NullDirection, Response, Sparse
 from confsteer.steering import DIALS, Dial, NeuronKey, PresetName, Steering
 
 MAX_PRESETS = 100
 
 
-class Profile(Strict):
+class Profile(Sparse):
     """Findings of a calibration of one model, or of a scan of its weights alone."""
 
     model: ModelIdentity
@@ -48,8 +49,10 @@ class Profile(Strict):
     """Largest mean |Δentropy| first."""
     frequency_neurons: Annotated[tuple[Neuron, ...], FailFast()]
     """Largest mean |ΔKL(P_freq ‖ P_model)| first."""
+    null_direction: NullDirection | None = None
+    """The thing that the entropy dial turns, made by hand; None where it turns the entropy neurons."""
     response: dict[Dial, Response]
-    """One curve per dial that has neurons; of several texts, which count equally, the mean of theirs."""
+    """One curve per dial that has something to turn; of several texts, which count equally, the mean of theirs."""
     responses_by_text: dict[str, dict[Dial, Response]] = Field(default={})
     """The same dials at the same positions on each text, by its name; empty for a single text."""
     presets: dict[PresetName, Steering] = Field(default={})
@@ -78,8 +81,11 @@ class Profile(Strict):
         if any(neuron.layer != self.model.layer for neuron in neurons):
             raise ValueError(f"a neuron is not in layer {self.model.layer}")
         for dial in DIALS:
-            if any(neuron.sign for neuron in self.neurons(dial)) != (dial in self.response):
-                raise ValueError(f"the {dial} dial must have a response curve if and only if it has neurons with a sign")
+            turns = self.turns_direction(dial) or any(neuron.sign for neuron in self.neurons(dial))
+            if turns != (dial in self.response):
+                raise ValueError(
+                    f"the {dial} dial must have a response curve if and only if it has neurons with a sign, or a null direction"
+                )
         for text, curves in self.responses_by_text.items():
             if {dial: curve.position for dial, curve in curves.items()} != {d: c.position for d, c in self.response.items()}:
                 raise ValueError(f"the response on {text!r} must be of the same dials and positions as that of all texts")
@@ -88,6 +94,8 @@ class Profile(Strict):
                 raise ValueError(f"layer.{name} must be given if and only if there is a corpus")
         if self.corpus is None and neurons:
             raise ValueError("neurons are measured on a corpus, and there is none")
+        if self.corpus is None and self.null_direction is not None:
+            raise ValueError("a null direction is measured on a corpus, and there is none")
         self._check_presets(self.presets)
         return self
 
@@ -134,7 +142,9 @@ class Profile(Strict):
 
     @property
     def columns(self) -> Mapping[str, Tensor]:
-        """Statistics of every neuron of the layer, ``[n_neurons]`` each, and the unembedding's ``singular_values``."""
+        """Statistics of every neuron of the layer, ``[n_neurons]`` each; the unembedding's ``singular_values``; and what is there
+        of ``null_direction``.
+        """
         return self._columns
 
     @property
@@ -155,14 +165,33 @@ class Profile(Strict):
         return NeuronEffects(*(WithError(self._columns[name], self._columns[f"{name}_standard_error"]) for name in names))
 
     def neurons(self, dial: Dial) -> tuple[Neuron, ...]:
-        """The neurons on a dial."""
+        """The neurons of a dial's kind, found in the model."""
         return self.entropy_neurons if dial == "entropy" else self.frequency_neurons
+
+    def turns_direction(self, dial: Dial) -> bool:
+        """Tell whether a dial turns a null direction, made by hand, and no neurons."""
+        return dial == "entropy" and self.null_direction is not None
+
+    def pushed(self, dial: Dial) -> tuple[Neuron, ...]:
+        """The neurons that a dial turns."""
+        return () if self.turns_direction(dial) else self.neurons(dial)
+
+    def found(self, dial: Dial) -> list[int]:
+        """Indices of the neurons of a dial's kind, the largest effect first.
+
+        Raises:
+            NoNeuronsError: the model has none with a clear sign.
+        """
+        neurons = self.neurons(dial)
+        if not any(neuron.sign for neuron in neurons):
+            raise self.no_neurons(dial)
+        return [neuron.index for neuron in neurons]
 
     def require_neurons(self, dial: Dial) -> Response:
         """The dial's response curve.
 
         Raises:
-            NoNeuronsError: the model has no neurons of this kind.
+            NoNeuronsError: the model has no neurons of this kind, and no null direction in their place.
         """
         if dial not in self.response:
             raise self.no_neurons(dial)
@@ -219,10 +248,10 @@ class Profile(Strict):
         """The neurons that steering can reach, in the order of every `NeuronEdit`.
 
         Raises:
-            NoNeuronsError: there are none.
+            NoNeuronsError: there are none, and no null direction that could be steered in their place.
         """
         neurons = (*self.entropy_neurons, *self.frequency_neurons)
-        if not neurons:
+        if not neurons and self.null_direction is None:
             raise self.no_neurons(*DIALS)
         return neurons
 
@@ -241,7 +270,7 @@ class Profile(Strict):
         return self.presets[steering.preset].model_copy(update=given)
 
     def edit(self, steering: Steering) -> NeuronEdit:
-        """Translate `steering` into what it does to each of the profile's neurons.
+        """Translate `steering` into what it does to each of the profile's neurons; `null_write` is the rest of it.
 
         A neuron is first scaled about its mean, then shifted and pushed by the dials, then clamped.
 
@@ -264,7 +293,7 @@ class Profile(Strict):
         for dial in DIALS:
             if change := getattr(steering, dial):
                 position = self.dial_position(dial, change)
-                for neuron in self.neurons(dial):
+                for neuron in self.pushed(dial):
                     bias[self._rows(neuron.key)] += position * neuron.sign * neuron.std_activation
         for key, bounds in steering.clamp.items():
             lower, upper = bounds if isinstance(bounds, tuple) else (bounds, bounds)
@@ -275,6 +304,28 @@ class Profile(Strict):
         if not (np.isfinite(edit.gain).all() and np.isfinite(edit.bias).all()):
             raise SteeringError(f"{steering}: with the profile of {self.model.id} it adds more than a float32 holds")
         return edit
+
+    def null_write(self, steering: Steering) -> float:
+        """Translate `steering` into the length of what it adds along the null direction, right before the final norm.
+
+        Returns:
+            In units of the residual, above 0 to raise the entropy; 0 in a profile without a null direction.
+
+        Raises:
+            SteeringError, NoNeuronsError: see `edit`.
+        """
+        change = self.resolve(steering).entropy
+        if self.null_direction is None or not change:
+            return 0.0
+        return self.dial_position("entropy", change) * self.null_direction.push
+
+    def intervention(self, steering: Steering) -> Intervention:
+        """Translate `steering` into all that it does at the last layer: `edit` and `null_write`.
+
+        Raises:
+            SteeringError, NoNeuronsError: see `edit`.
+        """
+        return Intervention.of(self.edit(steering), self.null_write(steering))
 
     def _rows(self, key: NeuronKey) -> list[int]:
         """Positions in `steerable` of the neurons that a key of a steering means.
@@ -288,7 +339,8 @@ class Profile(Strict):
         rows = [row for row, own in enumerate(keys) if own in meant]
         if not rows:
             what = f"{key} neurons" if key in groups else f"neuron {key}"
-            raise SteeringError(f"{what}: not in the profile of {self.model.id}, which has {', '.join(map(str, keys))}")
+            has = ", ".join(map(str, keys)) or "none, but a null direction for its entropy dial, which is no neuron"
+            raise SteeringError(f"{what}: not in the profile of {self.model.id}, which has {has}")
         return rows
 
     def check_model(self, anatomy: Anatomy) -> None:
@@ -340,6 +392,7 @@ class Profile(Strict):
                 n_neurons=profile.model.n_neurons,
                 null_dims=profile.layer.null_dims,
                 measured=profile.corpus is not None,
+                direction=None if profile.null_direction is None else profile.model.d_model,
             )
         )
         return profile

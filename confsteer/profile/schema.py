@@ -28,8 +28,8 @@ Percent = Annotated[float, Field(ge=0, le=100)]
 NonNegative = Annotated[float, Field(ge=0)]
 # The first wrong item is enough: every further one would be a line of the error, and there may be very many.
 CurveColumn = Annotated[tuple[float, ...], FailFast()]
-OF_EXPERTS = ("experts", "name", "active")
-"""Fields that only a mixture of experts has."""
+SPARSE = ("experts", "name", "active", "null_direction")
+"""Fields that few profiles have: those of mixtures of experts, and of a dial made by hand."""
 
 
 class Strict(BaseModel):
@@ -38,13 +38,13 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-class _OfExperts(Strict):
-    """A record with fields that only a layer of experts has; they are written down where they have a value."""
+class Sparse(Strict):
+    """A record with fields that few profiles have; they are written down where they have a value."""
 
     @model_serializer(mode="wrap")
     def _without_empty(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         written: dict[str, Any] = write(self)
-        return {name: value for name, value in written.items() if value is not None or name not in OF_EXPERTS}
+        return {name: value for name, value in written.items() if value is not None or name not in SPARSE}
 
 
 class Measurement(Strict):
@@ -55,7 +55,7 @@ class Measurement(Strict):
     """None if the corpus was a single window."""
 
 
-class Neuron(_OfExperts):
+class Neuron(Sparse):
     """A neuron of the last MLP. Effects are those of setting it to its mean activation, in nats, averaged over all tokens.
 
     A neuron of an expert has an activation only where a token is routed to the expert: there its own activation times the routing
@@ -121,6 +121,31 @@ class Neuron(_OfExperts):
         return self.index if self.name is None else self.name
 
 
+class NullDirection(Strict):
+    """An entropy neuron made by hand, not found in the model: a constant along the direction that the unembedding reads least.
+
+    The entropy dial adds position · push · direction to the residual of every token, right before the final norm and after a norm
+    on the MLP's output. The direction, of length 1, is the column ``null_direction``; the entropy rises along it.
+    """
+
+    singular_value: NonNegative
+    """Singular value of the folded unembedding that it belongs to, the smallest."""
+    push: Annotated[float, Field(gt=0)]
+    """Length of what position 1 adds."""
+    residual_norm: Annotated[float, Field(gt=0)]
+    """Mean length of the residual there, over some tokens of the texts, as the next."""
+    residual_along: float
+    """Mean component of the residual along it. About as much can be taken away to lower the entropy."""
+
+    def __str__(self) -> str:
+        """Say in a sentence what it is."""
+        return (
+            "No neuron of the model: a constant before the final norm, along the direction that the unembedding reads least "
+            f"(singular value {self.singular_value:.3g}). Position 1 adds {self.push:.3g}; the residual has a mean length of "
+            f"{self.residual_norm:.3g}, and {self.residual_along:+.3g} along it."
+        )
+
+
 class Response(Strict):
     """Response to one dial: means over a text (over an even sample of a long one) at each of its positions, in nats.
 
@@ -128,7 +153,8 @@ class Response(Strict):
     """
 
     position: CurveColumn
-    """Dial positions, ascending, 0 among them; each neuron is pushed by position · sign · its standard deviation."""
+    """Dial positions, ascending, 0 among them; each neuron is pushed by position · sign · its standard deviation, a null
+    direction by position · its push."""
     entropy: CurveColumn
     kl_model_unigram: CurveColumn
     """KL(P_model ‖ P_freq)"""
@@ -165,7 +191,7 @@ class Response(Strict):
         return tuple(value - values[self.zero] for value in values)
 
 
-class ModelIdentity(_OfExperts):
+class ModelIdentity(Sparse):
     """The model a profile belongs to."""
 
     id: str

@@ -26,14 +26,17 @@ from confsteer.files import (
 )
 from confsteer.model.layers import dtype_name
 
-FORMAT_VERSIONS = (1, 2)
-"""2 is of mixtures of experts, 1 of all other models."""
+FORMAT_VERSIONS = (1, 2, 3)
+"""3 is of profiles with a null direction, 2 of other mixtures of experts, 1 of all other models."""
 FILE_NAME = "profile.json"
 COLUMNS_PATTERN = "columns-*.safetensors"
 WEIGHT_COLUMNS = ("norm", "logit_variance", "null_fraction", "singular_values")
 """Columns that the weights alone give, all a profile without a corpus has."""
 MEASURED_COLUMNS = ("mean_activation", "mediation", "frequency", "frequency_mediation")
 """Columns of a profile with a corpus that something is made of."""
+
+DIRECTION_COLUMN = "null_direction"
+"""Column of a profile with a null direction: as many numbers as the residual has."""
 
 
 def find_profile(source: str | os.PathLike[str]) -> Path:
@@ -74,7 +77,9 @@ def find_profile(source: str | os.PathLike[str]) -> Path:
 
 def format_version(fields: Mapping[str, Any]) -> int:
     """Tell the version of the format that a profile with these fields is written in."""
-    return FORMAT_VERSIONS["experts" in fields["model"]]
+    if fields.get("null_direction") is not None:
+        return 3
+    return 2 if "experts" in fields["model"] else 1
 
 
 def checksum(fields: Mapping[str, Any]) -> str:
@@ -153,7 +158,7 @@ def read(file: Path) -> Stored:
     version = document.pop("format_version", None)
     if version not in FORMAT_VERSIONS or isinstance(version, bool):
         raise ProfileVersionError(
-            f"{file} has format version {version!r}; this confsteer reads versions {' and '.join(map(str, FORMAT_VERSIONS))}. "
+            f"{file} has format version {version!r}; this confsteer reads versions {', '.join(map(str, FORMAT_VERSIONS))}. "
             "Upgrade confsteer, or calibrate again"
         )
     return Stored(file, version, document, document.pop("checksum", None))
@@ -177,7 +182,9 @@ def _read_document(file: Path) -> dict[str, Any]:
     return document
 
 
-def read_columns(file: Path, sha256: str, *, n_neurons: int, null_dims: int, measured: bool) -> dict[str, Tensor]:
+def read_columns(
+    file: Path, sha256: str, *, n_neurons: int, null_dims: int, measured: bool, direction: int | None
+) -> dict[str, Tensor]:
     """Read the statistics of every neuron of the layer, ``[n_neurons]`` each, and the unembedding's ``singular_values``.
 
     Args:
@@ -186,6 +193,7 @@ def read_columns(file: Path, sha256: str, *, n_neurons: int, null_dims: int, mea
         n_neurons: of the layer.
         null_dims: directions of the null space; there are more singular values.
         measured: whether the columns of a profile with a corpus must be there.
+        direction: length of the column of a null direction, which must be there; None if there is none.
 
     Raises:
         ProfileCorruptError: it cannot be read, or is not what ``profile.json`` says.
@@ -200,7 +208,7 @@ def read_columns(file: Path, sha256: str, *, n_neurons: int, null_dims: int, mea
         columns = safetensors.torch.load(payload)
     except (safetensors.SafetensorError, KeyError) as error:  # a KeyError of a data type that torch does not have
         raise ProfileCorruptError(f"{file} is not a safetensors file that can be read: {error}") from error
-    for name in (*WEIGHT_COLUMNS, *(MEASURED_COLUMNS if measured else ())):
+    for name in (*WEIGHT_COLUMNS, *(MEASURED_COLUMNS if measured else ()), *([DIRECTION_COLUMN] if direction else ())):
         if name not in columns:
             raise ProfileCorruptError(f"{file} has no column {name!r}")
     for name, column in columns.items():
@@ -208,7 +216,10 @@ def read_columns(file: Path, sha256: str, *, n_neurons: int, null_dims: int, mea
             raise ProfileCorruptError(
                 f"{file}: {name} is {dtype_name(column.dtype)} {list(column.shape)}; a column is a row of float32 or float64"
             )
-        if name != "singular_values" and len(column) != n_neurons:
+        if direction and name == DIRECTION_COLUMN:
+            if len(column) != direction or not abs(float(column.double().norm()) - 1) < 1e-3:
+                raise ProfileCorruptError(f"{file}: {name} must be {direction} numbers with a length of 1")
+        elif name != "singular_values" and len(column) != n_neurons:
             raise ProfileCorruptError(f"{file}: {name} is of {len(column)} neurons, the layer has {n_neurons}")
     spectrum = columns["singular_values"]
     if not (len(spectrum) > null_dims and spectrum.isfinite().all()):

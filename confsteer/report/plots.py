@@ -16,7 +16,7 @@ from confsteer.evaluation.evaluate import Evaluation
 from confsteer.profile.dials import dial_effect
 from confsteer.profile.profile import Profile
 from confsteer.report.printable import one_safe_line
-from confsteer.steering import DIALS, Dial, Steering
+from confsteer.steering import DIALS, MADE_BY_HAND, Dial, Steering
 from confsteer.studies.cumulative import CumulativeStudy
 from confsteer.studies.induction import InductionStudy, PositionCurve, RepeatedSequences
 
@@ -161,7 +161,8 @@ def draw_response(axes: Axes, profile: Profile, dial: Dial) -> None:
         above.set_xticks([effect.asked for effect in marked], [f"{effect.temperature:.2f}" for effect in marked])
         above.set_xlabel("as a temperature")
     _cross(axes)
-    axes.set(xlabel=f"{dial} dial, nats", ylabel="change, nats", title=f"{dial}: {lowest:+.2f} to {highest:+.2f} nats")
+    by_hand = f" ({MADE_BY_HAND})" if profile.turns_direction(dial) else ""
+    axes.set(xlabel=f"{dial} dial, nats", ylabel="change, nats", title=f"{dial}{by_hand}: {lowest:+.2f} to {highest:+.2f} nats")
     axes.legend(fontsize="small")
 
 

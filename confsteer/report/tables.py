@@ -11,7 +11,7 @@ from rich.table import Table
 
 from confsteer.errors import ProfileError
 from confsteer.report.printable import one_safe_line
-from confsteer.steering import DIALS, Dial, Steering
+from confsteer.steering import DIALS, MADE_BY_HAND, Dial, Steering
 
 if TYPE_CHECKING:
     from confsteer.calibration.published import PublishedModel
@@ -56,6 +56,11 @@ def print_profile(console: Console, profile: Profile) -> None:
     for dial in DIALS:
         neurons = profile.neurons(dial)
         kind = DIALS[dial].neurons.capitalize()
+        if profile.turns_direction(dial):
+            _print_null_direction(console, profile)
+            if neurons:
+                console.print(_neuron_table(f"{kind} neurons (found, but not on the {dial} dial)", neurons, dial))
+                continue
         if not neurons:
             console.print(f"[bold]{kind} neurons: none found.[/bold]")
             continue
@@ -84,6 +89,17 @@ def print_profile(console: Console, profile: Profile) -> None:
 def _count(model: ModelIdentity) -> str:
     experts = "" if model.experts is None else f" ({model.experts})"
     return f"{model.n_neurons:,} neurons{experts}"
+
+
+def _print_null_direction(console: Console, profile: Profile) -> None:
+    """Say of the entropy dial that no neurons are on it, and what it does."""
+    from confsteer.profile.dials import example_effects
+
+    low, high = profile.reach("entropy")
+    console.print(
+        f"[bold]{MADE_BY_HAND.capitalize()}[/bold] (entropy dial: {low:+.2f} to {high:+.2f} nats). {profile.null_direction}"
+    )
+    print_dial_effects(console, {"entropy": example_effects(profile, "entropy")})
 
 
 def print_dial_effects(console: Console, effects: Mapping[Dial, Sequence[DialEffect]]) -> None:

@@ -25,7 +25,7 @@ from confsteer.model.loading import LoadedModel
 from confsteer.model.locate import unwrap
 from confsteer.profile.profile import Profile
 from confsteer.profile.schema import Neuron
-from confsteer.runtimes.linear import LinearEdit, linear_edit
+from confsteer.runtimes.linear import LinearEdit, linear_edit, no_weight
 from confsteer.runtimes.transformers import Request
 from confsteer.steering import Steering
 
@@ -59,7 +59,8 @@ def bake(model: nn.Module, profile: Profile | str | os.PathLike[str], steering: 
 
     A neuron's output weights are multiplied by its gain, and the constant part, Σ bias · (original output weights), goes to
     the projection's bias. A projection without one gets one where the config can say so (``mlp_bias``: Llama, Granite,
-    SmolLM3); elsewhere only steerings without a constant part can be baked.
+    SmolLM3); elsewhere only steerings without a constant part can be baked. The constant of a null direction goes there too,
+    where no norm stands between the projection and the residual.
 
     In a mixture of experts only gains can be baked: the routing weight multiplies all that an expert adds.
 
@@ -77,7 +78,7 @@ def bake(model: nn.Module, profile: Profile | str | os.PathLike[str], steering: 
 
     Raises:
         SteeringError: the request is malformed, out of reach, changes nothing, or is not linear in the activations at all
-            positions; or it has a constant part and the projection has no bias.
+            positions; or it has a constant part and the projection has no bias, or a norm that the constant belongs after.
         NoNeuronsError: the profile has no neurons to turn.
         ProfileMismatchError: the profile is of another model.
         UnsupportedModelError: see `confsteer.model.dissect`; or weights are quantised, shared, offloaded or under adapters.
@@ -95,6 +96,8 @@ def bake(model: nn.Module, profile: Profile | str | os.PathLike[str], steering: 
     anatomy = dissect(model)
     profile.check_model(anatomy)
     _check_weights(base, anatomy)
+    if edit.residual.any() and (anatomy.write_norm is not None or isinstance(anatomy, MixtureAnatomy)):
+        raise no_weight(steering, profile)
     if isinstance(anatomy, MixtureAnatomy):
         return _bake_experts(base, anatomy, profile, steering, edit)
 
@@ -105,7 +108,7 @@ def bake(model: nn.Module, profile: Profile | str | os.PathLike[str], steering: 
         # A view: what is written into it is written into the weight.
         w_out = output_weights(projection)
         rows = w_out[index.to(w_out.device)].cpu()
-        constant = edit.constant(rows)
+        constant = edit.constant(rows) + edit.residual / anatomy.residual_multiplier
         baked_rows = (edit.gain[:, None] * rows.double()).to(rows.dtype)
         bias = torch.zeros_like(constant, dtype=rows.dtype) if projection.bias is None else projection.bias.cpu()
         baked_bias = (bias.double() + constant).to(bias.dtype)
@@ -223,10 +226,13 @@ def _layers_of_mlp_bias(base: PreTrainedModel) -> list[nn.Linear]:
 
 
 def _no_place_for_a_constant(steering: Steering, profile: Profile) -> SteeringError:
-    return SteeringError(
+    why = (
         f"{steering}: adds a constant, and the last MLP projection of {profile.model.id} ({profile.model.model_type}) has no "
-        f"bias to hold it. {_without_a_constant(profile.steerable[0])}"
+        "bias to hold it."
     )
+    if profile.null_direction is not None:
+        return SteeringError(f"{why} Steer while the model runs: confsteer.steer")
+    return SteeringError(f"{why} {_without_a_constant(profile.steerable[0])}")
 
 
 def _without_a_constant(neuron: Neuron) -> str:

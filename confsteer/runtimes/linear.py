@@ -1,6 +1,7 @@
 """The steerings that weights can hold: ``a' = gain · a + bias`` before a linear layer makes another linear layer.
 
-A neuron's output weights times its gain, and its original output weights times its bias in the constant that the layer adds.
+A neuron's output weights times its gain, and its original output weights times its bias in the constant that the layer adds. A
+null direction adds a constant of its own, to the residual after the layer.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from confsteer.errors import SteeringError
 from confsteer.profile.profile import Profile
+from confsteer.profile.store import DIRECTION_COLUMN
 from confsteer.steering import Steering
 
 
@@ -24,6 +26,8 @@ class LinearEdit(NamedTuple):
     """float64 ``[neurons]``"""
     bias: Tensor
     """float64 ``[neurons]``"""
+    residual: Tensor
+    """Added to the residual before the final norm, after a norm on the MLP's output, float64 ``[d_model]``."""
 
     def constant(self, writes: Tensor) -> Tensor:
         """Add up what the neurons write without being active.
@@ -61,9 +65,22 @@ def linear_edit(steering: Steering, profile: Profile) -> LinearEdit:
     gain, bias = torch.where(fixed, 0.0, gain), torch.where(fixed, low, bias)
     ranged = ~fixed & (low.isfinite() | high.isfinite())
     if ranged.any():
-        neurons = ", ".join(str(neuron.key) for neuron, is_ranged in zip(profile.steerable, ranged, strict=True) if is_ranged)
+        held = ", ".join(str(neuron.key) for neuron, is_ranged in zip(profile.steerable, ranged, strict=True) if is_ranged)
         raise SteeringError(
-            f"{steering}: a range is not linear, so weights cannot keep neuron {neurons} in one; clamp to a single value, or "
+            f"{steering}: a range is not linear, so weights cannot keep neuron {held} in one; clamp to a single value, or "
             "steer while the model runs"
         )
-    return LinearEdit(torch.tensor([neuron.index for neuron in profile.steerable]), gain, bias)
+    neurons = torch.tensor([neuron.index for neuron in profile.steerable], dtype=torch.long)
+    residual = torch.zeros(profile.model.d_model, dtype=torch.float64)
+    if profile.null_direction is not None:
+        residual = profile.null_write(steering) * profile.columns[DIRECTION_COLUMN].double().cpu()
+    return LinearEdit(neurons, gain, bias, residual)
+
+
+def no_weight(steering: Steering, profile: Profile) -> SteeringError:
+    """The error that says why a null direction has no place in the weights of a model."""
+    return SteeringError(
+        f"{steering}: the null direction of {profile.model.id} ({profile.model.model_type}) is written to the residual, and no "
+        "weight adds a constant there: a norm on the MLP's output, or an expert's routing weight, would change it. Steer while "
+        "the model runs (confsteer.steer, confsteer generate), or in llama.cpp: confsteer export --to control-vector FILE.gguf"
+    )

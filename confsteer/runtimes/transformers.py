@@ -21,6 +21,7 @@ from confsteer.model.experts import MixtureAnatomy
 from confsteer.model.layers import execution_device
 from confsteer.model.locate import unwrap
 from confsteer.profile.profile import Profile
+from confsteer.profile.store import DIRECTION_COLUMN
 from confsteer.runtimes.experts import steer_experts
 from confsteer.runtimes.passes import Asked, Watch, continues, generating, keeps_graphs, recompiled, replaced
 from confsteer.steering import Steering, SteeringFields
@@ -43,13 +44,15 @@ class Steerer:
         """Whether edits depend on the row of the batch, or on where in the text a pass is."""
         # Tensors made in inference mode could not be trained through or updated outside of it.
         with torch.inference_mode(False):
-            self._neurons = torch.from_numpy(np.array([neuron.index for neuron in profile.steerable]))
+            self._neurons = torch.tensor([neuron.index for neuron in profile.steerable], dtype=torch.long)
             self._table = self._build(self.steerings)  # [4, steerings, neurons]: gain, bias, low, high
+            self._constant = self._build_constant(self.steerings)
+            """The same for the residual before the final norm, ``[4, steerings, d_model]``; None without a null direction."""
         self._layer = profile.model.layer
         self._rows = 1
         self._marked: Tensor | None = None
         """Positions to steer in this pass, ``[1 or rows, positions]``; None for all."""
-        self._watch = Watch(asks=self.positions == "generated")
+        self._watch, self._norm_watch = Watch(asks=self.positions == "generated"), Watch(asks=False)
 
     def update(self, steering: Request | Sequence[Request] | None = None, /, **request: Unpack[SteeringFields]) -> None:
         """Steer differently from the next forward pass on. Hooks stay in place, so compiled code stays valid.
@@ -67,7 +70,10 @@ class Steerer:
                 f"update() keeps the number of steerings and their positions: {len(self.steerings)}, {self.positions!r}; "
                 f"given {len(steerings)}, {steerings[0].positions!r}. Open another context"
             )
-        self._table.copy_(self._build(steerings))
+        table, constant = self._build(steerings), self._build_constant(steerings)
+        self._table.copy_(table)
+        if self._constant is not None and constant is not None:
+            self._constant.copy_(constant)
         self.steerings = steerings
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
@@ -80,6 +86,14 @@ class Steerer:
     def _build(self, steerings: Sequence[Steering]) -> Tensor:
         edits = [self.profile.edit(steering) for steering in steerings]
         return torch.from_numpy(np.stack([np.stack(columns) for columns in zip(*edits, strict=True)]))
+
+    def _build_constant(self, steerings: Sequence[Steering]) -> Tensor | None:
+        if self.profile.null_direction is None:
+            return None
+        lengths = torch.tensor([self.profile.null_write(steering) for steering in steerings])
+        bias = lengths[:, None] * self.profile.columns[DIRECTION_COLUMN].float().cpu()
+        gain, low, high = (torch.full_like(bias, value) for value in (1.0, -torch.inf, torch.inf))
+        return torch.stack([gain, bias, low, high])
 
     def _move(self, device: torch.device) -> None:
         """Go where the activations are."""
@@ -111,14 +125,33 @@ class Steerer:
     def _edit(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Edit, before the last MLP projection: ``a' = clip(gain · a + bias, low, high)`` on the profile's neurons."""
         self._watch.reach()
+        if not len(self._neurons):
+            return args
         activations: Tensor = args[0]
         if self._neurons.device != activations.device:
             self._move(activations.device)
         selected = activations.index_select(-1, self._neurons)
         return (activations.index_copy(-1, self._neurons, self._after(selected, self._table)), *args[1:])
 
+    def _add_constant(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Add, before the final norm, a constant along the null direction."""
+        self._norm_watch.reach()
+        residual: Tensor = args[0]
+        assert self._constant is not None
+        if self._constant.device != residual.device:
+            with torch.inference_mode(False):
+                self._constant = self._constant.to(residual.device)
+        after = self._after(residual, self._constant)
+        if self.by_row:
+            # A pass that leaves out the last layer, a draft of an early exit, marks nothing itself.
+            self._marked = None
+        return (after, *args[1:])
+
     def _after(self, before: Tensor, table: Tensor) -> Tensor:
-        """Apply the rule to the activations of some neurons, ``[…, n]``, by their part of the table ``[4, steerings, n]``."""
+        """Apply the rule to the activations of some neurons, ``[…, n]``, by their part of the table ``[4, steerings, n]``.
+
+        The residual is treated as ``d_model`` neurons that are all added to.
+        """
         gain, bias, low, high = table
         if not self.by_row:
             return edited(before, gain[0], bias[0], low[0], high[0])
@@ -202,6 +235,10 @@ def steer(
             steer_experts(anatomy, steerer, stack)
         else:
             stack.callback(anatomy.down_proj.register_forward_pre_hook(steerer._edit).remove)
+        if profile.null_direction is not None:
+            stack.enter_context(recompiled(anatomy.final_norm))
+            stack.callback(anatomy.final_norm.register_forward_pre_hook(steerer._add_constant).remove)
+            stack.enter_context(steerer._norm_watch.over(base))
         # Watch last, and stop first: threads may run the model before and after.
         stack.enter_context(steerer._watch.over(base))
         yield steerer

@@ -102,11 +102,10 @@ def cumulative(
         SettingError: `k` or `repeats` out of range, or the windows are longer than the model's context.
         ProfileMismatchError, UnsupportedModelError: see `confsteer.steer`.
     """
-    profile.require_neurons("entropy")
-    found = len(profile.entropy_neurons)
-    k = found if k is None else k
-    if not 1 <= k <= found:
-        raise SettingError(f"k={k}: the profile has {found} entropy neurons; use 1 to {found}")
+    found = profile.found("entropy")
+    k = len(found) if k is None else k
+    if not 1 <= k <= len(found):
+        raise SettingError(f"k={k}: the profile has {len(found)} entropy neurons; use 1 to {len(found)}")
     if repeats < 1:
         raise SettingError(f"{repeats} draws of random neurons: use at least 1")
     check_context(windows.window, model.config)
@@ -115,10 +114,9 @@ def cumulative(
     anatomy.require_dense("the cumulative study")
     profile.check_model(anatomy)
     # The order of ablation, and draws of random neurons of like norm in their place.
-    neurons = [neuron.index for neuron in profile.entropy_neurons[:k]]
-    every_entropy_neuron = {neuron.index for neuron in profile.entropy_neurons}
+    neurons = found[:k]
     norm, rng = profile.columns["norm"].numpy(), np.random.default_rng(seed)
-    draws = [draw_controls(norm, neurons, rng, excluding=every_entropy_neuron) for _ in range(repeats)]
+    draws = [draw_controls(norm, neurons, rng, excluding={*found}) for _ in range(repeats)]
 
     # Run the model once: the closed form gives every set of neurons.
     with torch.no_grad():

@@ -91,7 +91,7 @@ def bos_ablation(
         ProfileMismatchError: the profile is of another model.
         UnsupportedModelError: the model gives no attention weights, or its heads were not found; see also `confsteer.steer`.
     """
-    profile.require_neurons("entropy")
+    neurons = torch.tensor(profile.found("entropy"))
     check_repetition(model, tokenizer, repeat)
     model.eval()
     anatomy = dissect(model)
@@ -100,7 +100,6 @@ def bos_ablation(
     windows = random_repeats(tokenizer, profile.model.tokenizer_size, repeat)
     scores = induction_scores(model, windows, repeat.half, progress=progress)
     heads = [(layer, head) for layer, head in (scores > INDUCTION_SCORE).nonzero().tolist()]
-    neurons = torch.tensor([neuron.index for neuron in profile.entropy_neurons])
     with torch.no_grad():
         readout = anatomy.readout(profile.model.tokenizer_size)
 

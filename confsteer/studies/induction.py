@@ -137,8 +137,7 @@ def induction(
         ProfileMismatchError, UnsupportedModelError: see `confsteer.steer`.
     """
     if neurons is None:
-        profile.require_neurons("entropy")
-        neurons = [neuron.index for neuron in profile.entropy_neurons]
+        neurons = profile.found("entropy")
     if not neurons or not all(0 <= index < profile.model.n_neurons for index in neurons):
         raise SettingError(f"neurons {list(neurons)}: give some from 0 to {profile.model.n_neurons - 1}")
     check_repetition(model, tokenizer, repeat)

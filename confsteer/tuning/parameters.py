@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from confsteer.errors import SettingError
 from confsteer.last_layer.intervention import Intervention
 from confsteer.profile.profile import Profile
 from confsteer.steering import DIALS, Dial, Steering
@@ -63,10 +64,15 @@ class DialParameters:
         # Position 1 of each dial adds this to each activation, [dials, neurons].
         self._push = torch.tensor(
             [
-                [neuron.sign * neuron.std_activation * (neuron in profile.neurons(dial)) for neuron in neurons]
+                [neuron.sign * neuron.std_activation * (neuron in profile.pushed(dial)) for neuron in neurons]
                 for dial in self.dials
             ]
         )
+        # And this along the null direction, [dials].
+        direction = profile.null_direction
+        self._null_push: Tensor | None = None
+        if direction is not None:
+            self._null_push = torch.tensor([direction.push if profile.turns_direction(dial) else 0.0 for dial in self.dials])
         self._low, self._high = torch.tensor([_reach(profile, dial) for dial in self.dials]).T
 
     def _positions(self, at: Tensor) -> Tensor:
@@ -76,7 +82,9 @@ class DialParameters:
 
     def intervention(self, at: Tensor) -> Intervention:
         """See `NeuronParameters`."""
-        return Intervention.neutral(self._push.shape[1])._replace(bias=self._positions(at) @ self._push)
+        positions = self._positions(at)
+        intervention = Intervention.neutral(self._push.shape[1])._replace(bias=positions @ self._push)
+        return intervention if self._null_push is None else intervention._replace(null_write=positions @ self._null_push)
 
     def steering(self, at: Tensor) -> Steering:
         """See `NeuronParameters`."""
@@ -88,6 +96,22 @@ class DialParameters:
             # Clip after rounding, which may go beyond.
             changes[dial] = min(max(change, low), high)
         return Steering.parse(changes)
+
+
+def parameters_of(profile: Profile, parameters: Literal["neurons", "dials"]) -> NeuronParameters | DialParameters:
+    """Choose what to tune.
+
+    Raises:
+        SettingError: neurons, and the profile's entropy dial turns none.
+    """
+    if parameters == "dials":
+        return DialParameters(profile)
+    if profile.null_direction is not None:
+        raise SettingError(
+            f"the entropy dial of {profile.model.id} turns a null direction, made by hand: a constant, which has no gain to "
+            'tune. Tune the dials: --dials (parameters="dials" in Python)'
+        )
+    return NeuronParameters(profile)
 
 
 def _short(value: float | Tensor) -> float:

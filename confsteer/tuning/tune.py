@@ -32,7 +32,7 @@ from confsteer.results.bootstrap import Blocks, Interval, mean
 from confsteer.results.result import Result
 from confsteer.steering import Steering
 from confsteer.text.several import Texts, named_windows
-from confsteer.tuning.parameters import DialParameters, NeuronParameters
+from confsteer.tuning.parameters import parameters_of
 from confsteer.tuning.splits import Split, split
 
 Parameters = Literal["neurons", "dials"]
@@ -142,7 +142,7 @@ def tune(
             of text can do harm on another, so give all kinds that the model will see.
         profile: whose neurons to tune.
         **settings: see `TuningSettings`:
-        parameters: ``neurons``: a gain and a shift of each of the profile's neurons; ``dials``: the positions of both dials.
+        parameters: ``neurons``: a gain and a shift of each of the profile's neurons; ``dials``: the positions of its dials.
         with_temperature: whether to fit a temperature beside them, to sample with.
         objective: what to minimise: ``nll``, ``brier`` (of the top prediction) or ``ece``.
         ridge: pull towards neutral: part of the unsteered objective that is the penalty for a gain that is one off, or a shift by
@@ -156,13 +156,16 @@ def tune(
 
     Raises:
         CorpusError: a text is too short to be cut in four.
-        SettingError: the window is too short or longer than the model's context.
+        SettingError: the window is too short or longer than the model's context; or see
+            `confsteer.tuning.parameters.parameters_of`.
         NoNeuronsError, ProfileMismatchError: see `confsteer.steer`.
         TypeError: a keyword is not in `TuningSettings`.
     """
     began = time.monotonic()
     given = defaults.with_defaults("tune", settings, defaults.TUNING)
     progress = given["progress"]
+    # Refuse what cannot be tuned before any text is read.
+    parameters_of(profile, given["parameters"])
 
     # Read each text once and cut it in four.
     reader, splits = Reader(model, profile), []
@@ -177,7 +180,7 @@ def tune(
     left_out = tuner.leave_one_out(splits) if given["leave_one_out"] and len(splits) > 1 else []
 
     # Judge on parts that took no part in the search.
-    steered = Intervention.of(profile.edit(best.steering))
+    steered = profile.intervention(best.steering)
     total = sum(one.validation.reading.tokens + 2 * one.test.reading.tokens for one in splits)
     with tqdm(total=total, desc="judge", unit="tok", unit_scale=True, disable=not progress) as bar:
         validation = _gain(given["objective"], steered, [one.validation for one in splits], bar.update)
@@ -279,7 +282,7 @@ def search(
         ridge: see `tune`.
         on_step: called after each step with its number and the best score so far.
     """
-    ways = NeuronParameters(profile) if parameters == "neurons" else DialParameters(profile)
+    ways = parameters_of(profile, parameters)
 
     def build(at: Tensor) -> Intervention:
         intervention = ways.intervention(at)
@@ -296,7 +299,7 @@ def search(
     )
     steering = ways.steering(found.parameters)
     # Report what the stored steering does, digits and all.
-    intervention = Intervention.of(profile.edit(steering))._replace(temperature=found.intervention.temperature)
+    intervention = profile.intervention(steering)._replace(temperature=found.intervention.temperature)
     return Tuned(steering, float(intervention.temperature) if with_temperature else None, intervention, found.steps)
 
 

@@ -28,7 +28,7 @@ from confsteer.results.result import Result
 from confsteer.steering import Steering
 from confsteer.text.prompts import AS_TEXT, Wording
 from confsteer.text.questions import Question
-from confsteer.tuning.parameters import DialParameters, NeuronParameters
+from confsteer.tuning.parameters import DialParameters, NeuronParameters, parameters_of
 from confsteer.tuning.splits import MIN_BLOCKS, SPLITS
 from confsteer.tuning.tune import Parameters
 
@@ -120,6 +120,7 @@ def tune_answers(
 
     Raises:
         CorpusError: there are too few questions; see `confsteer.evaluation.choices.evaluate_choices`.
+        SettingError: see `confsteer.tuning.parameters.parameters_of`.
         NoNeuronsError, ProfileMismatchError: see `confsteer.steer`.
         TypeError: a keyword is not in `AnswerTuningSettings`.
     """
@@ -127,6 +128,7 @@ def tune_answers(
     own = {name: defaults.TUNING[name] for name in AnswerTuningSettings.__annotations__}
     given = defaults.with_defaults("tune_answers", settings, own)
     parameters, progress = given["parameters"], given["progress"]
+    ways = parameters_of(profile, parameters)
     reader, splits = Reader(model, profile), []
     for source, asked in questions.items():
         for wording in wordings:
@@ -137,11 +139,10 @@ def tune_answers(
     for one in splits:
         for part in (one.train, one.stop):
             part.reading.draw_sample()
-    ways = NeuronParameters(profile) if parameters == "neurons" else DialParameters(profile)
     steering, steps = _search(ways, splits, given["ridge"], progress)
 
     # Judge what is stored, digits and all, over the whole vocabulary; fit both temperatures to the parts that were tuned on.
-    steered = Intervention.of(profile.edit(steering))
+    steered = profile.intervention(steering)
     temperatures = [_fit_temperature([one.train for one in splits], which) for which in (steered, _neutral(reader))]
     gains = [_gain(one.validation, steered, *temperatures, seed=number) for number, one in enumerate(splits)]
     return AnswerTuning(

@@ -152,7 +152,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 @pytest.mark.parametrize(
     ("damage", "error", "sentence"),
     [
-        (lambda d: d.update(format_version=3), ProfileVersionError, "format version 3; this confsteer reads versions 1 and 2"),
+        (lambda d: d.update(format_version=4), ProfileVersionError, "format version 4; this confsteer reads versions 1, 2, 3"),
         (lambda d: d.update(format_version=True), ProfileVersionError, "format version True"),
         (lambda d: d.pop("format_version"), ProfileVersionError, "format version None"),
         (lambda d: d.update(surprise=1), ProfileCorruptError, "surprise: Extra inputs are not permitted"),

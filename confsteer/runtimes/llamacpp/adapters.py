@@ -84,7 +84,7 @@ def export(
     """
     parts = split(steering, profile, last)
     scale = halves = None
-    if parts.constant is not None and last.anatomy.write_norm is not None:
+    if parts.normed:
         change = parts.steering.entropy
         if after_norm is None or scale_per_nat or change is None or parts.steering != Steering(entropy=change):
             raise no_constant(parts.steering, profile)

@@ -25,6 +25,7 @@ from confsteer.model.checkpoint import LastLayer
 from confsteer.model.gguf import ALIGNMENT, FLOAT32, MAGIC, STRING, GgufFile, TensorInfo
 from confsteer.playground.description import public_name
 from confsteer.profile.profile import Profile
+from confsteer.runtimes.linear import no_weight
 from confsteer.runtimes.llamacpp.parts import Parts, no_constant, split
 from confsteer.steering import Steering
 
@@ -73,7 +74,7 @@ def bake_file(steering: Steering, profile: Profile, last: LastLayer, out: Path) 
     bias = f"blk.{parts.layer}.ffn_down.bias"
     if parts.constant is not None:
         if last.anatomy.write_norm is not None:
-            raise no_constant(parts.steering, profile)
+            raise (no_constant if parts.normed else no_weight)(parts.steering, profile)
         if file.architecture not in READ_A_BIAS:
             raise SteeringError(
                 f"{parts.steering}: adds a constant, and llama.cpp gives the last MLP of {file.architecture} no bias to hold it. "

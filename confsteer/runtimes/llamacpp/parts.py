@@ -6,7 +6,8 @@
 
 The second sum is a constant. llama.cpp adds a control vector of the last layer right before the final norm, so it is one. The
 first is a change of the output projection: a row each of a LoRA. A norm on the MLP's output (Gemma 2 and 3, OLMo 2) stands
-between the two places: gains before it are still a LoRA, a constant before it is no constant after it.
+between the two places: gains before it are still a LoRA, a constant before it is no constant after it. A null
+direction is a constant after it.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ class Parts(NamedTuple):
     """Index of the last layer."""
     constant: Tensor | None
     """Added to the residual after that layer, float64 ``[d_model]``; None if nothing is."""
+    normed: bool
+    """Whether a norm on the MLP's output stands behind a part of it, which is no constant then."""
     neurons: tuple[int, ...]
     """Indices of those whose gain is not 1."""
     changes: Tensor
@@ -74,7 +77,8 @@ def split(steering: Steering, profile: Profile, last: LastLayer) -> Parts:
     profile.check_model(last.anatomy)
     architecture = _architecture(last)
     writes = last.anatomy.w_out()[edit.neurons]
-    constant = edit.constant(writes) * last.anatomy.residual_multiplier
+    of_neurons = edit.constant(writes) * last.anatomy.residual_multiplier
+    constant = of_neurons + edit.residual
     multiplied = edit.gain != 1
     if not (constant.any() or multiplied.any()):
         raise SteeringError(f"{steering}: changes nothing in this model; there is nothing to write")
@@ -83,6 +87,7 @@ def split(steering: Steering, profile: Profile, last: LastLayer) -> Parts:
         architecture=architecture,
         layer=last.anatomy.layer,
         constant=constant if constant.any() else None,
+        normed=last.anatomy.write_norm is not None and bool(of_neurons.any()),
         neurons=tuple(edit.neurons[multiplied].tolist()),
         changes=(edit.gain[multiplied] - 1)[:, None] * writes[multiplied].double(),
         n_neurons=last.anatomy.n_neurons,

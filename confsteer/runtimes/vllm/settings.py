@@ -51,13 +51,19 @@ class Settings(BaseModel):
         """
         Raises:
             ProfileError: there is none, or it is not the one that the engine was configured with.
-            UnsupportedModelError: it is of a mixture of experts.
+            UnsupportedModelError: it is of a mixture of experts, or its entropy dial turns no neurons.
         """
         profile = Profile.load(self.profile)
         if profile.model.experts is not None:
             raise UnsupportedModelError(
                 f"{profile.model.id} ends in a mixture of experts, whose neurons are out of reach inside vLLM's kernels: steer "
                 "it in transformers (confsteer.steer, confsteer generate)"
+            )
+        if profile.null_direction is not None:
+            raise UnsupportedModelError(
+                f"the entropy dial of {profile.model.id} turns a null direction, added before the final norm, and inside vLLM "
+                "confsteer reaches the last projection alone: steer in transformers (confsteer.steer, confsteer generate), bake "
+                "it (confsteer bake), or calibrate without --null-direction"
             )
         if self.checksum not in (None, profile.checksum):
             raise ProfileError(f"the profile {self.profile} has changed since the server was started: restart it")
