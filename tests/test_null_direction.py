@@ -238,7 +238,7 @@ def test_a_bias_holds_the_constant(model_type: str) -> None:
     [
         ("gemma2", SteeringError, "no weight adds a constant there: a norm on the MLP's output"),
         ("qwen2", SteeringError, "has no bias to hold it. Steer while the model runs"),
-        (MIXTURE, UnsupportedModelError, "mixture of experts"),
+        (MIXTURE, SteeringError, "or an expert's routing weight, would change it"),
     ],
 )
 def test_a_model_without_a_place_for_the_constant_is_not_baked(model_type: str, error: type[Exception], why: str) -> None:
