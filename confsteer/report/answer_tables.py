@@ -69,7 +69,7 @@ def print_choices(console: Console, model: str, compared: ChoiceComparison) -> N
         )
     console.print(table)
     numbers = [f"{short_name(row.name)}: {fitted_in_words(row)}" for row in compared.rows if row.kind in FITTED]
-    console.print(f"Fitted on one half; on the other: {'. '.join(numbers)}.")
+    console.print(f"Fitted, to one half and used on the other where there are two: {'. '.join(numbers)}.")
     truncated = f", {compared.truncated} of them without their beginning, to fit the context" if compared.truncated else ""
     console.print(
         f"{escape(model)} on {escape(compared.source)}: {compared.questions:,} questions{truncated}. The confidence in an answer "
