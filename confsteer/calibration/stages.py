@@ -34,7 +34,9 @@ All tokens are read for the neurons that could be. What a dial does differs more
 differs from its text.
 """
 POSITION_SAMPLE = 64
-"""Tokens of each text on which the range of each response curve is found, and the sign of a null direction."""
+"""Tokens of each text on which the range of each response curve is found."""
+DIRECTION_SAMPLE = 1024
+"""The same of a null direction, and its sign: the entropy may be nearly flat in it, and few tokens wrong about where it rises."""
 
 
 class FoldedLayer(NamedTuple):
@@ -182,14 +184,15 @@ class Responses(NamedTuple):
 
 
 def find_null_direction(passes: Passes, layer: FoldedLayer) -> NullDirection:
-    """Find the direction that the unembedding reads least, and what the first tokens of the sample say of it."""
+    """Find the direction that the unembedding reads least, and what some tokens of the sample say of it."""
     spectrum = unembedding_spectrum(layer.readout)
     vector = spectrum.directions[:, 0].float()
 
     def decide(firsts: list[TokenStates]) -> Tensor:
-        return measure_along(layer.readout, vector, join_rows(firsts), _few_of_each(firsts), layer.unigram)
+        return measure_along(layer.readout, vector, _few_of_each(firsts, DIRECTION_SAMPLE), layer.unigram)
 
-    sign, norm, along = passes.decide_once("null direction", decide, at_least=layer.at_once).tolist()
+    at_least = max(layer.at_once, DIRECTION_SAMPLE)
+    sign, norm, along = passes.decide_once("null direction", decide, at_least=at_least).tolist()
     return NullDirection(sign * vector, float(spectrum.singular_values[0]), norm, sign * along)
 
 
@@ -242,6 +245,8 @@ class _Push(NamedTuple):
     """Change of each activation, float32 ``[n_neurons]``; in a mixture ``[groups, n_neurons]``, a row each group's."""
     groups: list[int]
     """Numbers of the groups of neurons that are not all active on the same tokens; empty where all are."""
+    sample: int = POSITION_SAMPLE
+    """Tokens of each text that its positions are chosen on."""
 
     @classmethod
     def of(cls, layer: FoldedLayer, chosen: Chosen, moments: GroupMoments) -> _Push:
@@ -261,7 +266,7 @@ class _Push(NamedTuple):
     def along(cls, layer: FoldedLayer, direction: NullDirection) -> _Push:
         """Make it of a direction."""
         push = torch.tensor([direction.push], dtype=torch.float32, device=layer.device)
-        return cls(written_before_norm(layer.readout, direction.vector), push, [])
+        return cls(written_before_norm(layer.readout, direction.vector), push, [], DIRECTION_SAMPLE)
 
     def active(self, layer: FoldedLayer, states: TokenStates) -> Tensor | None:
         """Tell which groups are active on each token, bool ``[tokens, groups]``; None where all are."""
@@ -272,19 +277,20 @@ def _choose_positions(passes: Passes, layer: FoldedLayer, pushes: dict[Dial, _Pu
     """Choose the positions of each dial by a few tokens of each text."""
 
     def decide(firsts: list[TokenStates]) -> Tensor:
-        sample = _few_of_each(firsts)
-        positions = [
-            choose_positions(push.readout, push.added, layer.unigram, sample, dial=dial, active=push.active(layer, sample))
-            for dial, push in pushes.items()
-        ]
+        positions = []
+        for dial, push in pushes.items():
+            few = _few_of_each(firsts, push.sample)
+            active = push.active(layer, few)
+            positions.append(choose_positions(push.readout, push.added, layer.unigram, few, dial=dial, active=active))
         return torch.stack(positions)
 
-    return dict(zip(pushes, passes.decide_once("positions", decide, at_least=layer.at_once), strict=True))
+    at_least = max(layer.at_once, *(push.sample for push in pushes.values()))
+    return dict(zip(pushes, passes.decide_once("positions", decide, at_least=at_least), strict=True))
 
 
-def _few_of_each(firsts: list[TokenStates]) -> TokenStates:
-    """Take about `POSITION_SAMPLE` tokens of each text, evenly spread."""
-    return join_rows([first.at(slice(None, None, max(1, len(first.targets) // POSITION_SAMPLE))) for first in firsts])
+def _few_of_each(firsts: list[TokenStates], tokens: int) -> TokenStates:
+    """Take about as many tokens of each text, evenly spread."""
+    return join_rows([first.at(slice(None, None, max(1, len(first.targets) // tokens))) for first in firsts])
 
 
 def _with_temperatures(curves: list[dict[Dial, ResponseMeans]], unsteered: list[EntropyMeans]) -> Responses:

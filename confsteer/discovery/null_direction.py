@@ -47,14 +47,13 @@ def written_before_norm(readout: Readout, vector: Tensor) -> Readout:
     return dataclasses.replace(readout, w_out=vector[None], write_norm=None)
 
 
-def measure_along(readout: Readout, vector: Tensor, states: TokenStates, few: TokenStates, unigram: Unigram) -> Tensor:
+def measure_along(readout: Readout, vector: Tensor, states: TokenStates, unigram: Unigram) -> Tensor:
     """Measure the residual along a direction, and which way along it the entropy rises.
 
     Args:
         readout: the model's last layer.
         vector: the direction, of length 1, ``[d_model]``.
-        states: a sample of tokens, for the residual.
-        few: fewer of them, for the entropy.
+        states: a sample of tokens.
         unigram: the corpus's unigram distribution.
 
     Returns:
@@ -65,7 +64,7 @@ def measure_along(readout: Readout, vector: Tensor, states: TokenStates, few: To
     norm, along = residual.norm(dim=1).double().mean(), (residual @ vector).double().mean()
     push = (PUSH * norm).float()[None]
     curve = ResponseCurve(written_before_norm(readout, vector), push, unigram, torch.tensor([-STEP, 0.0, STEP]))
-    for outputs, _ in FullOutputs.stream(readout, few):
+    for outputs, _ in FullOutputs.stream(readout, states):
         curve.update(outputs)
     lower, _, higher = dial_change(curve.result(), "entropy").tolist()
     return torch.tensor([1.0 if higher >= lower else -1.0, float(norm), float(along)], dtype=torch.float64)

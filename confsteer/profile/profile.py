@@ -302,8 +302,11 @@ class Profile(Sparse):
         with np.errstate(over="ignore"):
             edit = NeuronEdit(*(column.astype(np.float32) for column in (gain, bias, low, high)))
         if not (np.isfinite(edit.gain).all() and np.isfinite(edit.bias).all()):
-            raise SteeringError(f"{steering}: with the profile of {self.model.id} it adds more than a float32 holds")
+            raise self._too_much(steering)
         return edit
+
+    def _too_much(self, steering: Steering) -> SteeringError:
+        return SteeringError(f"{steering}: with the profile of {self.model.id} it adds more than a float32 holds")
 
     def null_write(self, steering: Steering) -> float:
         """Translate `steering` into the length of what it adds along the null direction, right before the final norm.
@@ -317,7 +320,10 @@ class Profile(Sparse):
         change = self.resolve(steering).entropy
         if self.null_direction is None or not change:
             return 0.0
-        return self.dial_position("entropy", change) * self.null_direction.push
+        length = self.dial_position("entropy", change) * self.null_direction.push
+        if not abs(length) <= np.finfo(np.float32).max:
+            raise self._too_much(steering)
+        return length
 
     def intervention(self, steering: Steering) -> Intervention:
         """Translate `steering` into all that it does at the last layer: `edit` and `null_write`.

@@ -161,7 +161,7 @@ class Steerer:
         gain, bias, low, high = (t.repeat_interleave(per_steering, dim=0)[:, None] for t in (gain, bias, low, high))
         after = edited(by_row, gain, bias, low, high)
         if self._marked is not None:
-            after = torch.where(self._marked[..., None], after, by_row)
+            after = torch.where(self._marked.to(before.device)[..., None], after, by_row)
         return after.reshape(before.shape)
 
     def _refuse_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
