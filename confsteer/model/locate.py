@@ -216,6 +216,11 @@ def _calls(base: PreTrainedModel, unembedding: nn.Module) -> list[_Call]:
             raise
         except Exception as error:  # whatever a model raises that needs an image, a language or another library
             words = " ".join(str(error).split())[:200] or type(error).__name__
+            if input_device(base).type == "meta":
+                raise UnsupportedModelError(
+                    f"{type(base).__name__} cannot be laid out without its weights ({words}), so its last layer cannot be found "
+                    "on disk alone. Try confsteer calibrate, which loads the whole model"
+                ) from error
             inner = next((path for path, model in _models(base) if path and model.get_output_embeddings() is not None), None)
             hint = "" if inner is None else f". Give the language model inside it: model.{inner}"
             raise UnsupportedModelError(

@@ -44,7 +44,8 @@ class Steerer:
         """Whether edits depend on the row of the batch, or on where in the text a pass is."""
         # Tensors made in inference mode could not be trained through or updated outside of it.
         with torch.inference_mode(False):
-            self._neurons = torch.tensor([neuron.index for neuron in profile.steerable], dtype=torch.long)
+            # Wherever tensors are made by default: they go to the model's device later.
+            self._neurons = torch.tensor([neuron.index for neuron in profile.steerable], dtype=torch.long, device="cpu")
             self._table = self._build(self.steerings)  # [4, steerings, neurons]: gain, bias, low, high
             self._constant = self._build_constant(self.steerings)
             """The same for the residual before the final norm, ``[4, steerings, d_model]``; None without a null direction."""
@@ -90,7 +91,7 @@ class Steerer:
     def _build_constant(self, steerings: Sequence[Steering]) -> Tensor | None:
         if self.profile.null_direction is None:
             return None
-        lengths = torch.tensor([self.profile.null_write(steering) for steering in steerings])
+        lengths = torch.tensor([self.profile.null_write(steering) for steering in steerings], device="cpu")
         bias = lengths[:, None] * self.profile.columns[DIRECTION_COLUMN].float().cpu()
         gain, low, high = (torch.full_like(bias, value) for value in (1.0, -torch.inf, torch.inf))
         return torch.stack([gain, bias, low, high])
