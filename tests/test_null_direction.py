@@ -338,6 +338,15 @@ def test_a_direction_needs_its_response_and_numbers_that_can_be() -> None:
             Profile(**fields | changed)
 
 
+def test_a_preset_that_turns_a_dial_the_profile_has_not_is_refused_as_one() -> None:
+    profile = by_hand("llama").profile
+    fields = {name: getattr(profile, name) for name in Profile.model_fields}
+    with pytest.raises(ValidationError, match="no token-frequency neurons"):
+        Profile(**fields | {"presets": {"calm": Steering(unigram=0.1)}})
+    with pytest.raises(ValidationError, match="out of reach"):
+        Profile(**fields | {"presets": {"calm": Steering(entropy=50.0)}})
+
+
 def test_a_calibration_with_another_kind_of_dial_does_not_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer, texts, _ = by_hand("llama")
     monkeypatch.setattr("confsteer.calibration.progress.WRITE_INTERVAL_SECONDS", 0.0)

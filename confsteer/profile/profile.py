@@ -96,7 +96,10 @@ class Profile(Sparse):
             raise ValueError("neurons are measured on a corpus, and there is none")
         if self.corpus is None and self.null_direction is not None:
             raise ValueError("a null direction is measured on a corpus, and there is none")
-        self._check_presets(self.presets)
+        try:
+            self._check_presets(self.presets)
+        except NoNeuronsError as error:
+            raise ValueError(str(error)) from error
         return self
 
     def _check_presets(self, presets: Mapping[str, Steering]) -> None:
