@@ -129,7 +129,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
 
 
 class Row(NamedTuple):
-    """What became of one model type."""
+    """Outcome of one model type."""
 
     kind: str
     """``text`` or ``multimodal``."""

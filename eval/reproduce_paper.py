@@ -45,7 +45,7 @@ MOST_ABLATED = 10
 
 
 class Findings(NamedTuple):
-    """What was measured on a model besides its profile; None where it has no entropy neurons."""
+    """Measurements of a model besides its profile; None where it has no entropy neurons."""
 
     cumulative: CumulativeStudy | None
     induction: InductionStudy | None
@@ -232,7 +232,7 @@ DEMO_CAVEAT = (
 
 
 def beside_the_paper(profile: Profile, findings: Findings) -> str:
-    """What the paper reports of other models, and the same of this one."""
+    """Figures that the paper reports of other models, and the same of this one."""
     layer, neurons = profile.layer, profile.entropy_neurons
     cliff = "an exact null space" if layer.cliff is None else f"the next singular value is {layer.cliff:.4g} times as large"
     rows = [

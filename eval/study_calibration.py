@@ -84,7 +84,7 @@ class Text(NamedTuple):
 
 
 class Way(NamedTuple):
-    """What is tuned: the positions of a dial, or the gains and shifts of some neurons."""
+    """Numbers that are tuned: the positions of a dial, or the gains and shifts of some neurons."""
 
     parameters: Parameters
     neurons: Neurons

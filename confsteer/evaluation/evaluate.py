@@ -20,7 +20,7 @@ from confsteer.last_layer.text_states import OnTokens, unnoticed
 from confsteer.last_layer.unigram import Unigram
 from confsteer.profile.profile import Profile
 from confsteer.profile.schema import library_versions
-from confsteer.results.result import Result
+from confsteer.results.result import ModelResult
 from confsteer.steering import Steering
 from confsteer.studies.induction import InductionStudy
 from confsteer.text.several import Texts, named_windows
@@ -31,13 +31,9 @@ FIT_TOKENS = 10_000
 MAX_SWEPT = 100
 
 
-class Evaluation(Result):
+class Evaluation(ModelResult):
     """Steerings compared on texts."""
 
-    model: str
-    """Id of the profile's model."""
-    given: str = ""
-    """Name of the model on the command line."""
     profile: str
     """Checksum of the profile."""
     versions: dict[str, str]
@@ -45,11 +41,6 @@ class Evaluation(Result):
     texts: tuple[TextComparison, ...]
     choices: tuple[ChoiceComparison, ...] = ()
     induction: InductionStudy | None = None
-
-    @property
-    def name(self) -> str:
-        """Name of the model for reports: what the user called it."""
-        return self.given or self.model
 
 
 class EvaluationSettings(TypedDict, total=False):

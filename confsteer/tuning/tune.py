@@ -29,7 +29,7 @@ from confsteer.last_layer.text_states import OnTokens
 from confsteer.profile.profile import Profile
 from confsteer.profile.schema import library_versions
 from confsteer.results.bootstrap import Blocks, Interval, mean
-from confsteer.results.result import Result
+from confsteer.results.result import ModelResult
 from confsteer.steering import Steering
 from confsteer.text.several import Texts, named_windows
 from confsteer.tuning.parameters import parameters_of
@@ -38,13 +38,9 @@ from confsteer.tuning.splits import Split, split
 Parameters = Literal["neurons", "dials"]
 
 
-class Tuning(Result):
+class Tuning(ModelResult):
     """Outcome of a tuning, and its effect on text that it has not seen."""
 
-    model: str
-    """Id of the profile's model."""
-    given: str = ""
-    """Name of the model on the command line."""
     profile: str
     """Checksum of the profile tuning started from."""
     versions: dict[str, str]
@@ -65,11 +61,6 @@ class Tuning(Result):
     """Each text's test split with everything fitted on the other texts alone; empty for a single text."""
     steps: int
     seconds: float
-
-    @property
-    def name(self) -> str:
-        """Name of the model for reports: what the user called it."""
-        return self.given or self.model
 
     @property
     def gained(self) -> bool:

@@ -24,7 +24,7 @@ from confsteer.last_layer.sample import SampledLogits
 from confsteer.profile.profile import Profile
 from confsteer.profile.schema import library_versions
 from confsteer.results.bootstrap import Blocks, Interval, Resampled, mean
-from confsteer.results.result import Result
+from confsteer.results.result import ModelResult
 from confsteer.steering import Steering
 from confsteer.text.prompts import AS_TEXT, Wording
 from confsteer.text.questions import Question
@@ -33,16 +33,12 @@ from confsteer.tuning.splits import MIN_BLOCKS, SPLITS
 from confsteer.tuning.tune import Parameters
 
 
-class AnswerTuning(Result):
+class AnswerTuning(ModelResult):
     """Outcome of a tuning on answers, and its effect on questions that it has not seen.
 
     In the rows of `choices` the tuned steering is judged together with its temperature on answers.
     """
 
-    model: str
-    """Id of the profile's model."""
-    given: str = ""
-    """Name of the model on the command line."""
     profile: str
     """Checksum of the profile tuning started from."""
     versions: dict[str, str]
@@ -60,11 +56,6 @@ class AnswerTuning(Result):
     """Each set's test part."""
     steps: int
     seconds: float
-
-    @property
-    def name(self) -> str:
-        """Name of the model for reports: what the user called it."""
-        return self.given or self.model
 
     @property
     def gained(self) -> bool:

@@ -48,7 +48,7 @@ FOUND = pytest.mark.parametrize("model_type", [family.model_type for family in M
 
 
 def logits(model: Any, ids: Tensor) -> Tensor:
-    """Of the whole text at once, with its images, ``[rows, positions, vocab]``."""
+    """Log-probabilities of the whole text at once, with its images, ``[rows, positions, vocab]``."""
     with torch.no_grad():
         result: Tensor = model(input_ids=ids, **image_inputs(model.config.model_type, ids), use_cache=False).logits
     return result

@@ -186,7 +186,7 @@ def test_the_last_token_of_each_text_generates(found: Planted) -> None:
 
 
 def test_an_image_at_the_start_of_a_text_does_not_begin_several() -> None:
-    """Of an image's parts, which lie beside each other in time, only the first is at the start in all dimensions."""
+    """Parts of an image lie beside each other in time, and only the first is at the start in all dimensions."""
     in_time, in_height, in_width = [0, 0, 0, 0, 2, 3], [0, 0, 1, 1, 2, 3], [0, 1, 0, 1, 2, 3]
     positions = torch.tensor([in_time, in_height, in_width]).repeat(1, 2)[:, None]
     marked = generating(Asked(position_ids=positions), 12, torch.device("cpu"))
