@@ -40,12 +40,10 @@ from confsteer.text.windows import make_windows
 from confsteer.tuning.parameters import DialParameters, parameters_of
 from tests.mixtures import MIXTURES, tiny_mixture
 from tests.models import FAMILIES, tiny_model, tiny_tokenizer, zipf_texts
-from tests.paths import SHARED
+from tests.paths import STORIES, STORIES_TEXT
 from tests.planted import Planted, planted
 from tests.runtimes.llamacpp.test_export import as_llama_cpp_does, on_disk
 
-STORIES = SHARED / "models" / "stories260K" / "hf"
-STORIES_TEXT = SHARED / "corpora" / "tinystories" / "tinystories_1000.json"
 IDS = torch.randint(1, 96, (4, 10), generator=torch.Generator().manual_seed(5))
 MIXTURE = MIXTURES[0].model_type
 EVERY = ["gpt2", "llama", "gemma2", "granite", MIXTURE]

@@ -25,11 +25,8 @@ from tests.models import (
     zipf_texts,
 )
 from tests.models import FAMILIES as TINY_FAMILIES
-from tests.paths import SHARED
+from tests.paths import STORIES, STORIES_TEXT
 from tests.planted import Planted, planted
-
-STORIES = SHARED / "models" / "stories260K" / "hf"
-STORIES_TEXT = SHARED / "corpora" / "tinystories" / "tinystories_1000.json"
 
 
 @pytest.fixture(params=["gpt2", "llama", "gemma2", "olmo2"])

@@ -5,16 +5,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
-import sys
 from types import ModuleType
 
 import pytest
 import transformers
 
 from tests.paths import ROOT
+from tests.scripts import load_script
 
 SERVED = [
     "aya_vision", "bamba", "cohere2", "cohere2_vision", "deepseek_v3", "ernie4_5", "falcon_h1", "gemma3", "gemma4", "glm4v",
@@ -27,12 +26,7 @@ SERVED = [
 
 @pytest.fixture(scope="module")
 def census() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("census", ROOT / "eval" / "census.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules["census"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("census")
 
 
 def test_the_readme_and_the_page_say_what_the_table_says(census: ModuleType) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
@@ -16,20 +15,13 @@ from confsteer.studies.induction import InductionStudy
 from confsteer.studies.repetition import Repetition, natural_cut
 from confsteer.text.windows import make_windows
 from tests.models import ENTROPY_NEURONS, FAMILIES, FREQUENCY_NEURON, tiny_model, tiny_tokenizer, zipf_texts
-from tests.paths import ROOT
 from tests.planted import planted
-
-SCRIPT = ROOT / "eval" / "reproduce_paper.py"
+from tests.scripts import load_script
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("reproduce_paper", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("reproduce_paper")
 
 
 def run(script: ModuleType, *arguments: object) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +18,13 @@ from confsteer.model.loading import load_model
 from confsteer.text.windows import make_windows
 from confsteer.tuning.splits import share_out
 from tests.models import ENTROPY_NEURONS, zipf_texts
-from tests.paths import ROOT
 from tests.planted import planted
-
-SCRIPT = ROOT / "eval" / "study_calibration.py"
+from tests.scripts import load_script
 
 
 @pytest.fixture(scope="module")
 def script() -> Any:
-    spec = importlib.util.spec_from_file_location("study_calibration", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # Named tuples look their module up.
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("study_calibration")
 
 
 def test_what_it_reports_is_what_the_steering_it_found_does(script: Any, tmp_path: Path) -> None:
