@@ -171,25 +171,36 @@ def _search(base: PreTrainedModel, unembedding: nn.Module) -> Places:
     layers, _, layer = element.rpartition(".")
     stack = base.get_submodule(layers)
     assert isinstance(stack, nn.ModuleList)
-    here = Places(layers=layers, layer=int(layer), depth=len(stack), down_proj="", final_norm="", write_norm=None)
     if experts := find_experts(last_layer, name):
-        last_norms = [call.path for call in calls if _is_norm(call.module) and not call.path.startswith(f"{element}.")]
-        if not last_norms:
+        norms = [call.path for call in calls if _is_norm(call.module) and not call.path.startswith(f"{element}.")]
+        if not norms:
             raise UnsupportedModelError(f"{name} has no final norm: there is none between its last layer and its unembedding")
-        return here._replace(down_proj=experts, final_norm=last_norms[-1], write_norm=norm_after(last_layer))
+        return Places(layers, int(layer), len(stack), experts, norms[-1], norm_after(last_layer))
+    down_proj, final_norm, write_norm = _around_mlp(base, element, calls)
+    return Places(layers, int(layer), len(stack), down_proj, final_norm, write_norm)
+
+
+def _around_mlp(base: PreTrainedModel, element: str, calls: Sequence[_Call]) -> tuple[str, str, str | None]:
+    """Find the last projection, the final norm, and the norm on the projection's output, if there is one.
+
+    Returns:
+        Their paths, those of the first and the third inside the last layer.
+
+    Raises:
+        UnsupportedModelError: there is no such thing, or something else computes between them.
+    """
     inside = [call for call in calls if call.path.startswith(f"{element}.") and _is_linear(call.module)]
     projection = _projection(base, element, inside)
     after = calls[max(i for i, call in enumerate(calls) if call.module is projection.module) + 1 :]
     norms = [call for call in after if _is_norm(call.module)]
     if not norms:
-        raise UnsupportedModelError(f"{name} has no final norm: there is none between its last MLP and its unembedding")
+        raise UnsupportedModelError(
+            f"{base.config.model_type} has no final norm: there is none between its last MLP and its unembedding"
+        )
     _refuse_more(base, element, projection, [call for call in after if _is_linear(call.module)])
     write_norm = next((norm for norm in norms[:-1] if norm.path.startswith(f"{element}.") and _same(norm, projection)), None)
-    return here._replace(
-        down_proj=projection.path.removeprefix(f"{element}."),
-        final_norm=norms[-1].path,
-        write_norm=None if write_norm is None else write_norm.path.removeprefix(f"{element}."),
-    )
+    inner = len(f"{element}.")
+    return projection.path[inner:], norms[-1].path, None if write_norm is None else write_norm.path[inner:]
 
 
 def _calls(base: PreTrainedModel, unembedding: nn.Module) -> list[_Call]:
