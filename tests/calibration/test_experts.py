@@ -34,7 +34,9 @@ def test_the_planted_neurons_are_found_in_every_mixture(model_type: str) -> None
     for neuron in (*found.profile.entropy_neurons, *found.profile.frequency_neurons):
         assert neuron.active is not None
         assert 0 < neuron.active <= 1
-        assert neuron.active == 1 or not str(neuron.key).startswith("shared")
+        # AFMoE's random router sends every token to the first planted expert too.
+        everywhere = str(neuron.key).startswith("shared") or (model_type, neuron.key) == ("afmoe", entropy)
+        assert (neuron.active == 1) == everywhere
 
 
 FORMS = ["afmoe", "gpt_oss", "granitemoe", "llama4_text", "qwen2_moe"]
