@@ -16,7 +16,7 @@ def test_every_place_names_the_same_releases() -> None:
     assert Version(OLDEST) <= Version(NEWEST) < Version(NEXT)
     for file, words in {
         "pyproject.toml": f'vllm = ["vllm>={OLDEST},<{NEXT}"]',
-        "README.md": f"**vLLM {OLDEST} to {NEWEST}**",
+        "docs/vllm.md": f"vLLM {OLDEST} to {NEWEST}, ",
         "examples/kubernetes.md": f"FROM vllm/vllm-openai:v{NEWEST}",
     }.items():
         assert words in (ROOT / file).read_text(encoding="utf-8"), file
