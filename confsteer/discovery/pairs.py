@@ -41,29 +41,34 @@ class Points(NamedTuple):
     """Probability that each stands for; 0 for those that fill a row up."""
     alone: Tensor
     """Whether each stands for itself only, bool."""
+    count: Tensor
+    """How many of a row, the first ones, do not fill it up, ``[rows]``."""
 
     @classmethod
     def of(cls, p: Tensor, most: int) -> Points:
-        """The points of distributions ``[rows, vocab]``, at most `most` of each and one for rounding.
-
-        All tokens are points of a vocabulary of less than twice as many: gathering half of them costs more than it saves.
-        """
-        if p.shape[-1] <= 2 * most:
-            return cls(torch.arange(p.shape[-1], device=p.device).expand_as(p), p, torch.ones_like(p, dtype=torch.bool))
+        """The points of distributions ``[rows, vocab]``, at most `most` of each and one for rounding."""
+        if p.shape[-1] <= most + 1:
+            every = torch.arange(p.shape[-1], device=p.device).expand_as(p)
+            return cls(every, p, torch.ones_like(p, dtype=torch.bool), p.new_full((len(p),), p.shape[-1], dtype=torch.long))
         large = p >= 1 / most
         row, large_ids = large.nonzero().unbind(dim=1)
         n_large = large.sum(dim=-1, keepdim=True)
         tail = p.masked_fill(large, 0).double().cumsum(dim=-1)
         mass = tail[:, -1:]
         n = (mass * most).ceil().clamp(min=1).minimum(most + 1 - n_large)
+        count = (n_large + n).long()
         # The large ones first, then an even walk through the tail.
-        slot = torch.arange(int((n_large + n).max()), device=p.device)
-        alone, used = slot < n_large, slot < n_large + n
+        slot = torch.arange(int(count.max()), device=p.device)
+        alone, used = slot < n_large, slot < count
         ids = torch.searchsorted(tail, (slot - n_large + 0.5) * (mass / n)).clamp_max(p.shape[-1] - 1)
         before = n_large.cumsum(dim=0) - n_large
         ids[row, torch.arange(len(row), device=p.device) - before[row, 0]] = large_ids
         weight = torch.where(alone, p.gather(1, ids), torch.where(used, mass / n, 0).to(p))
-        return cls(ids, weight, alone)
+        return cls(ids, weight, alone, count[:, 0])
+
+    def at(self, rows: Tensor, width: int) -> Points:
+        """The points of some of the rows, of which none has more than `width`."""
+        return Points(self.ids[rows, :width], self.weight[rows, :width], self.alone[rows, :width], self.count[rows])
 
 
 class _Pairs(NamedTuple):
@@ -102,38 +107,53 @@ def evaluate_pairs(
 ) -> None:
     """Overwrite the `effects` of `pairs` ``[pairs, 2]`` of a token and a neuron, in the order of the tokens."""
     known = _know(readout, tokens, moments, delta, unigram, pairs)
-    present, count = known.token.unique_consecutive(return_counts=True)
-    start = count.cumsum(dim=0) - count
-    large = torch.segment_reduce(known.second.largest_variance, "max", lengths=count) > LARGE
     sums = torch.empty(2 * len(known.moves.write) + 2, len(pairs), device=delta.device)
-    for most, chosen in ((POINTS, ~large), (POINTS_IF_LARGE, large)):
-        these = chosen.nonzero()[:, 0]
-        # Next to each other those that have about as many pairs, for common products.
-        for rows in these[count[these].argsort()].split(max(1, WORKING_SET // readout.vocab_size)):
-            token = present[rows]
-            y = tokens.directions[-1, token] @ readout.unembedding.T + readout.logit_bias
-            p = (readout.cap(y) - tokens.log_z[token]).exp()
-            for block, largest in _blocks(readout, count[rows].tolist(), most):
-                some = rows[block]
-                index = start[some, None] + torch.arange(largest, device=p.device).minimum(count[some, None] - 1)
-                points = Points.of(p[block], most)
+    present, number, count = known.token.unique_consecutive(return_inverse=True, return_counts=True)
+    at_once = max(1, WORKING_SET // readout.vocab_size)
+    for first, token, of_tokens in zip(
+        range(0, len(present), at_once),
+        present.split(at_once),
+        torch.arange(len(pairs), device=delta.device).split([int(part.sum()) for part in count.split(at_once)]),
+        strict=True,
+    ):
+        y = tokens.directions[-1, token] @ readout.unembedding.T + readout.logit_bias
+        p = (readout.cap(y) - tokens.log_z[token]).exp()
+        large = known.second.largest_variance[of_tokens] > LARGE
+        for most, these in ((POINTS, of_tokens[~large]), (POINTS_IF_LARGE, of_tokens[large])):
+            for index, points in _blocks(readout, p, these, number[these] - first, most):
                 sums[:, index] = _remainders(readout, tokens, unigram, points, known.at(index))
     for approximate, values in zip(effects, _with_remainders(known, sums), strict=True):
         approximate[known.token, known.neuron] = values
 
 
-def _blocks(readout: Readout, sizes: list[int], most: int) -> Iterator[tuple[slice, int]]:
-    """Blocks of tokens with so many pairs each, ascending, that are best worked on at once; and the largest size in each.
+def _blocks(readout: Readout, p: Tensor, pairs: Tensor, row: Tensor, most: int) -> Iterator[tuple[Tensor, Points]]:
+    """Blocks of pairs that are best worked on at once: some tokens' ``[tokens, pairs of each]``, and their points.
 
-    A token takes `most` points by its pairs, or by `d_model` where its points are gathered.
+    Args:
+        readout: the model's last layer.
+        p: distributions of some tokens, ``[rows, vocab]``.
+        pairs: numbers of the pairs, in the order of `row`.
+        row: in which row of `p` the token of each is.
+        most: points of a row.
     """
-    everything = readout.vocab_size <= 2 * most
-    points, start = (readout.vocab_size if everything else most), 0
-    while start < len(sizes):
-        width = sizes[start] if everything else max(readout.d_model, sizes[start])
-        stop = min(start + max(1, readout.at_once // (width * points)), len(sizes))
-        yield slice(start, stop), sizes[stop - 1]
-        start = stop
+    if not len(pairs):
+        return
+    rows, count = row.unique_consecutive(return_counts=True)
+    start, points = count.cumsum(dim=0) - count, Points.of(p[rows], most)
+    # Next to each other those that have about as many points: a row is filled up with what is not needed.
+    order = points.count.argsort()
+    widths, sizes, first = points.count[order].tolist(), count[order].tolist(), 0
+    while first < len(order):
+        stop, largest = first + 1, sizes[first]
+        while stop < len(order):
+            wider = max(largest, sizes[stop])
+            if (stop + 1 - first) * widths[stop] * max(readout.d_model, wider) > readout.at_once:
+                break
+            stop, largest = stop + 1, wider
+        some = order[first:stop]
+        of_each = torch.arange(largest, device=p.device).minimum(count[some, None] - 1)
+        yield pairs[start[some, None] + of_each], points.at(some, widths[stop - 1])
+        first = stop
 
 
 def _know(readout: Readout, tokens: Tokens, moments: Moments, delta: Tensor, unigram: Unigram, pairs: Tensor) -> _Pairs:

@@ -27,9 +27,11 @@ def test_points_stand_for_all_of_the_probability(n: int, most: int, spread: list
     p = torch.stack([heavy_tailed(n, seed, spread=one) for seed, one in enumerate(spread)])
     points = Points.of(p, most)
     torch.testing.assert_close(points.weight.sum(dim=1), p.sum(dim=1), rtol=1e-4, atol=0)
-    for row, ids, weight, alone in zip(p, *points, strict=True):
+    for row, every, weights, whether, count in zip(p, *points, strict=True):
+        ids, weight, alone = every[:count], weights[:count], whether[:count]
+        assert not weights[count:].any()
         assert torch.equal(weight[alone], row[ids[alone]])
-        if n <= 2 * most:
+        if n <= most + 1:
             assert torch.equal(ids, torch.arange(n))
             assert alone.all()
         else:
