@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from confsteer.last_layer.cores import on_all_cores
 from confsteer.last_layer.readout import FullOutputs, Move, Readout
 from confsteer.last_layer.states import rows_of
 from confsteer.last_layer.unigram import Unigram
@@ -77,10 +78,13 @@ def exact_effects(readout: Readout, outputs: FullOutputs, delta: Tensor, unigram
     effects, slopes, changed, entropy, loss = whole = ExactEffects.empty(delta)
     u = readout.w_out @ readout.unembedding.T
     moves = readout.move(outputs.state, delta)
-    # Some tokens by the vocabulary stay in the cache.
-    for rows in readout.blocks(len(delta), readout.vocab_size):
+
+    def evaluate(rows: slice) -> None:
         here = ExactEffects(rows_of(effects, rows), rows_of(slopes, rows), changed[rows], entropy[rows], loss[rows])
         _evaluate(readout, outputs.at(rows), u, unigram, moves.at(slice(None), rows), here)
+
+    # Some tokens by the vocabulary stay in the cache.
+    on_all_cores(evaluate, readout.blocks(len(delta), readout.vocab_size), delta.device)
     return whole
 
 

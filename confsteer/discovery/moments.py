@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from confsteer.last_layer.cores import on_all_cores
 from confsteer.last_layer.readout import WORKING_SET, Readout, ReadoutState, products
 from confsteer.last_layer.states import TokenStates
 from confsteer.last_layer.unigram import Unigram
@@ -45,7 +46,8 @@ class Tokens(NamedTuple):
         sums = directions.new_zeros(2 + n_directions, n, 1)
         for columns in vocabulary_chunks(readout, n):
             y = products(directions, readout.unembedding[columns])
-            for rows in readout.blocks(n, y.shape[-1]):
+
+            def add(rows: slice, y: Tensor = y, columns: slice = columns) -> None:
                 z, x, _ = _cap(readout, y[:, rows], columns)
                 new_largest = torch.maximum(largest[rows], z.amax(dim=-1, keepdim=True))
                 sums[:, rows] *= (largest[rows] - new_largest).exp()
@@ -54,6 +56,8 @@ class Tokens(NamedTuple):
                 sums[0, rows] += e.sum(dim=-1, keepdim=True)
                 sums[1, rows] += (e * z).sum(dim=-1, keepdim=True)
                 sums[2:, rows] += (e * x).sum(dim=-1, keepdim=True)
+
+            on_all_cores(add, readout.blocks(n, y.shape[-1]), y.device)
         log_z = largest + sums[0].log()
         return cls(state, directions, states.targets, log_z, sums[1] / sums[0] - log_z, sums[2:] / sums[0])
 
@@ -174,18 +178,18 @@ class Moments(NamedTuple):
             W, v, f = readout.unembedding[columns], unigram.direction[columns], frequency[columns]
             # Elementwise work, in blocks that stay in the cache.
             y, weights = products(tokens.directions, W), all_weights[:, :, : columns.stop - columns.start]
-            for rows in readout.blocks(n, y.shape[-1]):
-                p, log_p, x, s = Chunk.of(readout, tokens, y, rows, columns)
-                pl, pv, px = p * log_p, p * v, p * x
-                plx = pl * x
-                of_v[:, rows] += _sums(pv, pv * v)
-                of_x[:, :, rows] += _sums(plx, px * v, x * f, x * v)
-                of_xx[:, :, :, rows] += _sums(px[:, None] * x, plx[:, None] * x)
-                parts = [p, pl, pv, *px, *plx]
-                if s is not None:
-                    parts = _before_the_cap(parts, s, f, v)
+
+            def weigh(
+                rows: slice, y: Tensor = y, v: Tensor = v, f: Tensor = f, weights: Tensor = weights, columns: slice = columns
+            ) -> None:
+                chunk = Chunk.of(readout, tokens, y, rows, columns)
+                parts, *sums = _weights(chunk, v, f)
+                for whole, part in zip((of_v, of_x, of_xx), sums, strict=True):
+                    whole[..., rows, :] += part
                 for whole, part in zip(weights, parts, strict=True):
                     whole[rows] = part
+
+            on_all_cores(weigh, readout.blocks(n, y.shape[-1]), y.device)
             # Matrix products, over all tokens of the chunk. Weights of E_p[… u²]: p and pl, under a softcap times s².
             squares = weights[:2] if readout.softcap is None else weights[-2:]
             u = readout.w_out @ W.T
@@ -226,6 +230,17 @@ def _fixed_means(readout: Readout, unigram: Unigram, like: Tensor) -> tuple[Tens
     rows = unigram.frequency, unigram.direction
     under_frequency, along_v = ((row @ readout.unembedding @ readout.w_out.T).expand_as(like) for row in rows)
     return under_frequency, along_v
+
+
+def _weights(chunk: Chunk, v: Tensor, f: Tensor) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """Weights of the expectations of ``u``, and what a chunk adds to those of ``v``, of the ``x_k`` and of pairs of them."""
+    p, log_p, x, s = chunk
+    pl, pv, px = p * log_p, p * v, p * x
+    plx = pl * x
+    parts = [p, pl, pv, *px, *plx]
+    of_x = _sums(plx, px * v, x * f, x * v)
+    of_xx = _sums(px[:, None] * x, plx[:, None] * x)
+    return parts if s is None else _before_the_cap(parts, s, f, v), _sums(pv, pv * v), of_x, of_xx
 
 
 def _before_the_cap(parts: list[Tensor], s: Tensor, f: Tensor, v: Tensor) -> list[Tensor]:

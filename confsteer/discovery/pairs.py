@@ -24,6 +24,7 @@ from torch import Tensor
 from confsteer.discovery.exact import TokenEffects
 from confsteer.discovery.moments import Moments, Tokens
 from confsteer.discovery.second_order import AtTarget, SecondOrder
+from confsteer.last_layer.cores import on_all_cores
 from confsteer.last_layer.readout import WORKING_SET, Move, Readout
 from confsteer.last_layer.unigram import Unigram
 
@@ -41,7 +42,7 @@ class Points(NamedTuple):
     """Probability that each stands for; 0 for those that fill a row up."""
     alone: Tensor
     """Whether each stands for itself only, bool."""
-    count: Tensor
+    used: Tensor
     """How many of a row, the first ones, do not fill it up, ``[rows]``."""
 
     @classmethod
@@ -68,7 +69,7 @@ class Points(NamedTuple):
 
     def at(self, rows: Tensor, width: int) -> Points:
         """The points of some of the rows, of which none has more than `width`."""
-        return Points(self.ids[rows, :width], self.weight[rows, :width], self.alone[rows, :width], self.count[rows])
+        return Points(self.ids[rows, :width], self.weight[rows, :width], self.alone[rows, :width], self.used[rows])
 
 
 class _Pairs(NamedTuple):
@@ -120,8 +121,12 @@ def evaluate_pairs(
         p = (readout.cap(y) - tokens.log_z[token]).exp()
         large = known.second.largest_variance[of_tokens] > LARGE
         for most, these in ((POINTS, of_tokens[~large]), (POINTS_IF_LARGE, of_tokens[large])):
-            for index, points in _blocks(readout, p, these, number[these] - first, most):
+
+            def add(block: tuple[Tensor, Points]) -> None:
+                index, points = block
                 sums[:, index] = _remainders(readout, tokens, unigram, points, known.at(index))
+
+            on_all_cores(add, _blocks(readout, p, these, number[these] - first, most), p.device)
     for approximate, values in zip(effects, _with_remainders(known, sums), strict=True):
         approximate[known.token, known.neuron] = values
 
@@ -141,8 +146,8 @@ def _blocks(readout: Readout, p: Tensor, pairs: Tensor, row: Tensor, most: int) 
     rows, count = row.unique_consecutive(return_counts=True)
     start, points = count.cumsum(dim=0) - count, Points.of(p[rows], most)
     # Next to each other those that have about as many points: a row is filled up with what is not needed.
-    order = points.count.argsort()
-    widths, sizes, first = points.count[order].tolist(), count[order].tolist(), 0
+    order = points.used.argsort()
+    widths, sizes, first = points.used[order].tolist(), count[order].tolist(), 0
     while first < len(order):
         stop, largest = first + 1, sizes[first]
         while stop < len(order):

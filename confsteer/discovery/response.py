@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from confsteer.discovery.temperature import EntropyMeans
+from confsteer.last_layer.cores import on_all_cores
 from confsteer.last_layer.readout import FullOutputs, Readout
 from confsteer.last_layer.states import TokenStates
 from confsteer.last_layer.unigram import Unigram
@@ -78,7 +79,8 @@ class ResponseCurve:
         # A block of tokens and positions by the vocabulary are worked on at once.
         tokens = max(1, readout.at_once // (len(self.positions) * readout.vocab_size))
         columns = max(1, readout.at_once // readout.vocab_size)
-        for first in range(0, len(delta), tokens):
+
+        def measure(first: int) -> None:
             rows = slice(first, first + tokens)
             for at in range(0, len(self.positions), columns):
                 here = slice(at, at + columns)
@@ -87,6 +89,8 @@ class ResponseCurve:
                 for along, direction in zip(move.along, outputs.x[-len(move.along) :], strict=True):
                     y.addcmul_(along[rows, here, None], direction[rows, None])
                 self._measure(readout.cap(y), ids[rows], sums[:, rows, here])
+
+        on_all_cores(measure, range(0, len(delta), tokens), sums.device)
         self._add(*sums)
         self._count += len(delta)
 

@@ -9,12 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from confsteer.last_layer.cores import on_all_cores
 from confsteer.last_layer.readout import FullOutputs, Readout
 
-LOWEST, HIGHEST = 1 / 4, 4.0
-"""Range of temperatures that are looked at."""
-POINTS_PER_SIDE = 8
-"""Temperatures below 1, and as many above: denser near 1."""
+OCTAVES, PER_OCTAVE = 2, 4
+"""Temperatures from 1/4 to 4 are looked at, four in each factor of two: half of one costs a square of what is there, no
+exponential."""
 BISECTIONS = 60
 
 
@@ -56,9 +56,8 @@ class EntropyByTemperature:
             readout: the model's last layer.
         """
         self._readout = readout
-        share = (torch.arange(1, POINTS_PER_SIDE + 1, dtype=torch.float64) / POINTS_PER_SIDE) ** 1.5
-        below, above = share.flip(0) * math.log(LOWEST), share * math.log(HIGHEST)
-        self._log_temperature = torch.cat([below, torch.zeros(1, dtype=torch.float64), above])
+        steps = torch.arange(-OCTAVES * PER_OCTAVE, OCTAVES * PER_OCTAVE + 1, dtype=torch.float64)
+        self._log_temperature = steps * (math.log(2) / PER_OCTAVE)
         self._sums = torch.zeros(2, len(self._log_temperature), dtype=torch.float64)
         self._count = torch.tensor(0)
 
@@ -68,16 +67,21 @@ class EntropyByTemperature:
         sums = outputs.y.new_empty(3, len(betas), len(outputs.y))
         # A block of tokens by the vocabulary stays in the cache.
         at_once = max(1, self._readout.at_once // self._readout.vocab_size)
-        for first in range(0, len(outputs.y), at_once):
+
+        def measure(first: int) -> None:
             rows = slice(first, first + at_once)
             z = self._readout.cap(outputs.y[rows])
             z = z - z.amax(dim=-1, keepdim=True)
             squared = z.square()
-            for row, beta in enumerate(betas):
-                e = (z * beta).exp_()
-                sums[0, row, rows] = e.sum(dim=-1)
-                sums[1, row, rows] = torch.linalg.vecdot(e, z)
-                sums[2, row, rows] = torch.linalg.vecdot(e, squared)
+            for highest in range(len(betas) - PER_OCTAVE, len(betas)):
+                e = (z * betas[highest]).exp_()
+                for row in range(highest, -1, -PER_OCTAVE):
+                    sums[0, row, rows] = e.sum(dim=-1)
+                    sums[1, row, rows] = torch.linalg.vecdot(e, z)
+                    sums[2, row, rows] = torch.linalg.vecdot(e, squared)
+                    e.square_()
+
+        on_all_cores(measure, range(0, len(outputs.y), at_once), sums.device)
         total, total_z, total_squared = sums.double().cpu()
         beta = torch.tensor(betas, dtype=torch.float64)[:, None]
         mean = total_z / total

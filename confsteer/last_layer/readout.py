@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from confsteer.last_layer.cores import on_all_cores
 from confsteer.last_layer.states import TokenStates, rows_of
 
 ROWS_PER_CHUNK = 8192
@@ -36,6 +37,8 @@ WORKING_SET = 2**23
 """Elements of the largest temporary tensors over the vocabulary (32 MiB in float32); there are about twenty."""
 CACHED_SET = 2**18
 """Elements of the temporaries of elementwise work (1 MiB in float32): in a core's cache it is ten times faster."""
+CACHED_ROWS = 1024
+"""Rows of the unembedding in a product, on a CPU."""
 LAUNCHED_SET = 2**24
 """The same on a GPU, where what is launched must be large to be worth its launch."""
 
@@ -382,7 +385,18 @@ class FullOutputs(NamedTuple):
 
 def products(directions: Tensor, unembedding: Tensor) -> Tensor:
     """``W_U directions``, ``[K, tokens, vocab]``, of directions ``[K, tokens, d_model]``."""
-    return directions @ unembedding.T
+    if directions.device.type != "cpu":
+        return directions @ unembedding.T
+    # A processor's library is up to half as fast again where the other matrix stays in the cache.
+    result = directions.new_empty(*directions.shape[:-1], len(unembedding))
+    rows, of_rows = directions.flatten(0, 1), result.flatten(0, 1)
+
+    def multiply(first: int) -> None:
+        columns = slice(first, first + CACHED_ROWS)
+        torch.mm(rows, unembedding[columns].T, out=of_rows[:, columns])
+
+    on_all_cores(multiply, range(0, len(unembedding), CACHED_ROWS), rows.device)
+    return result
 
 
 def _dots(states: Tensor, writes: Tensor) -> Tensor:

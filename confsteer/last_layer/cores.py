@@ -1,0 +1,42 @@
+"""Blocks of work side by side, each on a core of its own.
+
+An operation on a block that fits a core's cache takes a tenth of a millisecond. Shared between cores it takes as long, and ten
+times longer where another program has one of them: all wait for the last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+Block = TypeVar("Block")
+
+
+def on_all_cores(work: Callable[[Block], object], blocks: Iterable[Block], device: torch.device) -> None:
+    """Do `work` on each of the blocks, without gradients; on a CPU on as many at once as torch has threads.
+
+    Args:
+        work: writes its results to a place of its own.
+        blocks: what it is called with. Fewer than there are threads follow each other, each on all cores.
+        device: that it computes on; if it is no CPU, the blocks follow each other.
+    """
+    several, n_threads = list(blocks), torch.get_num_threads()
+
+    @torch.no_grad()  # a setting of the thread
+    def without_gradients(block: Block) -> None:
+        work(block)
+
+    if device.type != "cpu" or n_threads == 1 or len(several) < n_threads:
+        for block in several:
+            without_gradients(block)
+        return
+    try:
+        with ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for _ in pool.map(without_gradients, several):
+                pass
+    finally:
+        # Threads that are started from now on take the number that was set last, in any thread.
+        torch.set_num_threads(n_threads)

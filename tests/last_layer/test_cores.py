@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from confsteer.last_layer.cores import on_all_cores
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_blocks_are_worked_on_side_by_side_with_a_thread_and_no_gradients_each() -> None:
+    both, seen = threading.Barrier(2, timeout=30), {}
+
+    def work(block: int) -> None:
+        both.wait()  # passed by two at once, or by none
+        seen[block] = (torch.get_num_threads(), torch.is_grad_enabled())
+
+    on_all_cores(work, range(6), CPU)
+    assert seen == dict.fromkeys(range(6), (1, False))
+
+
+def test_fewer_blocks_than_threads_follow_each_other_on_all_of_them() -> None:
+    threads = []
+    on_all_cores(lambda block: threads.append((threading.current_thread(), torch.get_num_threads())), range(1), CPU)
+    assert threads == [(threading.current_thread(), 2)]
+
+
+@pytest.mark.parametrize("blocks", [1, 7])
+def test_an_error_reaches_the_caller_and_the_number_of_threads_is_as_before(blocks: int) -> None:
+    def fail(block: int) -> None:
+        raise ZeroDivisionError(block)
+
+    with pytest.raises(ZeroDivisionError):
+        on_all_cores(fail, range(blocks), CPU)
+    later: list[int] = []
+    thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert [torch.get_num_threads(), *later] == [2, 2]
