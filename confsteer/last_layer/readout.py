@@ -379,7 +379,7 @@ class FullOutputs(NamedTuple):
             part = states.at(rows)
             state = readout.state(part.residual, part.mlp_output)
             x = products(state.directions, readout.unembedding)
-            y = x[-1] + readout.logit_bias
+            y = x[-1] + readout.logit_bias if readout.biased else x[-1]
             yield cls(state, x, y, y.argmax(dim=-1), part.targets), rows
 
 
