@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from confsteer.last_layer.cores import on_all_cores
+from confsteer.last_layer.cores import exponential, on_all_cores
 from confsteer.last_layer.readout import FullOutputs, Move, Readout
 from confsteer.last_layer.states import rows_of
 from confsteer.last_layer.unigram import Unigram
@@ -93,7 +93,7 @@ def _evaluate(readout: Readout, outputs: FullOutputs, u: Tensor, unigram: Unigra
     z = readout.cap(outputs.y)
     log_p = z.log_softmax(dim=-1)
     torch.neg(log_p.gather(1, outputs.targets[:, None])[:, 0], out=into.loss)
-    p = log_p.exp()
+    p = exponential(log_p)
     pl = p * log_p
     torch.neg(pl.sum(dim=-1), out=into.entropy)
     pl.addcmul_(p, into.entropy[:, None])  # log p centred
@@ -141,7 +141,7 @@ def _ablate(
         if readout.softcap is not None:
             delta_z = readout.cap(delta_z.add_(before.y[:, None])).sub_(before.z[:, None])
         delta_z.sub_(_dot(p, delta_z)[..., None])  # a constant that no probability notices, and that keeps it small
-        growth = delta_z.exp().sub_(1)
+        growth = exponential(delta_z).sub_(1)
         log_mean = _dot(p, growth).log1p()
         loss.append(log_mean - delta_z.gather(-1, at_target)[..., 0])
         of_p = _dot(pl, growth) + _dot(p, growth.mul_(delta_z))
@@ -152,7 +152,7 @@ def _ablate(
             changed = moved.amax(dim=-1) > moved.gather(-1, at_top)[..., 0]
             held = delta_z.addcmul_((delta_z @ v)[..., None], v, value=-1)
             at_target_held = held.gather(-1, at_target)[..., 0]
-            without_frequency = _dot(p, held.exp_().sub_(1)).log1p() - at_target_held
+            without_frequency = _dot(p, exponential(held, out=held).sub_(1)).log1p() - at_target_held
     effects = TokenEffects.of_moves(
         loss=torch.stack(loss),
         entropy=torch.stack(entropy),

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from confsteer.last_layer.cores import on_all_cores
+from confsteer.last_layer.cores import exponential, on_all_cores
 from confsteer.last_layer.readout import WORKING_SET, Readout, ReadoutState, products
 from confsteer.last_layer.states import TokenStates
 from confsteer.last_layer.unigram import Unigram
@@ -52,7 +52,8 @@ class Tokens(NamedTuple):
                 new_largest = torch.maximum(largest[rows], z.amax(dim=-1, keepdim=True))
                 sums[:, rows] *= (largest[rows] - new_largest).exp()
                 largest[rows] = new_largest
-                e = (z - new_largest).exp_()
+                e = z - new_largest
+                exponential(e, out=e)
                 sums[0, rows] += e.sum(dim=-1, keepdim=True)
                 sums[1, rows] += (e * z).sum(dim=-1, keepdim=True)
                 sums[2:, rows] += (e * x).sum(dim=-1, keepdim=True)
@@ -85,7 +86,7 @@ class Chunk(NamedTuple):
     def of(cls, readout: Readout, tokens: Tokens, y: Tensor, rows: slice, columns: slice) -> Chunk:
         z, x, s = _cap(readout, y[:, rows], columns)
         log_p = z - tokens.log_z[rows]
-        p = log_p.exp()
+        p = exponential(log_p)
         return cls(p, log_p.sub_(tokens.mean_log_p[rows]), x - tokens.mean_x[:, rows], s)
 
 

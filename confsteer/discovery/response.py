@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from confsteer.discovery.temperature import EntropyMeans
-from confsteer.last_layer.cores import on_all_cores
+from confsteer.last_layer.cores import exponential, on_all_cores
 from confsteer.last_layer.readout import FullOutputs, Readout
 from confsteer.last_layer.states import TokenStates
 from confsteer.last_layer.unigram import Unigram
@@ -105,7 +105,7 @@ class ResponseCurve:
         torch.amax(z, dim=-1, out=largest)
         at_ids.copy_(z.gather(2, ids[:, None].expand(-1, z.shape[1], -1)).movedim(-1, 0))
         z_frequency.copy_(z @ self._frequency)
-        e = z.sub_(largest[..., None]).exp()
+        e = exponential(z.sub_(largest[..., None]))
         total.copy_(e.sum(dim=-1))
         total_log_frequency.copy_(e @ self.unigram.log_frequency)
         total_z.copy_(z.mul_(e).sum(dim=-1))

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from confsteer.last_layer.cores import on_all_cores
+from confsteer.last_layer.cores import exponential, on_all_cores
 from confsteer.last_layer.readout import FullOutputs, Readout
 
 OCTAVES, PER_OCTAVE = 2, 4
@@ -74,7 +74,7 @@ class EntropyByTemperature:
             z = z - z.amax(dim=-1, keepdim=True)
             squared = z.square()
             for highest in range(len(betas) - PER_OCTAVE, len(betas)):
-                e = (z * betas[highest]).exp_()
+                e = exponential(z * betas[highest])
                 for row in range(highest, -1, -PER_OCTAVE):
                     sums[0, row, rows] = e.sum(dim=-1)
                     sums[1, row, rows] = torch.linalg.vecdot(e, z)

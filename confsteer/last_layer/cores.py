@@ -1,4 +1,4 @@
-"""Blocks of work side by side, each on a core of its own.
+"""Work in the way that suits a processor: blocks side by side, and exponentials.
 
 An operation on a block that fits a core's cache takes a tenth of a millisecond. Shared between cores it takes as long, and ten
 times longer where another program has one of them: all wait for the last.
@@ -6,11 +6,13 @@ times longer where another program has one of them: all wait for the last.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 Block = TypeVar("Block")
 
@@ -40,3 +42,15 @@ def on_all_cores(work: Callable[[Block], object], blocks: Iterable[Block], devic
     finally:
         # Threads that are started from now on take the number that was set last, in any thread.
         torch.set_num_threads(n_threads)
+
+
+def exponential(x: Tensor, out: Tensor | None = None) -> Tensor:
+    """``e^x`` as ``2^(x log₂ e)``, which takes a third of the time on some processors.
+
+    The relative error is that of a rounded ``x log₂ e``: ``|x| · 6e-8`` in float32, nothing for a probability.
+
+    Args:
+        x: any tensor.
+        out: where to write it; may be `x` itself.
+    """
+    return torch.mul(x, math.log2(math.e), out=out).exp2_()

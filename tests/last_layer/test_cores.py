@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from confsteer.last_layer.cores import on_all_cores
+from confsteer.last_layer.cores import exponential, on_all_cores
 
 CPU = torch.device("cpu")
 
@@ -48,3 +48,12 @@ def test_an_error_reaches_the_caller_and_the_number_of_threads_is_as_before(bloc
     thread.start()
     thread.join()
     assert [torch.get_num_threads(), *later] == [2, 2]
+
+
+def test_exponentials_are_as_exact_as_their_argument() -> None:
+    x = torch.linspace(-80, 80, 100_001)
+    error = (exponential(x).double() / x.double().exp() - 1).abs()
+    assert (error <= 1.2e-7 * (1 + x.abs())).all()
+    exponential(x, out=(same := x.clone()))
+    assert torch.equal(same, exponential(x))
+    assert exponential(torch.tensor([-torch.inf, 0.0])).tolist() == [0, 1]
