@@ -99,7 +99,7 @@ def assemble_profile(
         versions=library_versions(),
         layer=Layer(
             null_dims=weights.null_dims,
-            cliff=weights.cliff if math.isfinite(weights.cliff) else None,
+            cliff=weights.cliff,
             other_null_spaces=tuple(
                 OtherNullSpace(null_dims=k, entropy_neurons=tuple(neurons)) for k, neurons in measured.other_null_spaces.items()
             ),

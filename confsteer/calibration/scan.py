@@ -87,6 +87,7 @@ def scan(
         versions=library_versions(),
         layer=Layer(
             null_dims=weights.null_dims,
+            cliff=weights.cliff,
             chance_null_fraction=weights.chance_null_fraction,
             chance_frequency_cosine=None,
             entropy=None,

@@ -42,10 +42,10 @@ class WeightStatistics(NamedTuple):
     """Null fraction that the luckiest of ``n_neurons`` random directions exceeds with a probability of 5 %."""
 
     @property
-    def cliff(self) -> float:
-        """Smallest singular value beyond the null space over the largest within: infinite for an exact null space."""
+    def cliff(self) -> float | None:
+        """Smallest singular value beyond the null space over the largest within; None for an exact null space."""
         within, beyond = (float(value) for value in self.singular_values[self.null_dims - 1 : self.null_dims + 1])
-        return beyond / within if within > 0 else float("inf")
+        return beyond / within if within > 0 else None
 
 
 def _direction_covariance(unembedding: Tensor) -> Tensor:

@@ -89,8 +89,8 @@ def card(profile: Profile, repo: str) -> str:
             "|---|---|---|---|---|---|---|",
         ]
         lines += [
-            f"| {n.layer}.{n.key} | {n.sign:+d} | {n.null_fraction:.3f} | {_share(n)} | {n.mediation.value:.2f} "
-            f"| {n.entropy_effect_abs.value:.4f} | {n.frequency_cosine:+.2f} |"
+            f"| {n.layer}.{n.key} | {f'{n.sign:+d}' if n.sign else 'none'} | {n.null_fraction:.3f} | {_share(n)} "
+            f"| {n.mediation.value:.2f} | {n.entropy_effect_abs.value:.4f} | {n.frequency_cosine:+.2f} |"
             for n in neurons
         ]
         lines.append("")

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 from confsteer.errors import CorpusError
 from confsteer.text.question_shapes import FIELDS, PLAIN, Kind, shape_of
-from confsteer.text.sources import DEFAULT_SPLIT, JSON_SUFFIXES, read_dataset_records, read_records
+from confsteer.text.sources import DEFAULT_SPLIT, JSON_SUFFIXES, dataset_title, read_dataset_records, read_records
 from confsteer.text.windows import json_kind
 
 Scalar = str | int | float | bool
@@ -70,7 +70,8 @@ class QuestionSource(BaseModel):
         """Name for reports."""
         if self.path is not None:
             return self.path.name or str(self.path)
-        return " ".join(filter(None, [self.dataset, self.config, self.split or DEFAULT_SPLIT]))
+        assert self.dataset is not None
+        return dataset_title(self.dataset, self.config, self.split)
 
     def read(self) -> list[Question]:
         """Read its questions.

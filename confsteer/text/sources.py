@@ -68,7 +68,7 @@ class TextSource(BaseModel):
         if self.name:
             return self.name
         if self.dataset:
-            where = " ".join(filter(None, ["dataset", self.dataset, self.config, self.split or DEFAULT_SPLIT]))
+            where = f"dataset {dataset_title(self.dataset, self.config, self.split)}"
         elif self.bundled:
             where = f"Python documentation ({self.bundled} half)"
         else:
@@ -94,6 +94,12 @@ class TextSource(BaseModel):
         return make_windows(
             self.documents(), tokenizer, window=window, max_tokens=tokens, cross_documents=self.join, source=self.title
         )
+
+
+def dataset_title(dataset: str, config: str | None, split: str | None) -> str:
+    """Name a dataset of the hub as the hub does, and one in a local folder without the path, which is nobody else's affair."""
+    called = Path(dataset).resolve().name if Path(dataset).exists() else dataset
+    return " ".join(filter(None, [called, config, split or DEFAULT_SPLIT]))
 
 
 def by_title(sources: Sequence[TextSource]) -> dict[str, TextSource]:

@@ -134,6 +134,10 @@ def test_calibration_measures_what_a_scan_reads(tmp_path: Path) -> None:
     found = planted("llama")
     profile = scan(str(saved(tmp_path, found.model))).profile
     assert_equal(profile.weights, found.profile.weights)
+    assert profile.layer.cliff is None  # its null space is exact
+    beyond = scan(str(tmp_path), null_dims=NULL_DIMS + 2).profile
+    values = beyond.weights.singular_values
+    assert beyond.layer.cliff == values[NULL_DIMS + 2] / values[NULL_DIMS + 1]
 
 
 @pytest.fixture

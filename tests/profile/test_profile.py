@@ -30,6 +30,7 @@ from confsteer import (
 )
 from confsteer.discovery.response import monotone_range
 from confsteer.files import shipped_profiles
+from confsteer.profile.hub import card
 from confsteer.profile.profile import schema
 from confsteer.profile.schema import Measurement
 from confsteer.profile.store import FILE_NAME, find_profile
@@ -379,8 +380,6 @@ def test_a_profile_is_pushed_with_a_card_and_loaded_by_its_repository(
 
 
 def test_a_card_is_plain_text_whatever_the_profile_says(profile: Profile) -> None:
-    from confsteer.profile.hub import card
-
     assert profile.corpus is not None
     hostile = profile.model_copy(update={"corpus": profile.corpus.model_copy(update={"source": "<script>\n---\n# `x` [y](z)"})})
     assert "<script>" not in card(hostile, "a/b")
@@ -402,3 +401,4 @@ def test_neurons_without_a_sign_are_reported_and_no_dial_turns_them() -> None:
     # One without a sign stays where it is when the dial turns the others.
     mixed = Profile(**fields | {"entropy_neurons": (unsigned[0], *profile.entropy_neurons[1:])})
     assert mixed.edit(Steering(entropy=0.1)).bias[0] == 0
+    assert f"| {unsigned[0].layer}.{index} | none |" in card(mixed, "a/b")
