@@ -88,7 +88,8 @@ class Completions:
         ends = model.generation_config.eos_token_id if model.generation_config else None
         ends = tokenizer.eos_token_id if ends is None else ends
         self._ends = set(ends if isinstance(ends, list) else [ends])
-        self.name_of = Spelling(tokenizer).text_of
+        self._spelling = Spelling(tokenizer)
+        self.name_of = self._spelling.text_of
 
     def start(self, request: CompletionRequest) -> Iterator[Token]:
         """Check a request, and answer it as the iterator is read.
@@ -98,7 +99,7 @@ class Completions:
             CorpusError: the prompt has no tokens, or the answer would be longer than the model's context.
         """
         steering = self._steerer.profile.resolve(Steering.parse(request.vllm_xargs.confsteer))
-        window = Window(steering.positions, marker_of(steering.positions, self._tokenizer))
+        window = Window(steering.positions, marker_of(steering.positions, lambda: self._spelling))
         # An answer uses the last position's prediction alone, and no cache remembers the last layer's MLP: a pass is steered
         # everywhere, or nowhere.
         steering = steering.model_copy(update={"positions": "all"})

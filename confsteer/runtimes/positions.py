@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from confsteer.errors import SteeringError
 from confsteer.steering import After, First, Positions
@@ -46,12 +45,12 @@ class Marker:
         return state
 
 
-def marker_of(positions: Positions, tokenizer: Any) -> Marker | None:
+def marker_of(positions: Positions, spelling_of: Callable[[], Spelling | None]) -> Marker | None:
     """Make the marker that steering begins after; None if it begins after nothing.
 
     Args:
         positions: of a steering.
-        tokenizer: of the model, which a text takes; None where there is none.
+        spelling_of: gives that of the model's tokenizer, which a text takes; None where there is none.
 
     Raises:
         SteeringError: there is no tokenizer, or its tokens do not spell the text.
@@ -60,12 +59,13 @@ def marker_of(positions: Positions, tokenizer: Any) -> Marker | None:
         return None
     if not isinstance(positions.after, str):
         return Marker(positions.after, lambda token: (token,))
-    if tokenizer is None:
+    spelling = spelling_of()
+    if spelling is None:
         raise SteeringError(
-            f"positions={positions}: to find a text takes the model's tokenizer, and there is none here. Give it, "
-            'confsteer.steer(..., tokenizer=tokenizer), or the token ids: {"after": [ID, ...]}'
+            f"positions={positions}: to find a text takes the model's tokenizer, and there is none here. Give it to "
+            "confsteer.steer (tokenizer=...), leave out vLLM's --skip-tokenizer-init, or give token ids: "
+            '{"after": [ID, ...]}'
         )
-    spelling = Spelling(tokenizer)
     marker = Marker(positions.after.encode(), spelling.bytes_of)
     window = Window(positions, marker)
     window.read(spelling.encode(positions.after), at=0)

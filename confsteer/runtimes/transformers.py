@@ -27,6 +27,7 @@ from confsteer.runtimes.following import Following
 from confsteer.runtimes.passes import Asked, Watch, continues, generating, keeps_graphs, recompiled, replaced
 from confsteer.runtimes.positions import marker_of
 from confsteer.steering import Steering, SteeringFields
+from confsteer.text.spelling import Spelling
 
 Request = Steering | dict[str, Any] | str
 """A steering in any of the forms that `Steering.parse` takes."""
@@ -45,7 +46,8 @@ class Steerer:
         self.following: Following | None = None
         """The calls of generate(), which a window of generated tokens goes by; None without one."""
         if not isinstance(self.positions, str):
-            self.following = Following(self.positions, marker_of(self.positions, tokenizer))
+            marker = marker_of(self.positions, lambda: None if tokenizer is None else Spelling(tokenizer))
+            self.following = Following(self.positions, marker)
         self.by_row = len(steerings) > 1 or self.positions != "all"
         """Whether edits depend on the row of the batch, or on where in the text a pass is."""
         # Tensors made in inference mode could not be trained through or updated outside of it.

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from confsteer import SteeringError, demo
 from confsteer.runtimes.positions import Marker, Window, marker_of
 from confsteer.steering import After, First
+from confsteer.text.spelling import Spelling
 from tests.models import tiny_tokenizer
 
 SPELLED = ["a", "b", "ab", "aa", "ba", "bab", "", "abab"]
@@ -40,7 +41,7 @@ def window_of(marker: str | list[int]) -> Window:
     if isinstance(marker, str):
         return Window(*text_marker(marker))
     positions = After(after=tuple(marker))
-    return Window(positions, marker_of(positions, None))
+    return Window(positions, marker_of(positions, lambda: None))
 
 
 @given(marker=markers, tokens=TOKENS, cuts=st.lists(st.integers(0, 12)))
@@ -104,11 +105,11 @@ def test_a_text_takes_a_tokenizer_that_can_spell_it() -> None:
     tokenizer = demo.load().tokenizer
     for text in ("</think>", "答案", "\n\n", "Answer: "):
         positions = After(after=text)
-        window = Window(positions, marker_of(positions, tokenizer))
+        window = Window(positions, marker_of(positions, lambda: Spelling(tokenizer)))
         ids = tokenizer.encode(f"it{text}")
         window.read(ids, at=0)
         assert window.span[0] == len(ids)
     with pytest.raises(SteeringError, match=r"positions=after:</think>: to find a text takes the model's tokenizer"):
-        marker_of(After(after="</think>"), None)
+        marker_of(After(after="</think>"), lambda: None)
     with pytest.raises(SteeringError, match=r"the model's tokens for that spell ' <eos>': give that"):
-        marker_of(After(after="</think>"), tiny_tokenizer())
+        marker_of(After(after="</think>"), lambda: Spelling(tiny_tokenizer()))
