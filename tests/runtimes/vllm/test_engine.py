@@ -224,6 +224,10 @@ def test_a_baked_checkpoint_needs_no_confsteer(model_type: str, make: Make, tmp_
 
 
 def test_the_default_is_for_requests_that_ask_for_nothing(make: Make) -> None:
+    from vllm.sampling_params import BeamSearchParams
+
+    from confsteer.runtimes.vllm.front.admission import admission_to
+
     subject = make("gpt2")
     default = {"entropy": 0.4}
     asked: list[Any] = [None, {}, "neutral", "entropy=-0.05"]
@@ -232,6 +236,10 @@ def test_the_default_is_for_requests_that_ask_for_nothing(make: Make) -> None:
     asks = [Ask(prompt, wanted) for prompt, wanted in zip(prompts, asked, strict=True)]
     with parity.engine(subject, default=default) as llm:
         outputs = parity.ask_all(llm, asks)
+        admission = admission_to(llm.llm_engine)
+        admission.default = admission.canonical("entropy=0.4 positions=first:2")
+        with pytest.raises(VLLMValidationError, match="positions=first:2 does not go together with beam search in vLLM"):
+            llm.beam_search([{"prompt_token_ids": prompts[0]}], BeamSearchParams(beam_width=2, max_tokens=2))
     asks = [ask._replace(steering=steering) for ask, steering in zip(asks, done, strict=True)]
     parity.check(parity.compare(subject, asks, outputs), asks)
 
