@@ -237,6 +237,7 @@ def test_the_default_is_for_requests_that_ask_for_nothing(make: Make) -> None:
     with parity.engine(subject, default=default) as llm:
         outputs = parity.ask_all(llm, asks)
         admission = admission_to(llm.llm_engine)
+        assert admission is not None
         admission.default = admission.canonical("entropy=0.4 positions=first:2")
         with pytest.raises(VLLMValidationError, match="positions=first:2 does not go together with beam search in vLLM"):
             llm.beam_search([{"prompt_token_ids": prompts[0]}], BeamSearchParams(beam_width=2, max_tokens=2))

@@ -30,7 +30,7 @@ class _Edit(NamedTuple):
     """``[4, neurons]``: gain, bias, low and high."""
     positions: Positions
     marker: Marker | None
-    """What steering begins after."""
+    """Looked for where steering begins after one; else None."""
 
 
 class _Request(NamedTuple):
