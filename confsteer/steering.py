@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal, NamedTuple, TypedDict
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator
 
 from confsteer.errors import SteeringError, first_problem
 
@@ -37,6 +37,75 @@ EXPERT_NEURON = r"^(?:0|[1-9][0-9]{0,8}|shared)\.(?:0|[1-9][0-9]{0,8})$"
 """A neuron of an expert: ``3.17`` is number 17 of expert 3, ``shared.17`` of the shared expert."""
 NeuronKey = int | Literal["entropy", "frequency"] | Annotated[str, Field(pattern=EXPERT_NEURON)]
 PresetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,100}$")]
+MAX_MARKER = 200
+"""Characters of a text, or token ids, that steering begins after."""
+_SPACE = r"\u0020"
+"""A space in JSON, where spaces part words."""
+
+
+class First(BaseModel):
+    """The first tokens that are generated."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    first: Annotated[int, Field(ge=1, le=10**9)]
+    """How many."""
+
+    def __str__(self) -> str:
+        """As on the command line."""
+        return f"first:{self.first}"
+
+
+class After(BaseModel):
+    """The tokens that are generated after a marker."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    after: str | tuple[int, ...]
+    """Text of the marker, or its token ids in their order."""
+
+    @field_validator("after", mode="before")
+    @classmethod
+    def _read_ids(cls, value: Any) -> Any:
+        """JSON has no tuples."""
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("after")
+    @classmethod
+    def _can_be_found(cls, value: str | tuple[int, ...]) -> str | tuple[int, ...]:
+        if not 1 <= len(value) <= MAX_MARKER:
+            raise ValueError(f"a marker is 1 to {MAX_MARKER} characters, or as many token ids; this one is {len(value):,}")
+        if isinstance(value, str):
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                raise ValueError("a marker is text, and this one has half a character (a lone surrogate)") from None
+        elif min(value) < 0:
+            raise ValueError(f"{min(value)} is no token id: they are 0 or more")
+        return value
+
+    def __str__(self) -> str:
+        """As on the command line: the text itself where it can stand there, else JSON without spaces."""
+        if isinstance(self.after, str) and self.after.isprintable() and " " not in self.after:
+            return f"after:{self.after}"
+        return json.dumps(self.model_dump(), separators=(",", ":")).replace(" ", _SPACE)
+
+
+def _kind_of_positions(value: Any) -> str | None:
+    if value in ("all", "generated"):
+        return "word"
+    kinds = value if isinstance(value, dict) else type(value).model_fields if isinstance(value, First | After) else ()
+    return next((kind for kind in ("first", "after") if kind in kinds), None)
+
+
+Positions = Annotated[
+    Annotated[Literal["all", "generated"], Tag("word")] | Annotated[First, Tag("first")] | Annotated[After, Tag("after")],
+    Discriminator(
+        _kind_of_positions,
+        custom_error_type="positions",
+        custom_error_message='should be all, generated, {"first": N} or {"after": TEXT or token ids}',
+    ),
+]
 
 
 class SteeringFields(TypedDict, total=False):
@@ -47,7 +116,7 @@ class SteeringFields(TypedDict, total=False):
     scale: dict[NeuronKey, float]
     shift: dict[NeuronKey, float]
     clamp: dict[NeuronKey, float | tuple[float | None, float | None]]
-    positions: Literal["all", "generated"]
+    positions: Literal["all", "generated"] | First | After | dict[str, int | str | list[int]]
     preset: str | None
 
 
@@ -71,8 +140,20 @@ class Steering(BaseModel):
     """Change of a neuron's activation, in the activation's own units."""
     clamp: dict[NeuronKey, Number | tuple[Bound, Bound]] = {}
     """Value a neuron's activation is set to, or the range it is kept in; None for no bound on a side."""
-    positions: Literal["all", "generated"] = "all"
-    """``generated``: in a pass over a prompt, steer only the last position, the one that generates."""
+    positions: Positions = "all"
+    """Tokens whose choice is steered. A token is chosen by the model's pass over the position before it.
+
+    - ``all``: every position, those within the prompt among them.
+    - ``generated``: in a pass over a prompt only the last position, the one that generates, and all that follow.
+    - ``{"first": N}``: the choice of the first N tokens that are generated, and no other.
+    - ``{"after": MARKER}``: the choice of every token after the marker is complete. The first of them is the first token after
+      the one that completes it. What follows the marker within that token was chosen with it, unsteered.
+
+    A marker is looked for in what this request generates, never in its prompt, and once found it stays found. Text is compared
+    with the text of the tokens, special ones included, byte by byte: however the model spells it, and also if it begins or ends
+    within a token. Capitals, spaces and accents count. Token ids are compared with the ids themselves: the same text in other
+    tokens is not the marker.
+    """
     preset: PresetName | None = None
     """A steering stored in the profile, by its name; what is given beside it takes the place of its fields."""
 
@@ -164,8 +245,10 @@ def _read_text(text: str) -> dict[str, Any]:
         if key in given:
             raise SteeringError(f"{word!r}: {key} has been given already")
         given.add(key)
-        if key in ("positions", "preset"):
+        if key == "preset":
             request[key] = value
+        elif key == "positions":
+            request[key] = _read_positions(value)
         elif "." in key:
             key, _, neuron = key.partition(".")
             bounds = tuple(number(word, bound) if bound else None for bound in value.split(":"))
@@ -176,6 +259,23 @@ def _read_text(text: str) -> dict[str, Any]:
         else:
             request[key] = number(word, value)
     return request
+
+
+def _read_positions(text: str) -> Any:
+    """``first:20``, ``after:</think>``, JSON or a word."""
+    kind, _, value = text.partition(":")
+    if text.startswith("{"):
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise SteeringError(f"positions={text[:80]}: not JSON ({error}); write a space in it as {_SPACE}") from error
+    if kind == "after":
+        return {"after": value}
+    if kind == "first":
+        if not (value.isascii() and value.isdigit() and len(value) < 11):
+            raise SteeringError(f"positions={text}: {value[:80]!r} is not a number of tokens")
+        return {"first": int(value)}
+    return text
 
 
 def _sentence(error: ValidationError) -> str:

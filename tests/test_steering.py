@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from confsteer import NoNeuronsError, Profile, Steering, SteeringError
 from confsteer.discovery.response import monotone_range
-from confsteer.steering import DIALS, Dial, SteeringFields
+from confsteer.steering import DIALS, After, Dial, First, SteeringFields
 from tests.models import ENTROPY_NEURONS, FREQUENCY_NEURON
 from tests.planted import planted
 
@@ -28,7 +28,11 @@ STEERING = st.builds(
     scale=st.dictionaries(KEY, NUMBER, max_size=3),
     shift=st.dictionaries(KEY, NUMBER, max_size=3),
     clamp=st.dictionaries(KEY, NUMBER | BOUNDS, max_size=3),
-    positions=st.sampled_from(["all", "generated"]),
+    positions=st.one_of(
+        st.sampled_from(["all", "generated"]),
+        st.builds(First, first=st.integers(1, 10**9)),
+        st.builds(After, after=st.text(min_size=1, max_size=20) | st.lists(st.integers(0, 2**31), min_size=1).map(tuple)),
+    ),
     preset=st.none() | st.sampled_from(["calibrated", "v1.2_a-b"]),
 )
 
@@ -63,10 +67,22 @@ def test_json_gives_back_the_same_steering(steering: Steering) -> None:
         "clamp.757=:2 clamp.frequency=-1:",
         "clamp.5=0:2 positions=generated",
         "preset=calm_2 entropy=+0.1 shift.5=-0.25",
+        "entropy=+0.3 positions=first:20",
+        "entropy=+0.3 positions=after:</think>",
+        "positions=after:a=b:c",
+        'positions={"after":[151668,271]}',
+        r'positions={"after":"\u001b[1mThe\u0020answer:\n"}',
     ],
 )
 def test_text_and_str_are_inverses(text: str) -> None:
     assert str(Steering.parse(text)) == text
+
+
+@given(STEERING)
+def test_the_text_of_positions_is_one_printable_word_that_gives_them_back(steering: Steering) -> None:
+    text = str(Steering(positions=steering.positions))
+    assert text.isprintable()
+    assert Steering.parse(text).positions == steering.positions
 
 
 def test_editors_are_told_of_every_field() -> None:
@@ -126,6 +142,13 @@ def test_presets_that_do_not_work_are_refused(profile: Profile) -> None:
         profile.with_preset("calm", Steering(entropy=100))
     with pytest.raises(SteeringError, match="preset: String should match"):
         profile.with_preset("<b>", Steering(entropy=0.05))
+
+
+def test_a_marker_is_of_tokens_that_the_model_has(profile: Profile) -> None:
+    marker = {"positions": {"after": [95]}}
+    assert profile.resolve(Steering.parse(marker)).positions == After(after=(95,))
+    with pytest.raises(SteeringError, match=r"positions=.*: 96 is no token of .*, whose ids end at 95"):
+        edit_of(profile, positions={"after": [3, 96]})
 
 
 @pytest.mark.parametrize("dial", DIALS)
@@ -188,7 +211,15 @@ def test_a_neuron_outside_the_profile_is_refused_with_those_inside(profile: Prof
         ({"scale": {"5": 1.0, 5: 2.0}}, "a neuron is named twice"),
         ({"clamp": {"5": [2.0, 1.0]}}, "neuron 5: the lower bound 2 is above the upper bound 1"),
         ({"clamp": {"5": [1.0]}}, "clamp.5"),
-        ({"positions": "some"}, "positions: Input should be 'all' or 'generated'"),
+        ({"positions": "some"}, 'positions: should be all, generated, {"first": N} or {"after": TEXT or token ids}'),
+        ({"positions": {"before": "x"}}, "positions: should be all, generated"),
+        ({"positions": {"first": 0}}, "positions.first.first: Input should be greater than or equal to 1"),
+        ({"positions": {"first": 1, "after": "x"}}, "positions.first.after: Extra inputs are not permitted"),
+        ({"positions": {"after": ""}}, "a marker is 1 to 200 characters, or as many token ids; this one is 0"),
+        ({"positions": {"after": [5, -1]}}, "-1 is no token id"),
+        ('{"positions": {"after": "\\ud800"}}', "half a character"),
+        ("positions=first:many", "'many' is not a number of tokens"),
+        ('positions={"after":"a b"}', r"write a space in it as \u0020"),
         ("{broken", "this is not JSON"),
         ("[" * 10_000, "not KEY=VALUE"),
         ('{"scale":' * 1_000, "not JSON"),

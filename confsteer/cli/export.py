@@ -74,7 +74,7 @@ def export(
     Dials and shifts add a constant to the last layer's output, which is a control vector of that layer. A scale multiplies a
     neuron's deviation from its mean: a LoRA, and a constant besides. Three weights of MODEL are read, no more.
 
-    Ranges (clamp.N=LOW:HIGH) and positions=generated are neither, and refused. In models with a norm on the MLP's output (Gemma 2
+    Ranges (clamp.N=LOW:HIGH), and positions other than all, are refused. In models with a norm on the MLP's output (Gemma 2
     and 3, OLMo 2) a constant before it is no constant after it, and refused; but with --text the entropy dial alone is measured
     there, as a dial of its own:
 

@@ -81,6 +81,8 @@ class _SteeringText(click.types.StringParamType):
         "unigram=+0.1": "nats closer to the unigram distribution",
         "scale.entropy=0": "ablate the entropy neurons",
         "positions=generated": "leave the prompt alone",
+        "positions=after:</think>": "only once the model has written that",
+        "positions=first:20": "only the first tokens of the answer",
         "preset=calibrated": "what confsteer tune saved",
     }
 

@@ -70,7 +70,7 @@ def generate(
     )
     table = Table("steering", "continuation", "entropy", show_lines=True)
     for one in found:
-        table.add_row(str(one.steering), tables.escape(_shown(one)), f"{one.entropy:.2f}")
+        table.add_row(tables.escape(str(one.steering)), tables.escape(_shown(one)), f"{one.entropy:.2f}")
     tables.console().print(table, "Entropy: mean over the generated tokens, in nats.", sep="\n")
     tables.print_dial_effects(tables.console(), tables.steered_dials(loaded, steerings))
     if tokenizer.chat_template and chat is None:
@@ -102,7 +102,7 @@ def bake(chosen: ModelOptions, profile: str, steers: tuple[str, ...], out: Path)
     confsteer bake OWNER/MODEL -p my-profile -s entropy=0.2 --out my-model
     confsteer bake model.gguf -p my-profile -s entropy=0.2 --out calm.gguf
 
-    Ranges (clamp.N=LOW:HIGH) and positions=generated are not linear and cannot be baked. Most steerings add a constant, which
+    Ranges (clamp.N=LOW:HIGH) and other positions than all are not linear: not baked. Most steerings add a constant, which
     needs a bias in the last MLP: GPT-2, OPT, Pythia, Phi and others have one, Llama, Granite and SmolLM3 are given one. Of GGUF
     files, llama.cpp reads one in GPT-2, Llama (Mistral, SmolLM2 and others are one there) and StarCoder 2.
     """

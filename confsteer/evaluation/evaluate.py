@@ -99,7 +99,7 @@ def evaluate(
     Raises:
         CorpusError: a text is too short.
         SettingError: the window is too short or longer than the model's context.
-        SteeringError: see `confsteer.steer`; or a steering is of the generated positions alone.
+        SteeringError: see `confsteer.steer`; or a steering is not of all positions.
         ProfileMismatchError, NoNeuronsError: see `confsteer.steer`.
         TypeError: a keyword is not in `EvaluationSettings`.
     """

@@ -91,12 +91,15 @@ class SteeredLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
 
     def _steered(self) -> contextlib.AbstractContextManager[object]:
         """Open the steering context once for all requests of a kind: entering checks the whole model."""
-        return contextlib.nullcontext() if self.profile is None else steer(self.model, self.profile, self.steering)
+        if self.profile is None:
+            return contextlib.nullcontext()
+        return steer(self.model, self.profile, self.steering, tokenizer=self.tokenizer)
 
     def _steered_for_scoring(self) -> contextlib.AbstractContextManager[object]:
-        if self.steering.positions == "generated":
+        if self.steering.positions != "all":
             raise SteeringError(
-                "positions=generated steers what is generated, and this task scores answers that are given: leave positions out"
+                f"positions={self.steering.positions} steers what is generated, and this task scores answers that are given: "
+                "leave positions out"
             )
         return self._steered()
 

@@ -29,7 +29,7 @@ from confsteer.last_layer.intervention import Intervention
 from confsteer.model.anatomy import Anatomy
 from confsteer.profile import store
 from confsteer.profile.schema import ColumnsFile, CorpusIdentity, Layer, ModelIdentity, Neuron, NullDirection, Response, Sparse
-from confsteer.steering import DIALS, Dial, NeuronKey, PresetName, Steering
+from confsteer.steering import DIALS, After, Dial, NeuronKey, PresetName, Steering
 
 MAX_PRESETS = 100
 
@@ -262,15 +262,28 @@ class Profile(Sparse):
         """Write out the preset of `steering`: the preset's fields, and in place of them those that it gives itself.
 
         Raises:
-            SteeringError: the profile has no such preset.
+            SteeringError: the profile has no such preset, or the model no such token.
         """
         if steering.preset is None:
-            return steering
+            return self._with_known_tokens(steering)
         if steering.preset not in self.presets:
             presets = ", ".join(self.presets) or "(none)"
             raise SteeringError(f"preset {steering.preset!r}: not in the profile of {self.model.id}, which has {presets}")
         given = {name: getattr(steering, name) for name in steering.model_fields_set if name != "preset"}
-        return self.presets[steering.preset].model_copy(update=given)
+        return self._with_known_tokens(self.presets[steering.preset].model_copy(update=given))
+
+    def _with_known_tokens(self, steering: Steering) -> Steering:
+        """
+        Raises:
+            SteeringError: it begins after a token that the model does not have.
+        """
+        match steering.positions:
+            case After(after=tuple(ids)) if max(ids) >= self.model.vocab_size:
+                raise SteeringError(
+                    f"positions={steering.positions}: {max(ids)} is no token of {self.model.id}, whose ids end at "
+                    f"{self.model.vocab_size - 1:,}"
+                )
+        return steering
 
     def edit(self, steering: Steering) -> NeuronEdit:
         """Translate `steering` into what it does to each of the profile's neurons; `null_write` is the rest of it.

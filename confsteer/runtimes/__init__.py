@@ -3,6 +3,8 @@
 transformers.py    a context around ``generate()``, ``forward`` or a pipeline
 experts.py         the same in a mixture of experts, whatever kernel runs it
 passes.py          which positions of a forward pass generate, and whether the pass is steered
+positions.py       windows of generated tokens: the same in every engine
+following.py       these in transformers: what generate() has generated before each of its passes
 generations.py     a prompt continued with each of several steerings
 linear.py          the steerings that weights can hold
 baking.py          a steering folded into weights, and checkpoints of the result

@@ -5,7 +5,6 @@ Clients take turns step by step: each has a cache of its own, and the model is s
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, NamedTuple
@@ -16,8 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from confsteer.errors import CorpusError
+from confsteer.runtimes.positions import Window, marker_of
 from confsteer.runtimes.transformers import Steerer
 from confsteer.steering import MAX_CHARACTERS, Steering
+from confsteer.text.spelling import Spelling
 from confsteer.text.windows import check_ids, prompt_ids
 
 MAX_TOKENS = 4096
@@ -87,8 +88,8 @@ class Completions:
         ends = model.generation_config.eos_token_id if model.generation_config else None
         ends = tokenizer.eos_token_id if ends is None else ends
         self._ends = set(ends if isinstance(ends, list) else [ends])
-        self._anchor = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
-        self.name_of = functools.cache(self._name_of)
+        self._spelling = Spelling(tokenizer)
+        self.name_of = self._spelling.text_of
 
     def start(self, request: CompletionRequest) -> Iterator[Token]:
         """Check a request, and answer it as the iterator is read.
@@ -98,7 +99,9 @@ class Completions:
             CorpusError: the prompt has no tokens, or the answer would be longer than the model's context.
         """
         steering = self._steerer.profile.resolve(Steering.parse(request.vllm_xargs.confsteer))
-        # An answer uses the last position's prediction alone, and no cache remembers the last layer's MLP: all is as good.
+        window = Window(steering.positions, marker_of(steering.positions, lambda: self._spelling))
+        # An answer uses the last position's prediction alone, and no cache remembers the last layer's MLP: a pass is steered
+        # everywhere, or nowhere.
         steering = steering.model_copy(update={"positions": "all"})
         with self._turn:
             self._steerer.update(steering)
@@ -112,14 +115,14 @@ class Completions:
                 f"{len(given):,} tokens of prompt and {request.max_tokens:,} of answer are more than the model's {room:,}: "
                 "ask for less"
             )
-        return self._tokens(given, steering, request)
+        return self._tokens(given, steering, window, request)
 
-    def _tokens(self, given: list[int], steering: Steering, request: CompletionRequest) -> Iterator[Token]:
+    def _tokens(self, given: list[int], steering: Steering, window: Window, request: CompletionRequest) -> Iterator[Token]:
         generator = torch.Generator().manual_seed(request.seed)
         ids, cache, written = list(given), None, self._decode(given[-CONTEXT:])
         for step in range(request.max_tokens):
             with self._turn, torch.inference_mode():
-                self._steerer.update(steering)
+                self._steerer.update(steering if window.steers(step) else Steering())
                 last = torch.tensor([ids if cache is None else ids[-1:]], device=self._model.device)
                 output = self._model(input_ids=last, past_key_values=cache, use_cache=True)
             cache = output.past_key_values
@@ -128,6 +131,7 @@ class Completions:
             if chosen in self._ends:
                 return
             ids.append(chosen)
+            window.read([chosen], at=step)
             text = self._decode(ids[len(given) - len(given[-CONTEXT:]) :])
             # Wait for the rest of a character.
             new = "" if text.endswith("\ufffd") else text[len(written) :]
@@ -144,11 +148,6 @@ class Completions:
 
     def _decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-    def _name_of(self, token: int) -> str:
-        """Decode a token in the middle of a text, where its first space is kept."""
-        before = self._tokenizer.decode(self._anchor)
-        return str(self._tokenizer.decode([*self._anchor, token], clean_up_tokenization_spaces=False))[len(before) :]
 
 
 def _draw(log_p: Tensor, temperature: float, generator: torch.Generator) -> int:

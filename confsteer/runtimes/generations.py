@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -47,7 +48,7 @@ def generations(
         tokenizer: its tokenizer.
         profile: see `confsteer.steer`.
         prompt: text, as `confsteer.text.windows.prompt_ids` reads it, or token ids.
-        steerings: one continuation each; `Steering()` is the unsteered model. All for every position.
+        steerings: one continuation each; `Steering()` is the unsteered model.
         max_new_tokens: tokens that a continuation has at most, 1 or more.
         temperature: to sample at; 0 is greedy.
         seed: of torch's random numbers, set anew before each continuation.
@@ -63,26 +64,33 @@ def generations(
     ids = torch.tensor([given], dtype=torch.int64, device=model.device)
     length = ids.shape[1]
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    generate: Any = model.generate
+    if length == 0:
+        raise CorpusError("the prompt has no tokens: there is nothing to continue")
+    check_ids(ids, profile.model.vocab_size)
+
+    def generation(steering: Steering) -> Generation:
+        torch.manual_seed(seed)
+        generate: Any = model.generate
+        output = generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            **sampling,
+            max_new_tokens=max_new_tokens,
+            return_dict_in_generate=True,
+            output_logits=True,
+            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+        )
+        log_p = torch.stack(output.logits).float().log_softmax(-1)
+        entropy = float(-(log_p.exp() * log_p).sum(-1).mean())
+        text = str(tokenizer.decode(output.sequences[0, length:], skip_special_tokens=True))
+        return Generation(steering, text, entropy, len(output.logits))
+
     found = []
-    with steer(model, profile) as steerer:
-        if length == 0:
-            raise CorpusError("the prompt has no tokens: there is nothing to continue")
-        check_ids(ids, profile.model.vocab_size)
-        for steering in steerings:
-            steerer.update(steering)
-            torch.manual_seed(seed)
-            output = generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                **sampling,
-                max_new_tokens=max_new_tokens,
-                return_dict_in_generate=True,
-                output_logits=True,
-                pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
-            )
-            log_p = torch.stack(output.logits).float().log_softmax(-1)
-            entropy = float(-(log_p.exp() * log_p).sum(-1).mean())
-            text = str(tokenizer.decode(output.sequences[0, length:], skip_special_tokens=True))
-            found.append(Generation(steering, text, entropy, len(output.logits)))
+    # Stay in a context while the positions are the same: entering one checks the whole model.
+    for _, alike in itertools.groupby(steerings, lambda steering: profile.resolve(steering).positions):
+        group = [*alike]
+        with steer(model, profile, group[0], tokenizer=tokenizer) as steerer:
+            for steering in group:
+                steerer.update(steering)
+                found.append(generation(steering))
     return found

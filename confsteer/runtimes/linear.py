@@ -56,8 +56,12 @@ def linear_edit(steering: Steering, profile: Profile) -> LinearEdit:
     steering = profile.resolve(steering)
     if steering.positions != "all":
         raise SteeringError(
-            f"positions={steering.positions}: weights are the same at all positions, and so is what is added to them. Leave it "
-            "out: what is generated is the same, and only the predictions within a prompt are not"
+            f"positions={steering.positions}: weights are the same at all positions, and so is what is added to them. "
+            + (
+                "Leave it out: what is generated is the same, and only the predictions within a prompt are not"
+                if steering.positions == "generated"
+                else "Steer while the model runs: confsteer.steer, confsteer generate, vLLM"
+            )
         )
     gain, bias, low, high = (torch.from_numpy(column).double() for column in profile.edit(steering))
     # A clamp to one value is linear.

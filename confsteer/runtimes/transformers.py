@@ -23,8 +23,11 @@ from confsteer.model.locate import unwrap
 from confsteer.profile.profile import Profile
 from confsteer.profile.store import DIRECTION_COLUMN
 from confsteer.runtimes.experts import steer_experts
+from confsteer.runtimes.following import Following
 from confsteer.runtimes.passes import Asked, Watch, continues, generating, keeps_graphs, recompiled, replaced
+from confsteer.runtimes.positions import marker_of
 from confsteer.steering import Steering, SteeringFields
+from confsteer.text.spelling import Spelling
 
 Request = Steering | dict[str, Any] | str
 """A steering in any of the forms that `Steering.parse` takes."""
@@ -36,11 +39,16 @@ _entering = threading.Lock()
 class Steerer:
     """A model's steering within the context of `steer`; change it while the context is open."""
 
-    def __init__(self, profile: Profile, steerings: Sequence[Steering]) -> None:
+    def __init__(self, profile: Profile, steerings: Sequence[Steering], tokenizer: Any = None) -> None:
         self.profile = profile
         self.steerings = _resolve(steerings, profile)
         self.positions = self.steerings[0].positions
-        self.by_row = len(steerings) > 1 or self.positions == "generated"
+        self.following: Following | None = None
+        """The calls of generate(), which a window of generated tokens goes by; None without one."""
+        if not isinstance(self.positions, str):
+            marker = marker_of(self.positions, lambda: None if tokenizer is None else Spelling(tokenizer))
+            self.following = Following(self.positions, marker)
+        self.by_row = len(steerings) > 1 or self.positions != "all"
         """Whether edits depend on the row of the batch, or on where in the text a pass is."""
         # Tensors made in inference mode could not be trained through or updated outside of it.
         with torch.inference_mode(False):
@@ -68,8 +76,8 @@ class Steerer:
         steerings = _resolve(_as_steerings(steering, request), self.profile)
         if len(steerings) != len(self.steerings) or steerings[0].positions != self.positions:
             raise SteeringError(
-                f"update() keeps the number of steerings and their positions: {len(self.steerings)}, {self.positions!r}; "
-                f"given {len(steerings)}, {steerings[0].positions!r}. Open another context"
+                f"update() keeps the number of steerings and their positions: {len(self.steerings)}, '{self.positions}'; "
+                f"given {len(steerings)}, '{steerings[0].positions}'. Open another context"
             )
         table, constant = self._build(steerings), self._build_constant(steerings)
         self._table.copy_(table)
@@ -114,7 +122,9 @@ class Steerer:
                 f"{len(self.steerings)} steerings for a batch of {self._rows}: give one, or one per row (beams and returned "
                 "sequences follow their row)"
             )
-        if self.positions == "generated":
+        if self.following is not None:
+            self._marked = self.following.take(hidden_states)
+        elif self.positions == "generated":
             asked = self._watch.asked
             if asked is None:
                 # Within backward(), which runs checkpointed layers again, and does not say of which pass.
@@ -167,6 +177,11 @@ class Steerer:
 
     def _refuse_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Stand for a model's continuous batching, which packs requests in an order of its own."""
+        if self.following is not None:
+            raise SteeringError(
+                f"positions={self.positions} goes by the tokens of one call of generate(), and continuous batching packs those "
+                "of all requests into one row: use generate()"
+            )
         raise SteeringError(
             f"{len(self.steerings)} steerings cannot be told apart in continuous batching, which packs all requests into one "
             "row: give one steering for all, or use generate() with a row per request"
@@ -179,6 +194,8 @@ def steer(
     profile: Profile | str | os.PathLike[str],
     steering: Request | Sequence[Request] | None = None,
     /,
+    *,
+    tokenizer: Any = None,
     **request: Unpack[SteeringFields],
 ) -> Iterator[Steerer]:
     """Steer `model` within the context.
@@ -191,14 +208,19 @@ def steer(
 
     The hooks change activations, not weights: ``state_dict()`` and ``save_pretrained()`` within the context give the model's own.
     ``copy.deepcopy``, ``pickle`` and ``torch.save`` of the whole model are refused there. Every thread that runs the model is
-    steered while the context is open, and no longer when it is left; with a steering per row, or ``positions="generated"``, one
-    thread at a time may run it. A forked process has a steered model of its own.
+    steered while the context is open, and no longer when it is left; with a steering per row, or other ``positions`` than
+    all, one thread at a time may run it. A forked process has a steered model of its own.
+
+    Windows of generated tokens, ``positions={"first": N}`` and ``{"after": MARKER}``, are for ``generate()``: any way of it that
+    prepares its passes as transformers' own do, greedy, sampling, beams, assistants and caches that go on. Its tokens count from
+    the call on. Other passes are refused.
 
     Args:
         model: a transformers causal language model, PEFT-wrapped or compiled too. Code that was compiled before is compiled
             anew in the context; `Steerer.update` changes the steering of compiled code without that.
         profile: the model's profile, or what `Profile.load` takes.
         steering: a `Steering` or what `Steering.parse` takes, or one per row of the batch; or give the keywords of one:
+        tokenizer: the model's; only ``positions={"after": TEXT}`` takes it.
         **request: ``entropy``, ``unigram``, ``scale``, ``shift``, ``clamp``, ``positions``, ``preset``: see `Steering`. None of
             them: neutral.
 
@@ -210,7 +232,7 @@ def steer(
     """
     if not isinstance(profile, Profile):
         profile = Profile.load(profile)
-    steerer = Steerer(profile, _as_steerings(steering, request))
+    steerer = Steerer(profile, _as_steerings(steering, request), tokenizer)
     anatomy, base = dissect(model), unwrap(model)
     profile.check_model(anatomy)
     steerer._move(execution_device(anatomy.down_proj))
@@ -230,7 +252,9 @@ def steer(
         if steerer.by_row:
             stack.enter_context(recompiled(anatomy.last_layer))
             stack.callback(anatomy.last_layer.register_forward_pre_hook(steerer._note_pass, with_kwargs=True).remove)
-        if len(steerer.steerings) > 1:
+        if steerer.following is not None:
+            stack.enter_context(steerer.following.over(base))
+        if len(steerer.steerings) > 1 or steerer.following is not None:
             stack.enter_context(replaced(base, "init_continuous_batching", steerer._refuse_batching))
         if isinstance(anatomy, MixtureAnatomy):
             steer_experts(anatomy, steerer, stack)
@@ -267,5 +291,6 @@ def _as_steerings(steering: Request | Sequence[Request] | None, request: Steerin
 def _resolve(steerings: Sequence[Steering], profile: Profile) -> tuple[Steering, ...]:
     resolved = tuple(profile.resolve(steering) for steering in steerings)
     if len({steering.positions for steering in resolved}) > 1:
-        raise SteeringError("all rows of a batch must have the same positions, 'all' or 'generated'")
+        given = ", ".join(dict.fromkeys(f"'{steering.positions}'" for steering in resolved))
+        raise SteeringError(f"all rows of a batch must have the same positions; given {given}")
     return resolved

@@ -6,5 +6,6 @@ several.py      several texts by name, each in windows of its own
 counts.py       how often each token occurs in a corpus, counted or from a file
 questions.py    multiple-choice questions from files and datasets
 question_shapes.py    shapes of the records that benchmarks have
+spelling.py     the text of each token, byte by byte
 prompts.py      questions in the words a model is asked in
 """

@@ -103,7 +103,7 @@ def test_a_steering_out_of_reach_is_refused_and_the_model_restored() -> None:
 def test_what_steers_only_generated_positions_is_refused() -> None:
     model, tokenizer, texts, profile = planted("gpt2")
     with_preset = profile.with_preset("later", Steering(entropy=0.2, positions="generated"))
-    for steering in (Steering(entropy=0.2, positions="generated"), Steering(preset="later")):
+    for steering in (Steering(entropy=0.2, positions="generated"), Steering(preset="later"), Steering.parse("positions=first:9")):
         with pytest.raises(SteeringError, match="every position"):
             evaluate(model, tokenizer, texts, with_preset, [steering], tokens=500, window=64)
 

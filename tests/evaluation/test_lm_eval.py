@@ -175,10 +175,11 @@ def test_a_wrong_argument_is_a_sentence(root: Path, settings: dict[str, Any], er
         evaluate(root, "confsteer", "words", **({"profile": str(root / "profile"), "steering": STEERING} | filled))
 
 
-def test_given_answers_cannot_be_steered_as_generated_ones(root: Path) -> None:
-    lm = steered_model(root, steering="entropy=0.5 positions=generated")
+@pytest.mark.parametrize("positions", ["generated", "after:t3"])
+def test_given_answers_cannot_be_steered_as_generated_ones(root: Path, positions: str) -> None:
+    lm = steered_model(root, steering=f"entropy=0.5 positions={positions}")
     for task in ("words", "text"):
-        with pytest.raises(SteeringError, match="positions=generated steers what is generated"):
+        with pytest.raises(SteeringError, match=f"positions={positions} steers what is generated"):
             evaluate(root, lm, task)
     assert evaluate(root, lm, "continue")["samples"]
 

@@ -187,7 +187,8 @@ class LikeVllm(BaseHTTPRequestHandler):
         """Say nothing."""
 
     def do_GET(self) -> None:
-        dials = {dial: {"range": [-1.0, 2.0]} for dial in ("entropy", "unigram")}
+        dials: dict[str, Any] = {"unigram": {"range": [-1.0, 2.0], "neurons": [3, 5]}}
+        dials["entropy"] = {"range": [-1.0, 2.0], "neurons": [], "turns": "null direction, made by hand"}
         described = {"model": "m", "layer": 3, "dials": dials, "presets": {}}
         if self.path == PATH:
             self.answer(200, page().encode(), "text/html")
@@ -229,6 +230,8 @@ def test_a_key_is_asked_for_and_answers_as_vllms_are_read(browser: Any) -> None:
         thread.start()
         try:
             opened(browser, SimpleNamespace(url=f"http://127.0.0.1:{server.server_port}{PATH}"))
+            said = browser.execute_script("return [...document.querySelectorAll('.turns')].map(e => e.textContent)")
+            assert said == ["It turns neurons 3, 5.", "It turns a null direction, made by hand."]
             answer(browser)
             assert text(browser, "wrong") == "401: Unauthorized"
             answer(browser, **{"key": "secret", "dial-entropy": "0.5"})

@@ -150,6 +150,7 @@ def test_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
         ("gpt2", {"scale": {5: 1.0}}, SteeringError, "changes nothing"),
         ("gpt2", {"clamp": {5: [0.1, None], 11: 0.2}}, SteeringError, "keep neuron 5 in one"),
         ("gpt2", {"entropy": 0.1, "positions": "generated"}, SteeringError, "the same at all positions"),
+        ("gpt2", {"entropy": 0.1, "positions": {"first": 3}}, SteeringError, "Steer while the model runs: confsteer.steer"),
         ("gpt2", {"entropy": 9.0}, SteeringError, "out of reach"),
         ("gpt2", {"preset": "x"}, SteeringError, "preset 'x'"),
         ("gemma2", {"entropy": 0.01}, SteeringError, r"has no bias to hold it.*clamp\.11=0, or .* scale\.11=0\.5 shift\.11="),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -44,7 +44,8 @@ class Case(NamedTuple):
     family: int
     lengths: list[int]
     steerings: list[Steering]
-    positions: Literal["all", "generated"]
+    positions: Any
+    """``after`` with where in the text, generated without steering, the marker begins, and how long it is."""
     how: dict[str, Any]
     seed: int
 
@@ -75,15 +76,28 @@ def cases(draw: st.DrawFn) -> Case:
     lengths = draw(st.lists(st.integers(2, 9), min_size=1, max_size=1 if alone else 4))
     if even:
         lengths = [lengths[0]] * len(lengths)
-    both: tuple[Literal["all", "generated"], ...] = ("all", "generated")
-    positions = draw(st.sampled_from(both))
+    windows = st.builds(lambda n: {"first": n}, st.integers(1, 6)), st.builds(lambda *at: {"after": at}, *[st.integers(0, 2)] * 2)
+    positions = draw(st.one_of(st.sampled_from(["all", "generated"]), *windows))
     rows = draw(st.sampled_from([1, len(lengths)]))
-    steerings = [Steering(**draw(one_steering), positions=positions) for _ in range(rows)]
+    steerings = [Steering(**draw(one_steering)) for _ in range(rows)]
     return Case(draw(st.integers(0, len(FAMILIES) - 1)), lengths, steerings, positions, how, draw(st.integers(0, 2**16)))
 
 
-def by_hand(model: Any, profile: Profile, prompt: Tensor, tokens: Tensor, steering: Steering) -> Tensor:
-    """Logits that chose each of `tokens`, from one uncached pass over the text of one row, edited at every position."""
+def steered_choices(positions: Any, tokens: list[int]) -> list[bool]:
+    """Whether the choice of each of the generated tokens is steered, by the definition."""
+    if isinstance(positions, str):
+        return [True] * len(tokens)
+    if "first" in positions:
+        return [number < positions["first"] for number in range(len(tokens))]
+    marker = positions["after"]
+    return [any(tokens[i : i + len(marker)] == marker for i in range(end + 1 - len(marker))) for end in range(len(tokens))]
+
+
+def by_hand(model: Any, profile: Profile, prompt: Tensor, tokens: Tensor, steering: Steering, positions: Any = "all") -> Tensor:
+    """Logits that chose each of `tokens`, from uncached passes over the text of one row: edited everywhere, and nowhere."""
+    if not isinstance(positions, str):
+        edited, plain = (by_hand(model, profile, prompt, tokens, one) for one in (steering, Steering()))
+        return torch.where(torch.tensor(steered_choices(positions, tokens.tolist()))[:, None], edited, plain)
     index = [neuron.index for neuron in profile.steerable]
     gain, bias, low, high = map(torch.from_numpy, profile.edit(steering))
 
@@ -117,18 +131,27 @@ def test_generation_is_that_of_the_edit_by_hand(case: Case) -> None:
     ids = torch.stack([nn.functional.pad(prompt, (width - len(prompt), 0)) for prompt in prompts])
     mask = torch.stack([(torch.arange(width) >= width - len(prompt)).long() for prompt in prompts])
     how = {"do_sample": False, **case.how, "max_new_tokens": 5, "pad_token_id": 0}
-    torch.manual_seed(case.seed)
-    with torch.no_grad(), confsteer.steer(model, profile, case.steerings):
-        output = model.generate(
+
+    def generate() -> Any:
+        torch.manual_seed(case.seed)
+        return model.generate(
             ids, attention_mask=mask, return_dict_in_generate=True, output_logits=True, output_scores=True, **how
         )
+
+    positions = case.positions
+    if "after" in positions:
+        begin, length = positions["after"]
+        positions = {"after": generate().sequences[-1, width + begin :][: length + 1].tolist()}
+    asked = [steering.model_copy(update={"positions": Steering(positions=positions).positions}) for steering in case.steerings]
+    with torch.no_grad(), confsteer.steer(model, profile, asked):
+        output = generate()
     beams = how.get("num_return_sequences", 1)
     tokens = output.sequences[:, width:]
     assert tokens.shape == (len(prompts) * beams, 5)
     for number, row in enumerate(tokens):
         source = number // beams
         steering = case.steerings[source % len(case.steerings)]
-        expected = by_hand(model, profile, prompts[source], row, steering)
+        expected = by_hand(model, profile, prompts[source], row, steering, positions)
         if beams > 1:
             # A beam's rows change places, so its score is compared: a mean of log-probabilities.
             log_p = expected.log_softmax(-1).gather(-1, row[:, None]).sum() / 5

@@ -132,6 +132,25 @@ def test_to_an_answer_all_positions_are_those_that_generate(server: LocalServer)
     assert complete(server, "entropy=0.9 positions=generated", seed=2) == complete(server, "entropy=0.9", seed=2)
 
 
+def test_a_window_steers_the_choice_of_its_tokens_alone(server: LocalServer) -> None:
+    def tokens(steering: str) -> list[Any]:
+        found = complete(server, steering, temperature=0)
+        return list(zip(found["logprobs"]["tokens"], found["confsteer"]["entropies"], strict=True))
+
+    steered, plain = tokens("entropy=0.9"), tokens("neutral")
+    first = tokens("entropy=0.9 positions=first:3")
+    assert first[:3] == steered[:3]
+    marker = "".join(name for name, _ in plain[:3])
+    after = tokens(json.dumps({"entropy": 0.9, "positions": {"after": marker}}))
+    assert after[:3] == plain[:3]
+    # The first predictions outside and inside, of the same tokens before.
+    assert after[3][1] != plain[3][1]
+    assert first[3][1] != steered[3][1]
+    status, answer, _ = send(server, "/v1/completions", {"prompt": PROMPT, "vllm_xargs": {"confsteer": "positions=after:"}})
+    assert status == 400
+    assert "a marker is 1 to 200 characters" in json.loads(answer)["error"]["message"]
+
+
 def test_the_same_seed_draws_other_tokens_only_where_predictions_differ(server: LocalServer) -> None:
     """A push too small to change a draw leaves the answer; greedy answers need no seed."""
     assert complete(server, "entropy=0.0001", seed=5)["text"] == complete(server, "neutral", seed=5)["text"]

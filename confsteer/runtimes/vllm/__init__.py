@@ -6,6 +6,7 @@ is configured with ``additional_config={"confsteer": {"profile": ...}}``. Then, 
 release.py               which vLLM this is, and which of its features steering does not go together with
 arguments.py             what a command line says of ``additional_config``
 settings.py              what the engine was configured with
+spelling.py              the text of an engine's tokens
 weights.py               whether a checkpoint has the weights that the profile is of
 
 front/                   the front process

@@ -17,6 +17,19 @@ from confsteer.steering import DIALS, MAX_CHARACTERS
 KEYS = [*Steering.model_fields, "frequency", "", "x", "__class__", "entropy ", "ENTROPY", "entropy.entropy", "scale.scale"]
 CHARACTERS = "abc019 .:=-+{}[]\",'\\/\0\x7f\t\n\u00e9\u0660\u2028\U0001f600\ud800\udfff\ufeff\u202e"
 NUMBERS = ["0", "-0", "1", "0.05", "-0.01", "1e9", "1e999", "-1e-999", "nan", "inf", "-Infinity", "1_0", "٣", "0x1", "9" * 400]
+POSITIONS = [
+    "all",
+    "generated",
+    "none",
+    "first:3",
+    "first:0",
+    "first",
+    "after:",
+    "after:\ud800",
+    '{"after":[5,7]}',
+    '{"after":[96]}',
+    '{"first":2}',
+]
 NAME = json.dumps(CONFIG_KEY).encode()
 
 
@@ -79,7 +92,7 @@ class Fuzz:
                         f"{draw.choice(list(DIALS))}={number}",
                         f"{operation}.{neuron}={number}",
                         f"clamp.{neuron}={number}:{draw.choice(['', self._number()])}",
-                        f"positions={draw.choice(['all', 'generated', 'none'])}",
+                        f"positions={draw.choice(POSITIONS)}",
                         f"preset={draw.choice(self._presets)}",
                         f"{self._key()}.{self._key()}={number}",
                         f"{self._key()}={number}",

@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer
 
 import confsteer
 from confsteer import Profile, Steering, demo
 from confsteer.model.loading import DEMO
+from confsteer.steering import After, First
 from tests.planted import planted
 
 V2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
@@ -73,6 +75,7 @@ def steerings(profile: Profile) -> list[Any]:
         if high < 0.01:
             continue
         asked += [{dial: 0.8 * high}, f'{{"{dial}": {0.5 * high}}}', {dial: 0.5 * high, "positions": "generated"}]
+        asked.append(f"{dial}={0.8 * high} positions=first:3")
         if low < -0.01:
             asked.append(f"{dial}={0.8 * low}")
     for neuron in profile.steerable:
@@ -146,6 +149,12 @@ def difference(subject: Subject, text: list[int], prompt: int, steering: Any, se
 
 def expected(subject: Subject, text: list[int], prompt: int, steering: Any) -> Tensor:
     """Log-probabilities after each token of a text ``[tokens, vocab]``, of which `prompt` tokens were given."""
+    asked = subject.profile.resolve(Steering.parse({} if steering is None else steering))
+    if isinstance(asked.positions, First | After):
+        everywhere = asked.model_copy(update={"positions": "all"})
+        steered, plain = (expected(subject, text, prompt, one) for one in (everywhere, None))
+        inside = [_is_inside(subject, text[prompt : position + 1], position + 1 - prompt, asked) for position in range(len(text))]
+        return torch.where(torch.tensor(inside)[:, None], steered, plain)
     steer: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if steering is not None:
         steer = confsteer.steer(subject.model, subject.profile, steering)
@@ -162,6 +171,32 @@ def expected(subject: Subject, text: list[int], prompt: int, steering: Any) -> T
                 rows.append(output.logits[0])
             logits = torch.cat(rows)
     return torch.log_softmax(logits, -1)
+
+
+def _is_inside(subject: Subject, generated: list[int], number: int, asked: Steering) -> bool:
+    """Whether the choice of a generated token is inside of a window, by its definition."""
+    if isinstance(asked.positions, First):
+        return 0 <= number < asked.positions.first
+    assert isinstance(asked.positions, After)
+    marker = asked.positions.after
+    if isinstance(marker, str):
+        return marker in str(AutoTokenizer.from_pretrained(subject.model_folder).decode(generated))
+    return any(tuple(generated[i : i + len(marker)]) == marker for i in range(len(generated) + 1 - len(marker)))
+
+
+def windows(subject: Subject, count: int, *, tokens: int, longest: int, seed: int = 0) -> list[Ask]:
+    """Requests by windows, whose markers are in what the model goes on with if it is greedy; as ids, and as text."""
+    tokenizer, vocabulary = AutoTokenizer.from_pretrained(subject.model_folder), subject.profile.model.tokenizer_size
+    change, asks = 0.8 * subject.profile.reach("entropy")[1], []
+    for i, prompt in enumerate(prompts(count, vocabulary=vocabulary, longest=longest, seed=seed)):
+        text = list(prompt)
+        for _ in range(tokens // 2):
+            with torch.no_grad():
+                text.append(int(subject.model(torch.tensor([text])).logits[0, -1].argmax()))
+        marker = text[-2:]
+        kinds: list[Any] = [{"after": marker}, {"after": str(tokenizer.decode(marker)).strip()}, {"first": tokens // 3}]
+        asks.append(Ask(prompt, {"entropy": change, "positions": kinds[i % 3]}, tokens))
+    return asks
 
 
 def bundled(folder: Path) -> Subject:

@@ -68,16 +68,24 @@ def test_many_requests_with_mixed_steerings_are_those_of_transformers(model_type
     parity.check(parity.compare(subject, asks, outputs), asks)
 
 
+def preemptions(llm: Any) -> float:
+    return next(float(metric.value) for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
+
+
 def test_the_bundled_model_under_pressure(make: Make) -> None:
     """Prefill in chunks of 16 tokens, too few blocks for all requests to stay, several completions each."""
     subject, completions = make("bundled"), 1 if V2 else 2
     asks = parity.mixed(subject, 24, tokens=40, longest=60)
+    windows = parity.windows(subject, 6, tokens=24, longest=60)
     options = {"max_num_batched_tokens": 16, "block_size": 32, "num_gpu_blocks_override": 9, "disable_log_stats": False}
     with parity.engine(subject, max_model_len=128, **options) as llm:
         outputs = parity.ask_all(llm, asks, n=completions)
-        preempted = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
-    assert preempted["vllm:num_preemptions"] > 0
+        preempted = [preemptions(llm)]
+        outputs_of_windows = parity.ask_all(llm, windows, temperature=0.0)
+        preempted.append(preemptions(llm))
+    assert 0 < preempted[0] < preempted[1]
     parity.check(parity.compare(subject, asks, outputs), asks, completions)
+    parity.check(parity.compare(subject, windows, outputs_of_windows), windows)
 
 
 def test_a_prefix_cached_under_one_steering_serves_another(make: Make) -> None:
@@ -100,6 +108,7 @@ def test_drafts_are_verified_under_their_request_s_steering(make: Make, monkeypa
     asked = parity.steerings(subject.profile)
     prompts = parity.prompts(12, vocabulary=4096, longest=40, seed=2)
     asks = [Ask((prompt * 4)[:60], steering, 20) for prompt, steering in zip(prompts, asked, strict=False)]
+    asks += parity.windows(subject, 6, tokens=20, longest=60)
     options = {
         "speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 2},
         "distributed_executor_backend": "mp",
@@ -215,6 +224,10 @@ def test_a_baked_checkpoint_needs_no_confsteer(model_type: str, make: Make, tmp_
 
 
 def test_the_default_is_for_requests_that_ask_for_nothing(make: Make) -> None:
+    from vllm.sampling_params import BeamSearchParams
+
+    from confsteer.runtimes.vllm.front.admission import admission_to
+
     subject = make("gpt2")
     default = {"entropy": 0.4}
     asked: list[Any] = [None, {}, "neutral", "entropy=-0.05"]
@@ -223,6 +236,11 @@ def test_the_default_is_for_requests_that_ask_for_nothing(make: Make) -> None:
     asks = [Ask(prompt, wanted) for prompt, wanted in zip(prompts, asked, strict=True)]
     with parity.engine(subject, default=default) as llm:
         outputs = parity.ask_all(llm, asks)
+        admission = admission_to(llm.llm_engine)
+        assert admission is not None
+        admission.default = admission.canonical("entropy=0.4 positions=first:2")
+        with pytest.raises(VLLMValidationError, match="positions=first:2 does not go together with beam search in vLLM"):
+            llm.beam_search([{"prompt_token_ids": prompts[0]}], BeamSearchParams(beam_width=2, max_tokens=2))
     asks = [ask._replace(steering=steering) for ask, steering in zip(asks, done, strict=True)]
     parity.check(parity.compare(subject, asks, outputs), asks)
 

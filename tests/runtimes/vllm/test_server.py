@@ -329,6 +329,19 @@ def test_beams_have_their_request_s_steering(server: Server, steering: str) -> N
         check_completion(server, [1, 2, 3, 4], None if steering == "{}" else steering, choice)
 
 
+def test_a_window_is_kept_and_refused_of_beams(server: Server) -> None:
+    for ask in parity.windows(server.subject, 3, tokens=9, longest=9):
+        options = {"prompt": ask.prompt, "max_tokens": ask.tokens, "ignore_eos": True}
+        answer = server.complete(json.dumps(ask.steering), **options).json()
+        check_completion(server, ask.prompt, ask.steering, answer["choices"][0])
+        beams = server.complete(json.dumps(ask.steering), use_beam_search=True, n=2, **options)
+        assert beams.status_code == 400, beams.text
+        assert "does not go together with beam search in vLLM" in beams.json()["error"]["message"]
+    unknown = server.complete("entropy=0.1 positions=after:</think>")
+    assert unknown.status_code == 400
+    assert "the model's tokens for that spell ' <eos>'" in unknown.json()["error"]["message"]
+
+
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/messages", "/generative_scoring"])
 @pytest.mark.parametrize(
     ("wrong", "where"),

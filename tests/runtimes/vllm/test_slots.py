@@ -39,10 +39,16 @@ def test_more_steerings_than_rows_in_one_batch_is_an_error() -> None:
         Slots(CAPACITY).assign("abcd")
 
 
-@given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 6), st.integers(0, 9), st.integers(0, 12)), min_size=1, max_size=8))
-def test_each_token_follows_its_request_from_the_first_position_on(requests: list[tuple[int, int, int, int]]) -> None:
-    rows, counts, computed, first = zip(*requests, strict=True)
+BEGIN, END = (st.integers(0, 12) | st.sampled_from([-np.inf, np.inf]) for _ in range(2))
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 6), st.integers(0, 9), BEGIN, END), min_size=1, max_size=8))
+def test_each_token_follows_its_request_within_its_span(requests: list[tuple[int, int, int, float, float]]) -> None:
+    rows, counts, computed, begin, end = zip(*requests, strict=True)
     expected = [
-        row if position >= start else NEUTRAL for row, count, done, start in requests for position in range(done, done + count)
+        row if first <= position < last else NEUTRAL
+        for row, count, done, first, last in requests
+        for position in range(done, done + count)
     ]
-    assert token_rows(rows, np.array(counts), np.array(computed), first).tolist() == expected
+    spans = list(zip(begin, end, strict=True))
+    assert token_rows(rows, np.array(counts), np.array(computed), spans).tolist() == expected

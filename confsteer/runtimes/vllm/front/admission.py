@@ -14,10 +14,12 @@ from vllm.v1.engine.input_processor import InputProcessor
 from confsteer.errors import NoNeuronsError, ProfileMismatchError, SteeringError
 from confsteer.last_layer.edit import NEUTRAL_EDIT
 from confsteer.profile.profile import Profile
+from confsteer.runtimes.positions import marker_of
 from confsteer.runtimes.vllm.arguments import CONFIG_KEY
 from confsteer.runtimes.vllm.front import counters as metrics
 from confsteer.runtimes.vllm.front.places import steering_in
 from confsteer.runtimes.vllm.settings import Settings
+from confsteer.runtimes.vllm.spelling import spelling_of
 from confsteer.runtimes.vllm.weights import OTHER_WEIGHTS
 from confsteer.steering import Steering
 
@@ -25,17 +27,19 @@ from confsteer.steering import Steering
 class Admission:
     """The check of every request to one engine."""
 
-    def __init__(self, profile: Profile, default: Any) -> None:
+    def __init__(self, profile: Profile, default: Any, config: Any) -> None:
         """
         Args:
             profile: to steer with.
             default: the steering of requests that ask for none.
+            config: the engine's ``VllmConfig``.
 
         Raises:
             SteeringError: the default is wrong, as `canonical`.
             NoNeuronsError: as `canonical`.
         """
         self._profile = profile
+        self._spelling_of = functools.cache(functools.partial(spelling_of, config))
         self.weights_fit = True
         """Whether the engine's weights are the profile's, as far as this process knows."""
         self.weights_unchecked = False
@@ -57,6 +61,7 @@ class Admission:
         steering = self._profile.resolve(Steering.parse(asked))
         if (np.stack(self._profile.edit(steering), axis=1) == NEUTRAL_EDIT).all():
             return None
+        marker_of(steering.positions, self._spelling_of)
         canonical = steering.model_dump_json(exclude_defaults=True)
         Steering.parse(canonical)  # as the worker will: what is written out is longer
         return canonical
@@ -82,6 +87,21 @@ class Admission:
         """
         with _refusals():
             return self._steering_of(steering_in({"sampling_params": {"extra_args": params.extra_args}}))
+
+    def refuse_beams(self, asked: Any) -> None:
+        """Refuse a steering by a window for a search of beams, whose every step is a request of its own to vLLM.
+
+        Raises:
+            VLLMValidationError: the steering has one.
+        """
+        with _refusals():
+            steering = self._steering_of(asked)
+            positions = "all" if steering is None else Steering.parse(steering).positions
+            if not isinstance(positions, str):
+                raise SteeringError(
+                    f"positions={positions} does not go together with beam search in vLLM, which makes a request of each step of "
+                    "a beam, and forgets which tokens of it were generated: leave one of them out, or steer in transformers"
+                )
 
     def _steering_of(self, asked: Any) -> str | None:
         steering = self.default if asked is None else self.canonical(asked)
@@ -112,16 +132,22 @@ def _refusals() -> Iterator[None]:
         raise VLLMValidationError(str(error)) from error
 
 
-@functools.cache
-def admission_of(settings: Settings) -> Admission:
-    """That of an engine, by its settings as they are after start-up."""
-    return Admission(settings.load_profile(), settings.default)
+admissions: dict[Settings, Admission] = {}
+"""Those of this process's engines."""
+
+
+def admission_of(settings: Settings, config: Any) -> Admission:
+    """That of an engine, by its settings as they are after start-up, and its ``VllmConfig``."""
+    if settings not in admissions:
+        admissions[settings] = Admission(settings.load_profile(), settings.default, config)
+    return admissions[settings]
 
 
 def admission_to(engine: Any) -> Admission | None:
     """That of whatever has the ``vllm_config`` of an engine; None if it is not configured to steer."""
-    settings = Settings.of(getattr(getattr(engine, "vllm_config", None), "additional_config", None))
-    return None if settings is None else admission_of(settings)
+    config = getattr(engine, "vllm_config", None)
+    settings = Settings.of(getattr(config, "additional_config", None))
+    return None if settings is None else admission_of(settings, config)
 
 
 def install() -> None:

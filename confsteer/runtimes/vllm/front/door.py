@@ -17,6 +17,8 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
+from vllm.entrypoints.generate.beam_search.offline import BeamSearchOfflineMixin
+from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.exceptions import VLLMValidationError
@@ -79,6 +81,8 @@ def install() -> None:
     FastAPI.build_middleware_stack, AsyncLLM.generate = build_middleware_stack, generate_steered
     for protocol in (ChatCompletionRequest, CompletionRequest):
         _refuse_beams_of_files(protocol)
+    _refuse_windows_of_beams(BeamSearchOnlineMixin, "engine_client")
+    _refuse_windows_of_beams(BeamSearchOfflineMixin, "llm_engine")
 
 
 def _with_asked(params: Any) -> Any:
@@ -106,6 +110,20 @@ def _refuse_beams_of_files(protocol: Any) -> None:
         return convert(self, *args, **kwargs)
 
     protocol.to_beam_search_params = to_beam_search_params
+
+
+def _refuse_windows_of_beams(searcher: Any, engine: str) -> None:
+    """Refuse the steering of a search of beams that is by a window, its own or the default, when the search is called."""
+    search = searcher.beam_search
+
+    @functools.wraps(search)
+    def beam_search(self: Any, *args: Any, **kwargs: Any) -> Any:
+        admission = admission_to(getattr(self, engine))
+        if admission is not None:
+            admission.refuse_beams(_asked.get(None))
+        return search(self, *args, **kwargs)
+
+    searcher.beam_search = beam_search
 
 
 async def _read(receive: Any) -> tuple[bytes, Any]:

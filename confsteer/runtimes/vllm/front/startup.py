@@ -8,7 +8,7 @@ from typing import Any
 
 from confsteer.runtimes.vllm.arguments import CONFIG_KEY
 from confsteer.runtimes.vllm.front import admission, changes, counters, door
-from confsteer.runtimes.vllm.front.admission import Admission, admission_of
+from confsteer.runtimes.vllm.front.admission import Admission
 from confsteer.runtimes.vllm.release import WORKERS, check_features
 from confsteer.runtimes.vllm.settings import Settings
 from confsteer.runtimes.vllm.weights import check_model
@@ -28,7 +28,7 @@ def prepare(config: Any) -> None:
     check_model(profile, config.model_config)
     settings = Settings(
         profile=settings.profile,
-        default=Admission(profile, settings.default).default or "{}",
+        default=Admission(profile, settings.default, config).default or "{}",
         checksum=profile.checksum,
         version=importlib.metadata.version("confsteer"),
         # No step has more requests, so no step needs more rows.
@@ -39,7 +39,7 @@ def prepare(config: Any) -> None:
     parallel = config.parallel_config
     parallel.worker_cls = WORKERS.get(parallel.worker_cls, parallel.worker_cls)
     _install()
-    admission_of(settings).weights_fit = True  # whatever became of an engine before it in this process
+    admission.admissions.pop(settings, None)  # whatever became of an engine before it in this process
 
 
 @functools.cache

@@ -49,7 +49,7 @@ class Slots:
 
 
 def token_rows(
-    rows: Sequence[int], counts: NDArray[np.integer], computed: NDArray[np.integer], first: Sequence[int]
+    rows: Sequence[int], counts: NDArray[np.integer], computed: NDArray[np.integer], spans: Sequence[tuple[float, float]]
 ) -> NDArray[np.int64]:
     """The row of each token of a batch in which the requests' tokens follow each other.
 
@@ -57,11 +57,11 @@ def token_rows(
         rows: of each request.
         counts: tokens of each request in this step.
         computed: tokens of each request before this step.
-        first: position of each request at which its steering begins.
+        spans: position of each request at which its steering begins, and the one at which it has ended.
     """
     tokens = np.repeat(np.asarray(rows, dtype=np.int64), counts)
-    if any(first):
-        starts = np.cumsum(counts) - counts
-        position = np.arange(len(tokens)) - np.repeat(starts - computed, counts)
-        tokens[position < np.repeat(np.asarray(first), counts)] = NEUTRAL
+    starts = np.cumsum(counts) - counts
+    position = np.arange(len(tokens)) - np.repeat(starts - computed, counts)
+    begin, end = np.repeat(np.asarray(spans, dtype=np.float64), counts, axis=0).T
+    tokens[(position < begin) | (position >= end)] = NEUTRAL
     return tokens

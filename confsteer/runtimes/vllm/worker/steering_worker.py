@@ -46,7 +46,7 @@ class SteeringWorker:
         max_tokens = self.model_runner.max_num_tokens + self.vllm_config.parallel_config.tensor_parallel_size
         model = self.model_runner.get_model()
         self._projection = attach(model, self._profile, max_tokens=max_tokens, slots=settings.slots)
-        self._steered_requests = SteeredRequests(self._profile, self._projection, Slots(settings.slots))
+        self._steered_requests = SteeredRequests(self._profile, self._projection, Slots(settings.slots), self.vllm_config)
         follow_runner(self.model_runner, self._steered_requests, self.weights_fit_profile, v2=self.use_v2_model_runner)
         follow_loading(model, self._steered_requests)
 
