@@ -17,7 +17,7 @@ from confsteer.last_layer.readout import WORKING_SET, Readout, ReadoutState, pro
 from confsteer.last_layer.states import TokenStates
 from confsteer.last_layer.unigram import Unigram
 
-MAX_TOKENS = 4096
+MAX_TOKENS = 2048
 """More tokens at once than this are no faster."""
 
 
