@@ -4,6 +4,7 @@ transformers.py    a context around ``generate()``, ``forward`` or a pipeline
 experts.py         the same in a mixture of experts, whatever kernel runs it
 passes.py          which positions of a forward pass generate, and whether the pass is steered
 generations.py     a prompt continued with each of several steerings
+continuations.py   many prompts continued under several steerings, in batches
 linear.py          the steerings that weights can hold
 baking.py          a steering folded into weights, and checkpoints of the result
 completions.py     completions of a transformers model, token by token, for several clients
