@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc
 from transformers import PreTrainedTokenizerFast
@@ -43,7 +44,9 @@ from confsteer.report.results import read_result
 from confsteer.report.written_findings import written_findings
 from confsteer.report.written_tables import fitting_in_words, print_written
 from confsteer.results.bootstrap import Blocks
+from confsteer.text.prompts import ShortWording
 from confsteer.text.short_questions import ShortQuestion
+from tests.models import tiny_tokenizer
 from tests.planted import planted
 
 LESS_CONFIDENT = Steering(entropy=0.4)
@@ -105,6 +108,36 @@ def test_each_confidence_is_what_it_is_called() -> None:
         assert set(way.confidence["self_consistency"].tolist()) <= {0.0, 0.25, 0.5, 0.75, 1.0}
     same = ~steered.changed
     assert bool((steered.confidence["sequence"][same] < neutral.confidence["sequence"][same]).all())
+
+
+def test_a_chat_is_read_as_the_template_renders_it_and_what_does_not_fit_loses_its_beginning() -> None:
+    model, _, _, profile = planted("llama")
+    chat = tokenizer_of_chats()
+    questions = [ShortQuestion("t1 t2", ("t3",)), ShortQuestion("t5 " * 80, ("t3",))]
+    (found,) = answer_in_words(Reader(model, profile), chat, {"quiz": questions}, [], wording=ShortWording(chat=True), samples=2)
+    assert found.comparison.truncated == 1
+    assert found.comparison.wording == "own words, chat"
+    assert found.sample.prompts["answer"].startswith("t90 Answer with a few words")
+    for text in found.sample.prompts.values():
+        assert text.endswith(" t91 ")
+    (way, _), context = found.sample.ways, 64 - 32
+    for i, question in enumerate(questions):
+        asked = f"t90 Answer with a few words, without a sentence around them.\nQuestion: {question.question} t91 "
+        prompt = chat(asked, add_special_tokens=False)["input_ids"][-context:]
+        assert (len(prompt) == context) == (i == 1)
+        answer = chat(way.texts[i], add_special_tokens=False)["input_ids"] + [0] * bool(way.ended[i])
+        with torch.no_grad():
+            log_p = model(torch.tensor([prompt + answer]), use_cache=False).logits[0].log_softmax(-1)
+        of_answer = log_p[len(prompt) - 1 : -1].gather(1, torch.tensor(answer)[:, None])[:, 0]
+        assert float(way.confidence["per_token"][i].log()) == pytest.approx(float(of_answer.mean()), abs=1e-4)
+
+
+def tokenizer_of_chats() -> PreTrainedTokenizerFast:
+    """One that puts a token of its own before every text, which a chat must not get twice."""
+    chat = tiny_tokenizer()
+    chat.backend_tokenizer.post_processor = TemplateProcessing(single="<eos> $A", special_tokens=[("<eos>", 0)])
+    chat.chat_template = "t90 {% for m in messages %}{{ m.content }} t91 {% endfor %}"
+    return chat
 
 
 def test_right_changed_and_cut_off_answers_are_counted() -> None:
@@ -311,13 +344,7 @@ def test_what_cannot_be_answered_is_refused_before_the_model_runs() -> None:
     with pytest.raises(SteeringError, match="positions"):
         next(answer_in_words(reader, found.tokenizer, {"quiz": questions}, [Steering(positions="generated")]))
     with pytest.raises(CorpusError, match="no chat template"):
-        next(answer_in_words(reader, found.tokenizer, {"quiz": questions}, [], wording=confsteer_chat()))
-
-
-def confsteer_chat() -> Any:
-    from confsteer.text.prompts import ShortWording
-
-    return ShortWording(chat=True)
+        next(answer_in_words(reader, found.tokenizer, {"quiz": questions}, [], wording=ShortWording(chat=True)))
 
 
 @pytest.fixture(scope="module")
