@@ -37,8 +37,8 @@ from confsteer.tuning.tune_answers import AnswerTuning
 
 PROMPTS: dict[PromptName, str] = {
     "answer": "The first question as the model reads it",
-    "p_true": "For P(True), the probability of A beside B as its reply",
-    "verbalised": "For the verbalised percentage, the first number in its reply",
+    "p_true": "For P(True), the probability of A beside B as its reply, without examples",
+    "verbalised": "For the verbalised percentage, the first number in its reply, without examples",
 }
 """Labels of what the model reads."""
 
@@ -79,7 +79,6 @@ class Asked(NamedTuple):
 class Written(NamedTuple):
     """Answers in the model's own words: how they were asked for, and what became of them."""
 
-    wording: str
     prompts: list[tuple[str, str]]
     """Each with what it is, verbatim."""
     answers: Table
@@ -186,7 +185,6 @@ def _written_section(compared: WrittenComparison, anchor: str) -> Section:
         differences=[_confidence_table(compared, f"Difference to {against}", kind) for kind, against in against_written],
         figures=confidence_figures(compared),
         written=Written(
-            compared.wording,
             [(PROMPTS[name], text) for name, text in compared.prompts.items()],
             _answers_table(compared),
             f"Answers are the likeliest token by token; self-consistency is over {compared.samples} samples of each.",

@@ -320,7 +320,14 @@ def test_the_report_and_the_table_have_every_way_and_every_prompt() -> None:
     result = Evaluation(model="m", profile="p", versions={}, texts=(), written=(compared,))
     assert Evaluation.model_validate_json(result.model_dump_json()) == result
     page = render(result, None)
-    for text in ("Who? &lt;&amp;&gt;", "Is it?", "How likely?", "sequence probability, neutral", "P(True), entropy=+0.4"):
+    for text in (
+        "<h1>Evaluation of m</h1>",
+        "Who? &lt;&amp;&gt;",
+        "Is it?",
+        "How likely?",
+        "sequence probability, neutral",
+        "P(True), entropy=+0.4",
+    ):
         assert text in page
     for one in compared.confidences:
         for row in one.rows:
