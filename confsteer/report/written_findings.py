@@ -29,7 +29,7 @@ def _knows(compared: WrittenComparison) -> Finding:
     value, low, high = (METRICS["accuracy"].number(number) for number in unsteered.accuracy)
     lead = f"It is right on {unsteered.right:,} of {asked:,} questions: accuracy {value} ({low} to {high})."
     if unsteered.cut_off or unsteered.empty:
-        lead += f" {unsteered.cut_off:,} answers were cut off, {unsteered.empty:,} have nothing to compare."
+        lead += f" Answers cut off: {unsteered.cut_off:,}; with nothing to compare: {unsteered.empty:,}."
     if unsteered.right in (0, asked):
         answer = "To none of these questions." if unsteered.right == 0 else "To all of these questions."
         lead += (
