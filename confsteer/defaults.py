@@ -33,6 +33,9 @@ MAX_NEW_TOKENS: Final = 40
 TEMPERATURE: Final = 1.0
 """Temperature at which continuations are sampled."""
 
+SAMPLES: Final = 5
+"""Samples of an answer in the model's own words, whose agreement is a confidence."""
+
 TUNING_TOKENS: Final = 40_000
 """Tokens of each text that `confsteer.tune` reads at most."""
 PARAMETERS: Final[Literal["neurons", "dials"]] = "neurons"

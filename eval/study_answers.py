@@ -42,7 +42,7 @@ COLUMNS = ("accuracy", "loss", "ece", "argmax_changed")
 def main(model: str, profile: str, choices: tuple[Path, ...], limit: int | None, steers: tuple[str, ...]) -> None:
     """Ask and compare, and write after each set of questions."""
     settings = Run.model_validate({"profile": profile, "choices": choices, "limit": limit})
-    questions, steerings = settings.questions(), [Steering.parse(text) for text in steers]
+    questions, steerings = settings.choice_questions(), [Steering.parse(text) for text in steers]
     loaded_profile, loaded = Profile.load(profile), load_model(model)
     reader = Reader(loaded.model, loaded_profile)
     OUT.mkdir(exist_ok=True)

@@ -29,9 +29,11 @@ from confsteer.cli.options import (
     steer_option,
     windowed_text_options,
 )
+from confsteer.defaults import SAMPLES
 from confsteer.files import write_result
 from confsteer.report import tables
 from confsteer.report.answer_tables import print_answer_calibration, print_choices
+from confsteer.report.written_tables import print_written
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -57,6 +59,8 @@ class RunOptions:
     text: WindowedTextOptions
     unigram: Path | None
     asked: QuestionOptions
+    questions: tuple[Path, ...]
+    samples: int
     by: str | None
     smooth_ece: bool
     induction: bool
@@ -64,20 +68,29 @@ class RunOptions:
     def run(self, model: str | None) -> Run:
         """Turn the options into what a run file holds."""
         from confsteer.evaluation.run_file import Run
+        from confsteer.text.short_questions import ShortQuestionSource
 
         if self.profile is None:
             raise click.UsageError("give a profile, -p PROFILE, or a run file, --run FILE.yaml")
-        questions, text = self.asked.sources(self.text), self.text
-        is_text = text.dataset is not None and all(one.dataset is None for one in questions)
-        if questions and not (text.texts or is_text):
+        text, short = self.text, [ShortQuestionSource(path=path) for path in self.questions]
+        if text.dataset and not text.field:
+            dataset = ShortQuestionSource(dataset=text.dataset, config=text.config, split=text.split)
+            short += [dataset] if dataset.looks_like_questions() else []
+        questions = self.asked.sources(text, short=bool(short))
+        if questions and short and self.asked.shots:
+            raise click.UsageError("--shots are examples of --choices or of --questions: ask one of them at a time")
+        is_text = text.dataset is not None and all(one.dataset is None for one in (*questions, *short))
+        if (questions or short) and not (text.texts or is_text):
             # All that was said of a text is of the questions.
             if text.field or text.join:
                 raise click.UsageError("--field and --join are of texts, and there are none: give some with --text PATH")
             sources = []
         else:
             sources = text.sources(model, "held-out")
-        if not (sources or questions):
-            raise click.UsageError(f"{NO_TEXT}, or questions: --choices PATH (on samples of its own every model is calibrated)")
+        if not (sources or questions or short):
+            raise click.UsageError(
+                f"{NO_TEXT}, or questions: --choices PATH, --questions PATH (on samples of its own every model is calibrated)"
+            )
         return Run(
             model=model,
             profile=self.profile,
@@ -88,6 +101,8 @@ class RunOptions:
             window=self.text.window,
             unigram=self.unigram,
             choices=tuple(questions),
+            questions=tuple(short),
+            samples=self.samples,
             **self.asked.wording(text.chat),
             by=self.by,
             smooth_ece=self.smooth_ece,
@@ -110,7 +125,23 @@ run_options = grouped(
     windowed_text_options(None, "Read at most this many of each text.  [default: all]"),
     click.option("--unigram", type=TEXT_FILE, metavar="FILE.npy", help="Token counts by id.  [default: counted in each text]"),
     question_options,
-    click.option("--by", metavar="FIELD", help="Group questions by this field of their records, such as subject."),
+    click.option(
+        "--questions",
+        type=click.Path(path_type=Path),
+        multiple=True,
+        metavar="PATH",
+        help='Questions to which the model writes the answer, a line {"question": ..., "answers": [...]}, or as benchmarks have '
+        "them; repeatable.",
+    ),
+    click.option(
+        "--samples",
+        type=click.IntRange(min=2),
+        default=SAMPLES,
+        show_default=True,
+        metavar="N",
+        help="Samples of each answer that the model writes: how many of them agree is a confidence.",
+    ),
+    click.option("--by", metavar="FIELD", help="Group --choices by this field of their records, such as subject."),
     click.option("--smooth-ece", is_flag=True, help="Compute smooth ECE too, which is slow; needs confsteer[smooth-ece]."),
     click.option("--induction", is_flag=True, help="Measure repeated text too: see confsteer study induction."),
 )
@@ -152,6 +183,19 @@ def evaluate(
 
     The confidence in an answer is its share of the probability of all choices. A steering has to beat a temperature on these;
     chance, a temperature with the length of the choice, and log-likelihoods per character and per token stand beside it.
+
+    Answers in the model's own words:
+
+    \b
+    confsteer eval ./my-model -p my-profile --questions trivia.jsonl --shots examples.jsonl -s entropy=-0.3 -s entropy=0.3
+    confsteer eval ./my-chat-model -p my-profile --questions gsm8k.jsonl --chat --limit 200 --samples 10 --answers answers.jsonl
+
+    --questions takes plain ones, TriviaQA's, NaturalQuestions-open's, SQuAD's, GSM8K's, and samples that lm-eval logs of tasks
+    that generate. The model writes the likeliest answer, unsteered and with each --steer. It is right if it is an accepted one
+    but for case, punctuation and articles; where the accepted one is marked as a number (#### 42), if its last number is.
+    Five confidences in each answer are compared: the probability of its tokens, the same per token, how many of --samples
+    agree, P(True), and a percentage that the model is asked for. The report shows what is asked, verbatim.
+
     Results are written after each file; Ctrl-C keeps what there is (exit code 130).
     """
     from confsteer.evaluation.run_file import Run, Stage, run
@@ -166,11 +210,12 @@ def evaluate(
         settings = request.run(chosen.model)
     if output.plot and not settings.sources():
         raise click.UsageError("--plot draws texts, and there are none: --report has pictures of questions")
-    if answers and not settings.choices:
-        raise click.UsageError("--answers are to questions, and there are none: give some with --choices PATH")
+    if answers and not (settings.choices or settings.questions):
+        raise click.UsageError("--answers are to questions, and there are none: give some with --choices or --questions PATH")
     # Find what is wrong with the request before the model is loaded.
     settings.all_steerings()
-    questions, _ = settings.questions(), settings.wordings()
+    questions, short = settings.choice_questions(), settings.short_questions()
+    _ = settings.wordings() if questions else None, settings.short_wording() if short else None
 
     profile = confsteer.Profile.load(settings.profile)
     loaded = dataclasses.replace(chosen, model=settings.model).load()
@@ -178,7 +223,7 @@ def evaluate(
     lines: list[str] = []
     interrupted = False
     try:
-        for stage in run(settings, profile, loaded, questions, progress=True):
+        for stage in run(settings, profile, loaded, questions, short, progress=True):
             output.keep(stage.result)
             if answers and stage.answered:
                 lines += [json.dumps(record, ensure_ascii=False) + "\n" for record in stage.answered.records()]
@@ -204,6 +249,8 @@ def _print(result: Evaluation, profile: Profile, settings: Run) -> None:
         tables.print_evaluation(console, result)
     for answers in result.choices:
         print_choices(console, result.name, answers)
+    for written in result.written:
+        print_written(console, result.name, written)
     tables.print_dial_effects(console, tables.steered_dials(profile, settings.all_steerings()))
     if result.induction:
         tables.print_induction(console, result.induction)

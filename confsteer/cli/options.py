@@ -262,8 +262,12 @@ class QuestionOptions:
     shots: Path | None
     limit: int | None
 
-    def sources(self, text: TextOptions) -> list[QuestionSource]:
+    def sources(self, text: TextOptions, short: bool = False) -> list[QuestionSource]:
         """Take each --choices for itself, and the --dataset if its records are questions.
+
+        Args:
+            text: options that name the dataset.
+            short: whether there are other questions, to which the model writes the answer.
 
         Raises:
             click.UsageError: an option of questions was given, and no question.
@@ -274,7 +278,9 @@ class QuestionOptions:
         if text.dataset and not text.field:
             dataset = QuestionSource(dataset=text.dataset, config=text.config, split=text.split)
             found += [dataset] if dataset.looks_like_questions() else []
-        if not found and (self.formats or self.template or self.shots or self.limit):
+        if short and not found and self.formats:
+            raise click.UsageError("--format is of multiple choice: give such questions with --choices PATH, or leave it out")
+        if not (found or short) and (self.formats or self.template or self.shots or self.limit):
             raise click.UsageError("--format, --template, --shots and --limit are of questions: give some with --choices PATH")
         return found
 

@@ -186,7 +186,7 @@ def _on_answers(text: WindowedTextOptions, asked: QuestionOptions, how: TuningOp
     if how.objective != defaults.OBJECTIVE or how.temperature:
         raise click.UsageError("--objective and --temperature are of texts: answers are tuned for their loss, with a temperature")
     settings = Run.model_validate({"profile": "", "choices": asked.sources(text), **asked.wording(text.chat)})
-    questions, wordings = settings.questions(), settings.wordings()
+    questions, wordings = settings.choice_questions(), settings.wordings()
 
     def work(loaded: LoadedModel, profile: Profile) -> AnswerTuning:
         settings = how.settings()

@@ -8,6 +8,9 @@ evaluate.py           `confsteer.evaluate`
 choice_sample.py      multiple-choice questions, read once
 answers.py            ways to answer them: temperatures, lengths, chance
 choices.py            ways to answer, held against each other
+confidences.py        confidences in an answer that the model wrote
+written_sample.py     short questions, answered in the model's own words
+written.py            confidences in these answers, held against each other
 run_file.py           an evaluation as a file
 lm_eval_model.py      a model of lm-eval that is steered
 lm_eval_samples.py    the calibration of answers that lm-eval logged

@@ -19,6 +19,7 @@ from confsteer.last_layer.text_states import OnTokens, TextStates, unnoticed
 from confsteer.model.states import record_continuations
 from confsteer.text.prompts import AS_TEXT, Asked, Wording
 from confsteer.text.questions import Question
+from confsteer.text.short_questions import ShortQuestion
 from confsteer.text.windows import context_length, surrounding_ids
 
 BlockUnit = Literal["questions", "passages"]
@@ -213,7 +214,7 @@ def encode(
     return sequences, truncated
 
 
-def question_blocks(questions: Sequence[Question]) -> tuple[Tensor, BlockUnit]:
+def question_blocks(questions: Sequence[Question | ShortQuestion]) -> tuple[Tensor, BlockUnit]:
     """Number the resampling block of each question, ``[questions]``, and name the unit: passages, if any has several questions.
 
     A question without a passage is a block of its own.

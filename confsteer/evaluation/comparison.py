@@ -299,8 +299,10 @@ def reliability_bins(confidence: Tensor, correct: Tensor, blocks: Blocks) -> tup
 
 
 def accuracy_at_coverages(confidence: Tensor, correct: Tensor) -> tuple[float, ...]:
-    """Compute accuracy on the most confident shares `COVERAGES`."""
-    right = correct[confidence.argsort(descending=True)].double().cumsum(dim=0)
+    """Compute accuracy on the most confident shares `COVERAGES`; of equal confidences, in no order, any are as likely taken."""
+    _, group, numbers = (-confidence).unique(return_inverse=True, return_counts=True)
+    accuracy = torch.bincount(group, weights=correct.double()) / numbers
+    right = accuracy.repeat_interleave(numbers).cumsum(dim=0)
     numbers = [max(1, round(c * len(right))) for c in COVERAGES]
     return tuple(float(right[n - 1]) / n for n in numbers)
 

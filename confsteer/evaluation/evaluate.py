@@ -15,6 +15,7 @@ from confsteer.evaluation.choices import ChoiceComparison
 from confsteer.evaluation.comparison import Candidate, Sample, TextComparison, compare
 from confsteer.evaluation.fit import fit_null_write, fit_temperature, match_entropy
 from confsteer.evaluation.reader import Reader, interventions_of
+from confsteer.evaluation.written import WrittenComparison
 from confsteer.last_layer.intervention import Intervention
 from confsteer.last_layer.text_states import OnTokens, unnoticed
 from confsteer.last_layer.unigram import Unigram
@@ -40,6 +41,7 @@ class Evaluation(ModelResult):
     """Versions of the libraries that made it."""
     texts: tuple[TextComparison, ...]
     choices: tuple[ChoiceComparison, ...] = ()
+    written: tuple[WrittenComparison, ...] = ()
     induction: InductionStudy | None = None
 
 

@@ -7,15 +7,16 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from confsteer.defaults import SEED, WINDOW
+from confsteer.defaults import SAMPLES, SEED, WINDOW
 from confsteer.errors import SettingError, first_problem
 from confsteer.evaluation.choices import Answered, answer, field_of
 from confsteer.evaluation.evaluate import Evaluation, EvaluationSettings, compare_texts, sweep
 from confsteer.evaluation.reader import Reader, interventions_of
+from confsteer.evaluation.written import WrittenAnswered, answer_in_words
 from confsteer.files import MAX_RUN_FILE_BYTES, read_at_most
 from confsteer.model.loading import DEMO_UNIGRAM, LoadedModel
 from confsteer.profile.profile import Profile
@@ -24,9 +25,13 @@ from confsteer.steering import Steering
 from confsteer.studies.induction import InductionStudy, induction
 from confsteer.studies.repetition import DEFAULT_REPETITION, check_repetition, natural_cut
 from confsteer.text.counts import checked_counts, read_counts
-from confsteer.text.prompts import AnswerForm, Wording, read_template
+from confsteer.text.prompts import AnswerForm, ShortWording, Wording, read_template
 from confsteer.text.questions import Question, QuestionSource, read_questions
+from confsteer.text.short_questions import ShortQuestion, ShortQuestionSource, read_short_questions
 from confsteer.text.sources import TextSource, by_title
+
+AnyQuestion = TypeVar("AnyQuestion", Question, ShortQuestion)
+AnySource = TypeVar("AnySource", bound=QuestionSource)
 
 
 class Run(BaseModel):
@@ -55,8 +60,10 @@ class Run(BaseModel):
     """``.npy`` file with token counts; counted in each text if None."""
     choices: tuple[QuestionSource, ...] = ()
     """Multiple-choice questions: files and folders, or datasets."""
+    questions: tuple[ShortQuestionSource, ...] = ()
+    """Questions to which the model writes the answer: files and folders, or datasets."""
     formats: tuple[AnswerForm, ...] = ("text",)
-    """Ways to ask each of them: for the text of a choice, or for its letter."""
+    """Ways to ask those of multiple choice: for the text of a choice, or for its letter."""
     template: str | None = None
     """Jinja, or a file of it, which writes what comes before an answer, see `confsteer.text.prompts.Wording`."""
     chat: bool = False
@@ -66,7 +73,9 @@ class Run(BaseModel):
     limit: Annotated[int, Field(ge=2)] | None = None
     """Questions of each file to draw at random; all if None."""
     by: str | None = None
-    """Field of the questions' records to group them by."""
+    """Field of the multiple-choice questions' records to group them by."""
+    samples: Annotated[int, Field(ge=2)] = SAMPLES
+    """Samples of each answer that the model writes."""
     smooth_ece: bool = False
     """Whether to compute smooth ECE too, which is slow."""
     induction: bool = False
@@ -104,10 +113,11 @@ class Run(BaseModel):
             text.model_copy(update={"text": tuple(folder / path for path in text.text), "dataset": name(text.dataset)})
             for text in self.texts
         )
-        changed["choices"] = tuple(
-            source.model_copy(update={"path": source.path and folder / source.path, "dataset": name(source.dataset)})
-            for source in self.choices
-        )
+        for key in ("choices", "questions"):
+            changed[key] = tuple(
+                source.model_copy(update={"path": source.path and folder / source.path, "dataset": name(source.dataset)})
+                for source in getattr(self, key)
+            )
         changed["shots"] = self.shots and folder / self.shots
         changed["template"] = name(self.template)
         changed["unigram"] = self.unigram and folder / self.unigram
@@ -121,32 +131,45 @@ class Run(BaseModel):
         """
         return [*map(Steering.parse, self.steerings), *(one for text in self.sweeps for one in sweep(text))]
 
-    def questions(self) -> dict[str, list[Question]]:
+    def choice_questions(self) -> dict[str, list[Question]]:
         """Read its multiple-choice questions, by the name of where they are from.
 
         Raises:
             CorpusError: a file is no such file, or a question has no field to group it by.
             SettingError: two files have the same name.
         """
-        names = [source.title for source in self.choices]
-        if len(set(names)) < len(names):
-            raise SettingError(f"two files of questions are called {max(names, key=names.count)!r}: they are reported by name")
-        found = {source.title: _drawn(source.read(), self.limit) for source in self.choices}
+        found = {title: _drawn(source.read(), self.limit) for title, source in _named(self.choices).items()}
         for title, questions in found.items():
             for number, question in enumerate(questions if self.by else (), start=1):
                 field_of(question, self.by or "", f"{title}, question {number}")
         return found
 
+    def short_questions(self) -> dict[str, list[ShortQuestion]]:
+        """Read the questions to which the model writes the answer, by the name of where they are from.
+
+        Raises:
+            CorpusError: a file is no such file.
+            SettingError: two files have the same name.
+        """
+        return {title: _drawn(source.read(), self.limit) for title, source in _named(self.questions).items()}
+
     def wordings(self) -> list[Wording]:
-        """Read the words that questions are put in.
+        """Read the words that multiple-choice questions are put in.
 
         Raises:
             CorpusError: the examples are no questions.
             SettingError: the template cannot be read.
         """
-        template = None if self.template is None else read_template(self.template)
         shots = () if self.shots is None else tuple(read_questions([self.shots]))
-        return [Wording(form, template, self.chat, shots) for form in dict.fromkeys(self.formats)]
+        return [Wording(form, self._template(), self.chat, shots) for form in dict.fromkeys(self.formats)]
+
+    def short_wording(self) -> ShortWording:
+        """Read the words that short questions are put in; see `wordings`."""
+        shots = () if self.shots is None else tuple(read_short_questions([self.shots]))
+        return ShortWording(self._template(), self.chat, shots)
+
+    def _template(self) -> str | None:
+        return None if self.template is None else read_template(self.template)
 
     def sources(self) -> dict[str, TextSource]:
         """Name its texts by title.
@@ -155,9 +178,10 @@ class Run(BaseModel):
             CorpusError: two have the same title.
             SettingError: there is neither text nor a question.
         """
-        sources = self.texts or ((TextSource(bundled="held-out"),) if self.model is None and not self.choices else ())
-        if not (sources or self.choices):
-            raise SettingError("nothing to evaluate on: give texts, or questions (choices)")
+        asked = self.choices or self.questions
+        sources = self.texts or ((TextSource(bundled="held-out"),) if self.model is None and not asked else ())
+        if not (sources or asked):
+            raise SettingError("nothing to evaluate on: give texts, or questions (choices, questions)")
         return by_title(sources)
 
 
@@ -165,7 +189,7 @@ class Stage(NamedTuple):
     """An evaluation that has come so far."""
 
     result: Evaluation
-    answered: Answered | None = None
+    answered: Answered | WrittenAnswered | None = None
     """Answers that the last questions got, if the stage ends with questions."""
 
 
@@ -174,6 +198,7 @@ def run(
     profile: Profile,
     loaded: LoadedModel,
     questions: Mapping[str, Sequence[Question]] = MappingProxyType({}),
+    short: Mapping[str, Sequence[ShortQuestion]] = MappingProxyType({}),
     *,
     progress: bool = False,
 ) -> Iterator[Stage]:
@@ -183,13 +208,15 @@ def run(
         settings: the request.
         profile: the one they name, loaded.
         loaded: the model they name, loaded.
-        questions: those they name, read.
+        questions: those of multiple choice that they name, read.
+        short: those to which the model writes the answer.
         progress: whether to show progress bars.
 
     Raises:
-        ConfsteerError: see `evaluate`, `induction` and `confsteer.evaluation.choices`.
+        ConfsteerError: see `evaluate`, `induction`, `confsteer.evaluation.choices` and `confsteer.evaluation.written`.
     """
-    steerings, wordings, sources = settings.all_steerings(), settings.wordings(), settings.sources()
+    steerings, sources = settings.all_steerings(), settings.sources()
+    wordings = settings.wordings() if questions else []
     interventions_of(steerings, profile)
     size = profile.model.tokenizer_size
     counts_file = settings.unigram or (DEMO_UNIGRAM if settings.model is None else None)
@@ -206,6 +233,10 @@ def run(
     for answered in answer(reader, tokenizer, questions, steerings, wordings=wordings, by=settings.by, progress=progress):
         result = result.model_copy(update={"choices": (*result.choices, answered.comparison)})
         yield Stage(result, answered)
+    asking: Any = {"wording": settings.short_wording(), "samples": settings.samples} if short else {}
+    for written in answer_in_words(reader, tokenizer, short, steerings, **asking, progress=progress):
+        result = result.model_copy(update={"written": (*result.written, written.comparison)})
+        yield Stage(result, written)
     how: EvaluationSettings = {"unigram_counts": counts, "smooth_ece": settings.smooth_ece, "progress": progress}
     for text in compare_texts(reader, tokenizer, texts, steerings, **how):
         result = result.model_copy(update={"texts": (*result.texts, text)})
@@ -215,7 +246,19 @@ def run(
         yield Stage(result.model_copy(update={"induction": study}))
 
 
-def _drawn(questions: list[Question], limit: int | None) -> list[Question]:
+def _named(sources: Sequence[AnySource]) -> dict[str, AnySource]:
+    """Name files of questions by title.
+
+    Raises:
+        SettingError: two have the same title.
+    """
+    names = [source.title for source in sources]
+    if len(set(names)) < len(names):
+        raise SettingError(f"two files of questions are called {max(names, key=names.count)!r}: they are reported by name")
+    return dict(zip(names, sources, strict=True))
+
+
+def _drawn(questions: list[AnyQuestion], limit: int | None) -> list[AnyQuestion]:
     """Draw some of the questions at random, the same each time, in their order."""
     if limit is None or limit >= len(questions):
         return questions

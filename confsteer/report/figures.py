@@ -13,7 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from confsteer.evaluation.comparison import ComparedRow, Row, TextComparison
+from confsteer.evaluation.confidences import CONFIDENCES
 from confsteer.evaluation.metrics import METRICS
+from confsteer.evaluation.written import WrittenComparison
 from confsteer.profile.profile import Profile
 from confsteer.report import plots
 from confsteer.report.findings import shortened
@@ -72,6 +74,16 @@ def compared_figures(all_rows: Sequence[ComparedRow], what: str) -> list[Figures
             [_panel(partial(plots.draw_risk, rows=rows), f"Error rate against coverage of {_names(rows)}.")],
         ),
     ]
+
+
+def confidence_figures(compared: WrittenComparison) -> list[Figures]:
+    """Draw each confidence in written answers, as far as it was stated."""
+    found = []
+    for one in compared.confidences:
+        if rows := [row for row in one.rows if row.reliability]:
+            figures = compared_figures(rows, "answers")
+            found += [part._replace(title=f"{CONFIDENCES[one.confidence]}: {part.title.lower()}") for part in figures]
+    return found
 
 
 def _names(rows: Sequence[ComparedRow]) -> str:

@@ -12,17 +12,35 @@ from jinja2 import Environment, StrictUndefined
 from confsteer.errors import ProfileMismatchError
 from confsteer.evaluation.choices import ChoiceComparison
 from confsteer.evaluation.comparison import ComparedRow, RowKind, TextComparison
+from confsteer.evaluation.confidences import CONFIDENCES, PromptName
 from confsteer.evaluation.evaluate import Evaluation
 from confsteer.evaluation.metrics import BINS, MASS_BINS, METRICS, SELECTED
+from confsteer.evaluation.written import WrittenComparison
 from confsteer.files import write_result
 from confsteer.profile.profile import Profile
 from confsteer.report.answer_findings import answer_findings, answer_tuning_finding
 from confsteer.report.answer_tables import fitted_in_words, grouped_columns
-from confsteer.report.figures import Figures, compared_figures, induction_figures, profile_figures, text_figures
+from confsteer.report.figures import (
+    Figures,
+    compared_figures,
+    confidence_figures,
+    induction_figures,
+    profile_figures,
+    text_figures,
+)
 from confsteer.report.findings import AGAINST, OBJECTIVES, Finding, findings, significant_sign, tuning_finding
+from confsteer.report.written_findings import written_findings
+from confsteer.report.written_tables import fitting_in_words
 from confsteer.results.bootstrap import RESAMPLES, Interval
 from confsteer.tuning.tune import Tuning
 from confsteer.tuning.tune_answers import AnswerTuning
+
+PROMPTS: dict[PromptName, str] = {
+    "answer": "The first question as the model reads it",
+    "p_true": "For P(True), the probability of A beside B as its reply, without examples",
+    "verbalised": "For the verbalised percentage, the first number in its reply, without examples",
+}
+"""Labels of what the model reads."""
 
 
 class Cell(NamedTuple):
@@ -58,6 +76,16 @@ class Asked(NamedTuple):
     choices: tuple[str, ...]
 
 
+class Written(NamedTuple):
+    """Answers in the model's own words: how they were asked for, and what became of them."""
+
+    prompts: list[tuple[str, str]]
+    """Each with what it is, verbatim."""
+    answers: Table
+    """Answers of each way to ask."""
+    notes: str
+
+
 class Section(NamedTuple):
     """The report on one text, or on one set of questions."""
 
@@ -74,6 +102,8 @@ class Section(NamedTuple):
     asked: Asked | None = None
     groups: Table | None = None
     """Metrics of groups of questions, the mean over them, and of all questions together."""
+    written: Written | None = None
+    """Whatever is only of answers in the model's own words."""
 
 
 def write_report(result: Evaluation | Tuning | AnswerTuning, file: Path, profile: Profile | None) -> None:
@@ -101,7 +131,7 @@ def render(result: Evaluation | Tuning | AnswerTuning, profile: Profile | None) 
     left_out = () if tuning is None else tuning.left_out
     texts = () if isinstance(result, AnswerTuning) else result.texts
     choices = () if isinstance(result, Tuning) else result.choices
-    induction = result.induction if isinstance(result, Evaluation) else None
+    written, induction = (result.written, result.induction) if isinstance(result, Evaluation) else ((), None)
     gain = None if tuning is None else tuning_finding(tuning)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(resources.files("confsteer.report").joinpath("page.html.j2").read_text("utf-8"))
@@ -113,7 +143,8 @@ def render(result: Evaluation | Tuning | AnswerTuning, profile: Profile | None) 
         objectives=OBJECTIVES,
         gain=answer_tuning_finding(result) if isinstance(result, AnswerTuning) else gain,
         sections=[_text_section(text, f"text-{i}") for i, text in enumerate(texts, 1)]
-        + [_choice_section(asked, f"choices-{i}") for i, asked in enumerate(choices, 1)],
+        + [_choice_section(asked, f"choices-{i}") for i, asked in enumerate(choices, 1)]
+        + [_written_section(asked, f"questions-{i}") for i, asked in enumerate(written, 1)],
         left_out=[_text_section(text, f"left-out-{i}", ", fitted without it") for i, text in enumerate(left_out, 1)],
         profile=profile,
         profile_figures=None if profile is None else profile_figures(profile),
@@ -137,6 +168,58 @@ def _choice_section(choices: ChoiceComparison, anchor: str) -> Section:
     section = _section(choices, anchor, choices.title, size, compared_figures(choices.rows, "questions"))
     asked = Asked(choices.wording, choices.example, choices.choices) if choices.example else None
     return section._replace(findings=answer_findings(choices), asked=asked, groups=_groups_table(choices))
+
+
+def _written_section(compared: WrittenComparison, anchor: str) -> Section:
+    against_written: tuple[tuple[RowKind, str], ...] = (("neutral", AGAINST["neutral"]), ("temperature", "what is fitted to it"))
+    size = f"{compared.questions:,} questions answered in the model's own words"
+    if compared.truncated:
+        size += f", {compared.truncated:,} of them cut to fit the model's context"
+    return Section(
+        anchor=anchor,
+        title=compared.title,
+        size=size,
+        resampled=f"{compared.blocks:,} {compared.unit}",
+        findings=written_findings(compared),
+        metrics=_confidence_table(compared, "All metrics", None),
+        differences=[_confidence_table(compared, f"Difference to {against}", kind) for kind, against in against_written],
+        figures=confidence_figures(compared),
+        written=Written(
+            [(PROMPTS[name], text) for name, text in compared.prompts.items()],
+            _answers_table(compared),
+            f"Answers are the likeliest token by token; self-consistency is over {compared.samples} samples of each.",
+        ),
+    )
+
+
+def _answers_table(compared: WrittenComparison) -> Table:
+    accuracy = METRICS["accuracy"]
+    columns = ["right", accuracy.label, f"Δ {accuracy.label}", "changed", "became right", "became wrong", "cut off", "empty"]
+    rows = []
+    for one in compared.answers:
+        counts = [Cell(f"{n:,}", "") for n in (one.changed, one.became_right, one.became_wrong, one.cut_off, one.empty)]
+        change = _cell("accuracy", one.less_unsteered, difference=True)
+        rows.append(TableRow(one.name, "", [Cell(f"{one.right:,}", ""), _cell("accuracy", one.accuracy), change, *counts]))
+    return Table("The answers", columns, rows)
+
+
+def _confidence_table(compared: WrittenComparison, title: str, kind: RowKind | None) -> Table:
+    """Make the table of all confidences of all ways; of their differences to the row of a kind, if one is given."""
+    shown = [
+        (confidence, row, row.metrics if kind is None else row.minus[kind])
+        for confidence in compared.confidences
+        for row in confidence.rows
+        if kind is None or kind in row.minus
+    ]
+    names = [name for name in METRICS if any(name in found for _, _, found in shown)]
+    rows = []
+    for confidence, row, found in shown:
+        fitted, stated = fitting_in_words(confidence.confidence, row), confidence.stated(row)
+        unstated = f"{compared.questions - stated:,} not stated" if stated < compared.questions else ""
+        note = "; ".join(filter(None, [fitted, unstated])) if kind is None else ""
+        cells = [_cell(name, found.get(name), difference=kind is not None) for name in names]
+        rows.append(TableRow(f"{CONFIDENCES[confidence.confidence]}, {row.name}", note, cells))
+    return Table(title, [METRICS[name].label if kind is None else f"Δ {METRICS[name].label}" for name in names], rows)
 
 
 def _groups_table(choices: ChoiceComparison) -> Table | None:

@@ -194,7 +194,9 @@ def rows_to_draw(rows: Sequence[AnyRow]) -> list[AnyRow]:
     if len(steerings) > len(STEERINGS):
         chosen = set(np.linspace(0, len(steerings) - 1, len(STEERINGS) - 2).round().astype(int).tolist())
         for metric in ("loss", "ece"):
-            chosen.add(min(range(len(steerings)), key=lambda i: steerings[i].metrics[metric].value))
+            # Confidences in written answers have no loss.
+            having = [i for i, row in enumerate(steerings) if metric in row.metrics]
+            chosen |= {min(having, key=lambda i: steerings[i].metrics[metric].value)} if having else set()
         steerings = [steerings[i] for i in sorted(chosen)]
     return [row for row in rows if row.kind in ("neutral", "temperature")] + steerings
 

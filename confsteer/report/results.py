@@ -55,4 +55,13 @@ def read_result(file: Path) -> Evaluation | Tuning | AnswerTuning:
                 missing |= {f"{name} less neutral's" for name in {"entropy", *JUDGED} - row.minus.get("neutral", {}).keys()}
             if missing:
                 raise ResultError(f"{file}: {row.name!r} on {one.source!r} has no {', '.join(sorted(missing))}. {way_out}")
+    for asked in result.written if isinstance(result, Evaluation) else ():
+        for confidence in asked.confidences:
+            rows = confidence.rows
+            if not rows or rows[0].kind != "neutral":
+                raise ResultError(f"{file}: the first {confidence.confidence!r} on {asked.source!r} is not neutral. {way_out}")
+            if without := [row.name for row in rows if row.reliability and "ece" not in row.metrics]:
+                raise ResultError(f"{file}: {without[0]!r} on {asked.source!r} has no ece. {way_out}")
+        if not asked.answers:
+            raise ResultError(f"{file}: {asked.source!r} has no answers. {way_out}")
     return result

@@ -6,6 +6,7 @@ passes.py          which positions of a forward pass generate, and whether the p
 positions.py       windows of generated tokens: the same in every engine
 following.py       these in transformers: what generate() has generated before each of its passes
 generations.py     a prompt continued with each of several steerings
+continuations.py   many prompts continued under several steerings, in batches
 linear.py          the steerings that weights can hold
 baking.py          a steering folded into weights, and checkpoints of the result
 completions.py     completions of a transformers model, token by token, for several clients

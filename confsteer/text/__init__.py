@@ -5,6 +5,7 @@ windows.py      documents to windows of token ids, and which positions of a wind
 several.py      several texts by name, each in windows of its own
 counts.py       how often each token occurs in a corpus, counted or from a file
 questions.py    multiple-choice questions from files and datasets
+short_questions.py    questions with short answers, and when an answer is right
 question_shapes.py    shapes of the records that benchmarks have
 spelling.py     the text of each token, byte by byte
 prompts.py      questions in the words a model is asked in

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any, Literal, NamedTuple
@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from confsteer.errors import CorpusError, SettingError
 from confsteer.text.questions import Question
+from confsteer.text.short_questions import ShortQuestion
 from confsteer.text.windows import apply_chat_template
 
 AnswerForm = Literal["text", "letters"]
@@ -22,6 +23,12 @@ LETTERS = (
     "{% for letter, choice in lettered %}{{ letter }}. {{ choice }}\n{% endfor %}Answer:"
 )
 """lm-eval's wording of MMLU."""
+SHORT_CHAT = (
+    "{% if kind == 'number' %}Work the answer out, and end with the number after '#### '.\n"
+    "{% else %}Answer with a few words, without a sentence around them.\n{% endif %}"
+    "{% if passage %}{{ passage }}\n{% endif %}Question: {{ question }}"
+)
+"""A question to a chat model that is to be answered shortly, so that what it writes can be compared."""
 BETWEEN_SHOTS = "\n\n"
 
 
@@ -58,9 +65,7 @@ class Wording(NamedTuple):
     @property
     def title(self) -> str:
         """Name for reports: ``letters, chat, 5 examples``."""
-        examples = f"{len(self.shots)} example{'s' if len(self.shots) > 1 else ''}" if self.shots else ""
-        parts = [self.form, "own template" if self.template else "", "chat" if self.chat else "", examples]
-        return ", ".join(filter(None, parts))
+        return ", ".join(filter(None, [self.form, *_manner(self.template, self.chat, self.shots)]))
 
     @property
     def plain(self) -> bool:
@@ -88,25 +93,14 @@ class Wording(NamedTuple):
         render = _template(self.template or (LETTERS if self.form == "letters" else TEXT))
         prompt = self._prompt(question, render, where)
         answers = self._answers(question)
-        if not self.chat:
-            before = "".join(self._example(shot, render, where) + BETWEEN_SHOTS for shot in self.shots)
-            return Asked((before + prompt,) * len(answers), tuple(_joint(prompt) + answer for answer in answers))
-        turns: list[dict[str, str]] = []
-        for shot in self.shots:
-            asked, right = self._prompt(shot, render, where), self._answers(shot)[shot.answer]
-            turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": right}]
-        turns.append({"role": "user", "content": prompt})
-        context = apply_chat_template(turns, tokenizer, where, answer=True)
-        return Asked((context,) * len(answers), answers, rendered=True)
-
-    def _example(self, shot: Question, render: Callable[..., str], where: str) -> str:
-        prompt = self._prompt(shot, render, where)
-        return prompt + _joint(prompt) + self._answers(shot)[shot.answer]
+        shots = [(self._prompt(shot, render, where), self._answers(shot)[shot.answer]) for shot in self.shots]
+        context = _after_shots(prompt, shots, tokenizer if self.chat else None, where)
+        if self.chat:
+            return Asked((context,) * len(answers), answers, rendered=True)
+        return Asked((context,) * len(answers), tuple(_joint(prompt) + answer for answer in answers))
 
     def _prompt(self, question: Question, render: Callable[..., str], where: str) -> str:
         """Write what comes before the answer."""
-        from jinja2 import TemplateError
-
         if question.kind == "completion" and self.form == "text" and self.template is None:
             return question.question
         letters = ascii_uppercase[: len(question.choices)]
@@ -117,15 +111,7 @@ class Wording(NamedTuple):
             "letters": letters,
             "lettered": [*zip(letters, question.choices, strict=False)],
         }
-        try:
-            prompt = render(**{**question.record, **known})
-        except (TemplateError, TypeError, ValueError) as error:
-            raise CorpusError(
-                f"{where}: the template does not fit it: {error}; it has {', '.join([*known, *question.record])}"
-            ) from error
-        if not prompt.strip():
-            raise CorpusError(f"{where}: the template writes nothing")
-        return prompt
+        return _rendered(render, {**known, **question.record, **known}, where)
 
     def _answers(self, question: Question) -> tuple[str, ...]:
         return tuple(ascii_uppercase[: len(question.choices)]) if self.form == "letters" else question.choices
@@ -133,6 +119,81 @@ class Wording(NamedTuple):
 
 AS_TEXT = Wording()
 """The built-in wording of the choices' text."""
+
+
+class ShortWording(NamedTuple):
+    """Words for questions to which the model writes the answer.
+
+    A template of the user's is jinja, and gets ``question``, ``passage``, ``kind`` and the record's other fields by name.
+    """
+
+    template: str | None = None
+    """Jinja; the built-in wording if None."""
+    chat: bool = False
+    """Whether the question is a user's turn."""
+    shots: tuple[ShortQuestion, ...] = ()
+    """Questions that stand before it with their answers."""
+
+    @property
+    def title(self) -> str:
+        """Name for reports: ``own words, chat, 5 examples``."""
+        return ", ".join(filter(None, ["own words", *_manner(self.template, self.chat, self.shots)]))
+
+    def ask(self, question: ShortQuestion, tokenizer: PreTrainedTokenizerBase, where: str = "question") -> str:
+        """Put a question in words: all that the model reads before it writes, special tokens of a chat included.
+
+        Args:
+            question: to be answered.
+            tokenizer: its chat template is taken for a chat.
+            where: the question is from, for messages.
+
+        Raises:
+            CorpusError: see `Wording.ask`.
+        """
+        if question.context:
+            if self != IN_WORDS:
+                raise CorpusError(f"{where} is one that lm-eval logged, and is asked as it was there: leave out {self.title}")
+            return question.context
+        render = _template(self.template or (SHORT_CHAT if self.chat else TEXT))
+        shots = [(self._prompt(shot, render, where), shot.worked or shot.answers[0]) for shot in self.shots]
+        return _after_shots(self._prompt(question, render, where), shots, tokenizer if self.chat else None, where)
+
+    def _prompt(self, question: ShortQuestion, render: Callable[..., str], where: str) -> str:
+        known = {"question": question.question, "passage": question.passage, "kind": question.kind}
+        return _rendered(render, {**known, **question.record, **known}, where)
+
+
+IN_WORDS = ShortWording()
+"""The built-in wording, as text."""
+
+
+def _manner(template: str | None, chat: bool, shots: Sequence[object]) -> list[str]:
+    """Say how something is asked, in parts that are empty where there is nothing to say."""
+    examples = f"{len(shots)} example{'s' if len(shots) > 1 else ''}" if shots else ""
+    return ["own template" if template else "", "chat" if chat else "", examples]
+
+
+def _rendered(render: Callable[..., str], known: Mapping[str, Any], where: str) -> str:
+    """Write a prompt from a template and what it may name."""
+    from jinja2 import TemplateError
+
+    try:
+        prompt = render(**known)
+    except (TemplateError, TypeError, ValueError) as error:
+        raise CorpusError(f"{where}: the template does not fit it: {error}; it has {', '.join(known)}") from error
+    if not prompt.strip():
+        raise CorpusError(f"{where}: the template writes nothing")
+    return prompt
+
+
+def _after_shots(prompt: str, shots: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase | None, where: str) -> str:
+    """Put a prompt after examples and their answers: as text, or as turns of a chat if its tokenizer is given."""
+    if tokenizer is None:
+        return "".join(shot + _joint(shot) + answer + BETWEEN_SHOTS for shot, answer in shots) + prompt
+    turns: list[dict[str, str]] = []
+    for shot, answer in shots:
+        turns += [{"role": "user", "content": shot}, {"role": "assistant", "content": answer}]
+    return apply_chat_template([*turns, {"role": "user", "content": prompt}], tokenizer, where, answer=True)
 
 
 def _joint(prompt: str) -> str:

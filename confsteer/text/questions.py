@@ -195,7 +195,7 @@ def _question(record: Any, where: str, by_letter: bool) -> Question:
         "" if passage is None else _text(passage, "the passage", where, empty=True),
         kind,
         tuple(plain["contexts"]) if kind == "served" else (),
-        _id(record, where),
+        record_id(record, where),
         {name: value for name, value in own.items() if isinstance(value, Scalar) and name not in shape.fields},
     )
 
@@ -207,7 +207,7 @@ def _without_letters(texts: list[str]) -> list[str]:
     return [match[1] for match in lettered if match] if len(lettered) == len(texts) and all(lettered) else texts
 
 
-def _id(record: dict[str, Any], where: str) -> str:
+def record_id(record: dict[str, Any], where: str) -> str:
     """Take the record's own id, or the last number of where it is from."""
     for name in ("id", "question_id", "doc_id", "ind", "idx"):
         if isinstance(record.get(name), str | int) and record[name] != "":

@@ -18,12 +18,15 @@ from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import confsteer
-from confsteer import Profile, ProfileMismatchError, ProfileNotFoundError, SteeringError
+from confsteer import Profile, ProfileMismatchError, ProfileNotFoundError, Steering, SteeringError
 from confsteer.cli import main
 from confsteer.errors import ConfsteerError, LoadError
 from confsteer.evaluation.lm_eval_model import SteeredLM
 from confsteer.evaluation.lm_eval_samples import calibrations
+from confsteer.evaluation.reader import Reader
+from confsteer.evaluation.written import answer_in_words
 from confsteer.model.loading import load_model
+from confsteer.text.short_questions import read_short_questions
 from tests.model.gguf_files import write
 from tests.planted import planted
 
@@ -239,6 +242,22 @@ def test_the_command_prints_and_writes_calibration_beside_lm_evals_results(root:
     (again,) = tmp_path.glob("calibration_*.json")
     assert json.loads(again.read_text())["words"] == rows["words"]
     assert len(list(tmp_path.glob("samples_words_*"))) == 1
+
+
+@pytest.mark.usefixtures("only_local_tasks")
+def test_what_a_task_that_generates_logged_is_asked_and_answered_as_it_was(root: Path, tmp_path: Path) -> None:
+    model_args = f"pretrained={root}/model,profile={root}/profile,steering={STEERING}"
+    command(root, "--tasks", "continue", "--model_args", model_args, "--output_path", tmp_path / "r.json", "--log_samples")
+    (file,) = tmp_path.glob("samples_continue_*")
+    logged = [json.loads(line) for line in file.read_text().splitlines()]
+    questions = read_short_questions([file])
+    assert [question.answers for question in questions] == [(sample["doc"]["answer"],) for sample in logged]
+    found, tokenizer = planted("llama"), load_model(f"{root}/model").tokenizer
+    reader = Reader(found.model, found.profile)
+    (ours,) = answer_in_words(reader, tokenizer, {"logged": questions}, [Steering.parse(STEERING)], samples=2)
+    for text, sample in zip(ours.sample.ways[2].texts, logged, strict=True):
+        # lm-eval asked for 8 tokens at most.
+        assert text.split()[:8] == sample["resps"][0][0].split()[:8]
 
 
 @pytest.mark.usefixtures("only_local_tasks")
