@@ -16,7 +16,8 @@ from torch import Tensor
 import confsteer
 from confsteer import Profile, Steering, demo
 from confsteer.model.loading import DEMO
-from tests.planted import planted
+from tests.mixtures import planted_experts
+from tests.planted import Planted, planted
 
 V2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
 TOLERANCE = 1e-4
@@ -56,11 +57,19 @@ class Difference(NamedTuple):
 
 def subject(model_type: str, folder: Path) -> Subject:
     """A tiny model with planted neurons, saved with its profile, which has a preset."""
-    found = planted(model_type, wide=True, tied=model_type in TIED)
+    return saved(planted(model_type, wide=True, tied=model_type in TIED), folder)
+
+
+def mixture(model_type: str, folder: Path, **config: Any) -> Subject:
+    """A tiny mixture of experts with planted neurons, of routed experts and of a shared one if there is one."""
+    return saved(planted_experts(model_type, wide=True, **config), folder)
+
+
+def saved(found: Planted, folder: Path) -> Subject:
+    """Save a model and its profile, which gets a preset, where vLLM can read them."""
     neuron = found.profile.steerable[0]
-    profile = found.profile.with_preset(
-        "calm", Steering(scale={neuron.index: 0.0}, shift={neuron.index: 8 * neuron.std_activation})
-    )
+    calm = Steering(scale={neuron.key: 0.0}, shift={neuron.key: 8 * neuron.std_activation})
+    profile = found.profile.with_preset("calm", calm)
     found._replace(profile=profile).save(folder)
     return Subject(found.model, profile, folder / "model", folder / "profile")
 
@@ -78,10 +87,10 @@ def steerings(profile: Profile) -> list[Any]:
     for neuron in profile.steerable:
         mean, deviation = neuron.mean_activation, neuron.std_activation
         asked += [
-            f"scale.{neuron.index}=-4",
-            {"scale": {neuron.index: 0.5}, "shift": {str(neuron.index): -3 * deviation}},
-            {"clamp": {str(neuron.index): [mean + 20 * deviation, None]}},
-            f"clamp.{neuron.index}={mean - 5 * deviation}",
+            f"scale.{neuron.key}=-4",
+            {"scale": {neuron.key: 0.5}, "shift": {str(neuron.key): -3 * deviation}},
+            {"clamp": {str(neuron.key): [mean + 20 * deviation, None]}},
+            f"clamp.{neuron.key}={mean - 5 * deviation}",
         ]
     return asked
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from confsteer.errors import ProfileMismatchError
 from confsteer.profile.profile import Profile
 from confsteer.runtimes.vllm.arguments import CONFIG_KEY
+from confsteer.runtimes.vllm.edit import edit_of
 from confsteer.runtimes.vllm.weights import OTHER_WEIGHTS
 from confsteer.runtimes.vllm.worker.projection import SteeredProjection
 from confsteer.runtimes.vllm.worker.slots import NEUTRAL, Slots, token_rows
@@ -21,7 +22,7 @@ from confsteer.steering import Steering
 
 class _Edit(NamedTuple):
     edit: NDArray[np.float32]
-    """``[4, neurons]``: gain, bias, low and high."""
+    """``[4, columns]``: gain, bias, low and high; see `edit_of`."""
     generated: bool
     """Whether only positions that generate are steered."""
 
@@ -101,7 +102,7 @@ class SteeredRequests:
 
     def _read(self, canonical: str) -> _Edit:
         steering = Steering.parse(canonical)
-        return _Edit(np.stack(self._profile.edit(steering)), steering.positions == "generated")
+        return _Edit(edit_of(self._profile, steering), steering.positions == "generated")
 
 
 def follow_loading(model: Any, requests: SteeredRequests) -> None:
