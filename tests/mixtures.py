@@ -118,10 +118,8 @@ WIDE = {
     "shared_intermediate_size": 32,
     "num_attention_heads": 2,
     "head_dim": 32,
-    "rms_norm_eps": 1e-5,
-    "layer_norm_eps": 1e-5,
 }
-"""The least that vLLM has kernels for, and the epsilon that some of its models have, whatever the configuration says."""
+"""The least that vLLM has kernels for."""
 
 
 def tiny_mixture(model_type: str, *, seed: int = 0, **config: Any) -> Any:
@@ -208,7 +206,8 @@ def planted_experts(model_type: str, *, wide: bool = False, **config: Any) -> Pl
     """Tests must leave the model as they found it."""
     texts, tokenizer = zipf_texts(20, 200), tiny_tokenizer()
     counts = make_windows(texts, tokenizer, window=64).counts(VOCAB)
-    model = planted_mixture(model_type, counts, **(WIDE if wide else {}) | config)
+    sizes = {name: size for name, size in WIDE.items() if wide and name in CONFIGS[model_type]}
+    model = planted_mixture(model_type, counts, **sizes | config)
     few = texts[:3]
     profile = confsteer.calibrate(model, tokenizer, few, window=64, unigram_counts=counts.numpy(), source="zipf")
     return Planted(model, tokenizer, few, profile)

@@ -65,10 +65,17 @@ def mixture(model_type: str, folder: Path, **config: Any) -> Subject:
     return saved(planted_experts(model_type, wide=True, **config), folder)
 
 
+def with_direction(found: Planted, folder: Path) -> Subject:
+    """The same with an entropy dial that turns a null direction."""
+    profile = confsteer.calibrate(found.model, found.tokenizer, found.texts, window=64, source="zipf", null_direction=True)
+    return saved(found._replace(profile=profile), folder)
+
+
 def saved(found: Planted, folder: Path) -> Subject:
     """Save a model and its profile, which gets a preset, where vLLM can read them."""
-    neuron = found.profile.steerable[0]
-    calm = Steering(scale={neuron.key: 0.0}, shift={neuron.key: 8 * neuron.std_activation})
+    calm = Steering(entropy=0.5 * found.profile.reach("entropy")[1]) if "entropy" in found.profile.response else Steering()
+    for neuron in found.profile.steerable[:1]:
+        calm = Steering(scale={neuron.key: 0.0}, shift={neuron.key: 8 * neuron.std_activation})
     profile = found.profile.with_preset("calm", calm)
     found._replace(profile=profile).save(folder)
     return Subject(found.model, profile, folder / "model", folder / "profile")

@@ -39,6 +39,8 @@ INTERLEAVED = ("swigluoai",)
 """Activation functions whose gate and up projection have their rows in turn, and not one behind the other."""
 ANSWER_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Relative error of an expert's output that rounding in each precision explains."""
+SAME_ANSWERS = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}
+"""Relative difference of an expert's outputs to one input that the order of sums explains."""
 
 
 class Loaded(NamedTuple):
@@ -130,7 +132,7 @@ class Experts(NamedTuple):
         return asked.to(dtype).float()
 
     def answers(self) -> Tensor:
-        """Ask the kernel for the output of every expert to an input of its own, float32 ``[experts, d_model]`` on the CPU."""
+        """Ask the kernel for the output of every expert to an input of its own, ``[experts, d_model]`` on the CPU."""
         routed, count = self.routed, self.routed.local_num_experts
         device = routed.w2_weight.device
         # The first of each token's experts is the one that is asked; the others have no weight.
@@ -146,7 +148,13 @@ class Experts(NamedTuple):
                 topk_ids=chosen.to(device, indices),
             )
         assert isinstance(output, Tensor)
-        return output.float().cpu()
+        return output.cpu()
+
+
+def answers_error(answers: Tensor, expected: Tensor) -> float:
+    """Compare outputs of experts, ``[experts, d_model]``: the largest relative error of one."""
+    error = (answers.float() - expected.float()).norm(dim=1) / expected.float().norm(dim=1).clamp_min(1e-12)
+    return float(error.max())
 
 
 def find_experts(model: nn.Module, profile: Profile) -> Experts:
@@ -261,7 +269,7 @@ def find_routed(model: nn.Module, profile: Profile, loaded: Sequence[Loaded]) ->
     if not float(torch.cat(errors).max()) <= NORM_TOLERANCE:
         raise other_weights(profile, f"{experts.name}: {float(torch.cat(errors).median()):.1e}")
     answers, expected = experts.answers(), weights.answer(experts.asked(), experts.activation)
-    error = float((answers - expected).norm() / expected.norm())
+    error = answers_error(answers, expected)
     if not error <= ANSWER_TOLERANCE[config.in_dtype]:
         raise experts_out_of_reach(profile, f"vLLM's kernel does not compute what they should (relative error {error:.1e})")
     pairs = [(position, *divmod(neuron.index, sizes.units)) for position, neuron in enumerate(profile.steerable)]

@@ -169,7 +169,7 @@ def check_direction(model: nn.Module, profile: Profile) -> Norms:
         ProfileMismatchError: it has other weights.
     """
     identity, direction = profile.model, profile.null_direction
-    within = next((name for name, _ in model.named_modules() if str(identity.layer) in name.split(".")), None)
+    within = next((name for name, _ in model.named_modules() if f".{identity.layer}." in name), None)
     heads: list[Any] = [
         m for m in model.modules() if isinstance(m, VocabParallelEmbedding) and m.embedding_dim == identity.d_model
     ]

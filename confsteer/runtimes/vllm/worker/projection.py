@@ -14,8 +14,10 @@ from confsteer.profile.store import DIRECTION_COLUMN
 from confsteer.runtimes.vllm.worker.edits import DirectionEdit, ProjectionEdit, RoutedEdit
 from confsteer.runtimes.vllm.worker.experts import (
     MODULE,
+    SAME_ANSWERS,
     Loaded,
     RoutedNeurons,
+    answers_error,
     find_experts,
     find_routed,
     shared_gate,
@@ -41,6 +43,8 @@ class SteeredProjection(NamedTuple):
     """The edit of the neurons of routed experts."""
     known: tuple[Tensor, ...]
     """Tensors that were read of the weights."""
+    answers: Tensor | None
+    """Outputs of the experts, see `confsteer.runtimes.vllm.worker.experts.Experts.answers`."""
 
 
 def attach(
@@ -81,7 +85,7 @@ def attach(
     if last:
         direction = profile.columns[DIRECTION_COLUMN].float().to(device)
         _steer_norm(found.norms.module, DirectionEdit(table, len(neurons) - 1, direction))
-    return SteeredProjection(table, neurons, writes, direction, found.norms, edit, found.known(profile))
+    return SteeredProjection(table, neurons, writes, direction, found.norms, edit, found.known(profile), found.answers)
 
 
 def check_unchanged(model: nn.Module, profile: Profile, projection: SteeredProjection) -> None:
@@ -90,8 +94,11 @@ def check_unchanged(model: nn.Module, profile: Profile, projection: SteeredProje
         ProfileMismatchError: the last layer of `model` has other weights than when `projection` was attached to it.
         UnsupportedModelError: it has none that is understood.
     """
-    now = _find(model, profile, None).known(profile)
-    if not all(torch.equal(one, before) for one, before in zip(now, projection.known, strict=True)):
+    now = _find(model, profile, None)
+    same = all(torch.equal(one, before) for one, before in zip(now.known(profile), projection.known, strict=True))
+    if now.answers is not None and projection.answers is not None:
+        same &= answers_error(now.answers, projection.answers) <= SAME_ANSWERS[now.answers.dtype]
+    if not same:
         raise ProfileMismatchError(
             f"the profile is of {profile.model.id}; the weights that came later are nearly its own, but others"
         )
@@ -109,7 +116,7 @@ class _Found(NamedTuple):
 
     def known(self, profile: Profile) -> tuple[Tensor, ...]:
         """Tensors that tell whether weights are still the same."""
-        known = [self.answers, self.norms.final.gain, self.norms.write_gain]
+        known = [self.norms.final.gain, self.norms.write_gain]
         if self.projection is not None:
             writes = self.projection.writes
             known += [writes[self.projection.units(profile)], writes.norm(dim=1)]
