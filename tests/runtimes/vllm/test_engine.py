@@ -109,7 +109,7 @@ def test_a_null_direction_is_added_before_the_final_norm(model_type: str, tmp_pa
 
 @ONE_RUNNER
 def test_a_mixture_whose_experts_are_out_of_reach_has_its_null_direction(tmp_path: Path) -> None:
-    """LoRA's kernels take the place of the experts'. What would turn a neuron is refused, here and in transformers' words."""
+    """LoRA's kernels take the place of the experts'. What would turn a neuron is refused, and so are other weights."""
     found = planted_experts("mixtral", wide=True)
     without = parity.saved(found, tmp_path / "without")
     with pytest.raises(UnsupportedModelError, match=r"cannot be steered in vLLM, because .*confsteer calibrate MODEL --null-dir"):
@@ -122,6 +122,11 @@ def test_a_mixture_whose_experts_are_out_of_reach_has_its_null_direction(tmp_pat
         with pytest.raises(VLLMValidationError, match="no token-frequency neurons"):
             parity.ask_all(llm, [Ask([1, 2, 3], "unigram=0.1")])
     parity.check(parity.compare(subject, asks, outputs), asks)
+    with (
+        pytest.raises(ProfileMismatchError, match="reads its null direction by"),
+        parity.engine(subject, enable_lora=True, load_format="dummy"),
+    ):
+        pass
 
 
 def test_the_bundled_model_under_pressure(make: Make) -> None:

@@ -286,41 +286,39 @@ def _sum(output: Tensor, change: Tensor) -> Tensor:
     return both.to(output.dtype)
 
 
-def shared_gate(model: nn.Module, projection: Projection, profile: Profile) -> nn.Module | None:
-    """Find the gate on the output of a shared expert, a linear layer before a sigmoid; None if it has none.
+class GatedNeurons(NamedTuple):
+    """The profile's neurons of a shared expert behind a gate, a linear layer and a sigmoid, that this rank holds."""
+
+    mlp: Any
+    """The shared expert."""
+    rows: Rows
+
+    def steer(self, table: SteeringTable) -> None:
+        """Have them steered from now on, from the first column of the table on; before compilation."""
+        self.mlp.add_module(MODULE, OutputEdit(table, 0, self.rows, "silu"))
+
+        def add_change(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            weight = module.expert_gate(args[0])[0].float().sigmoid()
+            return _sum(output, module.get_submodule(MODULE).change(args[0], weight, None))
+
+        self.mlp.register_forward_hook(add_change)
+
+
+def find_gated(model: nn.Module, projection: Projection, profile: Profile) -> GatedNeurons | None:
+    """Find the profile's neurons of a shared expert if it has a gate; None if it has none.
 
     Raises:
-        UnsupportedModelError: there is one of a form that is not known.
+        UnsupportedModelError: there is a gate of a form that is not known.
     """
-    mlp = model.get_submodule(projection.name.rpartition(".")[0])
-    gate = getattr(mlp, "expert_gate", None)
-    if gate is None:
+    mlp: Any = model.get_submodule(projection.name.rpartition(".")[0])
+    if getattr(mlp, "expert_gate", None) is None:
         layer = model.get_submodule(layer_of(projection.name, profile.model.layer))
         if any("shared" in name and name.endswith("gate") for name, _ in layer.named_modules()):
             raise experts_out_of_reach(profile, "a gate on the shared expert is not where vLLM's other models have it")
         return None
     if not isinstance(getattr(mlp, "act_fn", None), SiluAndMul) or not hasattr(mlp, "gate_up_proj"):
         raise experts_out_of_reach(profile, "a shared expert with a gate is not of the form that vLLM's other models have")
-    assert isinstance(gate, nn.Module)
-    return gate
-
-
-def steer_gated(mlp: Any, table: SteeringTable, units: Tensor, writes: Tensor) -> None:
-    """Have the neurons of a shared expert with a gate steered, from the first column of the table on; before compilation.
-
-    Args:
-        mlp: the shared expert.
-        table: steerings to follow.
-        units: the neurons, among those that this rank holds.
-        writes: of the neurons, ``[neurons, d_model]``.
-    """
-    answers = writes_of(mlp.gate_up_proj).T  # [2 · units, d_model]
-    dtype, up = mlp.gate_up_proj.params_dtype, units + len(answers) // 2
-    rows = Rows(answers[units].to(dtype), answers[up].to(dtype), None, None, writes.to(dtype))
-    mlp.add_module(MODULE, OutputEdit(table, 0, rows, "silu"))
-
-    def add_change(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        weight = module.expert_gate(args[0])[0].float().sigmoid()
-        return _sum(output, module.get_submodule(MODULE).change(args[0], weight, None))
-
-    mlp.register_forward_hook(add_change)
+    answers, units = writes_of(mlp.gate_up_proj).T, torch.tensor(projection.units(profile), dtype=torch.int64)
+    found = (answers[units], answers[units + len(answers) // 2], projection.writes[units])
+    gate, up, writes = (rows.to(mlp.gate_up_proj.params_dtype) for rows in found)
+    return GatedNeurons(mlp, Rows(gate, up, None, None, writes))

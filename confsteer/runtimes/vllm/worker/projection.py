@@ -15,13 +15,13 @@ from confsteer.runtimes.vllm.worker.edits import DirectionEdit, ProjectionEdit, 
 from confsteer.runtimes.vllm.worker.experts import (
     MODULE,
     SAME_ANSWERS,
+    GatedNeurons,
     Loaded,
     RoutedNeurons,
     answers_error,
     find_experts,
+    find_gated,
     find_routed,
-    shared_gate,
-    steer_gated,
 )
 from confsteer.runtimes.vllm.worker.find import Norms, Projection, check_direction, find_norms, find_projection
 from confsteer.runtimes.vllm.worker.table import SteeringTable
@@ -72,11 +72,12 @@ def attach(
     neurons = [*before, *in_experts, *last]
     table = SteeringTable(len(neurons), slots=slots, max_tokens=max_tokens, device=device)
     writes = torch.zeros(count, profile.model.d_model, device=device)
-    if projection is not None:
-        units = torch.tensor(projection.units(profile), dtype=torch.int64, device=device)
-        writes[before] = projection.writes[units]
-        if before:
-            _steer_projection(model, profile, projection, table, units)
+    if projection is not None and before:
+        writes[before] = projection.writes[projection.units(profile)]
+        if found.gated is not None:
+            found.gated.steer(table)
+        else:
+            _steer_projection(model, projection, ProjectionEdit(table, 0, torch.tensor(projection.units(profile), device=device)))
     edit = None
     if routed is not None and in_experts:
         writes[in_experts] = routed.rows.writes[:, : profile.model.d_model].float()
@@ -109,6 +110,8 @@ class _Found(NamedTuple):
 
     projection: Projection | None
     """None in a mixture without a shared expert, or without neurons to steer."""
+    gated: GatedNeurons | None
+    """The same neurons, if the projection is that of a shared expert with a gate."""
     routed: RoutedNeurons | None
     norms: Norms
     answers: Tensor | None
@@ -120,6 +123,8 @@ class _Found(NamedTuple):
         if self.projection is not None:
             writes = self.projection.writes
             known += [writes[self.projection.units(profile)], writes.norm(dim=1)]
+        if self.gated is not None:
+            known += [self.gated.rows.gate, self.gated.rows.up]
         return tuple(tensor for tensor in known if tensor is not None)
 
 
@@ -133,28 +138,26 @@ def _find(model: nn.Module, profile: Profile, loaded: Sequence[Loaded] | None) -
     experts = profile.model.experts
     if experts is None:
         only = find_projection(model, profile)
-        return _Found(only, None, only.norms, None)
+        return _Found(only, None, None, only.norms, None)
     if not profile.steerable:
-        return _Found(None, None, check_direction(model, profile), None)
+        return _Found(None, None, None, check_direction(model, profile), None)
     projection = find_projection(model, profile) if experts.shared else None
+    gated = None if projection is None else find_gated(model, projection, profile)
     if loaded is None:
         mixture = find_experts(model, profile)
-        return _Found(projection, None, find_norms(model, mixture.name, profile), mixture.answers())
+        return _Found(projection, gated, None, find_norms(model, mixture.name, profile), mixture.answers())
     routed = find_routed(model, profile, loaded)
-    return _Found(projection, routed, find_norms(model, routed.experts.name, profile), routed.answers)
+    return _Found(projection, gated, routed, find_norms(model, routed.experts.name, profile), routed.answers)
 
 
-def _steer_projection(model: nn.Module, profile: Profile, projection: Projection, table: SteeringTable, units: Tensor) -> None:
-    """Have the neurons before an output projection steered, from the first column of the table on."""
-    if profile.model.experts is not None and shared_gate(model, projection, profile) is not None:
-        steer_gated(model.get_submodule(projection.name.rpartition(".")[0]), table, units, projection.writes[units])
-        return
+def _steer_projection(model: nn.Module, projection: Projection, edit: ProjectionEdit) -> None:
+    """Have the neurons before an output projection steered."""
     if hasattr(projection.layer, "requires_unquantized_input"):
         # Without this flag a fused activation may pass already-quantised inputs.
         projection.layer.requires_unquantized_input = True
     # The model calls the LoRA wrapper, never the layer inside it: hook the wrapper.
     module = model.get_submodule(projection.name.removesuffix(".base_layer"))
-    module.add_module(MODULE, ProjectionEdit(table, 0, units))
+    module.add_module(MODULE, edit)
     module.register_forward_pre_hook(_steer)
 
 
