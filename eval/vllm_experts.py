@@ -58,7 +58,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 FIRST_TOKEN = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite")
 """Families whose attention in vLLM differs from that in transformers by itself, unsteered too: prompts are of one token."""
 
-OF_TRANSFORMERS = ("dots1", "flex_olmo", "hunyuan_v1_moe", "phimoe")
+OF_TRANSFORMERS = ("dots1", "flex_olmo", "hunyuan_v1_moe")
 """Families whose model in vLLM is transformers', which it changes for the process that it is in: so not in this one."""
 
 

@@ -109,22 +109,22 @@ def test_a_null_direction_is_added_before_the_final_norm(model_type: str, tmp_pa
 
 @ONE_RUNNER
 def test_a_mixture_whose_experts_are_out_of_reach_has_its_null_direction(tmp_path: Path) -> None:
-    """LoRA's kernels take the place of the experts'. What would turn a neuron is refused, and so are other weights."""
+    """Expert parallel, here of one rank. What would turn a neuron is refused, and so are other weights."""
     found = planted_experts("mixtral", wide=True)
     without = parity.saved(found, tmp_path / "without")
     with pytest.raises(UnsupportedModelError, match=r"cannot be steered in vLLM, because .*confsteer calibrate MODEL --null-dir"):
-        config(without.model_folder, without.profile_folder, enable_lora=True)
+        config(without.model_folder, without.profile_folder, enable_expert_parallel=True)
     subject = parity.with_direction(found, tmp_path / "with")
     asked = [None, {"entropy": 0.3}, "entropy=-0.05", {"entropy": 0.2, "positions": "generated"}]
     asks = [Ask(p, s) for p, s in zip(parity.prompts(4, vocabulary=96, longest=24, seed=0), asked, strict=True)]
-    with parity.engine(subject, enable_lora=True) as llm:
+    with parity.engine(subject, enable_expert_parallel=True) as llm:
         outputs = parity.ask_all(llm, asks, prompt_logprobs=2)
         with pytest.raises(VLLMValidationError, match="no token-frequency neurons"):
             parity.ask_all(llm, [Ask([1, 2, 3], "unigram=0.1")])
     parity.check(parity.compare(subject, asks, outputs), asks)
     with (
         pytest.raises(ProfileMismatchError, match="reads its null direction by"),
-        parity.engine(subject, enable_lora=True, load_format="dummy"),
+        parity.engine(subject, enable_expert_parallel=True, load_format="dummy"),
     ):
         pass
 
