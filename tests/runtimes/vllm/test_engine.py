@@ -77,6 +77,7 @@ ONE_RUNNER = pytest.mark.skipif(V2, reason="the model is the same whichever runn
 
 
 @EXPERTS
+@ONE_RUNNER
 def test_neurons_of_routed_and_shared_experts(tmp_path: Path) -> None:
     """The shared expert of Qwen2-MoE has a gate.
 
