@@ -110,6 +110,18 @@ SEEDS = {"phimoe": 1, "flex_olmo": 1}
 CONFIGS = {family.model_type: family.config for family in MIXTURES}
 
 
+WIDE = {
+    "hidden_size": 64,
+    "intermediate_size": 32,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "shared_intermediate_size": 32,
+    "num_attention_heads": 2,
+    "head_dim": 32,
+}
+"""The least that vLLM has kernels for."""
+
+
 def tiny_mixture(model_type: str, *, seed: int = 0, **config: Any) -> Any:
     """A randomly initialised mixture of four experts, which are chosen and write as much as they would after training."""
     torch.manual_seed(seed)
@@ -133,9 +145,9 @@ ROUTED_ENTROPY, SHARED_ENTROPY, FREQUENCY = (1, 5), 7, (2, 3)
 none, of expert 3), and one that lowers frequent tokens."""
 
 
-def planted_mixture(model_type: str, counts: torch.Tensor) -> Any:
+def planted_mixture(model_type: str, counts: torch.Tensor, **config: Any) -> Any:
     """A tiny mixture of experts with the null space and the neurons of `planted_model`, in three experts."""
-    model = tiny_mixture(model_type, seed=SEEDS.get(model_type, 0))
+    model = tiny_mixture(model_type, seed=SEEDS.get(model_type, 0), **config)
     anatomy = locate(model)
     assert isinstance(anatomy, MixtureAnatomy)
     norm = read_norm(anatomy.final_norm, anatomy.d_model)
@@ -190,11 +202,12 @@ def planted_mixture(model_type: str, counts: torch.Tensor) -> Any:
 
 
 @functools.cache
-def planted_experts(model_type: str) -> Planted:
+def planted_experts(model_type: str, *, wide: bool = False, **config: Any) -> Planted:
     """Tests must leave the model as they found it."""
     texts, tokenizer = zipf_texts(20, 200), tiny_tokenizer()
     counts = make_windows(texts, tokenizer, window=64).counts(VOCAB)
-    model = planted_mixture(model_type, counts)
+    sizes = {name: size for name, size in WIDE.items() if wide and name in CONFIGS[model_type]}
+    model = planted_mixture(model_type, counts, **sizes | config)
     few = texts[:3]
     profile = confsteer.calibrate(model, tokenizer, few, window=64, unigram_counts=counts.numpy(), source="zipf")
     return Planted(model, tokenizer, few, profile)

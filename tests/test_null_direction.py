@@ -24,7 +24,6 @@ from confsteer import (
     SettingError,
     Steering,
     SteeringError,
-    UnsupportedModelError,
 )
 from confsteer.evaluation.reader import Reader
 from confsteer.model.dissect import dissect
@@ -35,7 +34,6 @@ from confsteer.profile.store import FILE_NAME
 from confsteer.report.plots import plot_response
 from confsteer.report.tables import print_profile
 from confsteer.runtimes.llamacpp.adapters import export
-from confsteer.runtimes.vllm.settings import Settings
 from confsteer.text.windows import make_windows
 from confsteer.tuning.parameters import DialParameters, parameters_of
 from tests.mixtures import MIXTURES, tiny_mixture
@@ -253,12 +251,6 @@ def test_the_constant_is_a_control_vector_behind_a_norm_too(model_type: str, tmp
         expected = log_probabilities(found.model, torch.randint(1, 96, (2, 20), generator=torch.Generator().manual_seed(5)))
     ours = as_llama_cpp_does(found.model, file, None, layer=exported.parts.layer)
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
-
-
-def test_vllm_refuses_it_with_the_way_out(tmp_path: Path) -> None:
-    by_hand("llama").profile.save(tmp_path)
-    with pytest.raises(UnsupportedModelError, match=r"null direction, added before the final norm.*confsteer bake"):
-        Settings(profile=str(tmp_path)).load_profile()
 
 
 def test_what_has_no_meaning_for_a_constant_is_refused() -> None:

@@ -98,7 +98,7 @@ def calibrate(
 
     A model without entropy neurons, or whose neurons the engine does not reach, still gets an entropy dial with
     --null-direction: a constant in the residual, made by hand, that acts as they would. It has no neurons to scale or clamp, and
-    runs in transformers, baked, and as a control vector in llama.cpp (Gemma too), not in vLLM.
+    runs in transformers, in vLLM, baked, and as a control vector in llama.cpp (Gemma too).
 
     What was added up so far is written to the folder every minute (by a single process). Killed or interrupted, the same
     command with --resume goes on from there and ends with the same profile.

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import confsteer
-from confsteer import Profile, SteeringError, UnsupportedModelError
+from confsteer import Profile, SteeringError
 from confsteer.model.dissect import dissect
 from confsteer.model.experts import MixtureAnatomy
 from confsteer.profile.schema import ModelIdentity, Neuron
-from confsteer.runtimes.vllm.settings import Settings
 from tests.mixtures import MIXTURES, planted_experts, tiny_mixture
 from tests.models import VOCAB, TinyFamily
 from tests.planted import planted
@@ -223,12 +222,9 @@ def test_a_constant_cannot_be_baked_into_an_expert() -> None:
     assert torch.equal(found.model.state_dict()["model.layers.1.mlp.experts.down_proj"], before)
 
 
-def test_vllm_refuses_a_profile_of_experts_by_name(tmp_path: Path) -> None:
-    found = planted_experts("mixtral")
-    found.profile.save(tmp_path / "profile")
-    assert json.loads((tmp_path / "profile" / "profile.json").read_text())["format_version"] == 2
-    with pytest.raises(UnsupportedModelError, match="mixture of experts, whose neurons are out of reach inside vLLM's kernels"):
-        Settings(profile=str(tmp_path / "profile")).load_profile()
+def test_a_profile_of_experts_has_a_format_of_its_own(tmp_path: Path) -> None:
+    planted_experts("mixtral").profile.save(tmp_path)
+    assert json.loads((tmp_path / "profile.json").read_text())["format_version"] == 2
 
 
 def _edit_shared(model: Any, anatomy: MixtureAnatomy, edit: Callable[[Tensor], Tensor]) -> None:

@@ -7,7 +7,9 @@ release.py               which vLLM this is, and which of its features steering 
 arguments.py             what a command line says of ``additional_config``
 settings.py              what the engine was configured with
 spelling.py              the text of an engine's tokens
+edit.py                  a steering as the numbers that the device has
 weights.py               whether a checkpoint has the weights that the profile is of
+out_of_reach.py          mixtures of experts that cannot be steered, and the way out
 
 front/                   the front process
     command.py           ``confsteer serve``
@@ -22,9 +24,12 @@ front/                   the front process
 worker/                  the worker process, which imports nothing of the front, nor the front of it
     steering_worker.py   the model is steered, and proved to be before it serves
     gpu.py, cpu.py       that in front of vLLM's own worker classes
-    projection.py        where the last MLP's output projection is in vLLM's model, and the edit on its input
+    projection.py        the last layer, steered: what is edited where
+    find.py              where projections and norms are in vLLM's model
+    experts.py           the same of a mixture of experts, and the check of what its kernel computes
     requests.py          which token of a step belongs to which request, in both of vLLM's model runners
-    table.py             the steerings of a step on the device: what becomes part of the graph
+    table.py             the steerings of a step on the device
+    edits.py             the edits at each place: what becomes part of the graph; they know nothing of vLLM
     slots.py             which row of the table holds which steering; it knows nothing of vLLM
     proof.py             what steering must do to the model's output, numerically
 """

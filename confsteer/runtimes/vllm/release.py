@@ -45,8 +45,11 @@ def check_features(config: Any) -> None:
         UnsupportedServerError: the engine is set up in a way that steering would be wrong or absent in, with the option's name.
     """
     model, parallel, speculative = config.model_config, config.parallel_config, config.speculative_config
+    factor = getattr(model.hf_text_config, "routed_scaling_factor", None)
     reasons = {
         "a model that does not generate text (--runner)": model.runner_type != "generate",
+        f"float16 (--dtype bfloat16): it divides the residual by {factor} there": str(model.dtype) == "torch.float16"
+        and factor not in (None, 1),
         "a diffusion language model": getattr(model, "is_diffusion", False),
         "micro-batches (--enable-dbo, --ubatch-size): each would be steered as the first": parallel.use_ubatching,
         "--prefill-context-parallel-size: tokens are not in the order of their requests": parallel.prefill_context_parallel_size

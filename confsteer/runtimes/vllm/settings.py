@@ -6,9 +6,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from confsteer.errors import ProfileError, SettingError, UnsupportedModelError, first_problem
+from confsteer.errors import ProfileError, SettingError, first_problem
 from confsteer.profile.profile import Profile
 from confsteer.runtimes.vllm.arguments import CONFIG_KEY
+from confsteer.runtimes.vllm.out_of_reach import direction_alone
 
 
 class Settings(BaseModel):
@@ -27,6 +28,8 @@ class Settings(BaseModel):
     """Checksum of the profile; filled in at start-up, for every process to compare with."""
     version: str | None = None
     """Version of confsteer; filled in at start-up."""
+    direction_alone: bool = False
+    """Whether the null direction is all that is steered, where experts are out of reach; filled in at start-up."""
     slots: int | None = None
     """Rows of the table besides the neutral one, a shape in the compiled graph; filled in at start-up."""
 
@@ -51,20 +54,8 @@ class Settings(BaseModel):
         """
         Raises:
             ProfileError: there is none, or it is not the one that the engine was configured with.
-            UnsupportedModelError: it is of a mixture of experts, or its entropy dial turns no neurons.
         """
         profile = Profile.load(self.profile)
-        if profile.model.experts is not None:
-            raise UnsupportedModelError(
-                f"{profile.model.id} ends in a mixture of experts, whose neurons are out of reach inside vLLM's kernels: steer "
-                "it in transformers (confsteer.steer, confsteer generate)"
-            )
-        if profile.null_direction is not None:
-            raise UnsupportedModelError(
-                f"the entropy dial of {profile.model.id} turns a null direction, added before the final norm, and inside vLLM "
-                "confsteer reaches the last projection alone: steer in transformers (confsteer.steer, confsteer generate), bake "
-                "it (confsteer bake), or calibrate without --null-direction"
-            )
         if self.checksum not in (None, profile.checksum):
             raise ProfileError(f"the profile {self.profile} has changed since the server was started: restart it")
-        return profile
+        return direction_alone(profile) if self.direction_alone else profile

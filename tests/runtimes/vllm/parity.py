@@ -18,7 +18,8 @@ import confsteer
 from confsteer import Profile, Steering, demo
 from confsteer.model.loading import DEMO
 from confsteer.steering import After, First
-from tests.planted import planted
+from tests.mixtures import planted_experts
+from tests.planted import Planted, planted
 
 V2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
 TOLERANCE = 1e-4
@@ -58,11 +59,26 @@ class Difference(NamedTuple):
 
 def subject(model_type: str, folder: Path) -> Subject:
     """A tiny model with planted neurons, saved with its profile, which has a preset."""
-    found = planted(model_type, wide=True, tied=model_type in TIED)
-    neuron = found.profile.steerable[0]
-    profile = found.profile.with_preset(
-        "calm", Steering(scale={neuron.index: 0.0}, shift={neuron.index: 8 * neuron.std_activation})
-    )
+    return saved(planted(model_type, wide=True, tied=model_type in TIED), folder)
+
+
+def mixture(model_type: str, folder: Path, **config: Any) -> Subject:
+    """A tiny mixture of experts with planted neurons, of routed experts and of a shared one if there is one."""
+    return saved(planted_experts(model_type, wide=True, **config), folder)
+
+
+def with_direction(found: Planted, folder: Path) -> Subject:
+    """The same with an entropy dial that turns a null direction."""
+    profile = confsteer.calibrate(found.model, found.tokenizer, found.texts, window=64, source="zipf", null_direction=True)
+    return saved(found._replace(profile=profile), folder)
+
+
+def saved(found: Planted, folder: Path) -> Subject:
+    """Save a model and its profile, which gets a preset, where vLLM can read them."""
+    calm = Steering(entropy=0.5 * found.profile.reach("entropy")[1]) if "entropy" in found.profile.response else Steering()
+    for neuron in found.profile.steerable[:1]:
+        calm = Steering(scale={neuron.key: 0.0}, shift={neuron.key: 8 * neuron.std_activation})
+    profile = found.profile.with_preset("calm", calm)
     found._replace(profile=profile).save(folder)
     return Subject(found.model, profile, folder / "model", folder / "profile")
 
@@ -81,10 +97,10 @@ def steerings(profile: Profile) -> list[Any]:
     for neuron in profile.steerable:
         mean, deviation = neuron.mean_activation, neuron.std_activation
         asked += [
-            f"scale.{neuron.index}=-4",
-            {"scale": {neuron.index: 0.5}, "shift": {str(neuron.index): -3 * deviation}},
-            {"clamp": {str(neuron.index): [mean + 20 * deviation, None]}},
-            f"clamp.{neuron.index}={mean - 5 * deviation}",
+            f"scale.{neuron.key}=-4",
+            {"scale": {neuron.key: 0.5}, "shift": {str(neuron.key): -3 * deviation}},
+            {"clamp": {str(neuron.key): [mean + 20 * deviation, None]}},
+            f"clamp.{neuron.key}={mean - 5 * deviation}",
         ]
     return asked
 

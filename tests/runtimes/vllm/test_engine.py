@@ -17,15 +17,19 @@ import prometheus_client
 import pytest
 import torch
 import vllm
+from packaging.version import Version
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 import confsteer
-from confsteer import ConfsteerError, Profile, ProfileMismatchError, UnsupportedServerError
+from confsteer import ConfsteerError, Profile, ProfileMismatchError, UnsupportedModelError, UnsupportedServerError
 from confsteer.model.loading import DEMO
 from confsteer.runtimes.vllm.front.command import server_command
+from confsteer.runtimes.vllm.out_of_reach import OLDEST_WITH_EXPERTS
+from tests.mixtures import planted_experts
 from tests.models import planted_model
+from tests.planted import planted
 from tests.runtimes.vllm import parity
 from tests.runtimes.vllm.parity import V2, Ask, Subject
 
@@ -70,6 +74,64 @@ def test_many_requests_with_mixed_steerings_are_those_of_transformers(model_type
 
 def preemptions(llm: Any) -> float:
     return next(float(metric.value) for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
+
+
+EXPERTS = pytest.mark.skipif(Version(vllm.__version__) < Version(OLDEST_WITH_EXPERTS), reason="experts are out of reach there")
+ONE_RUNNER = pytest.mark.skipif(V2, reason="the model is the same whichever runner it has")
+
+
+@EXPERTS
+@ONE_RUNNER
+def test_neurons_of_routed_and_shared_experts(tmp_path: Path) -> None:
+    """The shared expert of Qwen2-MoE has a gate.
+
+    vLLM 0.32 packs experts for its CPU kernel when it starts, and not when their weights come again: the kernel's answers tell.
+    """
+    subject = parity.mixture("qwen2_moe", tmp_path / "subject")
+    assert [neuron.key for neuron in subject.profile.steerable] == ["1.5", "shared.7", "2.3"]
+    asks = parity.mixed(subject, 36)
+    with parity.engine(subject, max_num_seqs=4) as llm:
+        parity.check(parity.compare(subject, asks, parity.ask_all(llm, asks, prompt_logprobs=2)), asks)
+        # Nothing has changed.
+        assert llm.collective_rpc(lambda worker: 3) == [3]
+        parity.check(parity.compare(subject, asks[3:9], parity.ask_all(llm, asks[3:9])), asks[3:9])
+        with pytest.raises(ProfileMismatchError, match="nearly its own, but others"):
+            llm.collective_rpc("reload_weights", kwargs={"weights_path": str(subject.model_folder)})
+        with pytest.raises(VLLMValidationError, match="no longer steers"):
+            parity.ask_all(llm, asks[3:9])
+
+
+@ONE_RUNNER
+@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+def test_a_null_direction_is_added_before_the_final_norm(model_type: str, tmp_path: Path) -> None:
+    """Beside neurons, and behind a norm on the MLP's output."""
+    subject = parity.with_direction(planted(model_type, wide=True, tied=model_type == "gemma2"), tmp_path)
+    asks = parity.mixed(subject, 36)
+    with parity.engine(subject, max_num_seqs=4) as llm:
+        outputs = parity.ask_all(llm, asks, prompt_logprobs=2)
+    parity.check(parity.compare(subject, asks, outputs), asks)
+
+
+@ONE_RUNNER
+def test_a_mixture_whose_experts_are_out_of_reach_has_its_null_direction(tmp_path: Path) -> None:
+    """Expert parallel, here of one rank. What would turn a neuron is refused, and so are other weights."""
+    found = planted_experts("mixtral", wide=True)
+    without = parity.saved(found, tmp_path / "without")
+    with pytest.raises(UnsupportedModelError, match=r"cannot be steered in vLLM, because .*confsteer calibrate MODEL --null-dir"):
+        config(without.model_folder, without.profile_folder, enable_expert_parallel=True)
+    subject = parity.with_direction(found, tmp_path / "with")
+    asked = [None, {"entropy": 0.3}, "entropy=-0.05", {"entropy": 0.2, "positions": "generated"}]
+    asks = [Ask(p, s) for p, s in zip(parity.prompts(4, vocabulary=96, longest=24, seed=0), asked, strict=True)]
+    with parity.engine(subject, enable_expert_parallel=True) as llm:
+        outputs = parity.ask_all(llm, asks, prompt_logprobs=2)
+        with pytest.raises(VLLMValidationError, match="no token-frequency neurons"):
+            parity.ask_all(llm, [Ask([1, 2, 3], "unigram=0.1")])
+    parity.check(parity.compare(subject, asks, outputs), asks)
+    with (
+        pytest.raises(ProfileMismatchError, match="reads its null direction by"),
+        parity.engine(subject, enable_expert_parallel=True, load_format="dummy"),
+    ):
+        pass
 
 
 def test_the_bundled_model_under_pressure(make: Make) -> None:

@@ -41,7 +41,12 @@ def test_unknown_releases_are_refused_with_the_range(version: str) -> None:
 def config(**changed: Any) -> Any:
     """What is read of a ``VllmConfig``; names with a part before the underscore two deep."""
     parts: dict[str, dict[str, Any]] = {
-        "model_config": {"runner_type": "generate", "is_diffusion": False},
+        "model_config": {
+            "runner_type": "generate",
+            "is_diffusion": False,
+            "dtype": "torch.float16",
+            "hf_text_config": SimpleNamespace(),
+        },
         "parallel_config": {
             "use_ubatching": False,
             "prefill_context_parallel_size": 1,
@@ -58,6 +63,8 @@ def config(**changed: Any) -> Any:
 
 def test_ordinary_features_are_accepted() -> None:
     check_features(config())
+    factor = SimpleNamespace(routed_scaling_factor=2.5)
+    check_features(config(model_config={"dtype": "torch.bfloat16", "hf_text_config": factor}))
     check_features(config(speculative_config={"enable_adaptive_verification": False}))
     check_features(config(parallel_config={"worker_cls": "confsteer.runtimes.vllm.worker.cpu.SteeringCPUWorker"}))
 
@@ -67,6 +74,7 @@ def test_ordinary_features_are_accepted() -> None:
     [
         ({"model_config": {"runner_type": "pooling"}}, "does not generate text"),
         ({"model_config": {"is_diffusion": True}}, "diffusion"),
+        ({"model_config": {"hf_text_config": SimpleNamespace(routed_scaling_factor=2.5)}}, "--dtype bfloat16.*residual by 2.5"),
         ({"parallel_config": {"use_ubatching": True}}, "--enable-dbo"),
         ({"parallel_config": {"prefill_context_parallel_size": 2}}, "--prefill-context-parallel-size"),
         ({"parallel_config": {"worker_cls": "mine.Worker"}}, "the worker class mine.Worker"),

@@ -7,7 +7,6 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.input_processor import InputProcessor
 
@@ -16,6 +15,7 @@ from confsteer.last_layer.edit import NEUTRAL_EDIT
 from confsteer.profile.profile import Profile
 from confsteer.runtimes.positions import marker_of
 from confsteer.runtimes.vllm.arguments import CONFIG_KEY
+from confsteer.runtimes.vllm.edit import edit_of
 from confsteer.runtimes.vllm.front import counters as metrics
 from confsteer.runtimes.vllm.front.places import steering_in
 from confsteer.runtimes.vllm.settings import Settings
@@ -59,7 +59,7 @@ class Admission:
 
     def _canonical(self, asked: Any) -> str | None:
         steering = self._profile.resolve(Steering.parse(asked))
-        if (np.stack(self._profile.edit(steering), axis=1) == NEUTRAL_EDIT).all():
+        if (edit_of(self._profile, steering).T == NEUTRAL_EDIT).all():
             return None
         marker_of(steering.positions, self._spelling_of)
         canonical = steering.model_dump_json(exclude_defaults=True)

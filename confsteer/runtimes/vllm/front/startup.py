@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import logging
 from typing import Any
+
+import vllm
 
 from confsteer.runtimes.vllm.arguments import CONFIG_KEY
 from confsteer.runtimes.vllm.front import admission, changes, counters, door
 from confsteer.runtimes.vllm.front.admission import Admission
+from confsteer.runtimes.vllm.out_of_reach import direction_alone, experts_out_of_reach, out_of_reach
 from confsteer.runtimes.vllm.release import WORKERS, check_features
 from confsteer.runtimes.vllm.settings import Settings
 from confsteer.runtimes.vllm.weights import check_model
+
+logger = logging.getLogger("vllm.confsteer")
 
 
 def prepare(config: Any) -> None:
@@ -24,13 +30,19 @@ def prepare(config: Any) -> None:
     if settings is None or settings.checksum is not None:
         return  # not ours, or a copy of a configuration that is prepared
     check_features(config)
-    profile = settings.load_profile()
+    profile = whole = settings.load_profile()
     check_model(profile, config.model_config)
+    if reason := out_of_reach(profile, config, vllm.__version__):
+        if profile.null_direction is None:
+            raise experts_out_of_reach(profile, reason)
+        profile = direction_alone(profile)
+        logger.warning("confsteer: no neurons of experts are steered, only the null direction, because %s", reason)
     settings = Settings(
         profile=settings.profile,
         default=Admission(profile, settings.default, config).default or "{}",
-        checksum=profile.checksum,
+        checksum=whole.checksum,
         version=importlib.metadata.version("confsteer"),
+        direction_alone=profile is not whole,
         # No step has more requests, so no step needs more rows.
         slots=config.scheduler_config.max_num_seqs,
     )

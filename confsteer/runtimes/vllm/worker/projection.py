@@ -1,86 +1,92 @@
-"""Where the last MLP's output projection is in vLLM's model, and the edit on its input.
-
-vLLM's models are not transformers'. They are found by sizes and confirmed by weights: the projection is the linear layer of
-the profile's layer whose neurons' writes have the norms that calibration found, each of thousands of them.
-"""
+"""The last layer of vLLM's model, steered: before an output projection, at the output of experts, before the final norm."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
-from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
-from confsteer.errors import ProfileMismatchError, UnsupportedModelError
-from confsteer.last_layer.readout import NormParameters
-from confsteer.model.factors import residual_multiplier
-from confsteer.model.layers import UNITS_AT_ONCE, read_norm
+from confsteer.errors import ProfileMismatchError
 from confsteer.profile.profile import Profile
+from confsteer.profile.store import DIRECTION_COLUMN
+from confsteer.runtimes.vllm.worker.edits import DirectionEdit, ProjectionEdit, RoutedEdit
+from confsteer.runtimes.vllm.worker.experts import (
+    MODULE,
+    SAME_ANSWERS,
+    GatedNeurons,
+    Loaded,
+    RoutedNeurons,
+    answers_error,
+    find_experts,
+    find_gated,
+    find_routed,
+)
+from confsteer.runtimes.vllm.worker.find import Norms, Projection, check_direction, find_norms, find_projection
 from confsteer.runtimes.vllm.worker.table import SteeringTable
-
-WRITE_NORM = re.compile(r"post_(feedforward|mlp)_layernorm")
-"""A norm on the MLP's output, by the names that it has in vLLM's models."""
-TABLE = "confsteer"
-"""Name of the table among the modules of the projection."""
-NORM_TOLERANCE, QUANTISED_TOLERANCE = 2e-3, 5e-2
-"""Relative error of the norms: of every neuron, and, where weights are quantised, of the median neuron."""
 
 
 class SteeredProjection(NamedTuple):
-    """The projection of this rank, steered."""
+    """The last layer of this rank, steered."""
 
     table: SteeringTable
     """Steerings that its tokens follow."""
     neurons: list[int]
-    """Positions in `Profile.steerable` of the neurons that this rank holds, in the order of the table's."""
+    """Columns of `confsteer.runtimes.vllm.edit.edit_of` that this rank holds, in the order of the table's."""
     writes: Tensor
     """Writes of the profile's neurons to the residual, zero for those of other ranks; float32 ``[neurons, d_model]``."""
-    norms: Tensor
-    """Norms of the writes of all of this rank's neurons, ``[local neurons]``."""
-    final_norm: NormParameters
-    write_gain: Tensor | None
-    """Gain of a norm on the MLP's output, ``[d_model]``."""
+    direction: Tensor | None
+    """The null direction, float32 ``[d_model]``; None in a profile without one."""
+    norms: Norms
+    routed: RoutedEdit | None
+    """The edit of the neurons of routed experts."""
+    known: tuple[Tensor, ...]
+    """Tensors that were read of the weights."""
+    answers: Tensor | None
+    """Outputs of the experts, see `confsteer.runtimes.vllm.worker.experts.Experts.answers`."""
 
 
-def _steer(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Before the projection. Activations are ``[tokens, n]``, or ``[1, tokens, n]`` in vLLM's Transformers backend."""
-    table = module.get_submodule(TABLE)
-    return (table(args[0]), *args[1:])
-
-
-def attach(model: nn.Module, profile: Profile, *, max_tokens: int, slots: int) -> SteeredProjection:
-    """Find the projection in `model` and have it steered from now on; before compilation.
+def attach(
+    model: nn.Module, profile: Profile, *, max_tokens: int, slots: int, loaded: Sequence[Loaded] = ()
+) -> SteeredProjection:
+    """Find the last layer in `model` and have it steered from now on; before compilation.
 
     Args:
         model: as vLLM loaded it, LoRA wrappers included.
         profile: of this model.
         max_tokens: of a step, padding included.
         slots: rows of the table besides the neutral one.
+        loaded: what `confsteer.runtimes.vllm.worker.experts.keeping_experts` kept while it was loaded.
 
     Raises:
         UnsupportedModelError: there is no such layer, or no norm after it that is understood.
         ProfileMismatchError: it has other weights.
     """
-    name, layer, writes, first, final_norm, write_gain = _find(model, profile)
-    if hasattr(layer, "requires_unquantized_input"):
-        # Without this flag a fused activation may pass already-quantised inputs.
-        layer.requires_unquantized_input = True
-    columns = [neuron.index - first for neuron in profile.steerable]
-    local = [i for i, column in enumerate(columns) if 0 <= column < len(writes)]
-    own = torch.tensor([columns[i] for i in local], dtype=torch.int64, device=writes.device)
-    profile_writes = torch.zeros(len(columns), writes.shape[1], device=writes.device)
-    profile_writes[local] = writes[own]
-    table = SteeringTable(own, slots=slots, max_tokens=max_tokens)
-    if local:
-        # The model calls the LoRA wrapper, never the layer inside it: hook the wrapper.
-        module = model.get_submodule(name.removesuffix(".base_layer"))
-        module.add_module(TABLE, table)
-        module.register_forward_pre_hook(_steer)
-    return SteeredProjection(table, local, profile_writes, writes.norm(dim=1), final_norm, write_gain)
+    found = _find(model, profile, loaded)
+    projection, routed, count = found.projection, found.routed, len(profile.steerable)
+    before = [] if projection is None else projection.held(profile)
+    in_experts = [] if routed is None else routed.positions
+    last = [] if profile.null_direction is None else [count]
+    device = found.norms.final.gain.device
+    neurons = [*before, *in_experts, *last]
+    table = SteeringTable(len(neurons), slots=slots, max_tokens=max_tokens, device=device)
+    writes = torch.zeros(count, profile.model.d_model, device=device)
+    if projection is not None and before:
+        writes[before] = projection.writes[projection.units(profile)]
+        if found.gated is not None:
+            found.gated.steer(table)
+        else:
+            _steer_projection(model, projection, ProjectionEdit(table, 0, torch.tensor(projection.units(profile), device=device)))
+    edit = None
+    if routed is not None and in_experts:
+        writes[in_experts] = routed.rows.writes[:, : profile.model.d_model].float()
+        edit = routed.steer(table, len(before))
+    direction = None
+    if last:
+        direction = profile.columns[DIRECTION_COLUMN].float().to(device)
+        _steer_norm(found.norms.module, DirectionEdit(table, len(neurons) - 1, direction))
+    return SteeredProjection(table, neurons, writes, direction, found.norms, edit, found.known(profile), found.answers)
 
 
 def check_unchanged(model: nn.Module, profile: Profile, projection: SteeredProjection) -> None:
@@ -89,110 +95,78 @@ def check_unchanged(model: nn.Module, profile: Profile, projection: SteeredProje
         ProfileMismatchError: the last layer of `model` has other weights than when `projection` was attached to it.
         UnsupportedModelError: it has none that is understood.
     """
-    _, _, writes, _, final_norm, write_gain = _find(model, profile)
-    pairs = [
-        (writes[projection.table.neurons], projection.writes[projection.neurons]),
-        (writes.norm(dim=1), projection.norms),
-        (final_norm.gain, projection.final_norm.gain),
-    ]
-    if write_gain is not None and projection.write_gain is not None:
-        pairs.append((write_gain, projection.write_gain))
-    if not all(torch.equal(now, before) for now, before in pairs):
+    now = _find(model, profile, None)
+    same = all(torch.equal(one, before) for one, before in zip(now.known(profile), projection.known, strict=True))
+    if now.answers is not None and projection.answers is not None:
+        same &= answers_error(now.answers, projection.answers) <= SAME_ANSWERS[now.answers.dtype]
+    if not same:
         raise ProfileMismatchError(
             f"the profile is of {profile.model.id}; the weights that came later are nearly its own, but others"
         )
 
 
 class _Found(NamedTuple):
-    """A projection whose neurons write what those of the profile do."""
+    """The parts of a last layer that belong to the profile."""
 
-    name: str
-    layer: LinearBase
-    writes: Tensor
-    """``[local neurons, d_model]``."""
-    first: int
-    """Index of the first of its neurons."""
-    final_norm: NormParameters
-    write_gain: Tensor | None
+    projection: Projection | None
+    """None in a mixture without a shared expert, or without neurons to steer."""
+    gated: GatedNeurons | None
+    """The same neurons, if the projection is that of a shared expert with a gate."""
+    routed: RoutedNeurons | None
+    norms: Norms
+    answers: Tensor | None
+    """See `confsteer.runtimes.vllm.worker.experts.Experts.answers`."""
 
-
-def _find(model: nn.Module, profile: Profile) -> _Found:
-    identity = profile.model
-    candidates = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, LinearBase)
-        and (module.input_size, module.output_size) == (identity.n_neurons, identity.d_model)
-        and str(identity.layer) in name.split(".")
-    ]
-    if not candidates:
-        raise UnsupportedModelError(
-            f"vLLM's {type(model).__name__} has no linear layer from {identity.n_neurons:,} to {identity.d_model:,} in layer "
-            f"{identity.layer}: its last MLP may be a mixture of experts, or the profile is of another model"
-        )
-    config: Any = getattr(model, "config", PretrainedConfig())
-    text_config, errors = config.get_text_config(decoder=True), []
-    for name, layer in candidates:
-        final_norm, write_gain = _norms(model, name, profile)
-        writes = writes_of(layer)
-        first = layer.tp_rank * len(writes) if len(writes) < identity.n_neurons else 0
-        expected = profile.columns["norm"][first : first + len(writes)].to(writes.device)
-        seen = writes if write_gain is None else writes * write_gain
-        seen = seen * residual_multiplier(text_config, model.get_submodule(_layer(name, identity.layer)))
-        seen = seen - seen.mean(dim=1, keepdim=True) if final_norm.centred else seen
-        error = (seen.norm(dim=1) - expected).abs() / expected.clamp_min(1e-12)
-        plain = isinstance(layer.quant_method, UnquantizedLinearMethod)
-        if float(error.max()) <= NORM_TOLERANCE if plain else float(error.median()) <= QUANTISED_TOLERANCE:
-            return _Found(name, layer, writes, first, final_norm, write_gain)
-        errors.append(f"{name}: {float(error.median()):.1e}")
-    raise ProfileMismatchError(
-        f"the profile is of {identity.id}; the model that vLLM loaded has other weights (relative error of the norms of the "
-        f"median neuron's write in {', '.join(errors)}). Calibrate it: confsteer calibrate MODEL"
-    )
+    def known(self, profile: Profile) -> tuple[Tensor, ...]:
+        """Tensors that tell whether weights are still the same."""
+        known = [self.norms.final.gain, self.norms.write_gain]
+        if self.projection is not None:
+            writes = self.projection.writes
+            known += [writes[self.projection.units(profile)], writes.norm(dim=1)]
+        if self.gated is not None:
+            known += [self.gated.rows.gate, self.gated.rows.up]
+        return tuple(tensor for tensor in known if tensor is not None)
 
 
-def writes_of(layer: LinearBase) -> Tensor:
-    """Ask the layer what a unit of each of this rank's inputs adds to the output, float32 ``[inputs, outputs]``.
-
-    However the weights are quantised or packed, the layer can be asked.
+def _find(model: nn.Module, profile: Profile, loaded: Sequence[Loaded] | None) -> _Found:
     """
-    device, inputs = next(layer.parameters()).device, getattr(layer, "input_size_per_partition", layer.input_size)
-    answers = []
-    with torch.no_grad():
-        for first in range(0, inputs, UNITS_AT_ONCE):
-            count = min(UNITS_AT_ONCE, inputs - first)
-            units = torch.zeros(count, inputs, device=device, dtype=layer.params_dtype)
-            units[torch.arange(count), torch.arange(first, first + count)] = 1
-            answers.append(layer.quant_method.apply(layer, units, None).float())
-    return torch.cat(answers)
+    Args:
+        model: as vLLM has it.
+        profile: of this model.
+        loaded: see `attach`; None if the experts were found before, so that their answers are enough.
+    """
+    experts = profile.model.experts
+    if experts is None:
+        only = find_projection(model, profile)
+        return _Found(only, None, None, only.norms, None)
+    if not profile.steerable:
+        return _Found(None, None, None, check_direction(model, profile), None)
+    projection = find_projection(model, profile) if experts.shared else None
+    gated = None if projection is None else find_gated(model, projection, profile)
+    if loaded is None:
+        mixture = find_experts(model, profile)
+        return _Found(projection, gated, None, find_norms(model, mixture.name, profile), mixture.answers())
+    routed = find_routed(model, profile, loaded)
+    return _Found(projection, gated, routed, find_norms(model, routed.experts.name, profile), routed.answers)
 
 
-def _norms(model: nn.Module, projection: str, profile: Profile) -> tuple[NormParameters, Tensor | None]:
-    """The final norm of the language model that a projection is in, and the gain of a norm on the projection's output."""
-    layer = _layer(projection, profile.model.layer)
-    norms = dict(_norm_modules(model, profile.model.d_model))
-    final, parent = None, layer.rpartition(".")[0]
-    # The nearest above the layers: what sees or hears has norms of its own.
-    while final is None and parent:
-        parent = parent.rpartition(".")[0]
-        inside = (
-            norm for name, norm in norms.items() if name.startswith(parent and f"{parent}.") and not re.search(r"\.\d+\.", name)
-        )
-        final = next(reversed([*inside]), None)
-    if final is None:
-        raise UnsupportedModelError(f"vLLM's {type(model).__name__} has no final norm that confsteer finds")
-    write = next((norm for name, norm in norms.items() if name.startswith(f"{layer}.") and WRITE_NORM.search(name)), None)
-    gain = None if write is None else read_norm(write, profile.model.d_model).gain
-    return read_norm(final, profile.model.d_model), gain
+def _steer_projection(model: nn.Module, projection: Projection, edit: ProjectionEdit) -> None:
+    """Have the neurons before an output projection steered."""
+    if hasattr(projection.layer, "requires_unquantized_input"):
+        # Without this flag a fused activation may pass already-quantised inputs.
+        projection.layer.requires_unquantized_input = True
+    # The model calls the LoRA wrapper, never the layer inside it: hook the wrapper.
+    module = model.get_submodule(projection.name.removesuffix(".base_layer"))
+    module.add_module(MODULE, edit)
+    module.register_forward_pre_hook(_steer)
 
 
-def _layer(projection: str, layer: int) -> str:
-    """Name the layer that a projection is in."""
-    return f"{projection.partition(f'.{layer}.')[0]}.{layer}"
+def _steer_norm(norm: nn.Module, edit: DirectionEdit) -> None:
+    """Have a constant added to what goes into the final norm, with or without a residual that the norm adds."""
+    norm.add_module(MODULE, edit)
+    norm.register_forward_pre_hook(_steer)
 
 
-def _norm_modules(model: nn.Module, d_model: int) -> Iterator[tuple[str, nn.Module]]:
-    for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)  # OLMo's norms have none
-        if "norm" in type(module).__name__.lower() and (weight is None or weight.shape == (d_model,)):
-            yield name, module
+def _steer(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Before a module. Its input is ``[tokens, n]``, or ``[1, tokens, n]`` in vLLM's Transformers backend."""
+    return (module.get_submodule(MODULE)(args[0]), *args[1:])

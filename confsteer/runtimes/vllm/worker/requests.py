@@ -15,6 +15,7 @@ from confsteer.errors import ProfileMismatchError
 from confsteer.profile.profile import Profile
 from confsteer.runtimes.positions import Marker, Window, marker_of
 from confsteer.runtimes.vllm.arguments import CONFIG_KEY
+from confsteer.runtimes.vllm.edit import edit_of
 from confsteer.runtimes.vllm.spelling import spelling_of
 from confsteer.runtimes.vllm.weights import OTHER_WEIGHTS
 from confsteer.runtimes.vllm.worker.projection import SteeredProjection
@@ -27,7 +28,7 @@ NOT_STEERED = (0.0, 0.0)
 
 class _Edit(NamedTuple):
     edit: NDArray[np.float32]
-    """``[4, neurons]``: gain, bias, low and high."""
+    """``[4, columns]``: gain, bias, low and high; see `edit_of`."""
     positions: Positions
     marker: Marker | None
     """Looked for where steering begins after one; else None."""
@@ -173,7 +174,7 @@ class SteeredRequests:
     def _read(self, canonical: str) -> _Edit:
         steering = Steering.parse(canonical)
         marker = marker_of(steering.positions, self._spelling_of)
-        return _Edit(np.stack(self._profile.edit(steering)), steering.positions, marker)
+        return _Edit(edit_of(self._profile, steering), steering.positions, marker)
 
 
 def follow_loading(model: Any, requests: SteeredRequests) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from confsteer.errors import ProfileMismatchError, UnsupportedModelError
 from confsteer.profile.profile import Profile
 from confsteer.runtimes.vllm.settings import Settings
 from confsteer.runtimes.vllm.weights import OTHER_WEIGHTS, check_model
+from confsteer.runtimes.vllm.worker.experts import keeping_experts
 from confsteer.runtimes.vllm.worker.projection import SteeredProjection, attach, check_unchanged
 from confsteer.runtimes.vllm.worker.proof import PUSHES, ProofOutputs, prove
 from confsteer.runtimes.vllm.worker.requests import SteeredRequests, follow_loading, follow_runner
@@ -36,16 +37,17 @@ class SteeringWorker:
     _steered_requests: SteeredRequests
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        super().load_model(*args, **kwargs)  # type: ignore[misc]
         settings = Settings.of(self.vllm_config.additional_config)
         assert settings is not None and settings.slots is not None  # noqa: PT018
         self._profile = settings.load_profile()
+        with keeping_experts(self._profile) as loaded:
+            super().load_model(*args, **kwargs)  # type: ignore[misc]
         if not get_pp_group().is_last_rank:
             return  # the last layer is elsewhere
         # Padding may go beyond the largest step by less than the ranks that share it.
         max_tokens = self.model_runner.max_num_tokens + self.vllm_config.parallel_config.tensor_parallel_size
         model = self.model_runner.get_model()
-        self._projection = attach(model, self._profile, max_tokens=max_tokens, slots=settings.slots)
+        self._projection = attach(model, self._profile, max_tokens=max_tokens, slots=settings.slots, loaded=loaded)
         self._steered_requests = SteeredRequests(self._profile, self._projection, Slots(settings.slots), self.vllm_config)
         follow_runner(self.model_runner, self._steered_requests, self.weights_fit_profile, v2=self.use_v2_model_runner)
         follow_loading(model, self._steered_requests)
@@ -106,29 +108,60 @@ class SteeringWorker:
         Raises:
             UnsupportedModelError: it is not what steering should do.
         """
-        deviation = torch.tensor([neuron.std_activation for neuron in self._profile.steerable])
-        push = deviation.maximum(deviation.median())
-        push[1::2] *= -1
-        dtype = self.vllm_config.model_config.dtype
-        sizes = PUSHES[dtype]
-        one, zero, free = torch.ones_like(push), torch.zeros_like(push), torch.full_like(push, torch.inf)
-        errors = []
+        dtype, errors = self.vllm_config.model_config.dtype, []
         for decode in self._kinds_of_step():
-            step = functools.partial(self._dummy_step, decode)
-            outputs = ProofOutputs(
+            for push in self._pushes():
+                outputs = self._outputs(functools.partial(self._dummy_step, decode), push, PUSHES[dtype])
+                if self._projection is not None:
+                    write, write_gain = self._written(push)
+                    errors.append(prove(outputs, write, self._projection.norms.final, write_gain, dtype))
+        if errors and get_tp_group().is_first_rank:
+            logger.info("confsteer: %s; proved on every rank, relative error %.0e", start_up_line(self._profile), max(errors))
+
+    def _pushes(self) -> list[Tensor]:
+        """Say what to push one after the other, each in the order of `edit_of`: the neurons, and the null direction."""
+        profile, pushes = self._profile, []
+        constant = [] if profile.null_direction is None else [profile.null_direction.push]
+        if profile.steerable:
+            deviation = torch.tensor([neuron.std_activation for neuron in profile.steerable])
+            push = deviation.maximum(deviation.median())
+            push[1::2] *= -1
+            pushes.append(torch.cat([push, torch.zeros(len(constant))]))
+        if constant:
+            pushes.append(torch.tensor([0.0] * len(profile.steerable) + constant))
+        return pushes
+
+    def _outputs(self, step: Callable[..., Tensor], push: Tensor, sizes: Sequence[float]) -> ProofOutputs:
+        """Make the steps of a proof, with every neuron active on every token."""
+        one, zero, free = torch.ones_like(push), torch.zeros_like(push), torch.full_like(push, torch.inf)
+        # What is not pushed stays as it is.
+        none = push == 0
+        gain, low, high = torch.where(none, one, zero), torch.where(none, -free, push), torch.where(none, free, push)
+        routed = None if self._projection is None else self._projection.routed
+        if routed is not None:
+            routed.everywhere.fill_(True)
+        try:
+            return ProofOutputs(
                 neutral=step(one, zero, -free, free),
                 again=step(one, zero, -free, free),
                 pushed=tuple(step(one, size * push, -free, free) for size in sizes),
                 mixed=step(one, sizes[-1] * push, -free, free, every_other=True),
-                replaced=step(zero, push, -free, free),
-                clamped=step(one, zero, push, push),
+                replaced=step(gain, push, -free, free),
+                clamped=step(one, zero, low, high),
             )
-            if self._projection is not None:
-                # Each rank knows what its own neurons write.
-                write = get_tp_group().all_reduce(push.to(self._projection.writes.device) @ self._projection.writes)
-                errors.append(prove(outputs, write, self._projection.final_norm, self._projection.write_gain, dtype))
-        if errors and get_tp_group().is_first_rank:
-            logger.info("confsteer: %s; proved on every rank, relative error %.0e", start_up_line(self._profile), max(errors))
+        finally:
+            if routed is not None:
+                routed.everywhere.fill_(False)
+
+    def _written(self, push: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Compute what a push writes ``[d_model]``, on all ranks together, and the gain of a norm that it goes through."""
+        assert self._projection is not None
+        steered, count = self._projection, len(self._profile.steerable)
+        if steered.direction is not None and push[count:].any():
+            return steered.direction, None  # after such a norm
+        # Each rank knows what its own neurons write.
+        write: Tensor = get_tp_group().all_reduce(push[:count].to(steered.writes.device) @ steered.writes)
+        return write, steered.norms.write_gain
 
     def _kinds_of_step(self) -> list[bool]:
         """Whether to try steps that decode requests, where so many fit, and steps that read prompts: their graphs differ."""
@@ -142,7 +175,7 @@ class SteeringWorker:
 
         Args:
             decode: as a step that decodes requests, else as one that reads prompts.
-            gain: as the next three, of each of the profile's neurons.
+            gain: as the next three, of each column of `edit_of`.
             bias: see gain.
             low: see gain.
             high: see gain.

@@ -1,4 +1,4 @@
-"""The steerings of a step on the device, and the edit: what becomes part of the compiled graph."""
+"""The steerings of a step on the device: which token follows which, and what each asks of every neuron."""
 
 from __future__ import annotations
 
@@ -17,31 +17,29 @@ class SteeringTable(nn.Module):
     Shapes and addresses never change, only what the buffers hold.
     """
 
-    neurons: Tensor
-    """Columns of the activations that are edited, int64 ``[neurons]``."""
     edits: Tensor
-    """Gain, bias, low and high of each, per row of the table; float32 ``[4, rows, neurons]``."""
+    """Gain, bias, low and high of each neuron, per row of the table; float32 ``[4, rows, neurons]``."""
     rows: Tensor
     """Row of the table that each token of a step follows, int64 ``[tokens]``."""
 
-    def __init__(self, neurons: Tensor, *, slots: int, max_tokens: int) -> None:
+    def __init__(self, neurons: int, *, slots: int, max_tokens: int, device: torch.device) -> None:
         """
         Args:
-            neurons: see above; they say which device.
+            neurons: how many.
             slots: rows besides the neutral one.
             max_tokens: of a step.
+            device: of the model.
         """
         super().__init__()
-        edit = torch.tensor(NEUTRAL_EDIT, device=neurons.device)
-        self.register_buffer("neurons", neurons, persistent=False)
-        self.register_buffer("edits", edit[:, None, None].repeat(1, slots + 1, len(neurons)), persistent=False)
-        self.register_buffer("rows", torch.full((max_tokens,), NEUTRAL, device=neurons.device), persistent=False)
+        edit = torch.tensor(NEUTRAL_EDIT, device=device)
+        self.register_buffer("edits", edit[:, None, None].repeat(1, slots + 1, neurons), persistent=False)
+        self.register_buffer("rows", torch.full((max_tokens,), NEUTRAL, device=device), persistent=False)
 
-    def forward(self, activations: Tensor) -> Tensor:
-        """Activations ``[..., tokens, n]`` with those of the neurons steered, each token by its row."""
-        gain, bias, low, high = self.edits[:, self.rows.narrow(0, 0, activations.shape[-2])]
-        selected = activations.index_select(-1, self.neurons)
-        return activations.index_copy(-1, self.neurons, edited(selected, gain, bias, low, high))
+    def steer(self, activations: Tensor, first: int) -> Tensor:
+        """Activations ``[..., tokens, n]`` of the `n` neurons from `first` on, each token's by its row."""
+        rows = self.rows.narrow(0, 0, activations.shape[-2])
+        gain, bias, low, high = self.edits.narrow(2, first, activations.shape[-1])[:, rows]
+        return edited(activations, gain, bias, low, high)
 
     def write(self, slots: Sequence[int], edits: Tensor) -> None:
         """Put edits ``[4, slots, neurons]`` into rows of the table."""
