@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from confsteer.evaluation.metrics import BINS, width_bins, width_calibration_error
-from confsteer.last_layer.coordinates import Coordinates
+from confsteer.last_layer.cores import on_all_cores
 from confsteer.last_layer.intervention import Intervention
 from confsteer.last_layer.sample import SampledLogits
 from confsteer.last_layer.scores import TokenScores
@@ -163,7 +163,7 @@ def _value_and_gradient(build: Build, at: Tensor, texts: Sequence[TextStates], o
 
 
 def sum_and_gradient(
-    build: Build, at: Tensor, text: TextStates, per_token: Callable[[SampledLogits], Tensor]
+    build: Build, at: Tensor, text: TextStates, per_token: Callable[[SampledLogits, slice], Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Add up a loss over the tokens of a text, on its sample of the vocabulary, and differentiate by the parameters.
 
@@ -171,33 +171,35 @@ def sum_and_gradient(
         build: see `fit`.
         at: parameters, ``[n]``.
         text: to read.
-        per_token: from logits of a few tokens, in order, to the loss of each.
+        per_token: from logits of a few tokens, and which they are, to the loss of each.
     """
-    parameters, value = at.clone().requires_grad_(), torch.zeros(())
+    parameters = at.clone().requires_grad_()
     with torch.enable_grad():
         coordinates = text.coordinates(build(parameters))
-        # Cut the graph where it is narrowest: a few coordinates stand for all of a token's logits.
-        cut = Coordinates._make(None if field is None else _leaf(field) for field in coordinates)
-        for part in text.sampled(cut):
-            loss = per_token(part).sum()
-            loss.backward()
-            value = value + loss.detach().cpu()
-        moved = [
-            (field, leaf.grad) for field, leaf in zip(coordinates, cut, strict=True) if leaf is not None and leaf.requires_grad
-        ]
-        fields, slopes = zip(*moved, strict=True)
-        (slope,) = torch.autograd.grad(fields, parameters, slopes)
-    return value, slope
+    moved = {name: field for name, field in coordinates._asdict().items() if field is not None and field.requires_grad}
+    slopes = {name: torch.empty_like(field) for name, field in moved.items()}
+    blocks = text.sampled_blocks()
+    values = torch.zeros(len(blocks))
+
+    # Cut the graph where it is narrowest: a few coordinates stand for all of a token's logits.
+    def differentiate(number: int) -> None:
+        rows = blocks[number]
+        with torch.enable_grad():
+            leaves = {name: field[rows].detach().requires_grad_() for name, field in moved.items()}
+            loss = per_token(text.sampled_at(rows, coordinates.at(rows)._replace(**leaves)), rows).sum()
+            for name, slope in zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True):
+                slopes[name][rows] = slope
+        values[number] = loss.detach()
+
+    on_all_cores(differentiate, range(len(blocks)), coordinates.cooling.device)
+    (slope,) = torch.autograd.grad(list(moved.values()), parameters, list(slopes.values()))
+    return values.sum(), slope
 
 
-def _leaf(field: Tensor) -> Tensor:
-    return field.detach().requires_grad_(field.requires_grad)
-
-
-def _token_loss(objective: Objective, build: Build, at: Tensor, text: TextStates) -> Callable[[SampledLogits], Tensor]:
+def _token_loss(objective: Objective, build: Build, at: Tensor, text: TextStates) -> Callable[[SampledLogits, slice], Tensor]:
     """Choose the loss of each token, from its logits."""
     if objective == "nll":
-        return lambda part: part.log_sum - part.of_target
+        return lambda part, rows: part.log_sum - part.of_target
 
     def gap(part: SampledLogits) -> tuple[Tensor, Tensor]:
         top, prediction = part.likeliest()
@@ -206,7 +208,7 @@ def _token_loss(objective: Objective, build: Build, at: Tensor, text: TextStates
         return confidence, confidence - correct.float()
 
     if objective == "brier":
-        return lambda part: gap(part)[1].square()
+        return lambda part, rows: gap(part)[1].square()
     # Σ_b (n_b/n) gap_b² has in each token the slope of 2 gap_b · confidence, and Σ_b n_b/n · gap_b · (confidence − correct)
     # is its value.
     scores = text.sampled_scores(build(at))
@@ -215,7 +217,7 @@ def _token_loss(objective: Objective, build: Build, at: Tensor, text: TextStates
     gaps = torch.bincount(bins, weights=scores.confidence.double() - scores.correct.double(), minlength=BINS)
     mean_gap = (gaps / numbers.clamp_min(1)).float()
 
-    def squared_gap(part: SampledLogits) -> Tensor:
+    def squared_gap(part: SampledLogits, rows: slice) -> Tensor:
         confidence, difference = gap(part)
         its_gap = mean_gap.to(confidence.device)[width_bins(confidence.detach().clamp_max(1))]
         return its_gap * (2 * difference - difference.detach())

@@ -383,13 +383,13 @@ class FullOutputs(NamedTuple):
             yield cls(state, x, y, y.argmax(dim=-1), part.targets), rows
 
 
-def products(directions: Tensor, unembedding: Tensor) -> Tensor:
-    """``W_U directions``, ``[K, tokens, vocab]``, of directions ``[K, tokens, d_model]``."""
+def products(directions: Tensor, unembedding: Tensor, out: Tensor | None = None) -> Tensor:
+    """``W_U directions``, ``[K, tokens, vocab]``, of directions ``[K, tokens, d_model]``; in `out` if that is given."""
     if directions.device.type != "cpu":
-        return directions @ unembedding.T
+        return torch.matmul(directions, unembedding.T, out=out)
     # A processor's library is up to half as fast again where the other matrix stays in the cache.
-    result = directions.new_empty(*directions.shape[:-1], len(unembedding))
-    rows, of_rows = directions.flatten(0, 1), result.flatten(0, 1)
+    result = directions.new_empty(*directions.shape[:-1], len(unembedding)) if out is None else out
+    rows, of_rows = directions.flatten(0, 1), result.view(-1, len(unembedding))
 
     def multiply(first: int) -> None:
         columns = slice(first, first + CACHED_ROWS)

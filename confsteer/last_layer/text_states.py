@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from confsteer.last_layer.coordinates import Coordinates, Geometry, Plan, Writes
+from confsteer.last_layer.cores import on_all_cores
 from confsteer.last_layer.edit import change_of
 from confsteer.last_layer.intervention import Intervention
-from confsteer.last_layer.readout import WORKING_SET, Readout
+from confsteer.last_layer.readout import WORKING_SET, Readout, products
 from confsteer.last_layer.sample import SampledLogits, VocabularySample
 from confsteer.last_layer.scores import Predictions, TokenScores
 from confsteer.last_layer.states import TokenStates
@@ -125,57 +126,74 @@ class TextStates:
         drawn = VocabularySample.empty(self.tokens, self.readout) if sample else None
         neutral = Plan(self.readout, self.writes, self.coordinates(Intervention.neutral(self.readout.n_neurons)))
         start = torch.rand(self.tokens, generator=torch.Generator().manual_seed(0)).to(device)
-        for rows, x in self._own_logits():
+
+        def score(block: tuple[slice, Tensor]) -> None:
+            rows, x = block
             targets = self.states.targets[rows]
             for plan, predictions in zip(plans, found, strict=True):
                 predictions.fill(rows, plan.logits(rows, x), targets)
             if drawn is not None:
                 drawn.draw(rows, x, neutral.logits(rows, x), targets, start[rows])
-            on_tokens(len(targets))
+
+        for blocks in self._own_logits():
+            on_all_cores(score, blocks, device)
+            on_tokens(sum(x.shape[1] for _, x in blocks))
         if drawn is not None:
             self._sample = drawn
         return found
 
-    def _own_logits(self) -> Iterator[tuple[slice, Tensor]]:
-        """A few tokens at a time, and the logits along their own directions, ``[K, rows, vocab]``, valid until the next."""
+    def _own_logits(self) -> Iterator[list[tuple[slice, Tensor]]]:
+        """Blocks of tokens with the logits along their own directions, ``[K, rows, vocab]``, valid until the next blocks."""
         readout, unembedding = self.readout, self.readout.unembedding
         at_once = max(MIN_ROWS, WORKING_SET // readout.vocab_size)
-        # What is done to logits elsewhere is done near the cores.
-        few = at_once if unembedding.device.type != "cpu" else max(1, NEAR_SET // readout.vocab_size) * torch.get_num_threads()
+        # What is done to logits elsewhere is done near a core.
+        few = at_once if unembedding.device.type != "cpu" else max(1, NEAR_SET // readout.vocab_size)
         own = 1 if readout.write_norm is None else 2
         x = torch.empty(own, min(at_once, self.tokens), readout.vocab_size, device=unembedding.device)
         for begin in range(0, self.tokens, at_once):
             part = self.states.at(slice(begin, begin + at_once))
             directions = readout.state(part.residual, part.mlp_output).directions
             number = directions.shape[1]
-            for k in range(own):
-                torch.mm(directions[k], unembedding.T, out=x[k, :number])
-            for row in range(0, number, few):
-                end = min(row + few, number)
-                yield slice(begin + row, begin + end), x[:, row:end]
+            here = products(directions, unembedding, out=x if number == x.shape[1] else None)
+            ends = [*range(few, number, few), number]
+            yield [(slice(begin + row, begin + end), here[:, row:end]) for row, end in zip([0, *ends], ends, strict=False)]
 
     def scores(self, intervention: Intervention) -> TokenScores:
         """Score the prediction of each token."""
         return self.predict([self.coordinates(intervention)])[0].scores
 
+    def sampled_blocks(self) -> list[slice]:
+        """Tokens whose logits on the sample are best worked on at once."""
+        sample = self.sample
+        at_once = SAMPLED_SET if sample.ids.device.type == "cpu" else LAUNCHED_SAMPLED_SET
+        few = max(1, at_once // sample.ids.shape[1])
+        return [slice(start, start + few) for start in range(0, self.tokens, few)]
+
+    def sampled_at(self, rows: slice, coordinates: Coordinates) -> SampledLogits:
+        """Logits on the sample after an intervention, by whose coordinates at these tokens they can be differentiated."""
+        return self.sample.at(rows).logits(self.readout, self.writes, coordinates)
+
     def sampled(self, coordinates: Coordinates) -> Iterator[SampledLogits]:
-        """Logits on the sample after an intervention, a few tokens at a time; coordinates can be differentiated by.
+        """Logits on the sample after an intervention, a few tokens at a time.
 
         Args:
             coordinates: of the intervention at all tokens.
         """
-        sample = self.sample
-        at_once = SAMPLED_SET if sample.ids.device.type == "cpu" else LAUNCHED_SAMPLED_SET
-        few = max(1, at_once // sample.ids.shape[1])
-        for start in range(0, self.tokens, few):
-            rows = slice(start, start + few)
-            yield sample.at(rows).logits(self.readout, self.writes, coordinates.at(rows))
+        for rows in self.sampled_blocks():
+            yield self.sampled_at(rows, coordinates.at(rows))
 
     @torch.no_grad()
     def sampled_scores(self, intervention: Intervention) -> TokenScores:
         """Score the prediction of each token on the sample, near enough for a search."""
-        parts = [part.scores for part in self.sampled(self.coordinates(intervention))]
-        return TokenScores(*(field.cpu() for field in TokenScores.join(parts)))
+        coordinates, blocks = self.coordinates(intervention), self.sampled_blocks()
+        parts: dict[int, TokenScores] = {}
+
+        def score(number: int) -> None:
+            rows = blocks[number]
+            parts[number] = self.sampled_at(rows, coordinates.at(rows)).scores
+
+        on_all_cores(score, range(len(blocks)), coordinates.cooling.device)
+        return TokenScores(*(field.cpu() for field in TokenScores.join([parts[number] for number in range(len(blocks))])))
 
     def logits(self, intervention: Intervention) -> Tensor:
         """Logits ``[tokens, vocab]`` after an intervention, of a text of few tokens: the definition of all the rest."""

@@ -223,13 +223,9 @@ def answer_loss_and_gradient(sample: ChoiceSample, ways: NeuronParameters | Dial
     surplus = (score.softmax(dim=-1) - right) / len(sample.questions)
     of_choice = surplus[sample.inside] / heat
     weight = -of_choice[sample.reading.states.window.cpu()].float()
-    done = 0
 
-    def per_token(part: SampledLogits) -> Tensor:
-        nonlocal done
-        its = weight[done : done + len(part.ids)].to(part.logits.device)
-        done += len(part.ids)
-        return its * (part.log_sum - part.of_target)
+    def per_token(part: SampledLogits, rows: slice) -> Tensor:
+        return weight[rows].to(part.logits.device) * (part.log_sum - part.of_target)
 
     _, gradient = sum_and_gradient(ways.intervention, at, sample.reading, per_token)
     # The slope by log T, where T = exp(log T) divides all scores.
