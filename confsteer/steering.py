@@ -68,7 +68,10 @@ class After(BaseModel):
     @classmethod
     def _read_ids(cls, value: Any) -> Any:
         """JSON has no tuples."""
-        return tuple(value) if isinstance(value, list) else value
+        marker = tuple(value) if isinstance(value, list) else value
+        if not isinstance(marker, str) and not (isinstance(marker, tuple) and all(type(token) is int for token in marker)):
+            raise ValueError("a marker is text, or a list of token ids")
+        return marker
 
     @field_validator("after")
     @classmethod
