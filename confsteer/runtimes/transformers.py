@@ -77,7 +77,7 @@ class Steerer:
         if len(steerings) != len(self.steerings) or steerings[0].positions != self.positions:
             raise SteeringError(
                 f"update() keeps the number of steerings and their positions: {len(self.steerings)}, '{self.positions}'; "
-                f"given {len(steerings)}, '{steerings[0].positions}'. Open another context"
+                f"given {len(steerings)}, '{steerings[0].positions}'. Give as many and the same, or open another context"
             )
         table, constant = self._build(steerings), self._build_constant(steerings)
         self._table.copy_(table)

@@ -132,9 +132,11 @@ def test_a_pass_that_generates_nothing_is_refused() -> None:
         found.model.generate(IDS, max_new_tokens=1, pad_token_id=0)
         with pytest.raises(SteeringError, match="this pass is none that it has prepared"):
             found.model(input_ids=IDS[:, :1])
+        with pytest.raises(SteeringError, match="this pass is none that it has prepared"):
+            found.model.generate(IDS, max_new_tokens=1, pad_token_id=0, guidance_scale=1.5)
         with pytest.raises(SteeringError, match="continuous batching packs"):
             found.model.generate_batch([[1, 2, 3]])
-        with pytest.raises(SteeringError, match=r"given 1, 'first:3'\. Open another context"):
+        with pytest.raises(SteeringError, match=r"given 1, 'first:3'\. Give as many and the same, or open"):
             steerer.update({**steering, "positions": {"first": 3}})
     assert "generate" not in vars(found.model)
     assert "prepare_inputs_for_generation" not in vars(found.model)
