@@ -68,7 +68,10 @@ class After(BaseModel):
     @classmethod
     def _read_ids(cls, value: Any) -> Any:
         """JSON has no tuples."""
-        return tuple(value) if isinstance(value, list) else value
+        marker = tuple(value) if isinstance(value, list) else value
+        if not isinstance(marker, str) and not (isinstance(marker, tuple) and all(type(token) is int for token in marker)):
+            raise ValueError("a marker is text, or a list of token ids")
+        return marker
 
     @field_validator("after")
     @classmethod
@@ -150,9 +153,9 @@ class Steering(BaseModel):
       the one that completes it. What follows the marker within that token was chosen with it, unsteered.
 
     A marker is looked for in what this request generates, never in its prompt, and once found it stays found. Text is compared
-    with the text of the tokens, special ones included, byte by byte: however the model spells it, and also if it begins or ends
-    within a token. Capitals, spaces and accents count. Token ids are compared with the ids themselves: the same text in other
-    tokens is not the marker.
+    with the text of the tokens, byte by byte, special tokens included. So it is found however the model spells it, also if it
+    begins or ends within a token. Capitals, spaces and accents count. Token ids are compared with the ids themselves: the same
+    text in other tokens is not the marker.
     """
     preset: PresetName | None = None
     """A steering stored in the profile, by its name; what is given beside it takes the place of its fields."""

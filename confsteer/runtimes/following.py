@@ -30,7 +30,7 @@ class Following:
     def __init__(self, positions: Positions, marker: Marker | None) -> None:
         self._positions, self._marker = positions, marker
         self._prompt: int | None = None
-        """Columns of the prompt in the call under way; None outside of one."""
+        """Columns of the prompt in the call under way; None until it has begun to generate."""
         self._chunked = 0
         """Columns of the prompt that were read in chunks."""
         self._rows: list[tuple[list[int], Window]] = []
@@ -61,17 +61,24 @@ class Following:
         """Follow the calls of ``model.generate`` within the context."""
         whole: Any = model
         generate, prepare = whole.generate, whole.prepare_inputs_for_generation
+        prepare_length = whole._prepare_generated_length
 
         @functools.wraps(generate)
-        def followed(inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        def followed(*args: Any, **kwargs: Any) -> Any:
             # An assistant may be the same model, and is called within the call that it assists.
             before = self._prompt, self._chunked, self._rows
-            self._prompt, self._chunked, self._rows = _prompt_columns(inputs, kwargs), 0, []
+            self._prompt = None
             try:
-                return generate(inputs, *args, **kwargs)
+                return generate(*args, **kwargs)
             finally:
                 self._prompt, self._chunked, self._rows = before
                 self._marked = None
+
+        @functools.wraps(prepare_length)
+        def measured(*args: Any, input_ids_length: int, **kwargs: Any) -> Any:
+            # A model's own generate() may begin transformers' with other ids than it was given, or with embeddings.
+            self._prompt, self._chunked, self._rows = input_ids_length, 0, []
+            return prepare_length(*args, input_ids_length=input_ids_length, **kwargs)
 
         @functools.wraps(prepare)
         def prepared(input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -82,7 +89,11 @@ class Following:
                 self._marked = self._mark(input_ids, given.shape[1], self._prompt)
             return model_inputs
 
-        with replaced(model, "generate", followed), replaced(model, "prepare_inputs_for_generation", prepared):
+        with (
+            replaced(model, "generate", followed),
+            replaced(model, "_prepare_generated_length", measured),
+            replaced(model, "prepare_inputs_for_generation", prepared),
+        ):
             yield
 
     def _mark(self, ids: Tensor, length: int, prompt: int) -> Tensor:
@@ -111,12 +122,3 @@ class Following:
         window.read(tokens[len(known) :], at=len(known))
         self._rows[row] = tokens, window
         return window.span
-
-
-def _prompt_columns(inputs: Tensor | None, given: dict[str, Any]) -> int:
-    """Columns of the token ids that ``generate()`` begins with."""
-    ids = given.get("input_ids") if inputs is None else inputs
-    if isinstance(ids, Tensor):
-        return ids.shape[1]
-    # Embeddings have no ids, and where nothing is given, generate() puts the token that begins a text.
-    return 0 if given.get("inputs_embeds") is not None else 1

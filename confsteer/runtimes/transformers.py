@@ -77,7 +77,7 @@ class Steerer:
         if len(steerings) != len(self.steerings) or steerings[0].positions != self.positions:
             raise SteeringError(
                 f"update() keeps the number of steerings and their positions: {len(self.steerings)}, '{self.positions}'; "
-                f"given {len(steerings)}, '{steerings[0].positions}'. Open another context"
+                f"given {len(steerings)}, '{steerings[0].positions}'. Give as many and the same, or open another context"
             )
         table, constant = self._build(steerings), self._build_constant(steerings)
         self._table.copy_(table)
@@ -211,9 +211,9 @@ def steer(
     steered while the context is open, and no longer when it is left; with a steering per row, or other ``positions`` than
     all, one thread at a time may run it. A forked process has a steered model of its own.
 
-    Windows of generated tokens, ``positions={"first": N}`` and ``{"after": MARKER}``, are for ``generate()``: any way of it that
-    prepares its passes as transformers' own do, greedy, sampling, beams, assistants and caches that go on. Its tokens count from
-    the call on. Other passes are refused.
+    Windows of generated tokens, ``positions={"first": N}`` and ``{"after": MARKER}``, are for ``generate()``. Any way of it that
+    prepares its passes as transformers' own do can be used: greedy, sampling, beams, assistants and caches that go on. Its tokens
+    count from the call on. Other passes are refused.
 
     Args:
         model: a transformers causal language model, PEFT-wrapped or compiled too. Code that was compiled before is compiled

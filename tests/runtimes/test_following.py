@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import CompileConfig, DynamicCache
+from transformers import CompileConfig, DynamicCache, LlamaForCausalLM
 
 import confsteer
 from confsteer import Steering, SteeringError, demo
@@ -96,6 +96,23 @@ def test_embeddings_in_place_of_a_prompt_and_a_cache_that_goes_on() -> None:
         assert torch.equal(again, generate(model, before, 3, STRONG if "first" in steering["positions"] else None))
 
 
+def test_a_generate_of_the_model_s_own_may_begin_with_another_prompt() -> None:
+    """As LLaVA's does, which makes embeddings of images and ids."""
+
+    def embeds(self: Any, ids: Tensor, **how: Any) -> Any:
+        return LlamaForCausalLM.generate(self, inputs_embeds=self.get_input_embeddings()(ids), **how)
+
+    def repeats(self: Any, ids: Tensor, **how: Any) -> Any:
+        return LlamaForCausalLM.generate(self, ids.repeat(1, 3), **how)
+
+    model, width = own_model("llama"), PROMPT.shape[1]
+    for steering, expected in windows("llama"):
+        model.__class__ = type("Embedding", (LlamaForCausalLM,), {"generate": embeds})
+        assert torch.equal(generate(model, PROMPT, NEW, steering)[0], expected[0, width:])
+        model.__class__ = type("Repeating", (LlamaForCausalLM,), {"generate": repeats})
+        assert torch.equal(generate(model, IDS[:1], NEW, steering), expected)
+
+
 def test_every_row_and_every_beam_goes_by_its_own_tokens() -> None:
     """The rows of `test_generation_fuzz` have one marker each at most; here it comes in one of the rows alone."""
     found = planted("gpt2")
@@ -115,9 +132,11 @@ def test_a_pass_that_generates_nothing_is_refused() -> None:
         found.model.generate(IDS, max_new_tokens=1, pad_token_id=0)
         with pytest.raises(SteeringError, match="this pass is none that it has prepared"):
             found.model(input_ids=IDS[:, :1])
+        with pytest.raises(SteeringError, match="this pass is none that it has prepared"):
+            found.model.generate(IDS, max_new_tokens=1, pad_token_id=0, guidance_scale=1.5)
         with pytest.raises(SteeringError, match="continuous batching packs"):
             found.model.generate_batch([[1, 2, 3]])
-        with pytest.raises(SteeringError, match=r"given 1, 'first:3'\. Open another context"):
+        with pytest.raises(SteeringError, match=r"given 1, 'first:3'\. Give as many and the same, or open"):
             steerer.update({**steering, "positions": {"first": 3}})
     assert "generate" not in vars(found.model)
     assert "prepare_inputs_for_generation" not in vars(found.model)
