@@ -25,6 +25,7 @@ from confsteer.cli.options import (
     model_options,
     revision_option,
     trust_option,
+    wide_option,
     windowed_text_options,
     write_picture,
 )
@@ -288,12 +289,13 @@ def scan(model: str | None, out: Path | None, plot: Path | None, name: str | Non
 )
 @click.option("--response", type=PICTURE_FILE, metavar="FILE.png", help="Draw what the dials do.")
 @click.option("--near", is_flag=True, help="List the neurons that lack one thing only to be reported, and what they lack.")
-def show(profile: str, plot: Path | None, response: Path | None, near: bool) -> None:
+@wide_option
+def show(profile: str, plot: Path | None, response: Path | None, near: bool, wide: bool) -> None:
     """Print what PROFILE holds, or draw it."""
-    loaded = confsteer.Profile.load(profile)
-    tables.print_profile(tables.console(), loaded)
+    loaded, console = confsteer.Profile.load(profile), tables.console(wide=wide)
+    tables.print_profile(console, loaded)
     if near:
-        tables.print_near_misses(tables.console(), loaded)
+        tables.print_near_misses(console, loaded)
     if plot or response:
         from confsteer.report.plots import plot_neurons, plot_response
 
