@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import confsteer
-from confsteer import defaults
+from confsteer import bars, defaults
 from confsteer.cli.options import (
     EXIT_NO_NEURONS,
     NO_TEXT,
@@ -141,6 +141,7 @@ def calibrate(
             return
         profile.save(folder)
     except (KeyboardInterrupt, ProfileError):
+        bars.stop()
         if checkpoint.exists():
             click.echo(f"What was measured is kept: the same command with --resume goes on from {checkpoint}.", err=True)
         raise

@@ -12,6 +12,7 @@ import click
 from click.core import ParameterSource
 
 import confsteer
+from confsteer import bars
 from confsteer.cli.options import (
     EXIT_INTERRUPTED,
     NO_TEXT,
@@ -188,6 +189,7 @@ def evaluate(
         if stage is None:
             raise
         interrupted = True
+        bars.stop()
         click.echo("Interrupted: what follows is of the files that were done.", err=True)
     assert stage is not None
     console = output.console()

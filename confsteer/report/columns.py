@@ -207,7 +207,8 @@ class TableConsole(Console):
             markdown: whether to print tables as Markdown; all else then goes to stderr.
             **how: as in `rich.console.Console`.
         """
-        super().__init__(stderr=markdown, **how)
+        # Colour is for differences, not for every number in a sentence.
+        super().__init__(stderr=markdown, highlight=False, **how)
         self.wide, self.markdown = wide, markdown
 
     def table(self, table: Table[Any]) -> None:
