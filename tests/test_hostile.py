@@ -324,7 +324,7 @@ def test_a_profiles_strings_are_only_ever_text(tmp_path: Path, nasty: str) -> No
     profile = named(nasty)
     assert Profile.load(profile.save(tmp_path / "p")) == profile
     shown = io.StringIO()
-    print_profile(TableConsole(file=shown, width=1000, force_terminal=True, highlight=False), profile)
+    print_profile(TableConsole(file=shown, width=1000, force_terminal=True), profile)
     plain = "".join(letter if letter.isprintable() else "�" for letter in nasty)
     assert not plain or shown.getvalue().partition("\x1b[0m")[0] == "\x1b[1m" + plain
     assert "\x1b]" not in shown.getvalue()

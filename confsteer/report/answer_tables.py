@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from confsteer.report.columns import Column, Table, TableConsole
+from confsteer.report.columns import MAX_WIDE_NAME, Column, Table, TableConsole, shortened
 from confsteer.report.tables import compared_columns, compared_sections, escape, text_columns
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def print_groups(console: TableConsole, compared: ChoiceComparison) -> None:
             f"{METRICS[name].heading}{way}",
             lambda group: group.metrics[i].get(name),
             ".3f",
-            wide=i in steerings[1:],
+            wide=i in steerings and (name == "accuracy" or i != steerings[0]),
         )
 
     columns: tuple[Column[AnswerGroup], ...] = (
@@ -132,7 +132,9 @@ def print_groups(console: TableConsole, compared: ChoiceComparison) -> None:
     )
     console.table(Table(f"{compared.title} by {grouped.by}", columns, [grouped.groups, [_mean(compared), everything]]))
     shown = steerings if console.wide else steerings[:1]
-    said = "; ".join(f"\\[{number}] {escape(compared.rows[i].name)}" for number, i in enumerate(shown, start=1))
+    said = "; ".join(
+        f"\\[{number}] {escape(shortened(compared.rows[i].name, MAX_WIDE_NAME))}" for number, i in enumerate(shown, start=1)
+    )
     console.print(
         f"{said}{'. ' if said else ''}The ECE of few questions is mostly noise, and so is the mean of such: read it with its "
         "interval."

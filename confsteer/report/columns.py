@@ -24,7 +24,7 @@ Row = TypeVar("Row")
 WIDTH = 100
 """Characters of a line where output goes to a pipe or a file, which have no width of their own."""
 MIN_NAME, MAX_NAME, MAX_WIDE_NAME = 16, 40, 200
-"""Characters of a row's name: a steering that sets every neuron has thousands."""
+"""Characters of a row's name, at least, at most, and in lines of any length: a steering of every neuron has thousands."""
 GAP = 2
 """Spaces between columns."""
 MARK = "*"
@@ -111,13 +111,13 @@ class Column(Generic[Row]):
 
     def aligned(self, rows: Sequence[Row]) -> list[str]:
         """Write the heading and the cells for people: text to the left, digits below digits, marks hanging over."""
-        cells, marks = [self.show(row) for row in rows], [self.mark(row) for row in rows]
-        if self.form:
-            hang = max(map(len, marks))
-            width = max(cell_len(self.heading), *(cell_len(cell) + hang for cell in cells))
-            cells = [" " * (width - hang - cell_len(cell)) + cell for cell in cells]
-            return [" " * (width - cell_len(self.heading)) + self.heading, *map("".join, zip(cells, marks, strict=True))]
-        return [self.heading, *cells]
+        heading, cells, marks = one_safe_line(self.heading), [self.show(row) for row in rows], [self.mark(row) for row in rows]
+        if not self.form:
+            return [heading, *cells]
+        hang = max(map(len, marks))
+        width = max(cell_len(heading), *(cell_len(cell) + hang for cell in cells))
+        padded = [" " * (width - hang - cell_len(cell)) + cell + mark for cell, mark in zip(cells, marks, strict=True)]
+        return [" " * (width - cell_len(heading)) + heading, *padded]
 
 
 @dataclass(frozen=True)
@@ -140,21 +140,22 @@ class Table(Generic[Row]):
         rows = self.rows
         return [one for one in self.columns if (wide or not one.wide) and any(one.read(row) is not None for row in rows)]
 
-    def lines(self, wide: bool, width: int = WIDTH) -> list[tuple[str, ...]]:
+    def lines(self, wide: bool, width: int | None = None) -> list[tuple[str, ...]]:
         """Write headings, then rows, for people.
 
         Args:
-            wide: whether to write all columns and whole names.
-            width: characters of a line, which names are shortened for otherwise.
+            wide: whether to write all columns.
+            width: characters of a line, which names are shortened for; None if it may take as long as it does.
         """
         names, *others = (column.aligned(self.rows) for column in self.shown(wide))
-        room = width - sum(GAP + max(map(cell_len, cells)) for cells in others)
-        most = MAX_WIDE_NAME if wide else min(MAX_NAME, max(MIN_NAME, room))
+        most = MAX_WIDE_NAME
+        if width is not None:
+            most = min(MAX_NAME, max(MIN_NAME, width - sum(GAP + max(map(cell_len, cells)) for cells in others)))
         return list(zip([shortened(name, most) for name in names], *others, strict=True))
 
     def drawn(self, wide: bool, width: int) -> rich_table.Table:
         """Draw it for a terminal of so many characters a line, without its title."""
-        headings, *lines = self.lines(wide, width)
+        headings, *lines = self.lines(wide, None if wide else width)
         drawn = rich_table.Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, GAP - 1, 0, 0))
         for heading in headings:
             # Fold what does not fit into a narrower terminal: no digit is lost.

@@ -141,7 +141,7 @@ def test_tables_fit_a_hundred_characters_and_fold_and_cut_nothing_but_names(show
     assert console.tables
     printed = set(map(words, console.text.splitlines()))
     for table in console.tables:
-        headings, *lines = table.lines(wide=False)
+        headings, *lines = table.lines(wide=False, width=WIDTH)
         assert "…" not in "".join(headings)
         assert sum(GAP + max(map(cell_len, cells)) for cells in zip(headings, *lines, strict=True)) - GAP <= WIDTH
         assert "…" not in "".join(cell for line in lines for cell in line[1:])
