@@ -155,10 +155,13 @@ class Table(Generic[Row]):
 
     def drawn(self, wide: bool, width: int) -> rich_table.Table:
         """Draw it for a terminal of so many characters a line, without its title."""
-        headings, *lines = self.lines(wide, None if wide else width)
+        lines = self.lines(wide, None if wide else width)
+        if not wide and sum(GAP + max(map(cell_len, cells)) for cells in zip(*lines, strict=True)) - GAP > width:
+            # Fold what does not fit into a narrower terminal, at spaces between words: no digit is lost.
+            lines = [tuple(map(str.strip, line)) for line in lines]
+        headings, *lines = lines
         drawn = rich_table.Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, GAP - 1, 0, 0))
         for heading in headings:
-            # Fold what does not fit into a narrower terminal: no digit is lost.
             drawn.add_column(Text(heading), overflow="fold")
         ends = set(accumulate(map(len, self.sections)))
         for number, (row, line) in enumerate(zip(self.rows, lines, strict=True), start=1):

@@ -78,8 +78,8 @@ def read() -> Evaluation:
 class Kept(TableConsole):
     """A console that keeps the tables it is given, and what is printed."""
 
-    def __init__(self, **how: Any) -> None:
-        super().__init__(file=io.StringIO(), width=WIDTH, **how)
+    def __init__(self, width: int = WIDTH, **how: Any) -> None:
+        super().__init__(file=io.StringIO(), width=width, **how)
         self.tables: list[Table[Any]] = []
 
     def table(self, table: Table[Any]) -> None:
@@ -147,6 +147,15 @@ def test_tables_fit_a_hundred_characters_and_fold_and_cut_nothing_but_names(show
         assert "…" not in "".join(cell for line in lines for cell in line[1:])
         # Every row is a line of what is printed.
         assert {words(" ".join(line)) for line in (headings, *lines)} <= printed
+
+
+@pytest.mark.parametrize("show", PRINTERS)
+def test_a_narrow_terminal_loses_no_number(show: Callable[[TableConsole], None]) -> None:
+    console = Kept(width=80)
+    show(console)
+    shown = set(console.text.split())
+    for table in console.tables:
+        assert {word for line in table.lines(wide=False)[1:] for cell in line[1:] for word in cell.split()} <= shown
 
 
 @pytest.mark.parametrize("show", PRINTERS)
