@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import csv
+import io
 import json
 import re
 import sys
@@ -328,12 +330,16 @@ def test_a_study_of_a_model_without_entropy_neurons_is_a_sentence(folder: Path, 
 def test_eval_sweeps_over_several_texts(folder: Path, tmp_path: Path) -> None:
     texts = ("--text", folder / "text.txt", "--text", folder / "other.txt")
     where = ("eval", folder / "model", "-p", folder / "profile", *texts, "--window", 64, "--tokens", 500)
-    result = run(*where, "--sweep", "entropy=-0.2:0.2:3", "-s", "scale.5=0", "--json", tmp_path / "e.json")
+    result = run(*where, "--sweep", "entropy=-0.2:0.2:3", "-s", "scale.5=0", "--json", tmp_path / "e.json", "--csv")
     written = Evaluation.model_validate_json((tmp_path / "e.json").read_text())
     assert [text.source for text in written.texts] == ["text.txt", "other.txt"]
     for text in written.texts:
         assert [row.name for row in text.of_kind("steering")] == ["scale.5=0", "entropy=-0.2", "entropy=+0", "entropy=+0.2"]
-    assert "fitted temperature" in result.output
+    # Nothing but the table is on stdout.
+    losses = [(line["source"], line["name"], float(line["loss"])) for line in csv.DictReader(io.StringIO(result.stdout))]
+    assert losses == [(text.source, row.name, row.metrics["loss"].value) for text in written.texts for row in text.rows]
+    assert "Written:" in result.stderr
+    assert "not both" in run(*where, "--csv", "--markdown", code=2).output
 
 
 RUN = """

@@ -17,7 +17,6 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner, Result
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
@@ -27,6 +26,7 @@ from confsteer.cli import main
 from confsteer.errors import ConfsteerError, SettingError
 from confsteer.evaluation.run_file import Run
 from confsteer.profile.hub import card
+from confsteer.report.columns import TableConsole
 from confsteer.report.plots import plot_neurons, plot_response
 from confsteer.report.results import read_result
 from confsteer.report.tables import print_profile
@@ -324,7 +324,7 @@ def test_a_profiles_strings_are_only_ever_text(tmp_path: Path, nasty: str) -> No
     profile = named(nasty)
     assert Profile.load(profile.save(tmp_path / "p")) == profile
     shown = io.StringIO()
-    print_profile(Console(file=shown, width=1000, force_terminal=True, highlight=False), profile)
+    print_profile(TableConsole(file=shown, width=1000, force_terminal=True), profile)
     plain = "".join(letter if letter.isprintable() else "�" for letter in nasty)
     assert not plain or shown.getvalue().partition("\x1b[0m")[0] == "\x1b[1m" + plain
     assert "\x1b]" not in shown.getvalue()

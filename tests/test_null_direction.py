@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from rich.console import Console
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -31,6 +30,7 @@ from confsteer.model.locate import locate
 from confsteer.playground.description import describe
 from confsteer.profile.hub import card
 from confsteer.profile.store import FILE_NAME
+from confsteer.report.columns import TableConsole
 from confsteer.report.plots import plot_response
 from confsteer.report.tables import print_profile
 from confsteer.runtimes.llamacpp.adapters import export
@@ -268,7 +268,7 @@ def test_what_has_no_meaning_for_a_constant_is_refused() -> None:
 
 def test_whoever_reads_of_the_dial_reads_that_it_is_made_by_hand() -> None:
     profile = by_hand("gemma2").profile
-    console = Console(width=150, record=True, file=None, quiet=False)
+    console = TableConsole(width=150, record=True, file=None, quiet=False)
     with console.capture() as shown:
         print_profile(console, profile)
     assert "Null direction, made by hand (entropy dial:" in shown.get()

@@ -18,6 +18,7 @@ ROOMS = (
     "files",
     "steering",
     "distributed",
+    "bars",
     "results",
     "last_layer",
     "text",

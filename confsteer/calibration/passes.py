@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from torch import Tensor
-from tqdm import tqdm
 
+from confsteer.bars import progress_bar
 from confsteer.calibration.progress import Progress
 from confsteer.discovery.streaming import Accumulator
 from confsteer.distributed import all_reduce, broadcast
@@ -55,7 +55,7 @@ class Passes:
         windows = self._recording.windows
         tokens = windows.n_tokens if text is None else windows.text_tokens[text]
         share = tokens // self._recording.process.world_size
-        with tqdm(total=share, desc=label, unit="tok", unit_scale=True, disable=not self._show) as bar:
+        with progress_bar(label, share, show=self._show) as bar:
             read = 0
 
             def count(tokens: int) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
+from confsteer.bars import progress_bar
 from confsteer.discovery.weights import weight_statistics
 from confsteer.model.checkpoint import read_last_layer
 from confsteer.model.loading import DEMO_NAME, load_tokenizer, source_of
@@ -61,7 +61,7 @@ def scan(
         SettingError: `null_dims` is out of range.
     """
     source = source_of(name, gguf_file)
-    with tqdm(total=3, desc="reading", unit="step", disable=not progress) as bar, torch.no_grad():
+    with progress_bar("reading", 3, "step", show=progress) as bar, torch.no_grad():
         last = read_last_layer(source, gguf_file=gguf_file, revision=revision, trust_remote_code=trust_remote_code)
         tokenizer = load_tokenizer(source, file=last.file, revision=last.commit or revision, trust_remote_code=trust_remote_code)
         bytes_read, bytes_total, names = last.bytes_read, last.bytes_total, (*last.tensors, *last.streamed)

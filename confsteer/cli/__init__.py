@@ -18,6 +18,7 @@ from typing import Any
 
 import click
 
+from confsteer import bars
 from confsteer.cli import export, find, measure, play, steer, study, tune
 from confsteer.errors import ConfsteerError
 from confsteer.report.printable import one_safe_line
@@ -43,7 +44,7 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             with warnings.catch_warnings():
-                warnings.showwarning = lambda message, *_, **__: click.echo(f"Warning: {one_safe_line(str(message))}", err=True)
+                warnings.showwarning = lambda message, *_, **__: bars.note(f"Warning: {one_safe_line(str(message))}")
                 return super().invoke(ctx)
         except ConfsteerError as error:
             raise click.ClickException("\n".join(map(one_safe_line, str(error).splitlines()))) from error
@@ -58,6 +59,8 @@ class _Group(click.Group):
             if package not in EXTRAS:
                 raise
             raise click.ClickException(f"this needs {package}: pip install 'confsteer[{EXTRAS[package]}]'") from error
+        finally:
+            bars.stop()
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})

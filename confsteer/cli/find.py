@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import confsteer
-from confsteer import defaults
+from confsteer import bars, defaults
 from confsteer.cli.options import (
     EXIT_NO_NEURONS,
     NO_TEXT,
@@ -25,6 +25,7 @@ from confsteer.cli.options import (
     model_options,
     revision_option,
     trust_option,
+    wide_option,
     windowed_text_options,
     write_picture,
 )
@@ -140,6 +141,7 @@ def calibrate(
             return
         profile.save(folder)
     except (KeyboardInterrupt, ProfileError):
+        bars.stop()
         if checkpoint.exists():
             click.echo(f"What was measured is kept: the same command with --resume goes on from {checkpoint}.", err=True)
         raise
@@ -288,12 +290,13 @@ def scan(model: str | None, out: Path | None, plot: Path | None, name: str | Non
 )
 @click.option("--response", type=PICTURE_FILE, metavar="FILE.png", help="Draw what the dials do.")
 @click.option("--near", is_flag=True, help="List the neurons that lack one thing only to be reported, and what they lack.")
-def show(profile: str, plot: Path | None, response: Path | None, near: bool) -> None:
+@wide_option
+def show(profile: str, plot: Path | None, response: Path | None, near: bool, wide: bool) -> None:
     """Print what PROFILE holds, or draw it."""
-    loaded = confsteer.Profile.load(profile)
-    tables.print_profile(tables.console(), loaded)
+    loaded, console = confsteer.Profile.load(profile), tables.console(wide=wide)
+    tables.print_profile(console, loaded)
     if near:
-        tables.print_near_misses(tables.console(), loaded)
+        tables.print_near_misses(console, loaded)
     if plot or response:
         from confsteer.report.plots import plot_neurons, plot_response
 

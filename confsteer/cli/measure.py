@@ -12,6 +12,7 @@ import click
 from click.core import ParameterSource
 
 import confsteer
+from confsteer import bars
 from confsteer.cli.options import (
     EXIT_INTERRUPTED,
     NO_TEXT,
@@ -32,7 +33,8 @@ from confsteer.cli.options import (
 from confsteer.defaults import SAMPLES
 from confsteer.files import write_result
 from confsteer.report import tables
-from confsteer.report.answer_tables import print_answer_calibration, print_choices
+from confsteer.report.answer_tables import evaluation_tables, print_answer_calibration, print_choices
+from confsteer.report.columns import TableConsole, write_csv
 from confsteer.report.written_tables import print_written
 
 if TYPE_CHECKING:
@@ -43,7 +45,7 @@ if TYPE_CHECKING:
     from confsteer.profile.profile import Profile
 
 BESIDE_A_RUN_FILE = (
-    *("run_file", "as_json", "plot", "report", "answers"),
+    *("run_file", "as_json", "plot", "report", "answers", "wide", "as_markdown", "as_csv"),
     *("gguf_file", "device", "dtype", "revision", "trust_remote_code"),
 )
 """Options that may stand beside a run file: it does not say them."""
@@ -232,19 +234,25 @@ def evaluate(
         if stage is None:
             raise
         interrupted = True
+        bars.stop()
         click.echo("Interrupted: what follows is of the files that were done.", err=True)
     assert stage is not None
-    _print(stage.result, profile, settings)
-    output.write(tables.console(), stage.result, _draw_reliability)
+    console = output.console()
+    _print(console, stage.result, profile, settings, as_csv=output.as_csv)
+    output.write(console, stage.result, _draw_reliability)
     if answers:
-        tables.console().print(f"Written: {tables.escape(str(answers))}")
-    output.write_report(tables.console(), stage.result, profile)
+        console.print(f"Written: {tables.escape(str(answers))}")
+    output.write_report(console, stage.result, profile)
     if interrupted:
         sys.exit(EXIT_INTERRUPTED)
 
 
-def _print(result: Evaluation, profile: Profile, settings: Run) -> None:
-    console = tables.console()
+def _print(console: TableConsole, result: Evaluation, profile: Profile, settings: Run, *, as_csv: bool) -> None:
+    if as_csv:
+        write_csv(sys.stdout, evaluation_tables(result))
+        if result.induction:
+            console.print("CSV has no place for the repeated text of --induction: --json FILE has.")
+        return
     if result.texts:
         tables.print_evaluation(console, result)
     for answers in result.choices:
@@ -322,6 +330,6 @@ def lm_eval_tasks(options: tuple[str, ...]) -> None:
 
     calibrations, file = run(options)
     if calibrations:
-        print_answer_calibration(tables.console(), calibrations)
+        print_answer_calibration(tables.console(wide=True), calibrations)
     if file:
         tables.console().print(f"Written: {tables.escape(str(file))}")

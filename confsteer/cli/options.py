@@ -16,6 +16,8 @@ from rich.console import Console
 
 from confsteer import defaults
 from confsteer.files import shipped_profiles, write_result
+from confsteer.report import tables
+from confsteer.report.columns import TableConsole
 from confsteer.report.tables import escape
 
 if TYPE_CHECKING:
@@ -333,11 +335,22 @@ steer_option = click.option(
 
 @dataclasses.dataclass(frozen=True)
 class OutputOptions:
-    """Files that a command writes its results to, besides printing them."""
+    """Form in which a command prints its results, and files that it writes them to."""
 
     as_json: Path | None = None
     plot: Path | None = None
     report: Path | None = None
+    wide: bool = False
+    as_markdown: bool = False
+    as_csv: bool = False
+
+    def __post_init__(self) -> None:
+        if self.as_markdown and self.as_csv:
+            raise click.UsageError("give --markdown or --csv, not both: each has stdout for itself")
+
+    def console(self) -> TableConsole:
+        """Open the output for tables; notes go to stderr where stdout is for Markdown or CSV alone."""
+        return tables.console(wide=self.wide, markdown=self.as_markdown or self.as_csv)
 
     def require_extras(self) -> None:
         """Fail now if an extra is missing, not after hours of work."""
@@ -371,9 +384,12 @@ _PLOT = click.option("--plot", type=PICTURE_FILE, metavar="FILE.png", help="Draw
 _REPORT = click.option(
     "--report", type=OUTPUT_FILE, metavar="FILE.html", help="Write a report with pictures, as confsteer report does."
 )
+wide_option = click.option("--wide", is_flag=True, help="Print all columns, in lines as long as it takes (less -S).")
+_MARKDOWN = click.option("--markdown", "as_markdown", is_flag=True, help="Print the tables as Markdown; all else on stderr.")
+_CSV = click.option("--csv", "as_csv", is_flag=True, help="Print all rows, columns and digits as CSV; all else on stderr.")
 json_and_plot_options = grouped("output", OutputOptions, _JSON, _PLOT)
-json_and_report_options = grouped("output", OutputOptions, _JSON, _REPORT)
-output_options = grouped("output", OutputOptions, _JSON, _PLOT, _REPORT)
+tuning_output_options = grouped("output", OutputOptions, wide_option, _JSON, _REPORT)
+output_options = grouped("output", OutputOptions, wide_option, _MARKDOWN, _CSV, _JSON, _PLOT, _REPORT)
 
 
 def write_picture(console: Console, figure: Figure, file: Path) -> None:

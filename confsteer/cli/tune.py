@@ -21,10 +21,10 @@ from confsteer.cli.options import (
     QuestionOptions,
     WindowedTextOptions,
     grouped,
-    json_and_report_options,
     model_options,
     profile_option,
     question_options,
+    tuning_output_options,
     windowed_text_options,
 )
 from confsteer.report import tables
@@ -102,7 +102,7 @@ tuning_options = grouped(
     type=click.Path(path_type=Path, file_okay=False),
     help="Folder to write the profile with the preset to.  [default: PROFILE]",
 )
-@json_and_report_options
+@tuning_output_options
 def tune(
     chosen: ModelOptions,
     profile: str,
@@ -142,7 +142,7 @@ def tune(
     result = work(chosen.load(), loaded_profile).model_copy(update={"given": chosen.model or ""})
 
     # Save the preset first: pictures and pages can be made again.
-    console = tables.console()
+    console = output.console()
     if isinstance(result, Tuning):
         tables.print_tuning(console, result)
     else:

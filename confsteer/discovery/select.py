@@ -81,12 +81,8 @@ def _largest_first(eligible: Tensor, effect: Tensor) -> list[int]:
 def _unread_writes(weights: WeightStatistics) -> dict[str, Tensor]:
     """Whether each write has a low logit variance, and a null fraction that beats the luckiest of as many random ones."""
     return {
-        f"a logit variance at or below the layer's {LOW_PERCENTILE:.0f}th percentile": (
-            percentile(weights.logit_variance) <= LOW_PERCENTILE
-        ),
-        f"a null fraction beyond chance ({weights.chance_null_fraction:.3f})": (
-            weights.null_fraction > weights.chance_null_fraction
-        ),
+        f"logit var %ile ≤ {LOW_PERCENTILE:.0f}": (percentile(weights.logit_variance) <= LOW_PERCENTILE),
+        f"null fraction > {weights.chance_null_fraction:.3f}": (weights.null_fraction > weights.chance_null_fraction),
     }
 
 
@@ -121,23 +117,17 @@ def contenders(weights: WeightStatistics, sample: NeuronEffects, cosine: Tensor,
 def _entropy_criteria(weights: WeightStatistics, effects: NeuronEffects, errors: float) -> dict[str, Tensor]:
     """Whether each neuron has what makes an entropy neuron, after so many standard errors are added to its effects."""
     return _unread_writes(weights) | {
-        f"an effect on the entropy at or above the layer's {HIGH_PERCENTILE:.0f}th percentile": (
-            _at_high_percentile(effects.entropy_abs, max(errors, 0))
-        ),
-        f"a share of more than {MIN_NORM_SHARE:.2f} through the final norm": _above(effects.norm_share, MIN_NORM_SHARE, errors),
+        f"effect %ile ≥ {HIGH_PERCENTILE:.0f}": (_at_high_percentile(effects.entropy_abs, max(errors, 0))),
+        f"share > {MIN_NORM_SHARE:.2f}": _above(effects.norm_share, MIN_NORM_SHARE, errors),
     }
 
 
 def _frequency_criteria(effects: NeuronEffects, cosine: Tensor, chance_cosine: float, errors: float) -> dict[str, Tensor]:
     """The same for a token-frequency neuron."""
     return {
-        f"a cosine with the unigram direction beyond chance ({chance_cosine:.3f})": cosine.abs() > chance_cosine,
-        f"an effect on the distance to the unigram distribution at or above the layer's {HIGH_PERCENTILE:.0f}th percentile": (
-            _at_high_percentile(effects.frequency, max(errors, 0))
-        ),
-        f"a share of more than {MIN_UNIGRAM_SHARE:.2f} along the unigram direction": (
-            _above(effects.frequency_mediation, MIN_UNIGRAM_SHARE, errors)
-        ),
+        f"|cosine| > {chance_cosine:.3f}": cosine.abs() > chance_cosine,
+        f"effect %ile ≥ {HIGH_PERCENTILE:.0f}": (_at_high_percentile(effects.frequency, max(errors, 0))),
+        f"share > {MIN_UNIGRAM_SHARE:.2f}": (_above(effects.frequency_mediation, MIN_UNIGRAM_SHARE, errors)),
     }
 
 

@@ -9,9 +9,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from confsteer.bars import progress_bar
 from confsteer.errors import CorpusError
 from confsteer.evaluation.reader import Reader
 from confsteer.last_layer.intervention import Intervention
@@ -164,7 +164,7 @@ def read_choices(
     asked = [wording.ask(one, tokenizer, f"{source}, question {i}") for i, one in enumerate(questions, start=1)]
     encoded = [encode(one, tokenizer, most, f"{source}, question {i}") for i, one in enumerate(asked, start=1)]
     sequences = [sequence for choices, _ in encoded for sequence in choices]
-    with tqdm(total=len(sequences), desc=f"read {source}"[:40], unit="choice", disable=not progress) as bar:
+    with progress_bar(f"read {source}", len(sequences), "choice", show=progress) as bar:
         states = record_continuations(
             reader.model, reader.anatomy, sequences, reader.neurons, reader.device, bar.update, reader.readout
         )

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from confsteer.bars import progress_bar
 from confsteer.errors import CorpusError
 from confsteer.evaluation.answers import AnswerCandidate, answer_entropy, baselines, match_answer_entropy
 from confsteer.evaluation.choice_sample import BlockUnit, ChoiceSample, read_choices
@@ -181,8 +181,8 @@ def answer(
         for wording in wordings:
             sample = read_choices(reader, tokenizer, asked, source=source, wording=wording, progress=progress)
             unsteered = Intervention.neutral(sample.reading.readout.n_neurons)
-            label = f"compare on {source}"[:40]
-            with tqdm(total=sample.reading.tokens, desc=label, unit="tok", unit_scale=True, disable=not progress) as bar:
+            label = f"compare on {source}"
+            with progress_bar(label, sample.reading.tokens, show=progress) as bar:
                 neutral, *every = sample.log_likelihoods([unsteered, *interventions], bar.update)
             candidates = baselines(sample, neutral)
             for name, steering, steered in zip(names, resolved, every, strict=True):

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypedDict, Unpack
 
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from confsteer import defaults
+from confsteer.bars import progress_bar
 from confsteer.errors import CorpusError, SteeringError
 from confsteer.evaluation.choices import ChoiceComparison
 from confsteer.evaluation.comparison import Candidate, Sample, TextComparison, compare
@@ -143,8 +143,8 @@ def _compare(
     given: Mapping[str, Any],
 ) -> TextComparison:
     """Hold steerings against their baselines on one text, in two passes over the vocabulary: before and after the fits."""
-    label = f"compare on {sample.source}"[:40]
-    with tqdm(total=2 * sample.reading.tokens, desc=label, unit="tok", unit_scale=True, disable=not given["progress"]) as bar:
+    label = f"compare on {sample.source}"
+    with progress_bar(label, 2 * sample.reading.tokens, show=given["progress"]) as bar:
         steered = with_matched_temperatures(sample, steerings, interventions, names, unigram, on_tokens=bar.update)
         candidates = [
             unsteered(sample),

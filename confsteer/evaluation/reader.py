@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from confsteer.bars import progress_bar
 from confsteer.discovery.weights import unembedding_spectrum
 from confsteer.errors import SteeringError
 from confsteer.last_layer.coordinates import Writes
@@ -82,8 +82,8 @@ class Reader:
         """
         check_context(windows.window, self.model.config)
         windows.check_counted()
-        label = f"read {windows.source}"[:40]
-        with tqdm(total=windows.n_tokens, desc=label, unit="tok", unit_scale=True, disable=not progress) as bar:
+        label = f"read {windows.source}"
+        with progress_bar(label, windows.n_tokens, show=progress) as bar:
             states = record(self.model, self.anatomy, windows, self.neurons, self.device, bar.update, self.readout)
             return self.reading(states)
 

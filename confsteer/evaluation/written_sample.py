@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from confsteer.bars import progress_bar
 from confsteer.errors import CorpusError
 from confsteer.evaluation.choice_sample import BlockUnit, question_blocks, read_choices
 from confsteer.evaluation.comparison import RowKind
@@ -107,7 +107,7 @@ class _Asking(NamedTuple):
             ends = [one._replace(max_new_tokens=min(one.max_new_tokens, most // 2)) for one in ends]
         room = 0 if most is None else most - max(one.max_new_tokens for one in ends)
         kept = [ids[-room:] for ids in encoded]
-        with tqdm(total=len(kept), desc=f"{doing} {self.source}"[:40], unit="question", disable=not self.progress) as bar:
+        with progress_bar(f"{doing} {self.source}", len(kept), "question", show=self.progress) as bar:
             found = write(
                 self.reader.model,
                 self.tokenizer,

@@ -9,6 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from confsteer.bars import progress_bar
 from confsteer.defaults import SEED, WINDOW
 from confsteer.errors import CorpusError
 from confsteer.model.locate import input_device
@@ -51,7 +52,7 @@ def sample_windows(
         CorpusError: the model's documents end before they make a window.
     """
     check_context(window, model.config)
-    with tqdm(total=tokens, desc="sample", unit="tok", unit_scale=True, disable=not progress) as bar:
+    with progress_bar("sample", tokens, show=progress) as bar:
         return cut_windows(
             (TokenizedDocument([], ids) for ids in _documents(model, tokenizer, tokens, window, seed, bar)),
             tokenizer,

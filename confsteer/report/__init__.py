@@ -1,6 +1,7 @@
 """Output for people: tables in a terminal, pictures, one HTML file.
 
 printable.py    strings from anyone, for a terminal or a picture
+columns.py      tables by their columns, for a terminal, Markdown and CSV
 tables.py       tables of profiles, scans, evaluations and studies
 answer_tables.py    tables of answers to questions
 written_tables.py   tables of answers in a model's own words

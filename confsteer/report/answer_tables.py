@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
-
-from confsteer.report.tables import escape, short_name, with_half_width
+from confsteer.report.columns import MAX_WIDE_NAME, Column, Table, TableConsole, shortened
+from confsteer.report.tables import compared_columns, compared_sections, escape, text_columns
+from confsteer.report.written_tables import written_tables
 
 if TYPE_CHECKING:
-    from confsteer.evaluation.choices import ChoiceComparison
+    from confsteer.evaluation.choices import AnswerGroup, ChoiceComparison
     from confsteer.evaluation.comparison import ComparedRow
+    from confsteer.evaluation.evaluate import Evaluation
     from confsteer.evaluation.lm_eval_samples import TaskCalibration
-    from confsteer.results.bootstrap import Interval
     from confsteer.tuning.tune_answers import AnswerTuning
 
 FITTED = ("temperature", "temperature and length", "scoring")
@@ -44,55 +43,47 @@ def fitted_in_words(row: ComparedRow) -> str:
     return "; ".join(dict.fromkeys(said)).replace("-", "−")
 
 
-def print_choices(console: Console, model: str, compared: ChoiceComparison) -> None:
-    """Print ways to answer the same questions; matched temperatures are columns beside their steering."""
-    from confsteer.evaluation.answers import MAX_TEMPERATURE, MIN_TEMPERATURE
-    from confsteer.evaluation.metrics import METRICS
+def answer_columns() -> tuple[Column[ComparedRow], ...]:
+    """Describe the columns of ways to answer questions."""
+    return compared_columns(("accuracy", "loss", "ece"), digits=3)
 
-    names = ("accuracy", "loss", "entropy", "ece", "argmax_changed")
-    table = Table(
-        "", *(METRICS[name].heading for name in names[:-1]), "changed", title=escape(compared.title), title_justify="left"
-    )
-    table.add_column("Δloss to same entropy", justify="right")
-    table.add_column("ΔECE to it", justify="right")
-    last = [row.kind for row in compared.rows if row.kind not in ("steering", "matched temperature")][-1]
-    for i, row in enumerate(compared.rows):
-        if row.kind == "matched temperature":
-            continue
-        matched = row.minus.get("matched temperature", {})
-        following = compared.rows[i + 1].kind if i + 1 < len(compared.rows) else ""
-        table.add_row(
-            short_name(row.name),
-            *(_cell(name, row.metrics.get(name)) for name in names),
-            *(_cell("Δ", matched[name]) if matched else "" for name in ("loss", "ece")),
-            end_section=row.kind == last and following in ("steering", ""),
-        )
-    console.print(table)
-    numbers = [f"{short_name(row.name)}: {fitted_in_words(row)}" for row in compared.rows if row.kind in FITTED]
+
+def evaluation_tables(result: Evaluation) -> list[Table[Any]]:
+    """Describe an evaluation as CSV has it: all rows of each text, of questions, groups of them and confidences."""
+    found: list[Table[Any]] = [
+        Table(text.source, text_columns(), [text.rows], {"source": text.source, "tokens": text.tokens, "windows": text.windows})
+        for text in result.texts
+    ]
+    for compared in result.choices:
+        about: dict[str, str | int] = {"source": compared.source, "wording": compared.wording}
+        whole = about | {"questions": compared.questions}
+        found.append(Table(compared.title, answer_columns(), [compared.rows], whole))
+        for group in (*compared.grouped.groups, _mean(compared)) if compared.grouped else ():
+            metrics = zip(compared.rows, group.metrics, strict=True)
+            rows = [row.model_copy(update={"metrics": own, "minus": {}}) for row, own in metrics]
+            part = about | {"questions": group.questions, "group": group.name}
+            found.append(Table(compared.title, answer_columns(), [rows], part))
+    return found + [table for written in result.written for table in written_tables(written)]
+
+
+def print_choices(console: TableConsole, model: str, compared: ChoiceComparison) -> None:
+    """Print ways to answer the same questions."""
+    from confsteer.evaluation.answers import MAX_TEMPERATURE, MIN_TEMPERATURE
+
+    title = f"{compared.title}: {compared.questions:,} questions"
+    console.table(Table(title, answer_columns(), compared_sections(compared.rows)))
+    numbers = [f"{escape(row.name)}: {fitted_in_words(row)}" for row in compared.rows if row.kind in FITTED]
     console.print(f"Fitted, to one half and used on the other where there are two: {'. '.join(numbers)}.")
     truncated = f", {compared.truncated} of them without their beginning, to fit the context" if compared.truncated else ""
     console.print(
         f"{escape(model)} on {escape(compared.source)}: {compared.questions:,} questions{truncated}. The confidence in an answer "
         "is its share of the probability of all choices. Temperatures are on the log-likelihoods of whole choices (or on those "
         f"per character, per token), between {MIN_TEMPERATURE:g} and {MAX_TEMPERATURE:,.0f}. Nats; ECE of 15 bins; ± half of the "
-        f"95 % bootstrap interval over {compared.blocks} {compared.unit}, in brackets an interval; Δ are paired, to the "
-        "temperature of the same mean entropy. Changed: answers that are not the unsteered model's."
+        f"95 % bootstrap interval over {compared.blocks} {compared.unit}; T: the temperature of the same mean entropy; * differs "
+        "from neutral, or a Δ from zero, by the interval of the paired difference (green: better, red: worse)."
     )
     if compared.grouped is not None:
         print_groups(console, compared)
-
-
-def _cell(name: str, interval: Interval | None) -> str:
-    if interval is None:
-        return ""
-    if name == "entropy":
-        return f"{interval.value:.3f}"
-    if name == "argmax_changed":
-        return f"{interval.value:.1%}"
-    # The interval of a calibration error is not symmetric: noise makes the error itself too large.
-    if name in ("ece", "Δ"):
-        return "{:{f}} ({:{f}}…{:{f}})".format(*interval, f="+.3f" if name == "Δ" else ".3f")
-    return with_half_width(interval, 3)
 
 
 def grouped_columns(compared: ChoiceComparison) -> list[tuple[int, str]]:
@@ -103,28 +94,55 @@ def grouped_columns(compared: ChoiceComparison) -> list[tuple[int, str]]:
     return shown + [(i, name) for i in steerings for name in ("accuracy", "ece")]
 
 
-def print_groups(console: Console, compared: ChoiceComparison) -> None:
+def _mean(compared: ChoiceComparison) -> AnswerGroup:
+    """Take the mean over groups for a group."""
+    from confsteer.evaluation.choices import AnswerGroup
+
+    assert compared.grouped is not None
+    name = f"mean of {len(compared.grouped.groups)} groups"
+    return AnswerGroup(name=name, questions=compared.questions, metrics=compared.grouped.macro)
+
+
+def print_groups(console: TableConsole, compared: ChoiceComparison) -> None:
     """Print metrics of groups of questions, their mean over groups and over all questions."""
+    from confsteer.evaluation.choices import AnswerGroup
     from confsteer.evaluation.metrics import METRICS
 
-    grouped, columns = compared.grouped, grouped_columns(compared)
+    grouped = compared.grouped
     if grouped is None:
         return
-    table = Table(escape(grouped.by), "questions", title=escape(f"{compared.title} by {grouped.by}"), title_justify="left")
-    for i, name in columns:
-        table.add_column(f"{METRICS[name].heading}, {short_name(compared.rows[i].name)}", justify="right")
-    for group in grouped.groups:
-        cells = (_cell(name, group.metrics[i].get(name)) for i, name in columns)
-        table.add_row(escape(group.name), f"{group.questions:,}", *cells, end_section=group is grouped.groups[-1])
-    macro = (_cell(name, grouped.macro[i].get(name)) for i, name in columns)
-    table.add_row(f"mean of {len(grouped.groups)} groups", f"{compared.questions:,}", *macro)
-    pooled = (_cell(name, compared.rows[i].metrics.get(name)) for i, name in columns)
-    table.add_row("all questions", f"{compared.questions:,}", *pooled)
-    console.print(table)
-    console.print("The ECE of few questions is mostly noise, and so is the mean of such: read it with its interval.")
+    pooled = tuple(row.metrics for row in compared.rows)
+    everything = AnswerGroup(name="all questions", questions=compared.questions, metrics=pooled)
+    steerings = [i for i, row in enumerate(compared.rows) if row.kind == "steering"][:MAX_GROUPED_STEERINGS]
+
+    def metric(i: int, name: str) -> Column[AnswerGroup]:
+        row = compared.rows[i]
+        way = f" [{steerings.index(i) + 1}]" if i in steerings else " fitted T" if row.kind == "temperature" else ""
+        return Column(
+            f"{name}_{i}",
+            f"{METRICS[name].heading}{way}",
+            lambda group: group.metrics[i].get(name),
+            ".3f",
+            wide=i in steerings and (name == "accuracy" or i != steerings[0]),
+        )
+
+    columns: tuple[Column[AnswerGroup], ...] = (
+        Column(grouped.by, grouped.by, lambda group: group.name),
+        Column("questions", "questions", lambda group: group.questions, ",d"),
+        *(metric(i, name) for i, name in grouped_columns(compared)),
+    )
+    console.table(Table(f"{compared.title} by {grouped.by}", columns, [grouped.groups, [_mean(compared), everything]]))
+    shown = steerings if console.wide else steerings[:1]
+    said = "; ".join(
+        f"\\[{number}] {escape(shortened(compared.rows[i].name, MAX_WIDE_NAME))}" for number, i in enumerate(shown, start=1)
+    )
+    console.print(
+        f"{said}{'. ' if said else ''}The ECE of few questions is mostly noise, and so is the mean of such: read it with its "
+        "interval."
+    )
 
 
-def print_answer_tuning(console: Console, result: AnswerTuning) -> None:
+def print_answer_tuning(console: TableConsole, result: AnswerTuning) -> None:
     """Print what tuning on answers found, on questions that it did not see."""
     for compared in result.choices:
         print_choices(console, result.name, compared)
@@ -140,16 +158,20 @@ def print_answer_tuning(console: Console, result: AnswerTuning) -> None:
     )
 
 
-def print_answer_calibration(console: Console, rows: Sequence[TaskCalibration]) -> None:
+def print_answer_calibration(console: TableConsole, rows: Sequence[TaskCalibration]) -> None:
     """Print multiple-choice tasks of lm-eval."""
     from confsteer.evaluation.metrics import METRICS
 
-    names = ("accuracy", "ece", "ece_equal_mass", "brier", "auroc")
-    table = Table("task", "n", "left out", *(METRICS[name].heading for name in names))
-    for row in rows:
-        numbers = (with_half_width(row.metrics[name], 4) if name in row.metrics else "" for name in names)
-        table.add_row(escape(row.task), f"{row.n:,}", f"{row.left_out:,}", *numbers)
-    console.print(table)
+    def metric(name: str) -> Column[TaskCalibration]:
+        return Column(name, METRICS[name].heading, lambda row: row.metrics.get(name), ".4f")
+
+    columns: tuple[Column[TaskCalibration], ...] = (
+        Column("task", "task", lambda row: row.task),
+        Column("n", "n", lambda row: row.n, ",d"),
+        Column("left_out", "left out", lambda row: row.left_out, ",d"),
+        *map(metric, ("accuracy", "ece", "ece_equal_mass", "brier", "auroc")),
+    )
+    console.table(Table("Calibration of the answers", columns, [rows]))
     console.print(
         "Of the likeliest choice, whose confidence is its share of the probability of all choices; ECE over 15 bins of equal "
         "width and 10 of equal numbers; ± half of the 95 % bootstrap interval over questions. Left out: questions whose samples "

@@ -2,37 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich import markup
 from rich.console import Console
-from rich.table import Table
 
 from confsteer.errors import ProfileError
+from confsteer.report.columns import WIDTH, Column, Measured, Table, TableConsole, nothing, plus_minus
 from confsteer.report.printable import one_safe_line
 from confsteer.steering import DIALS, MADE_BY_HAND, Dial, Steering
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from confsteer.calibration.published import PublishedModel
-    from confsteer.evaluation.comparison import ComparedRow, TextComparison
+    from confsteer.discovery.select import NearMiss
+    from confsteer.discovery.streaming import WithError
+    from confsteer.evaluation.comparison import ComparedRow, RowKind, TextComparison
     from confsteer.evaluation.evaluate import Evaluation
     from confsteer.profile.dials import DialEffect
     from confsteer.profile.profile import Profile
-    from confsteer.profile.schema import ModelIdentity, Neuron
-    from confsteer.results.bootstrap import Interval
+    from confsteer.profile.schema import Measurement, ModelIdentity, Neuron
+    from confsteer.results.bootstrap import Change, Interval
     from confsteer.studies.cumulative import CumulativeStudy
-    from confsteer.studies.induction import InductionStudy
+    from confsteer.studies.induction import ClipEffect, ClippedNeuron, InductionStudy
     from confsteer.tuning.tune import Tuning
 
-MAX_NAME_CHARACTERS = 40
-"""Characters of a steering in a table: one that sets every neuron has thousands."""
 
+def console(*, wide: bool = False, markdown: bool = False) -> TableConsole:
+    """Open the terminal, or whatever output goes to: a pipe or a file, which has no width of its own, gets `WIDTH`.
 
-def console() -> Console:
-    """Tables need room: a pipe or a file, which has no width of its own, gets enough."""
-    console = Console()
-    return console if console.is_terminal else Console(width=150)
+    Args:
+        wide: see `TableConsole`.
+        markdown: see `TableConsole`.
+    """
+    console = TableConsole(wide=wide, markdown=markdown)
+    if not console.is_terminal:
+        console.width = WIDTH
+    return console
 
 
 def escape(text: str) -> str:
@@ -40,7 +49,7 @@ def escape(text: str) -> str:
     return markup.escape(one_safe_line(text))
 
 
-def print_profile(console: Console, profile: Profile) -> None:
+def print_profile(console: TableConsole, profile: Profile) -> None:
     """Neurons and dials of a profile, or the candidates of a scan."""
     from confsteer.profile.dials import example_effects
 
@@ -59,16 +68,16 @@ def print_profile(console: Console, profile: Profile) -> None:
         if profile.turns_direction(dial):
             _print_null_direction(console, profile)
             if neurons:
-                console.print(_neuron_table(f"{kind} neurons (found, but not on the {dial} dial)", neurons, dial))
+                console.table(_neuron_table(f"{kind} neurons (found, but not on the {dial} dial)", neurons, dial))
                 continue
         if not neurons:
             console.print(f"[bold]{kind} neurons: none found.[/bold]")
             continue
         if dial not in profile.response:
-            console.print(_neuron_table(f"{kind} neurons (none has a clear sign: no {dial} dial)", neurons, dial))
+            console.table(_neuron_table(f"{kind} neurons (none has a clear sign: no {dial} dial)", neurons, dial))
             continue
         low, high = profile.reach(dial)
-        console.print(_neuron_table(f"{kind} neurons ({dial} dial: {low:+.2f} to {high:+.2f} nats)", neurons, dial))
+        console.table(_neuron_table(f"{kind} neurons ({dial} dial: {low:+.2f} to {high:+.2f} nats)", neurons, dial))
         print_dial_effects(console, {dial: example_effects(profile, dial)})
     if layer.other_null_spaces:
         console.print(_null_space_sentence(profile))
@@ -149,7 +158,7 @@ def _null_space_sentence(profile: Profile) -> str:
     return f"{cliff}. Entropy neurons: {'; '.join(others)}."
 
 
-def print_near_misses(console: Console, profile: Profile) -> None:
+def print_near_misses(console: TableConsole, profile: Profile) -> None:
     """Neurons that lack one thing only, and what.
 
     Raises:
@@ -163,33 +172,44 @@ def print_near_misses(console: Console, profile: Profile) -> None:
             f"the profile of {profile.model.id} does not have the effects of all neurons: confsteer calibrate makes one that has"
         )
     weights, cosine = profile.weights, profile.columns["frequency_cosine"]
-    variance = percentile(weights.logit_variance)
+    variance, tokens = percentile(weights.logit_variance), profile.columns["effect_tokens"]
+
+    def at(values: Tensor) -> Callable[[NearMiss], float]:
+        return lambda miss: float(values[miss.neuron])
+
     for kind, effect, share, misses in zip(
-        ("entropy", "token-frequency"),
+        ("an entropy", "a token-frequency"),
         (effects.entropy_abs, effects.frequency),
         (effects.norm_share, effects.frequency_mediation),
         near_misses(weights, effects, cosine, chance),
         strict=True,
     ):
-        table = Table(title=f"Not {kind} neurons for one thing only, the largest effects first", title_justify="left")
-        for name in ("neuron", "null fraction", "logit var %ile", "cosine", "effect", "share", "tokens"):
-            table.add_column(name, justify="right")
-        table.add_column("lacks")
-        for i, lacks in misses:
-            table.add_row(
-                f"{profile.model.layer}.{profile.model.key(i)}",
-                f"{weights.null_fraction[i]:.3f}",
-                f"{variance[i]:.1f}",
-                f"{cosine[i]:+.3f}",
-                f"{effect.value[i]:.4f} ±{effect.standard_error[i]:.4f}",
-                f"{share.value[i]:.3f} ±{share.standard_error[i]:.3f}",
-                f"{profile.columns['effect_tokens'][i]:,.0f}",
-                lacks,
-            )
-        console.print(table if misses else f"No neuron lacks one thing only to be a {kind} neuron.")
+        if not misses:
+            console.print(f"No neuron lacks one thing only to be {kind} neuron.")
+            continue
+        by_write = kind == "an entropy"
+
+        def measured(miss: NearMiss, of: WithError) -> Measured:
+            return Measured(float(of.value[miss.neuron]), float(of.standard_error[miss.neuron]))
+
+        columns: tuple[Column[NearMiss], ...] = (
+            Column("neuron", "neuron", lambda miss: f"{profile.model.layer}.{profile.model.key(miss.neuron)}"),
+            Column("null_fraction", "null fraction", at(weights.null_fraction), ".3f", wide=not by_write),
+            Column("logit_variance_percentile", "logit var %ile", at(variance), ".1f", wide=not by_write),
+            Column("frequency_cosine", "cosine", at(cosine), "+.3f", wide=by_write),
+            Column("effect", "effect", partial(measured, of=effect), ".4f"),
+            Column("share", "share", partial(measured, of=share), ".3f"),
+            Column("tokens", "tokens", at(tokens), ",.0f", wide=True),
+            Column("lacks", "lacks", lambda miss: miss.lacks),
+        )
+        console.table(Table(f"Not {kind} neuron for one thing only, the largest effects first", columns, [misses]))
+    console.print(
+        "Share: of the effect, through the final norm or along the unigram direction, beyond its bound by two standard errors; "
+        "cosine: with that direction; ± standard error over windows."
+    )
 
 
-def _print_scan(console: Console, profile: Profile) -> None:
+def _print_scan(console: TableConsole, profile: Profile) -> None:
     from confsteer.discovery.select import candidates, percentile
 
     model, weights = profile.model, profile.weights
@@ -203,21 +223,17 @@ def _print_scan(console: Console, profile: Profile) -> None:
         f"the next is {values[k]:.4g}, the largest {values[-1]:.4g}."
     )
     if found := candidates(weights):
-        table = Table(title="Candidates for entropy neurons, the longest write into the null space first", title_justify="left")
-        for name in ("neuron", "norm", "norm %ile", "logit variance", "logit var %ile", "null fraction", "of chance"):
-            table.add_column(name, justify="right")
         norm_percentile, variance_percentile = percentile(weights.norm), percentile(weights.logit_variance)
-        for i in found:
-            table.add_row(
-                f"{model.layer}.{model.key(i)}",
-                f"{weights.norm[i]:.3f}",
-                f"{norm_percentile[i]:.1f}",
-                f"{weights.logit_variance[i]:.2e}",
-                f"{variance_percentile[i]:.1f}",
-                f"{weights.null_fraction[i]:.3f}",
-                f"{weights.null_fraction[i] / weights.chance_null_fraction:.2f}×",
-            )
-        console.print(table)
+        columns: tuple[Column[int], ...] = (
+            Column("neuron", "neuron", lambda i: f"{model.layer}.{model.key(i)}"),
+            Column("norm", "norm", lambda i: float(weights.norm[i]), ".3f"),
+            Column("norm_percentile", "norm %ile", lambda i: float(norm_percentile[i]), ".1f"),
+            Column("logit_variance", "logit variance", lambda i: float(weights.logit_variance[i]), ".2e"),
+            Column("logit_variance_percentile", "logit var %ile", lambda i: float(variance_percentile[i]), ".1f"),
+            Column("null_fraction", "null fraction", lambda i: float(weights.null_fraction[i]), ".3f"),
+            Column("times_chance", "× chance", lambda i: float(weights.null_fraction[i]) / weights.chance_null_fraction, ".2f"),
+        )
+        console.table(Table("Candidates for entropy neurons, the longest write into the null space first", columns, [found]))
     else:
         console.print("[bold]Candidates for entropy neurons: none found.[/bold]")
     console.print(
@@ -227,7 +243,7 @@ def _print_scan(console: Console, profile: Profile) -> None:
     )
 
 
-def print_agreement(console: Console, profile: Profile, known: PublishedModel) -> None:
+def print_agreement(console: TableConsole, profile: Profile, known: PublishedModel) -> None:
     """Published neurons with what the scan says of each, then how many of each list are candidates."""
     from confsteer.calibration.published import agreement
     from confsteer.discovery.select import candidates, percentile
@@ -235,23 +251,22 @@ def print_agreement(console: Console, profile: Profile, known: PublishedModel) -
     lists, weights = agreement(profile, known), profile.weights
     ranks = {neuron: rank for rank, neuron in enumerate(candidates(weights), start=1)}
     theirs = {i: value for one in lists for i, value in one.published.null_fraction.items()}
-    given = ["published"] if theirs else []
-    table = Table(title=f"Published neurons of {known.id}", title_justify="left")
-    for name in ("neuron", "lists", "candidate", "null fraction", *given, "norm %ile", "logit var %ile"):
-        table.add_column(name, justify="right")
     norm, variance = percentile(weights.norm), percentile(weights.logit_variance)
-    for i in dict.fromkeys(i for one in lists for i in one.published.neurons):
-        table.add_row(
-            f"{known.layer}.{i}",
-            ", ".join(str(number) for number, one in enumerate(lists, start=1) if i in one.published.neurons),
-            f"{ranks[i]} of {len(ranks)}" if i in ranks else "no",
-            f"{weights.null_fraction[i]:.3f}",
-            *(f"{theirs[i]:.3f}" if i in theirs else "" for _ in given),
-            f"{norm[i]:.1f}",
-            f"{variance[i]:.1f}",
-        )
-    if table.rows:
-        console.print(table)
+
+    def listed(neuron: int) -> str:
+        return ", ".join(str(number) for number, one in enumerate(lists, start=1) if neuron in one.published.neurons)
+
+    columns: tuple[Column[int], ...] = (
+        Column("neuron", "neuron", lambda i: f"{known.layer}.{i}"),
+        Column("lists", "lists", listed),
+        Column("candidate", "candidate", lambda i: f"{ranks[i]} of {len(ranks)}" if i in ranks else "no"),
+        Column("null_fraction", "null fraction", lambda i: float(weights.null_fraction[i]), ".3f"),
+        Column("published", "published", theirs.get, ".3f"),
+        Column("norm_percentile", "norm %ile", lambda i: float(norm[i]), ".1f"),
+        Column("logit_variance_percentile", "logit var %ile", lambda i: float(variance[i]), ".1f"),
+    )
+    if neurons := list(dict.fromkeys(i for one in lists for i in one.published.neurons)):
+        console.table(Table(f"Published neurons of {known.id}", columns, [neurons]))
     kinds = {"entropy": "Entropy neurons", "null fraction": "Largest null fractions", "logit variance": "Least logit variances"}
     for number, (one, found, by_chance) in enumerate(lists, start=1):
         note = f" ({one.note})" if one.note else ""
@@ -259,76 +274,61 @@ def print_agreement(console: Console, profile: Profile, known: PublishedModel) -
         console.print(f"{number}. {kinds[one.kind]}, {escape(one.source)}{note}: {among if one.neurons else 'none'}.")
 
 
-def _neuron_table(title: str, neurons: tuple[Neuron, ...], dial: str) -> Table:
-    def measured(value: Any) -> str:
-        error = "" if value.standard_error is None else f" ±{value.standard_error:.4f}"
-        return f"{value.value:.4f}{error}"
+def _neuron_table(title: str, neurons: tuple[Neuron, ...], dial: str) -> Table[Neuron]:
+    def measured(name: str, heading: str, digits: int, *, wide: bool = False) -> Column[Neuron]:
+        return Column(name, heading, lambda neuron: _measured(getattr(neuron, name)), f".{digits}f", wide=wide)
 
-    table = Table(title=title, title_justify="left")
-    for name in ("neuron", "sign", "norm %ile", "logit var %ile", "null fraction"):
-        table.add_column(name, justify="right")
-    if dial == "entropy":
-        columns = ["through norm", "mediation", "|Δentropy|", "|Δloss|", "argmax changed"]
+    own: tuple[Column[Neuron], ...]
+    frequency = dial == "unigram"
+    loss = measured("total_effect", "|Δloss|", 4, wide=not frequency)
+    if frequency:
+        effect = measured("frequency_effect", "|ΔKL|", 4)
+        cosine: Column[Neuron] = Column("frequency_cosine", "cosine", lambda neuron: neuron.frequency_cosine, "+.3f")
+        own = (measured("frequency_mediation", "via unigram", 3), effect, loss, cosine)
     else:
-        columns = ["via unigram", "|ΔKL|", "|Δloss|", "cosine with unigram"]
-    for name in columns:
-        table.add_column(name, justify="right")
-    routed = any(n.active is not None for n in neurons)
-    if routed:
-        table.add_column("tokens", justify="right")
-        table.add_column("|Δentropy| on these" if dial == "entropy" else "|ΔKL| on these", justify="right")
-    capped = any(n.total_effect_uncapped is not None for n in neurons)
-    if capped:
-        table.add_column("|Δloss| before softcap", justify="right")
-    for n in neurons:
-        if dial == "entropy":
-            effects: list[str] = [
-                "" if n.norm_share is None else measured(n.norm_share),
-                measured(n.mediation),
-                measured(n.entropy_effect_abs),
-                measured(n.total_effect),
-                f"{n.argmax_changed:.2%}",
-            ]
-        else:
-            effects = [
-                measured(n.frequency_mediation),
-                measured(n.frequency_effect),
-                measured(n.total_effect),
-                f"{n.frequency_cosine:+.3f}",
-            ]
-        table.add_row(
-            f"{n.layer}.{n.key}",
-            f"{n.sign:+d}" if n.sign else "none",
-            f"{n.norm_percentile:.1f}",
-            f"{n.logit_variance_percentile:.1f}",
-            f"{n.null_fraction:.3f}",
-            *effects,
-            *(_where_active(n, dial) if routed else []),
-            *([measured(n.total_effect_uncapped)] if capped else []),
+        effect = measured("entropy_effect_abs", "|Δentropy|", 4)
+        shares = (measured("norm_share", "through norm", 3), measured("mediation", "mediation", 3, wide=True))
+        changed: Column[Neuron] = Column(
+            "argmax_changed", "argmax changed", lambda neuron: neuron.argmax_changed, ".2%", wide=True
         )
-    return table
+        own = (*shares, effect, loss, changed)
+    columns: tuple[Column[Neuron], ...] = (
+        Column("neuron", "neuron", lambda neuron: f"{neuron.layer}.{neuron.key}"),
+        Column("sign", "sign", lambda neuron: f"{neuron.sign:+d}" if neuron.sign else "none"),
+        Column("norm_percentile", "norm %ile", lambda neuron: neuron.norm_percentile, ".1f", wide=frequency),
+        Column(
+            "logit_variance_percentile", "logit var %ile", lambda neuron: neuron.logit_variance_percentile, ".1f", wide=frequency
+        ),
+        Column("null_fraction", "null fraction", lambda neuron: neuron.null_fraction, ".3f", wide=frequency),
+        *own,
+        Column("active", "tokens", lambda neuron: neuron.active, ".1%"),
+        Column("where_active", f"{effect.heading} on these", lambda neuron: _where_active(neuron, dial), ".4f", wide=True),
+        measured("total_effect_uncapped", "|Δloss| before softcap", 4, wide=True),
+    )
+    return Table(title, columns, [neurons])
 
 
-def _where_active(neuron: Neuron, dial: str) -> list[str]:
-    """Share of the tokens that are routed to a neuron, and its effect on these."""
+def _measured(value: Measurement | None) -> Measured | None:
+    return None if value is None else Measured(value.value, value.standard_error)
+
+
+def _where_active(neuron: Neuron, dial: str) -> float | None:
+    """Find its effect on the tokens that are routed to it."""
     effect = neuron.entropy_effect_abs if dial == "entropy" else neuron.frequency_effect
-    share = neuron.active or 0.0
-    return [f"{share:.1%}", f"{effect.value / share:.4f}" if share else ""]
+    return effect.value / neuron.active if neuron.active else None
 
 
-def print_evaluation(console: Console, result: Evaluation) -> None:
+def print_evaluation(console: TableConsole, result: Evaluation) -> None:
     """Steerings compared on each text."""
     for text in result.texts:
         _print_comparison(console, text)
     console.print(
-        f"{escape(result.name)}. Nats; ECE of the top prediction, 15 bins; ± half of the 95 % bootstrap interval, in brackets "
-        "the interval of the paired difference. Matched temperature: the one that gives the unsteered model the same mean "
-        "entropy. Baselines are fitted on one half of a text and used on the other. Min-p and top-p are "
-        "no baselines: they cut the distribution they sample from, and give what they cut no probability at all."
+        f"{escape(result.name)}. {HOW_TO_READ} {MATCHED} Baselines are fitted on one half of a text and used on the other. Min-p "
+        "and top-p are no baselines: they cut the distribution they sample from, and give what they cut no probability at all."
     )
 
 
-def print_tuning(console: Console, result: Tuning) -> None:
+def print_tuning(console: TableConsole, result: Tuning) -> None:
     """Print what tuning found, on the part of each text that it did not see."""
     for text in result.texts:
         _print_comparison(console, text, "test split")
@@ -340,126 +340,157 @@ def print_tuning(console: Console, result: Tuning) -> None:
         f"Tuned: {escape(str(result.steering))}{temperature}",
         f"{escape(result.name)}: {result.parameters} tuned for {result.objective} on {result.tokens['train']:,} tokens, "
         f"{result.steps} steps, {result.seconds:.0f} s. On the validation split, {result.tokens['validation']:,} tokens, it "
-        f"changes {result.objective} by {result.validation.value:+.4f} ({low:+.4f} … {high:+.4f}). Nats; ± half of the 95 % "
-        "bootstrap interval, in brackets the interval of the paired difference. Matched temperature: the one that gives the "
-        "unsteered model the same mean entropy.",
+        f"changes {result.objective} by {result.validation.value:+.4f} (95 % interval {low:+.4f} … {high:+.4f}). {HOW_TO_READ} "
+        f"{MATCHED}",
         sep="\n",
     )
 
 
-def _print_comparison(console: Console, text: TextComparison, part: str = "") -> None:
-    """Print ways to predict one text; matched temperatures are a column beside their steering."""
+BASELINES = ("temperature", "null write")
+"""Kinds of rows of a text with a number that was fitted."""
+MATCHED = "T: the temperature that gives the unsteered model the same mean entropy."
+HOW_TO_READ = (
+    "Nats; ECE of the top prediction, 15 bins; ± half of the 95 % bootstrap interval; * differs from neutral, or a Δ from zero, "
+    "by the interval of the paired difference (green: better, red: worse)."
+)
+
+
+def compared_columns(shown: Sequence[str], digits: int = 4) -> tuple[Column[ComparedRow], ...]:
+    """Describe the columns of rows that are held against each other, on texts or on questions.
+
+    Args:
+        shown: metrics that are not only for wide tables.
+        digits: of metrics at most. Means of nats have three: their intervals are wide.
+    """
     from confsteer.evaluation.metrics import METRICS
 
-    title = f"{text.source}{f' ({part})' if part else ''}: {text.tokens:,} tokens in {text.windows} windows"
-    table = Table(title=escape(title), title_justify="left")
-    table.add_column("", no_wrap=True)
-    loss, entropy, *others = (METRICS[name].heading for name in ("loss", "entropy", "ece", "brier", "accuracy", "argmax_changed"))
-    for heading in (loss, entropy, f"Δ{entropy}", *others):
-        table.add_column(heading, justify="right")
-    table.add_column("Δloss to matched temperature", justify="right")
-    table.add_column("ΔECE to it", justify="right")
-    unsteered = text.rows[0].metrics["entropy"].value
-    for row in text.rows:
-        if row.kind == "matched temperature":
-            continue
-        m, matched = row.metrics, row.minus.get("matched temperature", {})
-        table.add_row(
-            _with_values(row),
-            with_half_width(m["loss"], 3),
-            f"{m['entropy'].value:.3f}",
-            f"{m['entropy'].value - unsteered:+.3f}",
-            with_half_width(m["ece"], 4),
-            *(f"{m[name].value:.4f}" for name in ("brier", "accuracy")),
-            f"{m['argmax_changed'].value:.1%}",
-            *(with_range(matched[name]) if matched else "" for name in ("loss", "ece")),
-            end_section=row.kind == "null write",
+    def less(row: ComparedRow, kind: RowKind, name: str) -> Interval | None:
+        return row.minus.get(kind, {}).get(name)
+
+    def form(name: str) -> str:
+        most = 3 if name in ("loss", "entropy") else digits
+        return f".{METRICS[name].digits}%" if METRICS[name].percent else f".{min(most, METRICS[name].digits)}f"
+
+    def metric(name: str) -> Column[ComparedRow]:
+        return Column(
+            name,
+            METRICS[name].heading,
+            lambda row: row.metrics.get(name),
+            form(name),
+            wide=name not in shown,
+            bare=name in ("entropy", "argmax_changed"),
+            difference=partial(less, kind="neutral", name=name) if METRICS[name].better else nothing,
+            better=METRICS[name].better,
         )
-    console.print(table, f"Intervals over {text.blocks} {text.unit}.", sep="\n")
+
+    def change(name: str, kind: RowKind, to: str, *, wide: bool) -> Column[ComparedRow]:
+        read = partial(less, kind=kind, name=name)
+        field, heading = f"{name}_minus_{kind.replace(' ', '_')}", f"Δ{METRICS[name].heading}{to}"
+        return Column(field, heading, read, f"+.{digits}f", wide=wide, difference=read, better=METRICS[name].better)
+
+    return (
+        Column("name", "way", lambda row: row.name),
+        Column("kind", "kind", lambda row: row.kind, wide=True),
+        Column("fitted", "fitted", lambda row: row.values or None, ".3f", wide=True),
+        *map(metric, METRICS),
+        *(change(name, "neutral", "", wide=True) for name in ("loss", "entropy", "ece")),
+        *(change(name, "matched temperature", " to T", wide=False) for name in ("loss", "ece")),
+    )
 
 
-def print_induction(console: Console, result: InductionStudy) -> None:
+def compared_sections(rows: Iterable[ComparedRow]) -> tuple[list[ComparedRow], list[ComparedRow]]:
+    """Part what a steering has to beat from the steerings. Matched temperatures are columns beside their steering."""
+    rows = [row for row in rows if row.kind != "matched temperature"]
+    return [row for row in rows if row.kind != "steering"], [row for row in rows if row.kind == "steering"]
+
+
+def text_columns() -> tuple[Column[ComparedRow], ...]:
+    """Describe the columns of ways to predict a text."""
+    return compared_columns(("loss", "entropy", "ece"))
+
+
+def _print_comparison(console: TableConsole, text: TextComparison, part: str = "") -> None:
+    """Print ways to predict one text."""
+    title = f"{text.source}{f' ({part})' if part else ''}: {text.tokens:,} tokens in {text.windows} windows"
+    console.table(Table(title, text_columns(), compared_sections(text.rows)))
+    fitted = [
+        f"{escape(row.name)} {', '.join(f'{value:.3f}' for value in row.values)}" for row in text.rows if row.kind in BASELINES
+    ]
+    numbers = f" Fitted: {'; '.join(fitted)}." if fitted else ""
+    console.print(f"Intervals over {text.blocks} {text.unit}.{numbers}")
+
+
+def print_induction(console: TableConsole, result: InductionStudy) -> None:
     """Repeated sequences, and what clipping does to them."""
     for kind in result.kinds:
-        table = Table("clipped")
-        for name in ("1st mean", "2nd mean", "from", "Δentropy", "in %", "Δloss", "Δentropy at 1st"):
-            table.add_column(name, justify="right")
-        bounds: dict[tuple[int, ...], tuple[str, str, str]] = {
-            (n.index,): (f"{n.first_mean:.3f}", f"{n.second_mean:.3f}", n.clipped_from) for n in kind.neurons
-        }
-        for clip in kind.clips:
-            table.add_row(
-                str(clip.neurons[0]) if len(clip.neurons) == 1 else "all",
-                *bounds.get(clip.neurons, ("", "", "")),
-                with_range(clip.second_entropy.nats),
-                f"{clip.second_entropy.relative.value:+.1%}",
-                with_range(clip.second_loss.nats),
-                with_range(clip.first_entropy.nats),
-            )
+        bounds: Mapping[tuple[int, ...], ClippedNeuron] = {(neuron.index,): neuron for neuron in kind.neurons}
+
+        def bound(clip: ClipEffect, name: str, bounds: Mapping[tuple[int, ...], ClippedNeuron] = bounds) -> Any:
+            return getattr(bounds.get(clip.neurons), name, None)
+
+        def nats(name: str, heading: str) -> Column[ClipEffect]:
+            def read(clip: ClipEffect) -> Interval:
+                change: Change = getattr(clip, name)
+                return change.nats
+
+            return Column(name, heading, read, "+.4f", difference=read)
+
+        columns: tuple[Column[ClipEffect], ...] = (
+            Column("clipped", "clipped", lambda clip: str(clip.neurons[0]) if len(clip.neurons) == 1 else "all"),
+            Column("first_mean", "1st mean", partial(bound, name="first_mean"), ".3f"),
+            Column("second_mean", "2nd mean", partial(bound, name="second_mean"), ".3f"),
+            Column("clipped_from", "from", partial(bound, name="clipped_from")),
+            nats("second_entropy", "Δentropy"),
+            Column("relative", "in %", lambda clip: clip.second_entropy.relative.value, "+.1%"),
+            nats("second_loss", "Δloss"),
+            nats("first_entropy", "Δentropy at 1st"),
+        )
+        title = f"{kind.kind.capitalize()} ({kind.source}), {kind.sequences} stretches of {result.half} tokens."
+        console.table(Table(title, columns, [kind.clips]))
+        first, second = ((plus_minus(of.entropy, ".3f"), plus_minus(of.loss, ".3f")) for of in (kind.first, kind.second))
         console.print(
-            f"[bold]{kind.kind.capitalize()}[/bold] ({escape(kind.source)}), {kind.sequences} stretches of {result.half} tokens. "
-            f"First reading: entropy {with_half_width(kind.first.entropy, 3)}, loss {with_half_width(kind.first.loss, 3)}; "
-            f"second: {with_half_width(kind.second.entropy, 3)}, {with_half_width(kind.second.loss, 3)}.",
-            table,
-            sep="\n",
+            f"First reading: entropy {first[0]}, loss {first[1]}; second: {second[0]}, {second[1]}.",
         )
     console.print(
-        f"{escape(result.model)}. Nats; ± half of the 95 % bootstrap interval over sequences, in brackets the interval of the "
-        "paired difference; changes are of the second reading unless said otherwise."
+        f"{escape(result.model)}. Nats; ± half of the 95 % bootstrap interval over sequences, of changes that of the paired "
+        "difference, which does not contain zero where * stands. Changes are of the second reading unless said otherwise."
     )
 
 
-def print_cumulative(console: Console, result: CumulativeStudy) -> None:
+class _Ablated(NamedTuple):
+    """A row of the table of cumulative ablation."""
+
+    name: str
+    norm: float
+    entropy: Interval
+    relative: float | None
+    entropy_abs: Interval
+    loss: Interval
+    loss_abs: Interval
+
+
+def print_cumulative(console: TableConsole, result: CumulativeStudy) -> None:
     """Entropy neurons ablated together, beside random ones."""
-    table = Table("ablated")
-    for name in ("norm", "Δentropy", "in %", "|Δentropy|", "Δloss", "|Δloss|"):
-        table.add_column(name, justify="right")
+    sections = []
     for step in result.steps:
         number, controls = len(step.neurons), step.controls
-        table.add_row(
-            f"{'' if number == 1 else '+ '}{step.neurons[-1]}",
-            f"{step.mean_norm:.2f}",
-            with_range(step.entropy.nats),
-            f"{step.entropy.relative.value:+.2%}",
-            with_range(step.entropy_abs, sign=""),
-            with_range(step.loss.nats),
-            with_range(step.loss_abs, sign=""),
-        )
-        table.add_row(
-            f"{number} random",
-            f"{controls.mean_norm:.2f}",
-            with_range(controls.entropy),
-            "",
-            with_range(controls.entropy_abs, sign=""),
-            with_range(controls.loss),
-            with_range(controls.loss_abs, sign=""),
-            style="dim",
-            end_section=True,
-        )
-    console.print(table)
-    console.print(
-        f"{escape(result.model)} on {escape(result.source)}: {result.tokens:,} tokens in {result.windows} windows; unsteered "
-        f"entropy {with_half_width(result.entropy, 3)}, loss {with_half_width(result.loss, 3)}. Nats; 95 % bootstrap intervals "
-        f"over windows; random: mean, lowest and highest of {len(result.draws)} draws. Norm: mean of the writes."
+        name = f"{'' if number == 1 else '+ '}{step.neurons[-1]}"
+        changes = (step.entropy.nats, step.entropy.relative.value, step.entropy_abs, step.loss.nats, step.loss_abs)
+        random = (controls.entropy, None, controls.entropy_abs, controls.loss, controls.loss_abs)
+        sections.append([_Ablated(name, step.mean_norm, *changes), _Ablated(f"{number} random", controls.mean_norm, *random)])
+    columns: tuple[Column[_Ablated], ...] = (
+        Column("ablated", "ablated", lambda row: row.name),
+        Column("norm", "norm", lambda row: row.norm, ".2f"),
+        Column("entropy", "Δentropy", lambda row: row.entropy, "+.4f", difference=lambda row: row.entropy),
+        Column("relative", "in %", lambda row: row.relative, "+.2%"),
+        Column("entropy_abs", "|Δentropy|", lambda row: row.entropy_abs, ".4f"),
+        Column("loss", "Δloss", lambda row: row.loss, "+.4f", difference=lambda row: row.loss),
+        Column("loss_abs", "|Δloss|", lambda row: row.loss_abs, ".4f"),
     )
-
-
-def _with_values(row: ComparedRow) -> str:
-    """The name of a row, and its temperatures or constants."""
-    values = ", ".join(f"{value:.3f}" for value in row.values)
-    return short_name(row.name) + (f" ({values})" if values else "")
-
-
-def short_name(name: str) -> str:
-    """A name that fits a table, as it is shown."""
-    return escape(name if len(name) <= MAX_NAME_CHARACTERS else name[: MAX_NAME_CHARACTERS - 1] + "…")
-
-
-def with_half_width(interval: Interval, digits: int) -> str:
-    """``5.024 ±0.101``: the value and half the width of its interval."""
-    return f"{interval.value:.{digits}f} ±{(interval.high - interval.low) / 2:.{digits}f}"
-
-
-def with_range(interval: Interval, sign: str = "+") -> str:
-    """``+0.2479 (+0.2375 … +0.2595)``"""
-    return "{:{f}} ({:{f}} … {:{f}})".format(*interval, f=f"{sign}.4f")
+    title = f"{result.model} on {result.source}: {result.tokens:,} tokens in {result.windows} windows"
+    console.table(Table(title, columns, sections))
+    console.print(
+        f"Unsteered entropy {plus_minus(result.entropy, '.3f')}, loss {plus_minus(result.loss, '.3f')}. Nats; ± half of the 95 % "
+        f"bootstrap interval over windows; random: the mean of {len(result.draws)} draws, ± half of the way from the lowest to "
+        "the highest; * no zero between the ends. Norm: mean of the writes."
+    )

@@ -1,22 +1,19 @@
-"""Tables of answers in a model's own words, for a terminal, and what was fitted to them in words."""
+"""Tables of answers in a model's own words, and what was fitted to them in words."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
-
-from confsteer.report.tables import escape, short_name, with_half_width, with_range
+from confsteer.report.columns import Column, Table, TableConsole
+from confsteer.report.tables import compared_columns, escape
 
 if TYPE_CHECKING:
     from confsteer.evaluation.comparison import ComparedRow
     from confsteer.evaluation.confidences import ConfidenceName
-    from confsteer.evaluation.written import WrittenComparison
-    from confsteer.results.bootstrap import Interval
+    from confsteer.evaluation.written import WrittenAnswers, WrittenComparison
 
-SHOWN = ("accuracy", "ece", "brier", "auroc", "coverage_area")
-"""Metrics of a table in a terminal."""
+SHOWN = ("ece", "brier", "auroc", "coverage_area")
+"""Metrics of a confidence that are not only for wide tables."""
 
 
 def fitting_in_words(name: ConfidenceName, row: ComparedRow) -> str:
@@ -32,50 +29,69 @@ def fitting_in_words(name: ConfidenceName, row: ComparedRow) -> str:
     return "; ".join(dict.fromkeys(said)).replace("-", "−")
 
 
-def print_written(console: Console, model: str, compared: WrittenComparison) -> None:
+def answers_table(compared: WrittenComparison) -> Table[WrittenAnswers]:
+    """Describe the answers of each way to ask."""
+    columns: tuple[Column[WrittenAnswers], ...] = (
+        Column("name", "way", lambda row: row.name),
+        Column("right", "right", lambda row: row.right, ",d"),
+        Column("accuracy", "accuracy", lambda row: row.accuracy, ".3f"),
+        Column(
+            "accuracy_minus_neutral",
+            "Δ to neutral",
+            lambda row: row.less_unsteered,
+            "+.3f",
+            difference=lambda row: row.less_unsteered,
+            better="higher",
+        ),
+        Column("changed", "changed", lambda row: row.changed, ",d"),
+        Column("became_right", "now right", lambda row: row.became_right, ",d"),
+        Column("became_wrong", "now wrong", lambda row: row.became_wrong, ",d"),
+        Column("cut_off", "cut off", lambda row: row.cut_off, ",d"),
+        Column("empty", "empty", lambda row: row.empty, ",d"),
+    )
+    return Table(f"{compared.title}: {compared.questions:,} questions", columns, [compared.answers], _about(compared))
+
+
+def confidence_tables(compared: WrittenComparison) -> list[Table[ComparedRow]]:
+    """Describe each confidence in the answers, one to a table."""
+    columns = compared_columns(SHOWN, digits=3)
+    return [
+        Table(compared.title, columns, [one.rows], _about(compared) | {"confidence": one.confidence})
+        for one in compared.confidences
+    ]
+
+
+def _about(compared: WrittenComparison) -> dict[str, str | int]:
+    return {"source": compared.source, "wording": compared.wording, "questions": compared.questions}
+
+
+def written_tables(compared: WrittenComparison) -> list[Table[Any]]:
+    """Describe answers and confidences as CSV has them."""
+    return [answers_table(compared), *confidence_tables(compared)]
+
+
+def print_written(console: TableConsole, model: str, compared: WrittenComparison) -> None:
     """Print the answers of each way to ask, then each confidence in them."""
     from confsteer.evaluation.confidences import CONFIDENCES
-    from confsteer.evaluation.metrics import METRICS
 
-    table = Table("", title=escape(f"{compared.title}: {compared.questions:,} questions"), title_justify="left")
-    for heading in ("right", "accuracy", "Δ to neutral", "changed", "became right", "became wrong", "cut off", "empty"):
-        table.add_column(heading, justify="right")
-    for one in compared.answers:
-        table.add_row(
-            short_name(one.name),
-            f"{one.right:,}",
-            with_half_width(one.accuracy, 3),
-            with_range(one.less_unsteered) if one.less_unsteered else "",
-            *(f"{number:,}" for number in (one.changed, one.became_right, one.became_wrong, one.cut_off, one.empty)),
-        )
-    console.print(table)
-    table = Table("confidence", "", title=escape(f"{compared.title}: confidence in the answers"), title_justify="left")
-    for heading in ("stated", *(METRICS[name].heading for name in SHOWN)):
-        table.add_column(heading, justify="right")
-    for confidence in compared.confidences:
-        for row in confidence.rows:
-            fitted = fitting_in_words(confidence.confidence, row)
-            table.add_row(
-                CONFIDENCES[confidence.confidence] if row.kind == "neutral" else "",
-                short_name(row.name) + (f" ({fitted})" if fitted else ""),
-                f"{confidence.stated(row):,}",
-                *(_cell(name, row.metrics.get(name)) for name in SHOWN),
-                end_section=row is confidence.rows[-1],
-            )
-    console.print(table)
+    console.table(answers_table(compared))
+    sections, fitted, fewer = [], [], []
+    for one in compared.confidences:
+        label = CONFIDENCES[one.confidence]
+        sections.append([row.model_copy(update={"name": f"{label}, {row.name}"}) for row in one.rows])
+        fitted += [f"{label} {said}" for row in one.rows if (said := fitting_in_words(one.confidence, row))]
+        fewer += [f"{label}, {escape(row.name)}: {one.stated(row):,}" for row in one.rows if one.stated(row) < compared.questions]
+    console.table(Table(f"{compared.title}: confidence in the answers", compared_columns(SHOWN, digits=3), sections))
     truncated = f", {compared.truncated} of them without their beginning, to fit the context" if compared.truncated else ""
+    missing = f" Questions with that confidence, where not all have it: {'; '.join(fewer)}." if fewer else ""
     console.print(
-        f"{escape(model)} on {escape(compared.source)}: {compared.questions:,} questions{truncated}; answers are the likeliest "
-        f"token by token, {compared.samples} samples of each for self-consistency. Fitted, to one half of the questions and used "
-        "on the other: a temperature of tokens, or a slope and a constant of the confidence's logit. Coverage area: 1 less the "
-        "area under risk and coverage. AUROC has no value where no answer is right or all are; stated: answers with that "
-        f"confidence. ECE of 15 bins; ± half of the 95 % bootstrap interval over {compared.blocks} {compared.unit}, in "
-        "brackets an interval."
+        f"Fitted, to one half of the questions and used on the other, a temperature of tokens, or a slope and a constant of the "
+        f"confidence's logit: {'. '.join(fitted)}.{missing}"
     )
-
-
-def _cell(name: str, interval: Interval | None) -> str:
-    if interval is None:
-        return "–"
-    # The interval of a calibration error is not symmetric: noise makes the error itself too large.
-    return "{:.3f} ({:.3f}…{:.3f})".format(*interval) if name == "ece" else with_half_width(interval, 3)
+    console.print(
+        f"{escape(model)} on {escape(compared.source)}: {compared.questions:,} questions{truncated}. Answers are the likeliest "
+        f"token by token; {compared.samples} samples of each for self-consistency. Coverage area: 1 less the area under risk and "
+        "coverage. AUROC has no value where no answer is right or all are. ECE of 15 bins; ± half of the 95 % bootstrap interval "
+        f"over {compared.blocks} {compared.unit}; * differs from neutral by the interval of the paired difference (green: "
+        "better, red: worse)."
+    )

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from confsteer.bars import progress_bar
 from confsteer.defaults import CUMULATIVE_REPEATS, SEED
 from confsteer.errors import SettingError
 from confsteer.last_layer.readout import Readout
@@ -153,7 +153,7 @@ def _measure(recording: Recording, readout: Readout, mean: Tensor, orders: Seque
     """Ablate the first 1, 2, … neurons of each order at every token."""
     tokens = recording.windows.n_tokens
     unsteered, changes = [], []
-    with tqdm(total=tokens, desc="ablate", unit="tok", unit_scale=True, disable=not show) as bar:
+    with progress_bar("ablate", tokens, show=show) as bar:
         for batch in recording.read(bar.update):
             # Windows without a kept token are not part of the sample.
             present, index = batch.window.unique(return_inverse=True)

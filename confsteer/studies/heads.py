@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from confsteer.bars import progress_bar
 from confsteer.errors import UnsupportedModelError
 from confsteer.last_layer.readout import Readout
 from confsteer.last_layer.scores import TokenScores
@@ -150,7 +150,7 @@ def _read(recording: Recording, readout: Readout, neurons: Tensor, half: int, sh
     """Run the model as it is over every sequence."""
     first, second, scored = [], [], []
     tokens = recording.windows.n_tokens
-    with tqdm(total=tokens, desc="sequences", unit="tok", unit_scale=True, disable=not show) as bar:
+    with progress_bar("sequences", tokens, show=show) as bar:
         for batch in recording.read(bar.update):
             positions = len(batch.targets) // len(batch.window.unique())
             activations = batch.activations[:, neurons].double().cpu().view(-1, positions, len(neurons))
@@ -185,7 +185,7 @@ def induction_scores(model: PreTrainedModel, windows: Windows, half: int, *, pro
     try:
         with (
             torch.no_grad(),
-            tqdm(total=windows.n_tokens, desc="heads", unit="tok", unit_scale=True, disable=not progress) as bar,
+            progress_bar("heads", windows.n_tokens, show=progress) as bar,
         ):
             for batch in windows.batches(BATCH_SIZE):
                 output = base.base_model(input_ids=batch.input_ids.to(device), use_cache=False, output_attentions=True)

@@ -15,9 +15,9 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from confsteer.bars import progress_bar
 from confsteer.errors import SettingError
 from confsteer.last_layer.readout import Readout
 from confsteer.last_layer.scores import TokenScores
@@ -176,7 +176,7 @@ class _Sequences:
 
     def read(self, stage: str) -> Iterator[TokenStates]:
         tokens = self.windows.n_tokens
-        with tqdm(total=tokens, desc=f"{self.kind} {stage}", unit="tok", unit_scale=True, disable=not self._show) as bar:
+        with progress_bar(f"{self.kind} {stage}", tokens, show=self._show) as bar:
             yield from self._recording.read(bar.update)
 
 

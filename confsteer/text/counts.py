@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from confsteer.bars import progress_bar
 from confsteer.errors import CorpusError
 from confsteer.files import MAX_COUNTS_BYTES, read_at_most
 from confsteer.text.windows import Document, control_ids, token_ids_in_parts, vocabulary_size
@@ -58,7 +58,7 @@ def count_tokens(
     """
     counts = np.zeros(vocabulary_size(tokenizer), dtype=np.int64)
     control = np.array(control_ids(tokenizer), dtype=np.int64)
-    with tqdm(desc="counting", unit="tok", unit_scale=True, disable=not progress) as bar:
+    with progress_bar("counting", None, show=progress) as bar:
         for parts in token_ids_in_parts(documents, tokenizer):
             ids = np.fromiter(chain.from_iterable(parts), dtype=np.int64)
             counts += np.bincount(ids, minlength=len(counts))

@@ -8,10 +8,10 @@ from typing import Literal, NamedTuple, TypedDict, Unpack
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from confsteer import defaults
+from confsteer.bars import progress_bar
 from confsteer.evaluation.comparison import Candidate, Sample, TextComparison, compare
 from confsteer.evaluation.evaluate import read_sample, unsteered, with_matched_temperatures
 from confsteer.evaluation.fit import (
@@ -173,7 +173,7 @@ def tune(
     # Judge on parts that took no part in the search.
     steered = profile.intervention(best.steering)
     total = sum(one.validation.reading.tokens + 2 * one.test.reading.tokens for one in splits)
-    with tqdm(total=total, desc="judge", unit="tok", unit_scale=True, disable=not progress) as bar:
+    with progress_bar("judge", total, show=progress) as bar:
         validation = _gain(given["objective"], steered, [one.validation for one in splits], bar.update)
         reports = [_report(one, fits + left_out[i : i + 1], bar.update) for i, one in enumerate(splits)]
     return Tuning(
@@ -207,13 +207,13 @@ class _Tuner(NamedTuple):
 
     def find(self, splits: Sequence[Split], label: str) -> Tuned:
         """Search with a progress bar called `label`."""
-        with tqdm(total=MAX_STEPS, desc=label[:40], unit="step", disable=not self.progress) as bar:
+        with progress_bar(label, MAX_STEPS, "step", show=self.progress) as bar:
 
             def on_step(step: int, score: float) -> None:
                 bar.set_postfix(validation=f"{score:.4f}", refresh=False)
                 bar.update()
 
-            found = search(
+            return search(
                 self.profile,
                 splits,
                 self.parameters,
@@ -222,9 +222,6 @@ class _Tuner(NamedTuple):
                 ridge=self.ridge,
                 on_step=on_step,
             )
-            # Most searches end before the last step that they might take.
-            bar.total = bar.n
-            return found
 
     def leave_one_out(self, splits: Sequence[Split]) -> list[_Fitted]:
         """Fit everything on all texts but each."""
@@ -247,7 +244,7 @@ def _sample_vocabulary(splits: Sequence[Split], progress: bool) -> None:
     """Make ready to search: draw the sample of the vocabulary for the parts that searches look at."""
     parts = [part.reading for one in splits for part in (one.train, one.stop)]
     total = sum(part.tokens for part in parts)
-    with tqdm(total=total, desc="sample the vocabulary", unit="tok", unit_scale=True, disable=not progress) as bar:
+    with progress_bar("sample the vocabulary", total, show=progress) as bar:
         for part in parts:
             part.draw_sample(bar.update)
 

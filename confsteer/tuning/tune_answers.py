@@ -9,10 +9,10 @@ from typing import NamedTuple, TypedDict, Unpack
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from confsteer import defaults
+from confsteer.bars import progress_bar
 from confsteer.errors import CorpusError
 from confsteer.evaluation.answers import AnswerCandidate, answer_entropy, fit_answer_temperature, match_answer_entropy
 from confsteer.evaluation.choice_sample import ChoiceSample, read_choices
@@ -194,14 +194,13 @@ def _search(
     start = torch.zeros(ways.number + 1)
     start[-1] = math.log(_fit_temperature([one.train for one in splits], None))
     start[-1].clamp_(-4.6, 4.6)
-    with tqdm(total=MAX_STEPS, desc="tune on answers", unit="step", disable=not progress) as bar:
+    with progress_bar("tune on answers", MAX_STEPS, "step", show=progress) as bar:
 
         def on_step(step: int, reached: float) -> None:
             bar.set_postfix(validation=f"{reached:.4f}", refresh=False)
             bar.update()
 
         best, steps = minimise(value_and_gradient, start, score=score, ridge=ridge, on_step=on_step)
-        bar.total = bar.n
     return ways.steering(best), steps
 
 

@@ -271,14 +271,13 @@ def test_the_matched_temperature_is_the_one_that_was_applied(seed: int, scale: f
 
 
 def test_the_table_has_a_line_per_way_but_matched_temperatures() -> None:
-    from rich.console import Console
-
     from confsteer.report.answer_tables import print_choices
+    from confsteer.report.columns import TableConsole
 
     model, tokenizer, _, profile = planted("llama")
     steerings = [Steering(entropy=0.4), Steering(unigram=0.1)]
     (result,) = evaluate_choices(model, tokenizer, {"quiz": some_questions(12)}, profile, steerings)
-    console = Console(record=True, width=160, file=io.StringIO())
+    console = TableConsole(record=True, width=160, file=io.StringIO())
     print_choices(console, "tiny", result)
     text = console.export_text()
     assert "12 questions, 2 of them without their beginning" in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import functools
 import io
 import json
@@ -39,10 +40,11 @@ from confsteer.evaluation.reader import Reader
 from confsteer.evaluation.run_file import Run
 from confsteer.evaluation.written import WrittenAnswered, answer_in_words, compare_written
 from confsteer.evaluation.written_sample import WrittenSample, WrittenWay, fitted, write_sample
+from confsteer.report.columns import TableConsole, write_csv
 from confsteer.report.page import render
 from confsteer.report.results import read_result
 from confsteer.report.written_findings import written_findings
-from confsteer.report.written_tables import fitting_in_words, print_written
+from confsteer.report.written_tables import fitting_in_words, print_written, written_tables
 from confsteer.results.bootstrap import Blocks
 from confsteer.text.prompts import ShortWording
 from confsteer.text.short_questions import ShortQuestion
@@ -314,7 +316,6 @@ def test_risk_does_not_depend_on_the_order_of_equal_confidences() -> None:
 
 
 def test_the_report_and_the_table_have_every_way_and_every_prompt() -> None:
-    from rich.console import Console
 
     compared = compare_written(overconfident(60))
     result = Evaluation(model="m", profile="p", versions={}, texts=(), written=(compared,))
@@ -333,11 +334,21 @@ def test_the_report_and_the_table_have_every_way_and_every_prompt() -> None:
         for row in one.rows:
             assert f"{row.metrics['ece'].value:.4f}" in page
         assert fitting_in_words(one.confidence, one.rows[1]) in page
-    console = Console(record=True, width=170, file=io.StringIO())
+    console = TableConsole(record=True, width=100, file=io.StringIO())
     print_written(console, "tiny", compared)
     shown = console.export_text()
+    assert max(map(len, shown.splitlines())) <= 100
+    assert "…" not in shown
     for words in (*CONFIDENCES.values(), "entropy=+0.4", "60 questions", f"{compared.answers[0].right}"):
         assert words in shown
+    written = io.StringIO()
+    write_csv(written, written_tables(compared))
+    records = [*csv.DictReader(io.StringIO(written.getvalue()))]
+    assert [int(record["right"]) for record in records[: len(compared.answers)]] == [one.right for one in compared.answers]
+    of_confidences = [row for one in compared.confidences for row in one.rows]
+    assert [float(record["ece"]) for record in records[len(compared.answers) :]] == [
+        row.metrics["ece"].value for row in of_confidences
+    ]
 
 
 def test_what_cannot_be_answered_is_refused_before_the_model_runs() -> None:

@@ -45,8 +45,9 @@ def older(profile: Profile, folder: Path) -> Profile:
 
 
 def printed(profile: Profile, capsys: Any) -> str:
+    """Print it, and join the lines."""
     tables.print_profile(tables.console(), profile)
-    return str(capsys.readouterr().out)
+    return " ".join(capsys.readouterr().out.split())
 
 
 @given(share=st.floats(-1, 1))

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 from confsteer import Profile, ProfileCorruptError, ProfileError, ProfileNotFoundError, Steering, SteeringError
 from confsteer.profile.store import FILE_NAME, FORMAT_VERSIONS, MEASURED_COLUMNS, WEIGHT_COLUMNS
+from confsteer.report.columns import TableConsole
 from confsteer.report.tables import print_profile
 from confsteer.steering import DIALS
 from tests.planted import planted
@@ -207,7 +207,7 @@ def mutate(chance: random.Random, found: Saved, folder: Path) -> None:
 def use(profile: Profile, *, printed: bool) -> None:
     """What is loaded can be shown, and steers by finite numbers or says why not."""
     if printed:
-        print_profile(Console(file=io.StringIO(), width=150), profile)
+        print_profile(TableConsole(file=io.StringIO(), width=150), profile)
     for dial in DIALS:
         if profile.neurons(dial):
             for change in profile.reach(dial):

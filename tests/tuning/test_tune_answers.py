@@ -87,11 +87,10 @@ def test_what_is_gained_is_gained_over_a_temperature(tmp_path: Path) -> None:
     (tmp_path / "r.json").write_text(result.model_dump_json())
     assert read_result(tmp_path / "r.json") == result
     assert "No, it is refused." in render(result, None)
-    from rich.console import Console
-
     from confsteer.report.answer_tables import print_answer_tuning
+    from confsteer.report.columns import TableConsole
 
-    console = Console(record=True, width=160, file=io.StringIO())
+    console = TableConsole(record=True, width=160, file=io.StringIO())
     print_answer_tuning(console, result)
     assert "against the temperature alone" in console.export_text().replace("\n", " ")
     assert Steering() != result.steering
