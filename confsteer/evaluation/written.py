@@ -29,6 +29,8 @@ class WrittenAnswers(Result):
     name: str
     steering: Steering
     right: int
+    mentioned: int | None = None
+    """Wrong answers with the words of an accepted one among others; None in results made before these were counted."""
     accuracy: Interval
     less_unsteered: Interval | None = None
     """Paired difference of the accuracy to the unsteered model's; None of that itself."""
@@ -168,6 +170,7 @@ def _answers(way: WrittenWay, unsteered: WrittenWay, blocks: Blocks) -> WrittenA
         name=way.name,
         steering=way.steering,
         right=int(way.correct.sum()),
+        mentioned=int(way.mentioned.sum()),
         accuracy=accuracy.interval,
         less_unsteered=None if way is unsteered else (accuracy - blocks.mean(unsteered.correct)).interval,
         changed=int(way.changed.sum()),

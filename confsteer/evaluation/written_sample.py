@@ -56,6 +56,8 @@ class WrittenWay(NamedTuple):
     """``[questions]`` bool."""
     changed: Tensor
     """Whether each is another than the unsteered model's, ``[questions]`` bool."""
+    mentioned: Tensor
+    """Whether each has the words of an accepted answer among others, ``[questions]`` bool."""
     confidence: dict[ConfidenceName, Tensor]
     """Float64 ``[questions]`` each; NaN where the model gave none."""
     values: dict[ConfidenceName, tuple[float, ...]]
@@ -194,6 +196,7 @@ def _way(
         empty=torch.tensor([not key for key in keys]),
         correct=torch.tensor([question.accepts(one.text) for question, one in zip(questions, answers, strict=True)]),
         changed=torch.tensor([key != before for key, before in zip(keys, unsteered, strict=True)]),
+        mentioned=torch.tensor([question.is_mentioned_in(one.text) for question, one in zip(questions, answers, strict=True)]),
         confidence=confidence,
         values={},
     )

@@ -194,10 +194,23 @@ def _written_section(compared: WrittenComparison, anchor: str) -> Section:
 
 def _answers_table(compared: WrittenComparison) -> Table:
     accuracy = METRICS["accuracy"]
-    columns = ["right", accuracy.label, f"Δ {accuracy.label}", "changed", "became right", "became wrong", "cut off", "empty"]
+    columns = [
+        "right",
+        accuracy.label,
+        f"Δ {accuracy.label}",
+        "mentioned",
+        "changed",
+        "became right",
+        "became wrong",
+        "cut off",
+        "empty",
+    ]
     rows = []
     for one in compared.answers:
-        counts = [Cell(f"{n:,}", "") for n in (one.changed, one.became_right, one.became_wrong, one.cut_off, one.empty)]
+        counts = [
+            Cell(f"{n:,}", "")
+            for n in (one.mentioned or 0, one.changed, one.became_right, one.became_wrong, one.cut_off, one.empty)
+        ]
         change = _cell("accuracy", one.less_unsteered, difference=True)
         rows.append(TableRow(one.name, "", [Cell(f"{one.right:,}", ""), _cell("accuracy", one.accuracy), change, *counts]))
     return Table("The answers", columns, rows)

@@ -30,6 +30,11 @@ def _knows(compared: WrittenComparison) -> Finding:
     lead = f"It is right on {unsteered.right:,} of {asked:,} questions: accuracy {value} ({low} to {high})."
     if unsteered.cut_off or unsteered.empty:
         lead += f" Answers cut off: {unsteered.cut_off:,}; with nothing to compare: {unsteered.empty:,}."
+    if unsteered.mentioned:
+        lead += (
+            f" {unsteered.mentioned:,} more have the words of an accepted answer among others, as in a sentence: they may be "
+            "right, and do not count."
+        )
     if unsteered.right in (0, asked):
         answer = "To none of these questions." if unsteered.right == 0 else "To all of these questions."
         lead += (
@@ -39,7 +44,7 @@ def _knows(compared: WrittenComparison) -> Finding:
         )
     else:
         answer = f"To {unsteered.right / asked:.0%} of these questions."
-    return Finding("Does the model know the answers?", answer, lead, [])
+    return Finding("Does the model give the answers?", answer, lead, [])
 
 
 def _changes(compared: WrittenComparison) -> Finding:

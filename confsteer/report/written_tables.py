@@ -34,6 +34,7 @@ def answers_table(compared: WrittenComparison) -> Table[WrittenAnswers]:
     columns: tuple[Column[WrittenAnswers], ...] = (
         Column("name", "way", lambda row: row.name),
         Column("right", "right", lambda row: row.right, ",d"),
+        Column("mentioned", "mentioned", lambda row: row.mentioned or None, ",d"),
         Column("accuracy", "accuracy", lambda row: row.accuracy, ".3f"),
         Column(
             "accuracy_minus_neutral",
@@ -82,6 +83,11 @@ def print_written(console: TableConsole, model: str, compared: WrittenComparison
         fitted += [f"{label} {said}" for row in one.rows if (said := fitting_in_words(one.confidence, row))]
         fewer += [f"{label}, {escape(row.name)}: {one.stated(row):,}" for row in one.rows if one.stated(row) < compared.questions]
     console.table(Table(f"{compared.title}: confidence in the answers", compared_columns(SHOWN, digits=3), sections))
+    if compared.answers[0].mentioned:
+        console.print(
+            "Mentioned: wrong answers that have the words of an accepted one among others. Whole sentences do not count as "
+            "right: --shots FILE shows the model to answer in a word."
+        )
     truncated = f", {compared.truncated} of them without their beginning, to fit the context" if compared.truncated else ""
     missing = f" Questions with that confidence, where not all have it: {'; '.join(fewer)}." if fewer else ""
     console.print(

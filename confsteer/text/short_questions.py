@@ -66,6 +66,13 @@ class ShortQuestion(NamedTuple):
         key = self.key(text)
         return bool(key) and key in {self.key(answer) for answer in self.answers}
 
+    def is_mentioned_in(self, text: str) -> bool:
+        """Say whether an answer has the words of an accepted one among others, as in a sentence, which does not count."""
+        if self.kind != "words" or self.accepts(text):
+            return False
+        words = f" {self.key(text)} "
+        return any(f" {key} " in words for answer in self.answers if (key := self.key(answer)))
+
 
 class ShortQuestionSource(QuestionSource):
     """Where short questions come from."""

@@ -189,7 +189,7 @@ def made_up(correct: Tensor, confidence: Tensor, steered: Tensor, changed: Tenso
     same: Any = {name: confidence.double() for name in CONFIDENCES}
     log_p = [torch.stack([c.log() / t for t in TEMPERATURES])[:, None] for c in confidence.double()]
     no = torch.zeros(n, dtype=torch.bool)
-    neutral = WrittenWay("neutral", "neutral", Steering(), ("x",) * n, ~no, no, correct, no, same, {})
+    neutral = WrittenWay("neutral", "neutral", Steering(), ("x",) * n, ~no, no, correct, no, no, same, {})
     other: Any = {name: steered.double() for name in CONFIDENCES}
     turned = neutral._replace(name="entropy=+0.4", kind="steering", steering=LESS_CONFIDENT, confidence=other)
     turned = turned._replace(changed=no if changed is None else changed)
@@ -217,7 +217,7 @@ def test_where_all_answers_are_alike_nothing_is_said_of_confidence(right: bool) 
     compared = compare_written(sample)
     assert all("auroc" not in row.metrics for one in compared.confidences for row in one.rows)
     found = written_findings(compared)
-    assert [one.question for one in found] == ["Does the model know the answers?", "What does steering do to the answers?"]
+    assert [one.question for one in found] == ["Does the model give the answers?", "What does steering do to the answers?"]
     assert found[0].answer == ("To all of these questions." if right else "To none of these questions.")
     assert "there is no AUROC" in found[0].lead
 

@@ -112,6 +112,15 @@ def test_the_number_that_counts_is_the_marked_or_the_last_one() -> None:
     assert not question.accepts("none")
 
 
+def test_an_accepted_answer_within_a_sentence_is_mentioned_and_not_right() -> None:
+    question = ShortQuestion("What is the capital of France?", ("Paris", "the City of Paris"))
+    said = {"Paris.": False, "The capital is Paris!": True, "It is the city of Paris": True, "Parish": False, "": False}
+    assert {text: question.is_mentioned_in(text) for text in said} == said
+    assert question.accepts("Paris.")
+    assert not any(question.accepts(text) for text, mentioned in said.items() if mentioned)
+    assert not ShortQuestion("How many?", ("7",), kind="number").is_mentioned_in("7 or 8")
+
+
 @settings(max_examples=30)
 @given(st.decimals(allow_nan=False, allow_infinity=False, places=3, min_value=-(10**9), max_value=10**9))
 def test_a_number_is_found_however_it_is_written(number: Any) -> None:
