@@ -130,3 +130,21 @@ def test_progress_rises_to_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(seen) > 2
     assert seen == sorted(seen)
     assert seen[-1] == pytest.approx(1)
+
+
+def test_two_threads_find_what_one_finds() -> None:
+    readout, states, mean, unigram = layer(write_norm=True)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            exact = [
+                exact_effects(readout, out, mean - states.activations[rows], unigram)
+                for out, rows in FullOutputs.stream(readout, states)
+            ]
+            found.append((*ablation_effects(readout, states, mean, unigram), *(part.effects for part in exact)))
+    finally:
+        torch.set_num_threads(before)
+    for one, two in zip(*found, strict=True):
+        for ours, theirs in zip(one, two, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=1e-4)
