@@ -126,7 +126,7 @@ def calibrate(
         profile = confsteer.calibrate(
             loaded.model,
             loaded.tokenizer,
-            {title: text.windows(source, loaded.tokenizer) for title, source in sources.items()} or None,
+            {title: text.windows(source, loaded) for title, source in sources.items()} or None,
             tokens=text.tokens,
             window=text.window,
             unigram_counts=counts,

@@ -21,7 +21,6 @@ from confsteer.report.tables import escape
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pydantic import BaseModel
-    from transformers import PreTrainedTokenizerBase
 
     from confsteer.evaluation.evaluate import Evaluation
     from confsteer.model.loading import LoadedModel
@@ -209,9 +208,9 @@ class WindowedTextOptions(TextOptions):
     tokens: int | None
     """Tokens to read at most; all if None."""
 
-    def windows(self, source: TextSource, tokenizer: PreTrainedTokenizerBase) -> Windows:
-        """Cut a text into windows."""
-        return source.windows(tokenizer, self.window, self.tokens)
+    def windows(self, source: TextSource, loaded: LoadedModel) -> Windows:
+        """Cut a text into windows of the model's tokens, and of images where a conversation has them."""
+        return source.windows(loaded.tokenizer, self.window, self.tokens, loaded.load_processor)
 
 
 _TEXT = (

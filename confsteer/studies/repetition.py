@@ -87,7 +87,7 @@ def natural_stretches(windows: Windows, sequences: int, half: int) -> np.ndarray
     """
     ends = windows.starts[1:][np.diff(windows.starts) == windows.window]
     stretches = [windows.token_ids[end - half : end] for end in ends]
-    found = [stretch for stretch in stretches if not np.isin(stretch, windows.special_ids).any()]
+    found = [stretch for stretch in stretches if not np.isin(stretch, [*windows.special_ids, *windows.placeholder_ids]).any()]
     if len(found) < 2:
         raise CorpusError(f"the text has {len(found)} stretches of {half} tokens, too few for an interval; give more text")
     return np.array(found[:sequences])
