@@ -89,6 +89,7 @@ def calibrate(
 
     \b
     A line of chats.jsonl: {"messages": [{"role": "user", "content": "Hi"}, ...]}
+    An image in it:        "content": [{"type": "image", "path": "a.png"}, {"type": "text", "text": "What is this?"}]
 
     Each --text is a text of its own, and they count equally: a dial asks for the mean of what it does on them, and the profile
     says beside it how far the texts lie apart. Give every kind of text that the model will see.

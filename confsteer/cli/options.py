@@ -227,7 +227,11 @@ _TEXT = (
     click.option("--config", metavar="NAME", help="The dataset's configuration, where it has several."),
     click.option("--split", metavar="NAME", help="The dataset's split.  [default: train]"),
     click.option("--field", metavar="NAME", help="What a JSON object calls its text.  [default: text; with --chat, messages]"),
-    click.option("--chat", is_flag=True, help="Conversations (or questions), through the tokenizer's chat template."),
+    click.option(
+        "--chat",
+        is_flag=True,
+        help="Conversations, with images for models that see (or questions), through the model's chat template.",
+    ),
     click.option("--join", is_flag=True, help="Let windows cross documents: join texts with EOS, as pre-training does."),
 )
 text_options = grouped("text", TextOptions, *_TEXT)

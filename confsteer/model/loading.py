@@ -59,7 +59,7 @@ class LoadedModel(NamedTuple):
         except Exception as error:  # as many kinds as of a model
             raise LoadError(f"cannot load the processor of {source}, which images need: {reason(error)}") from error
         if not isinstance(processor, ProcessorMixin):
-            raise LoadError(f"{source} has no processor for images: it reads text alone")
+            raise LoadError(f"a conversation has an image, and {source} has no processor for images: it reads text alone")
         return processor
 
 

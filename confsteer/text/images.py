@@ -1,6 +1,6 @@
 """Conversations with images: files to images, and both to what a model is given, by its processor.
 
-Pixels are held in memory as the processor makes them: about twenty to forty kilobytes for each token of an image.
+Pixels are held in memory as the processor makes them: two to fifty kilobytes for each token that stands for an image.
 """
 
 from __future__ import annotations

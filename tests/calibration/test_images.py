@@ -19,7 +19,7 @@ from confsteer.model.dissect import dissect
 from confsteer.model.states import record
 from confsteer.text.images import with_images
 from confsteer.text.windows import FIRST_POSITIONS, SeenConversation, Windows, make_windows
-from tests.models import IMAGE, IMAGE_TOKENS, MULTIMODAL, VOCAB, image_inputs, tiny_processor, zipf_texts
+from tests.models import IMAGE, IMAGE_TOKENS, MULTIMODAL, VOCAB, chat_tokenizer, image_inputs, tiny_processor, zipf_texts
 from tests.planted import Planted, planted
 from tests.test_cli import run
 from tests.text.test_images import picture
@@ -146,11 +146,13 @@ def test_a_profile_of_what_was_seen(tmp_path: Path) -> None:
 
 def test_a_model_that_reads_text_alone_says_so(tmp_path: Path) -> None:
     found = planted("llama")
-    found.save(tmp_path)
-    part = {"type": "image", "path": str(picture(tmp_path / "a.png"))}
-    (tmp_path / "chats.jsonl").write_text(json.dumps([{"role": "t5", "content": [part]}]))
+    found.model.save_pretrained(tmp_path / "model")
+    chat_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "chats.jsonl").write_text(json.dumps([{"role": "t5", "content": [{"type": "image", "path": "a.png"}]}]))
     said = run("calibrate", tmp_path / "model", "--text", tmp_path / "chats.jsonl", "--chat", code=1).output
-    assert "has no processor for images" in " ".join(said.split()) or "which images need" in " ".join(said.split())
+    assert "has no processor for images: it reads text alone" in " ".join(said.split())
+    counted = ("--text", tmp_path / "chats.jsonl", "--chat", "--out", tmp_path / "counts.npy")
+    assert "part that is no text (type 'image')" in " ".join(run("count", tmp_path / "model", *counted, code=1).output.split())
 
 
 def test_pixels_come_in_the_precision_of_the_weights() -> None:
