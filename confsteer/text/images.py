@@ -108,10 +108,13 @@ def _see(conversation: Conversation, processor: ProcessorMixin, where: str) -> S
     message_texts(without_images(conversation), where)  # raises if there is something else
     messages, images = _messages(conversation, where)
     name = type(processor).__name__
-    rendered = str(_applied(processor, messages, where, tokenize=False))
-    for number, message in enumerate(messages, start=1):
-        if not all(part["text"].strip() in rendered for part in message["content"] if part["type"] == "text"):
-            raise CorpusError(f"{where}: the chat template of {name} leaves out text of message {number}: leave it out yourself")
+    try:
+        rendered = _rendered(processor, messages, messages, where)
+    except CorpusError:
+        # A template may know parts where there are images, and else strings alone.
+        given = [message.get("content") for message in conversation]
+        strings = [{**m, "content": one} if isinstance(one, str) else m for m, one in zip(messages, given, strict=True)]
+        rendered, messages = _rendered(processor, strings, messages, where), strings
     if (places := rendered.count(str(getattr(processor, "image_token", None)))) != images:
         raise CorpusError(
             f"{where} has {images} images, and the chat template of {name} makes place for {places}: it does not know images, or "
@@ -128,12 +131,22 @@ def _see(conversation: Conversation, processor: ProcessorMixin, where: str) -> S
     return SeenConversation(ids, dict(made), frozenset(placeholders), where)
 
 
+def _rendered(processor: ProcessorMixin, messages: list[dict[str, Any]], parts: list[dict[str, Any]], where: str) -> str:
+    """Apply the chat template to messages, which are `parts` in one form or another, and look for all of their text."""
+    rendered = str(_applied(processor, messages, where, tokenize=False))
+    for number, message in enumerate(parts, start=1):
+        if not all(part["text"].strip() in rendered for part in message["content"] if part["type"] == "text"):
+            name = type(processor).__name__
+            raise CorpusError(f"{where}: the chat template of {name} leaves out text of message {number}: leave it out yourself")
+    return rendered
+
+
 def _applied(processor: ProcessorMixin, messages: list[dict[str, Any]], where: str, **how: Any) -> Any:
     """Apply the processor's chat template; processor and template raise many kinds of errors."""
     try:
         return processor.apply_chat_template(messages, **how)
     except Exception as error:
-        raise CorpusError(f"the model's processor refuses {where}: {error or type(error).__name__}") from error
+        raise CorpusError(f"the model's processor refuses {where}: {str(error) or type(error).__name__}") from error
 
 
 def _messages(conversation: Conversation, where: str) -> tuple[list[dict[str, Any]], int]:

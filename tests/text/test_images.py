@@ -168,6 +168,16 @@ def test_large_files_and_images_are_refused(tmp_path: Path, monkeypatch: pytest.
         list(with_images([chat], tiny_processor("llava")))
 
 
+@pytest.mark.parametrize("reply", ["{{ m.content + ' t12' }}", "{% if m.content is string %}{{ m.content }} t12{% endif %}"])
+def test_a_template_may_take_strings_where_there_is_no_image(reply: str, tmp_path: Path) -> None:
+    """It fails at parts there, or leaves them out."""
+    processor = tiny_processor("llava")
+    processor.chat_template = f"t5 t{IMAGE} {{% set m = messages[1] %}}{reply}"
+    (seen,) = with_images([turns({"type": "image", "path": str(picture(tmp_path / "a.png"))})], processor)
+    assert isinstance(seen, SeenConversation)
+    assert seen.token_ids == [5, *[IMAGE] * IMAGE_TOKENS, 7, 8, 9, 10, 11, 12]
+
+
 @pytest.mark.parametrize(
     ("template", "sentence"),
     [
