@@ -80,7 +80,7 @@ def random_stretches(
 def natural_stretches(windows: Windows, sequences: int, half: int) -> np.ndarray:
     """The last `half` tokens of the first `sequences` full windows, ``[at most sequences, half]``.
 
-    A stretch with a control token is left out: it would start a text anew.
+    A stretch with a control token is left out: it would start a text anew. So is one of an image, which would not be seen.
 
     Raises:
         CorpusError: there are fewer than two.
