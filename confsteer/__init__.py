@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from confsteer.runtimes.transformers import Steerer, steer
     from confsteer.steering import Steering
     from confsteer.text.counts import count_tokens, read_counts
+    from confsteer.text.images import with_images
     from confsteer.text.sources import read_texts
     from confsteer.tuning.tune import Tuning, tune
 
@@ -72,6 +73,7 @@ __all__ = [
     "scan",
     "steer",
     "tune",
+    "with_images",
 ]
 
 _MODULES = {
@@ -94,6 +96,7 @@ _MODULES = {
     "scan": "calibration.scan",
     "steer": "runtimes.transformers",
     "tune": "tuning.tune",
+    "with_images": "text.images",
 }
 """The module of each name; those that are not listed are errors, and `demo` is a module itself."""
 

@@ -5,8 +5,8 @@ Who is trusted with what:
 - **Profiles** and **steering requests** come from anyone: a hub, a client of a server. They are JSON and rows of numbers
   with a bounded size, checked field by field. Nothing in them is executed or unpickled, and none of their strings reaches a
   terminal, a picture or a page unescaped.
-- **Results**, **run files**, **texts**, **questions** and **counts** come from the user or from somebody they know. Each
-  is bounded by what is held in memory at once, and is wrong with a sentence.
+- **Results**, **run files**, **texts** and their images, **questions** and **counts** come from the user or from somebody
+  they know. Each is bounded by what is held in memory at once, and is wrong with a sentence.
 - **Models** and **tokenizers** come from whom the user trusts as transformers does. Only safetensors are read from a
   checkpoint that is scanned; code that comes with a model runs only with ``trust_remote_code``.
 - **The server's operator** sets profile and default. A client can do no more than choose a steering, and a wrong one is a 400.
@@ -39,6 +39,8 @@ MAX_COUNTS_BYTES = 100_000_000
 """Token counts: those of twelve million tokens fit."""
 MAX_DOCUMENT_BYTES = 100_000_000
 """A document, or a list of documents in one JSON file."""
+MAX_IMAGE_BYTES = 100_000_000
+"""An image in a conversation; Pillow bounds its pixels."""
 MAX_RESULT_BYTES = 100_000_000
 """An evaluation or a tuning: those of a hundred texts with a hundred steerings each fit."""
 MAX_RUN_FILE_BYTES = 1_000_000

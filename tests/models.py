@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import AutoConfig, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
@@ -163,6 +163,8 @@ def tiny_model(model_type: str, config: dict[str, Any], *, seed: int = 0) -> Any
                 parameter.add_(0.2 * torch.randn_like(parameter))
             elif "embed" in name or "wte" in name or "lm_head" in name or "embed_out" in name:
                 parameter.copy_(0.5 * torch.randn_like(parameter))
+            elif name.endswith("mm_input_projection_weight"):  # which begins as zero: no image would be seen
+                parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(seed))
         for name, buffer in model.named_buffers():
             if name.endswith("layer_scalar"):
                 buffer.fill_(0.7)
@@ -175,6 +177,35 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<eos>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<eos>", eos_token="<eos>", unk_token="<eos>")
+
+
+SEEING_TEMPLATE = (
+    "{% for m in messages %}{{ m.role }} {% for part in m.content %}{% if part.type == 'image' %}IMAGE"
+    "{% else %}{{ part.text }}{% endif %} {% endfor %}{% endfor %}"
+)
+
+
+def tiny_processor(model_type: str) -> Any:
+    """Processor of the tiny LLaVA or Gemma 3: a word stands for an image, and no control token."""
+    from transformers import CLIPImageProcessorPil, Gemma3ImageProcessorPil, Gemma3Processor, LlavaProcessor
+
+    tokenizer, size = tiny_tokenizer(), {"height": 28, "width": 28}
+    tokenizer.add_tokens([AddedToken(f"t{i}", special=False) for i in (93, 94, IMAGE)])
+    if model_type == "llava":
+        return LlavaProcessor(
+            CLIPImageProcessorPil(size=size, do_center_crop=False),
+            tokenizer,
+            patch_size=14,
+            vision_feature_select_strategy="default",
+            image_token=f"t{IMAGE}",
+            num_additional_image_tokens=1,
+            chat_template=SEEING_TEMPLATE.replace("IMAGE", f"t{IMAGE}"),
+        )
+    for name, i in (("boi", 94), ("image", IMAGE), ("eoi", 93)):
+        setattr(tokenizer, f"{name}_token", f"t{i}")
+        setattr(tokenizer, f"{name}_token_id", i)
+    template = SEEING_TEMPLATE.replace("IMAGE", "t94")
+    return Gemma3Processor(Gemma3ImageProcessorPil(size=size), tokenizer, chat_template=template, image_seq_length=IMAGE_TOKENS)
 
 
 CHAT_TEMPLATE = (

@@ -37,9 +37,9 @@ def planted(model_type: str, *, wide: bool = False, tied: bool = False) -> Plant
     return Planted(model, tokenizer, texts, confsteer.calibrate(model, tokenizer, texts, window=64, source="zipf"))
 
 
-def output_weights(steering: Steering, *, seed: int = 0, documents: int = 60) -> list[str]:
-    """Documents that the planted Llama writes when it is steered, so that this steering is the one to be found."""
-    found = planted("llama")
+def output_weights(steering: Steering, *, seed: int = 0, documents: int = 60, found: Planted | None = None) -> list[str]:
+    """Documents that a planted model, the Llama if None, writes when it is steered: this steering is the one to be found."""
+    found = found or planted("llama")
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(1, VOCAB, (documents, 1), generator=generator)
     with torch.no_grad(), confsteer.steer(found.model, found.profile, steering):

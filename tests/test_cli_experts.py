@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
-from confsteer import Profile
+import pytest
+import torch
+
+import confsteer
+from confsteer import Profile, Steering
+from confsteer.evaluation.evaluate import Evaluation
+from confsteer.text.windows import make_windows
 from tests.mixtures import planted_experts
+from tests.planted import output_weights
 from tests.test_cli import run
 
 
@@ -34,3 +42,27 @@ def test_a_mixture_of_experts_is_scanned_calibrated_shown_and_steered(tmp_path: 
     assert "scale.shared.7=0.5" in run("generate", "t1 t2 t3", tmp_path / "model", *few).output
     refused = run("study", "induction", tmp_path / "model", "--profile", tmp_path / "p", "--half", 20, code=1).output
     assert "needs neurons that are active on every token" in " ".join(refused.split())
+
+
+def test_a_mixture_tuned_by_command_is_steered_as_its_evaluation_says(tmp_path: Path) -> None:
+    found = planted_experts("gpt_oss")
+    routed = found.profile.steerable[0].key
+    texts = output_weights(Steering(scale={routed: -1.0}, shift={routed: 0.8}), documents=40, found=found)
+    found.save(tmp_path)
+    (tmp_path / "text.jsonl").write_text("\n".join(map(json.dumps, texts)))
+    given = (tmp_path / "model", "--profile", tmp_path / "profile", "--text", tmp_path / "text.jsonl", "--window", 64)
+    run("tune", *given)
+    run("tune", *given, "--dials", "--name", "dials")
+    run("eval", *given, "--steer", "preset=calibrated", "--steer", "preset=dials", "--json", tmp_path / "eval.json")
+    (result,) = Evaluation.model_validate_json((tmp_path / "eval.json").read_bytes()).texts
+    profile = Profile.load(tmp_path / "profile")
+    assert set(profile.presets["calibrated"].scale) == {neuron.key for neuron in found.profile.steerable}
+    (batch,) = make_windows(texts, found.tokenizer, window=64).batches(len(texts))
+    losses = []
+    for name, row in zip(("calibrated", "dials"), result.of_kind("steering"), strict=True):
+        with torch.no_grad(), confsteer.steer(found.model, profile, preset=name):
+            logits = found.model(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits[batch.kept]
+        losses.append(float(torch.nn.functional.cross_entropy(logits, batch.targets)))
+        assert row.metrics["loss"].value == pytest.approx(losses[-1], abs=1e-5)
+        assert row.minus["neutral"]["loss"].high < 0
+    assert losses[0] < losses[1], "gains of each neuron can say what the text was written with; dials cannot"

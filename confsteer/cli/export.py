@@ -142,8 +142,8 @@ def _measure(chosen: ModelOptions, profile: Profile, last: LastLayer, text: Wind
         raise click.UsageError("--text is for models with a norm on the MLP's output: here the control vector is the dial itself")
     source = text.source(chosen.model, "held-out")
     assert source is not None
-    model, tokenizer = chosen.load()
-    found = dial_after_norm(model, text.windows(source, tokenizer), profile)
+    loaded = chosen.load()
+    found = dial_after_norm(loaded.model, text.windows(source, loaded), profile)
     click.echo(f"Measured the entropy dial after the norm on {found.tokens:,} tokens of {one_safe_line(found.source)}.")
     return found
 

@@ -90,6 +90,7 @@ def calibrate(
 
     \b
     A line of chats.jsonl: {"messages": [{"role": "user", "content": "Hi"}, ...]}
+    An image in it:        "content": [{"type": "image", "path": "a.png"}, {"type": "text", "text": "What is this?"}]
 
     Each --text is a text of its own, and they count equally: a dial asks for the mean of what it does on them, and the profile
     says beside it how far the texts lie apart. Give every kind of text that the model will see.
@@ -127,7 +128,7 @@ def calibrate(
         profile = confsteer.calibrate(
             loaded.model,
             loaded.tokenizer,
-            {title: text.windows(source, loaded.tokenizer) for title, source in sources.items()} or None,
+            {title: text.windows(source, loaded) for title, source in sources.items()} or None,
             tokens=text.tokens,
             window=text.window,
             unigram_counts=counts,

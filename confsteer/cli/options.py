@@ -23,7 +23,6 @@ from confsteer.report.tables import escape
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pydantic import BaseModel
-    from transformers import PreTrainedTokenizerBase
 
     from confsteer.evaluation.evaluate import Evaluation
     from confsteer.model.loading import LoadedModel
@@ -211,9 +210,9 @@ class WindowedTextOptions(TextOptions):
     tokens: int | None
     """Tokens to read at most; all if None."""
 
-    def windows(self, source: TextSource, tokenizer: PreTrainedTokenizerBase) -> Windows:
-        """Cut a text into windows."""
-        return source.windows(tokenizer, self.window, self.tokens)
+    def windows(self, source: TextSource, loaded: LoadedModel) -> Windows:
+        """Cut a text into windows of the model's tokens, and of images where a conversation has them."""
+        return source.windows(loaded.tokenizer, self.window, self.tokens, loaded.load_processor)
 
 
 _TEXT = (
@@ -230,7 +229,11 @@ _TEXT = (
     click.option("--config", metavar="NAME", help="The dataset's configuration, where it has several."),
     click.option("--split", metavar="NAME", help="The dataset's split.  [default: train]"),
     click.option("--field", metavar="NAME", help="What a JSON object calls its text.  [default: text; with --chat, messages]"),
-    click.option("--chat", is_flag=True, help="Conversations (or questions), through the tokenizer's chat template."),
+    click.option(
+        "--chat",
+        is_flag=True,
+        help="Conversations, with images for models that see (or questions), through the model's chat template.",
+    ),
     click.option("--join", is_flag=True, help="Let windows cross documents: join texts with EOS, as pre-training does."),
 )
 text_options = grouped("text", TextOptions, *_TEXT)

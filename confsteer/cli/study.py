@@ -108,9 +108,9 @@ def study_cumulative(
     source = text.source(chosen.model, "held-out")
     if source is None:
         raise click.UsageError(NO_TEXT)
-    model, tokenizer = chosen.load()
-    windows = text.windows(source, tokenizer)
-    result = cumulative(model, windows, loaded_profile, k=k, repeats=repeats, seed=seed, progress=True)
+    loaded = chosen.load()
+    windows = text.windows(source, loaded)
+    result = cumulative(loaded.model, windows, loaded_profile, k=k, repeats=repeats, seed=seed, progress=True)
     console = tables.console()
     tables.print_cumulative(console, result)
     output.write(console, result, _draw_cumulative)

@@ -170,7 +170,7 @@ def _on_texts(chosen: ModelOptions, text: WindowedTextOptions, how: TuningOption
         raise click.UsageError(f"{NO_TEXT}, or questions: --choices PATH")
 
     def work(loaded: LoadedModel, profile: Profile) -> Tuning:
-        texts = {title: text.windows(source, loaded.tokenizer) for title, source in sources.items()}
+        texts = {title: text.windows(source, loaded) for title, source in sources.items()}
         return confsteer.tune(loaded.model, loaded.tokenizer, texts, profile, **how.settings())
 
     return work

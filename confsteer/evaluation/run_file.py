@@ -225,7 +225,10 @@ def run(
     if settings.induction:
         check_repetition(loaded.model, loaded.tokenizer, DEFAULT_REPETITION)
     tokenizer = loaded.tokenizer
-    texts = {title: source.windows(tokenizer, settings.window, settings.tokens) for title, source in sources.items()}
+    texts = {
+        title: source.windows(tokenizer, settings.window, settings.tokens, loaded.load_processor)
+        for title, source in sources.items()
+    }
     reader = Reader(loaded.model, profile)
     result = Evaluation(
         model=profile.model.id, given=settings.model or "", profile=profile.checksum, versions=library_versions(), texts=()

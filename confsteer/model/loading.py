@@ -18,10 +18,12 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoProcessor,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
+    ProcessorMixin,
 )
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file, extract_commit_hash
@@ -44,6 +46,21 @@ class LoadedModel(NamedTuple):
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+
+    def load_processor(self) -> ProcessorMixin:
+        """Load what makes the model's inputs of images and text, from where the model is.
+
+        Raises:
+            LoadError: there is none, as of a model that sees nothing, or it cannot be loaded.
+        """
+        source, commit = self.model.config.name_or_path, getattr(self.model.config, "_commit_hash", None)
+        try:
+            processor = AutoProcessor.from_pretrained(source, revision=commit)
+        except Exception as error:  # as many kinds as of a model
+            raise LoadError(f"cannot load the processor of {source}, which images need: {reason(error)}") from error
+        if not isinstance(processor, ProcessorMixin):
+            raise LoadError(f"a conversation has an image, and {source} has no processor for images: it reads text alone")
+        return processor
 
 
 def load_model(

@@ -7,8 +7,10 @@ that on random ids, once per model. Here it is checked again on the text itself,
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from inspect import signature
 from itertools import islice
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from confsteer.distributed import SINGLE_PROCESS, Process
-from confsteer.errors import SteeringError, UnsupportedModelError
+from confsteer.errors import ConfsteerError, SteeringError, UnsupportedModelError
 from confsteer.last_layer.experts import of_neurons
 from confsteer.last_layer.readout import Readout
 from confsteer.last_layer.states import TokenStates, join_rows, rows_of
@@ -76,7 +78,8 @@ class Recording:
             sample_tokens: about how many tokens of each text the sample has, which is always kept; all of them if None.
         """
         self.model, self.anatomy, self.windows, self.device, self.process = model, anatomy, windows, device, process
-        self._readout, self._checked = readout, False
+        self._readout = readout
+        self._checked: set[bool] = set()
         self._kept: dict[int, TokenStates] = {}
         self._room = room
         self._strides = [1 if sample_tokens is None else max(1, tokens // sample_tokens) for tokens in windows.text_tokens]
@@ -124,17 +127,40 @@ class Recording:
         return self._sampled[position] if sample else states
 
     def _run(self, batch: WindowBatch) -> TokenStates:
-        if not self._checked:
-            check_closed_form(self.model, self.anatomy, batch.input_ids[0, : int(batch.attention_mask[0].sum())], self._readout)
-            self._checked = True
-        states, _ = _forward(self.model, self.anatomy, batch.input_ids, batch.attention_mask, use_cache=False)
+        with _given(batch.inputs, self.model):
+            # With images the model goes another way: of each kind the first is looked at.
+            if (kind := bool(batch.inputs)) not in self._checked:
+                ids = batch.input_ids[0, : int(batch.attention_mask[0].sum())]
+                check_closed_form(self.model, self.anatomy, ids, self._readout, batch.inputs)
+                self._checked.add(kind)
+            further = {**batch.inputs, "use_cache": False}
+            states, _ = _forward(self.model, self.anatomy, batch.input_ids, batch.attention_mask, **further)
         kept = batch.kept.flatten().to(states.residual.device)
         of_kept = rows_of(states, kept)._asdict()
         return TokenStates(**of_kept, targets=batch.targets, window=batch.window).to(self.device)
 
 
+@contextlib.contextmanager
+def _given(inputs: Mapping[str, Tensor], model: PreTrainedModel) -> Iterator[None]:
+    """
+    Raises:
+        UnsupportedModelError: the model does not take `inputs`, if there are any.
+    """
+    try:
+        yield
+    except ConfsteerError:
+        raise
+    except (TypeError, ValueError) as error:
+        if not inputs:
+            raise
+        names = ", ".join(inputs)
+        raise UnsupportedModelError(
+            f"{unwrap(model).config.model_type} does not take what the processor gives it with an image ({names}): {error}"
+        ) from error
+
+
 def _forward(
-    model: PreTrainedModel, anatomy: Anatomy, input_ids: Tensor, attention_mask: Tensor, **cache: Any
+    model: PreTrainedModel, anatomy: Anatomy, input_ids: Tensor, attention_mask: Tensor, **further: Any
 ) -> tuple[LastLayerStates, Any]:
     """Run the body once; the states it leaves in the last layer, and its output.
 
@@ -144,24 +170,28 @@ def _forward(
     check_ids(input_ids, anatomy.vocab_size)
     with _unsteered(anatomy):
         # The body alone: the unembedding of every position is not needed here.
-        return _pass(model.base_model, model, anatomy, input_ids, attention_mask, **cache)
+        return _pass(model.base_model, model, anatomy, input_ids, attention_mask, **further)
 
 
 def _pass(
-    run: Callable[..., Any], model: PreTrainedModel, anatomy: Anatomy, input_ids: Tensor, attention_mask: Tensor, **cache: Any
+    run: Callable[..., Any], model: PreTrainedModel, anatomy: Anatomy, input_ids: Tensor, attention_mask: Tensor, **further: Any
 ) -> tuple[LastLayerStates, Any]:
     """Run a model or its body."""
     received: list[LastLayerStates] = []
     with anatomy.recording(received.append):
-        output = _run(run, model, input_ids, attention_mask, **cache)
+        output = _run(run, model, input_ids, attention_mask, **further)
     (states,) = received
     return states, output
 
 
 @torch.no_grad()
-def _run(run: Callable[..., Any], model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, **cache: Any) -> Any:
+def _run(run: Callable[..., Any], model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, **further: Any) -> Any:
     device = input_device(model)
-    return run(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), **cache)
+    for name, value in further.items():
+        if isinstance(value, Tensor):
+            # Pixels come in float32, whatever the weights are.
+            further[name] = value.to(device, unwrap(model).dtype if value.is_floating_point() else value.dtype)
+    return run(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), **further)
 
 
 @contextlib.contextmanager
@@ -202,8 +232,14 @@ def _unsteered(anatomy: Anatomy) -> Iterator[None]:
 
 
 @torch.no_grad()
-def check_closed_form(model: PreTrainedModel, anatomy: Anatomy, ids: Tensor, readout: Readout | None = None) -> None:
-    """Compare the closed form with the model itself on the first `CHECKED_TOKENS` of a text.
+def check_closed_form(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    ids: Tensor,
+    readout: Readout | None = None,
+    inputs: Mapping[str, Tensor] = MappingProxyType({}),
+) -> None:
+    """Compare the closed form with the model itself on the first `CHECKED_TOKENS` of a text; with images, on the last.
 
     Three passes over these tokens: of the body, as it is measured; of the whole model, as it is used; and with a few activations
     changed.
@@ -213,6 +249,7 @@ def check_closed_form(model: PreTrainedModel, anatomy: Anatomy, ids: Tensor, rea
         anatomy: its last layer.
         ids: of the text, ``[tokens]``.
         readout: the closed form to be checked; folded anew if None.
+        inputs: what the model is given beside all of `ids`, see `confsteer.text.windows.WindowBatch`.
 
     Raises:
         SteeringError: the model is being steered.
@@ -226,12 +263,15 @@ def check_closed_form(model: PreTrainedModel, anatomy: Anatomy, ids: Tensor, rea
             "into the model meanwhile"
         )
     readout = anatomy.readout() if readout is None else readout
-    ids = ids[None, :CHECKED_TOKENS]
-    mask, device = torch.ones_like(ids), readout.unembedding.device
+    ids = ids[None] if inputs else ids[None, :CHECKED_TOKENS]
+    mask, device, further = torch.ones_like(ids), readout.unembedding.device, {**inputs, "use_cache": False}
     check_ids(ids, anatomy.vocab_size)
     with eagerly(), _unsteered(anatomy):
-        states, _ = _pass(model.base_model, model, anatomy, ids, mask, use_cache=False)
-        own, output = _pass(without_compiler(model), model, anatomy, ids, mask, use_cache=False)
+        states, _ = _pass(model.base_model, model, anatomy, ids, mask, **further)
+        # Of a long window with images all logits would be gigabytes.
+        few = inputs and "logits_to_keep" in signature(unwrap(model).forward).parameters
+        last = {"logits_to_keep": CHECKED_TOKENS} if few else {}
+        own, output = _pass(without_compiler(model), model, anatomy, ids, mask, **further, **last)
     residual, theirs = own.residual, output.logits.flatten(0, -2)
     exact = all(t.dtype == torch.float32 for t in (states.activations, residual, theirs))
     tolerance = TOLERANCE if exact else HALF_TOLERANCE
@@ -240,16 +280,18 @@ def check_closed_form(model: PreTrainedModel, anatomy: Anatomy, ids: Tensor, rea
             f"{name}: its outputs are not finite on this text: its weights are damaged, or too large for "
             f"{dtype_name(theirs.dtype)} (--dtype float32)"
         )
-    if residual.shape != states.residual.shape or relative_error(states.residual, residual) > tolerance:
+    if residual.shape != states.residual.shape or _worst_error(states.residual, residual) > tolerance:
         raise UnsupportedModelError(
             f"{name}: the whole model reads this text in another way than its body does: {type(model).__name__} adds to it, as "
             "prompt and prefix tuning do. Those cannot be measured; give the model without them"
         )
     _refuse_adapters(anatomy, states, name)
+    if inputs:
+        _check_seen(model, anatomy, states, ids, mask, inputs)
     # The first tokens of a text may be unlike all others.
-    counted = slice(FIRST_POSITIONS if ids.shape[1] > FIRST_POSITIONS else 0, None)
+    counted = slice(max(ids.shape[1] - CHECKED_TOKENS, FIRST_POSITIONS if ids.shape[1] > FIRST_POSITIONS else 0), None)
     ours = readout.logits(residual[counted].to(device))
-    expected = theirs[counted, : readout.vocab_size].float().to(device)
+    expected = theirs[counted.start - ids.shape[1] :, : readout.vocab_size].float().to(device)
     error = relative_error(ours - ours.mean(dim=-1, keepdim=True), expected - expected.mean(dim=-1, keepdim=True))
     if not error < tolerance:
         raise UnsupportedModelError(
@@ -258,9 +300,9 @@ def check_closed_form(model: PreTrainedModel, anatomy: Anatomy, ids: Tensor, rea
             "weights and calibrate those"
         )
     if isinstance(anatomy, MixtureAnatomy):
-        error = writes_error(anatomy, lambda: _run(model.base_model, model, ids, mask, use_cache=False), counted)
+        error = writes_error(anatomy, lambda: _run(model.base_model, model, ids, mask, **further), counted)
     else:
-        error = relative_error(*_push(model, anatomy, states, ids, mask, counted))
+        error = relative_error(*_push(model, anatomy, states, counted, ids, mask, **further))
     if not error < tolerance:
         raise UnsupportedModelError(
             f"{name}: on this text a neuron of the last MLP does not move the residual by its output weights (relative error "
@@ -269,8 +311,31 @@ def check_closed_form(model: PreTrainedModel, anatomy: Anatomy, ids: Tensor, rea
         )
 
 
+def _worst_error(ours: Tensor, theirs: Tensor) -> float:
+    """Compare the vectors of each position: the largest of their relative errors."""
+    ours, theirs = ours.float(), theirs.float()
+    return float(((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1).clamp_min(1e-12)).max())
+
+
+def _check_seen(
+    model: PreTrainedModel, anatomy: Anatomy, states: LastLayerStates, ids: Tensor, mask: Tensor, inputs: Mapping[str, Tensor]
+) -> None:
+    """
+    Raises:
+        UnsupportedModelError: other pixels leave the same states, as in a model that lets arguments pass which it does not know.
+    """
+    # Neither black nor white: padding may be known by that.
+    other = {name: 0.5 * value + 0.3 if value.is_floating_point() else value for name, value in inputs.items()}
+    changed, _ = _pass(model.base_model, model, anatomy, ids, mask, **other, use_cache=False)
+    if torch.equal(changed.residual, states.residual):
+        raise UnsupportedModelError(
+            f"{unwrap(model).config.model_type} does not take what the processor gives it with an image ({', '.join(inputs)}): "
+            "other pixels change nothing"
+        )
+
+
 def _push(
-    model: PreTrainedModel, anatomy: Anatomy, states: LastLayerStates, ids: Tensor, mask: Tensor, counted: slice
+    model: PreTrainedModel, anatomy: Anatomy, states: LastLayerStates, counted: slice, ids: Tensor, mask: Tensor, **further: Any
 ) -> tuple[Tensor, Tensor]:
     """Add as much to every activation; how the residual moves, and how it should, ``[counted tokens, d_model]`` each."""
     projection, norm = anatomy.down_proj, anatomy.write_norm
@@ -289,7 +354,7 @@ def _push(
 
     handle = projection.register_forward_pre_hook(push, prepend=True)
     try:
-        after, _ = _pass(model.base_model, model, anatomy, ids, mask, use_cache=False)
+        after, _ = _pass(model.base_model, model, anatomy, ids, mask, **further)
     finally:
         handle.remove()
     moved = (after.residual.float() - states.residual.float())[counted]
@@ -375,9 +440,10 @@ def record(
         SteeringError, UnsupportedModelError: see `check_closed_form`.
     """
     kept = []
-    for first, batch in enumerate(Recording(model, anatomy, windows, device, room=0, readout=readout).read(on_read)):
+    read = Recording(model, anatomy, windows, device, room=0, readout=readout).read(on_read)
+    for (_, numbers), batch in zip(windows.batch_ranges(BATCH_SIZE), read, strict=True):
         batch = of_neurons(anatomy.experts, batch, neurons.to(device))
-        kept.append(batch._replace(window=batch.window + first * BATCH_SIZE))
+        kept.append(batch._replace(window=batch.window + numbers.start))
     return join_rows(kept)
 
 

@@ -80,14 +80,14 @@ def random_stretches(
 def natural_stretches(windows: Windows, sequences: int, half: int) -> np.ndarray:
     """The last `half` tokens of the first `sequences` full windows, ``[at most sequences, half]``.
 
-    A stretch with a control token is left out: it would start a text anew.
+    A stretch with a control token is left out: it would start a text anew. So is one of an image, which would not be seen.
 
     Raises:
         CorpusError: there are fewer than two.
     """
     ends = windows.starts[1:][np.diff(windows.starts) == windows.window]
     stretches = [windows.token_ids[end - half : end] for end in ends]
-    found = [stretch for stretch in stretches if not np.isin(stretch, windows.special_ids).any()]
+    found = [stretch for stretch in stretches if not np.isin(stretch, [*windows.special_ids, *windows.placeholder_ids]).any()]
     if len(found) < 2:
         raise CorpusError(f"the text has {len(found)} stretches of {half} tokens, too few for an interval; give more text")
     return np.array(found[:sequences])

@@ -2,6 +2,7 @@
 
 sources.py      files, folders, datasets and the Python documentation to documents
 windows.py      documents to windows of token ids, and which positions of a window count
+images.py       conversations with images to what a model is given
 several.py      several texts by name, each in windows of its own
 counts.py       how often each token occurs in a corpus, counted or from a file
 questions.py    multiple-choice questions from files and datasets

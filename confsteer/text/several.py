@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from confsteer.errors import CorpusError
-from confsteer.text.windows import Document, Windows, make_windows
+from confsteer.text.windows import Documents, Windows, make_windows
 
-Texts = Iterable[Document] | Windows | Mapping[str, Iterable[Document] | Windows]
+Texts = Documents | Windows | Mapping[str, Documents | Windows]
 """One text, as `confsteer.text.windows.make_windows` takes it, or several by name."""
 
 
@@ -60,6 +60,7 @@ def join_windows(by_name: Mapping[str, Windows]) -> Windows:
     texts = list(by_name.values())
     tokens = np.cumsum([0, *(text.n_tokens for text in texts)])
     documents = np.cumsum([0, *(int(text.document.max()) + 1 for text in texts)])
+    first_windows = np.cumsum([0, *map(len, texts[:-1])]).tolist()
     return dataclasses.replace(
         first,
         token_ids=np.concatenate([text.token_ids for text in texts]),
@@ -67,5 +68,7 @@ def join_windows(by_name: Mapping[str, Windows]) -> Windows:
         window=max(text.window for text in texts),
         source=" + ".join(by_name),
         document=np.concatenate([text.document + start for text, start in zip(texts, documents, strict=False)]),
-        text_starts=tuple(np.cumsum([0, *map(len, texts[:-1])]).tolist()),
+        text_starts=tuple(first_windows),
+        inputs={i + start: given for text, start in zip(texts, first_windows, strict=True) for i, given in text.inputs.items()},
+        placeholder_ids=frozenset().union(*(text.placeholder_ids for text in texts)),
     )

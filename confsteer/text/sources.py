@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, model_validator
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from confsteer.errors import CorpusError
 from confsteer.files import MAX_DOCUMENT_BYTES
+from confsteer.text.images import place_images, with_images, without_images
 from confsteer.text.windows import Document, Windows, json_kind, make_windows, message_texts
 
 FilePath = str | os.PathLike[str]
@@ -89,10 +90,29 @@ class TextSource(BaseModel):
             return read_dataset(self.dataset, config=self.config, split=split, field=self.field, chat=self.chat)
         return read_texts(self.text, field=self.field, chat=self.chat, in_parts=in_parts)
 
-    def windows(self, tokenizer: PreTrainedTokenizerBase, window: int, tokens: int | None) -> Windows:
-        """Cut its windows; see `confsteer.text.windows.make_windows`."""
+    def windows(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        window: int,
+        tokens: int | None,
+        load_processor: Callable[[], ProcessorMixin] | None = None,
+    ) -> Windows:
+        """Cut its windows; see `confsteer.text.windows.make_windows`.
+
+        Args:
+            tokenizer: the model's.
+            window: tokens per window.
+            tokens: to read at most; all if None.
+            load_processor: called if a conversation has an image; images are refused if None.
+        """
+        documents = self.documents()
         return make_windows(
-            self.documents(), tokenizer, window=window, max_tokens=tokens, cross_documents=self.join, source=self.title
+            documents if load_processor is None else with_images(documents, load_processor),
+            tokenizer,
+            window=window,
+            max_tokens=tokens,
+            cross_documents=self.join,
+            source=self.title,
         )
 
 
@@ -321,9 +341,9 @@ def _parse(content: bytes, where: str) -> Any:
 
 
 def _document(record: Any, where: str, field: str | None, chat: bool) -> Document:
-    """Take the document in a record: the record itself, or its field."""
+    """Take the document in a record: the record itself, or its field; a conversation with the images of its record."""
     field = field or ("messages" if chat else "text")
-    document = record
+    document, images = record, record.get("images") if isinstance(record, dict) else None
     if isinstance(record, dict):
         if field not in record:
             raise CorpusError(f"{where} has no field {field!r}; it has {', '.join(map(repr, record)) or 'none'}")
@@ -331,8 +351,8 @@ def _document(record: Any, where: str, field: str | None, chat: bool) -> Documen
     if chat:
         if not (isinstance(document, list) and document and all(isinstance(m, dict) and "role" in m for m in document)):
             raise CorpusError(f"{where} is not a list of messages with 'role' and 'content'")
-        message_texts(document, where)
-        return document
+        message_texts(without_images(document), where)
+        return place_images(document, images, where) if isinstance(images, list) else document
     if document is None:
         raise CorpusError(f"{where} is null, not a string: leave records without text out")
     if not isinstance(document, str):

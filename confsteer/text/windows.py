@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, islice, pairwise
 from typing import Any, Literal, NamedTuple
 
@@ -33,6 +33,22 @@ MAX_PROBES = 100
 Conversation = Sequence[Mapping[str, Any]]
 """Messages with ``role`` and ``content``, which is a string, null, or a list of parts of type ``text``."""
 Document = str | Conversation
+
+
+class SeenConversation(NamedTuple):
+    """A conversation with images, as a model is given it: see `confsteer.text.images.with_images`."""
+
+    token_ids: Sequence[int]
+    """Those that stand for images included."""
+    inputs: Mapping[str, Tensor]
+    """Tensors that the model is given beside the ids, pixel values and the like, by the names of its arguments."""
+    placeholder_ids: frozenset[int]
+    """Ids that stand for a part of an image."""
+    where: str
+    """It is from, for messages."""
+
+
+Documents = Iterable[Document | SeenConversation]
 PLACEHOLDER = "confsteer-content"
 """Stands for a message's content, to see what a template does with a string."""
 
@@ -49,6 +65,8 @@ class WindowBatch:
     """Positions that count, ``[windows, length]`` bool; the next token is inside the window at each."""
     text: int
     """Number of the text that they are of."""
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    """Tensors that the model is given beside the tokens, by the names of its arguments; such a window is a batch by itself."""
 
     @property
     def targets(self) -> Tensor:
@@ -79,6 +97,10 @@ class Windows:
     """Number of the document that each window is of, ``[windows]``; windows that cross documents are all of one."""
     text_starts: tuple[int, ...] = (0,)
     """First window of each text, where they are of several: see `confsteer.text.several.join_windows`."""
+    inputs: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
+    """Tensors that the model is given beside the tokens, see `WindowBatch`, by the number of the window; held in memory."""
+    placeholder_ids: frozenset[int] = frozenset()
+    """Ids that stand for images, which do not count, nor does the token before each, whose next one they are."""
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -95,9 +117,13 @@ class Windows:
 
     @property
     def sha256(self) -> str:
-        """Hash of the token ids and of where the windows start."""
+        """Hash of the token ids, of where the windows start, and of the images."""
         digest = hashlib.sha256(self.token_ids.astype("<i4").tobytes())
         digest.update(self.starts.astype("<i8").tobytes())
+        for number, inputs in sorted(self.inputs.items()):
+            for name, value in sorted(inputs.items()):
+                digest.update(f"{number} {name} {value.dtype} {list(value.shape)}".encode())
+                digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     @property
@@ -111,17 +137,15 @@ class Windows:
         return np.arange(len(self)), "windows"
 
     def counts(self, vocab_size: int) -> Tensor:
-        """Count how often each token occurs, control tokens left out, ``[vocab_size]`` int64."""
+        """Count how often each token occurs, control tokens and images left out, ``[vocab_size]`` int64."""
         counts = np.bincount(self.token_ids, minlength=vocab_size)
-        counts[[i for i in self.special_ids if i < len(counts)]] = 0
+        counts[[i for i in (*self.special_ids, *self.placeholder_ids) if i < len(counts)]] = 0
         return torch.from_numpy(counts)
 
     def batches(self, batch_size: int) -> Iterator[WindowBatch]:
-        """Yield the windows in order, `batch_size` at a time; the last batch of a text may have fewer."""
-        texts = [range(start, end) for start, end in pairwise([*self.text_starts, len(self)])]
-        for text, first in ((text, first) for text, own in enumerate(texts) for first in own[::batch_size]):
-            last = min(first + batch_size, texts[text].stop)
-            windows = [self.token_ids[self.starts[i] : self.starts[i + 1]] for i in range(first, last)]
+        """Yield the windows in order, `batch_size` at a time; see `batch_ranges`."""
+        for text, numbers in self.batch_ranges(batch_size):
+            windows = [self.token_ids[self.starts[i] : self.starts[i + 1]] for i in numbers]
             length = max(map(len, windows))
             input_ids = np.zeros((len(windows), length), dtype=np.int64)
             attention_mask = np.zeros_like(input_ids)
@@ -133,7 +157,22 @@ class Windows:
                 torch.from_numpy(attention_mask),
                 torch.from_numpy(self._kept(input_ids, attention_mask)),
                 text,
+                self.inputs.get(numbers.start, {}),
             )
+
+    def batch_ranges(self, batch_size: int) -> Iterator[tuple[int, range]]:
+        """Yield the number of the text and the numbers of the windows of each batch.
+
+        The last batch of a text may have fewer than `batch_size`, and so has the one before a window with images, which is a
+        batch by itself: tensors of images differ in shape.
+        """
+        for text, (start, end) in enumerate(pairwise([*self.text_starts, len(self)])):
+            ends = {end, *(i for window in self.inputs if start <= window < end for i in (window, window + 1))} - {start}
+            first = start
+            for last in sorted(ends):
+                for one in range(first, last, batch_size):
+                    yield text, range(one, min(one + batch_size, last))
+                first = last
 
     def check_counted(self) -> None:
         """
@@ -147,7 +186,7 @@ class Windows:
             )
 
     def _kept(self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Leave out the first positions, the last of each window, control tokens and the token after these."""
+        """Leave out the first positions, the last of each window, control tokens and the token after these, and images."""
         kept = attention_mask.astype(bool)
         kept[:, :-1] &= attention_mask[:, 1:].astype(bool)
         kept[:, -1] = False
@@ -155,6 +194,9 @@ class Windows:
         special = np.isin(input_ids, self.special_ids)
         kept &= ~special
         kept[:, 1:] &= ~special[:, :-1]
+        image = np.isin(input_ids, list(self.placeholder_ids))
+        kept &= ~image
+        kept[:, :-1] &= ~image[:, 1:]
         return kept
 
 
@@ -168,7 +210,7 @@ class TokenizedDocument(NamedTuple):
 
 
 def make_windows(
-    documents: Iterable[Document] | Windows,
+    documents: Documents | Windows,
     tokenizer: PreTrainedTokenizerBase,
     *,
     window: int = WINDOW,
@@ -184,6 +226,8 @@ def make_windows(
     as well: few templates tell which tokens are the assistant's. What templates put around turns does not count where it is a
     control token (see `control_ids`).
 
+    A conversation with images (see `confsteer.text.images.with_images`) is one window, whole: its images are of all of it.
+
     Args:
         documents: strings, or conversations; or windows already made, which are returned as they are.
         tokenizer: the model's.
@@ -196,19 +240,21 @@ def make_windows(
     Raises:
         SettingError: `window` or `max_tokens` is too small; or `cross_documents` with conversations, or without an EOS token.
         CorpusError: there are not enough tokens for one window; or there is no chat template, or it refuses a conversation; or
-            a message has other content than text.
+            a message has other content than text; or a conversation with images is longer than a window.
     """
     if isinstance(documents, Windows):
         return documents
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     start = leading_ids(tokenizer)
 
-    def tokenized() -> Iterator[TokenizedDocument]:
+    def tokenized() -> Iterator[TokenizedDocument | SeenConversation]:
         for number, document in enumerate(documents, start=1):
             if isinstance(document, str):
                 yield TokenizedDocument(start, _token_ids(document, tokenizer))
             elif cross_documents:
                 raise SettingError("conversations are served one by one: windows of them cannot cross documents")
+            elif isinstance(document, SeenConversation):
+                yield document
             else:
                 ids = _token_ids(apply_chat_template(document, tokenizer, f"conversation {number}"), tokenizer)
                 # A template may write BOS where the tokenizer puts none.
@@ -234,7 +280,7 @@ def make_windows(
 
 
 def cut_windows(
-    documents: Iterable[TokenizedDocument],
+    documents: Iterable[TokenizedDocument | SeenConversation],
     tokenizer: PreTrainedTokenizerBase,
     *,
     window: int,
@@ -244,15 +290,15 @@ def cut_windows(
     """Cut token ids into windows. A document's last, shorter window is kept if it has `MIN_WINDOW` tokens.
 
     Args:
-        documents: see `TokenizedDocument`.
+        documents: see `TokenizedDocument`; a conversation with images is one window.
         tokenizer: what the ids are of.
         window: tokens per window, the document's start included.
-        max_tokens: stop here; the whole text if None.
+        max_tokens: stop here, and before a conversation with images that would go beyond; the whole text if None.
         source: a description of the text for the profile.
 
     Raises:
         SettingError: `window` or `max_tokens` is too small.
-        CorpusError: there are not enough tokens for one window.
+        CorpusError: there are not enough tokens for one window; or a conversation with images is longer than a window.
     """
     if window < MIN_WINDOW:
         raise SettingError(f"a window of {window} tokens is too short; use at least {MIN_WINDOW}")
@@ -260,8 +306,20 @@ def cut_windows(
         raise SettingError(f"{max_tokens} tokens make no window; read at least {MIN_WINDOW}")
     pieces: list[NDArray[np.int32]] = []
     document: list[int] = []
+    inputs: dict[int, Mapping[str, Tensor]] = {}
+    placeholder_ids: frozenset[int] = frozenset()
     total = 0
-    for number, (start, token_ids) in enumerate(documents):
+    for number, one in enumerate(documents):
+        if isinstance(one, SeenConversation):
+            if not _fits(one, window, None if max_tokens is None else max_tokens - total, first=not pieces):
+                break
+            inputs[len(pieces)] = one.inputs
+            placeholder_ids |= one.placeholder_ids
+            pieces.append(np.asarray(one.token_ids, dtype=np.int32))
+            document.append(number)
+            total += len(one.token_ids)
+            continue
+        start, token_ids = one
         if len(start) >= window:
             raise SettingError(f"a window of {window} tokens has no room for text after the {len(start)} that start every text")
         ids = iter(token_ids)
@@ -278,7 +336,33 @@ def cut_windows(
     if not pieces:
         raise CorpusError(f"the text is too short: it has no document of {MIN_WINDOW} tokens")
     starts = np.concatenate([[0], np.cumsum([len(p) for p in pieces])]).astype(np.int64)
-    return Windows(np.concatenate(pieces), starts, control_ids(tokenizer), window, source, np.array(document))
+    return Windows(
+        np.concatenate(pieces),
+        starts,
+        control_ids(tokenizer),
+        window,
+        source,
+        np.array(document),
+        inputs=inputs,
+        placeholder_ids=placeholder_ids,
+    )
+
+
+def _fits(conversation: SeenConversation, window: int, room: int | None, *, first: bool) -> bool:
+    """Say whether a conversation with images goes into the `room` that is left, of which there is no end if None.
+
+    Raises:
+        CorpusError: it is longer than a window, or the `first` and longer than all that is read.
+    """
+    tokens, where = len(conversation.token_ids), conversation.where
+    if tokens > window:
+        raise CorpusError(
+            f"{where} has {tokens:,} tokens with its images, which cannot be cut, and a window has {window:,}: use windows of at "
+            f"least {tokens:,} (--window, window=), or leave the conversation out"
+        )
+    if first and room is not None and tokens > room:
+        raise CorpusError(f"{where} has {tokens:,} tokens with its images, which cannot be cut: read more than {room:,}")
+    return room is None or tokens <= room
 
 
 def token_ids_in_parts(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[list[int]]]:
@@ -443,7 +527,7 @@ def message_texts(conversation: Conversation, where: str) -> list[str | None]:
             if not isinstance(string, str):
                 kind = f"type {part.get('type')!r}" if isinstance(part, Mapping) else json_kind(part)
                 raise CorpusError(
-                    f"{where}: message {number} has a part that is no text ({kind}), and only text is read: leave the "
+                    f"{where}: message {number} has a part that is no text ({kind}), and only text is read here: leave the "
                     "conversation out, or that part"
                 )
             strings.append(string)
