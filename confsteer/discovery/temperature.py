@@ -12,8 +12,8 @@ from torch import Tensor
 from confsteer.last_layer.cores import exponential, on_all_cores
 from confsteer.last_layer.readout import FullOutputs, Readout
 
-OCTAVES, PER_OCTAVE = 2, 4
-"""Temperatures from 1/4 to 4 are looked at, four in each factor of two: half of one costs a square of what is there, no
+OCTAVES, PER_OCTAVE = 2, 5
+"""Temperatures from 1/4 to 4 are looked at, five in each factor of two: half of one costs a square of what is there, no
 exponential."""
 BISECTIONS = 60
 
