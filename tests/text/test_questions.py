@@ -237,7 +237,7 @@ def test_a_sample_that_lm_eval_logged_says_which_choice_is_right(tmp_path: Path)
         ({"arguments": arguments, "target": "blue"}, "the target 'blue' does not say which of the 3 choices is right"),
         (
             {"arguments": {"gen_args_0": {"arg_0": "Which?", "arg_1": {"until": ["\n"]}}}},
-            "what lm-eval asked here is no multiple",
+            "lm-eval did not ask multiple choice here",
         ),
     ):
         with pytest.raises(CorpusError, match=says):
