@@ -69,8 +69,7 @@ class ComparedRow(Result):
     values: tuple[float, ...] = ()
     """The temperature, or the constant written along the null direction (in units of the residual), one per fold.
 
-    A temperature with length has three numbers per fold: the temperature, nats per token and nats per character of the
-    choice."""
+    A temperature with length has three numbers per fold: the temperature, nats per token and nats per character."""
     metrics: dict[str, Interval]
     """Metrics, by the names in `confsteer.evaluation.metrics`."""
     minus: dict[RowKind, dict[str, Interval]] = Field(default_factory=dict)

@@ -193,7 +193,7 @@ def with_matched_temperatures(
         steerings: the steerings that were asked for.
         interventions: the intervention of each steering, with anything that is done beside it.
         names: name of each, for the report.
-        unigram: the distribution that divergences are from.
+        unigram: the distribution that divergences are measured from.
         on_tokens: called with the number of tokens after each block of the pass over the vocabulary.
 
     Returns:
