@@ -479,8 +479,8 @@ def test_what_is_wrong_with_questions_is_found_before_the_model_is_loaded(folder
         (("--choices", folder / "chats.jsonl"), 1, "has no 'question'"),
     ):
         assert says in run(*where, *options, code=code).output
-    assert "are of questions: give some" in run("eval", "-p", "p", "--format", "letters", code=2).output
-    assert "--answers are to questions" in run("eval", "-p", "p", "--answers", tmp_path / "a.jsonl", code=2).output
+    assert "are for questions: give some" in run("eval", "-p", "p", "--format", "letters", code=2).output
+    assert "--answers is for questions" in run("eval", "-p", "p", "--answers", tmp_path / "a.jsonl", code=2).output
     assert "not both" in run("tune", "-p", "p", "--choices", file, "--text", folder / "text.txt", code=2).output
     assert "answers are tuned for their loss" in run("tune", "-p", "p", "--choices", file, "--objective", "ece", code=2).output
 

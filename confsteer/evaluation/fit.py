@@ -208,8 +208,8 @@ def _token_loss(objective: Objective, build: Build, at: Tensor, text: TextStates
 
     if objective == "brier":
         return lambda part: gap(part)[1].square()
-    # Σ_b (n_b/n) gap_b² has in each token the slope of 2 gap_b · confidence, and Σ_b n_b/n · gap_b · (confidence − correct)
-    # is its value.
+    # Give each token the slope of 2 gap_b · confidence and the value gap_b · (confidence − correct): they add up to those of
+    # Σ_b (n_b/n) gap_b².
     scores = text.sampled_scores(build(at))
     bins = width_bins(scores.confidence)
     numbers = torch.bincount(bins, minlength=BINS)

@@ -32,7 +32,7 @@ class Metric(NamedTuple):
     label: str
     definition: str
     better: Literal["lower", "higher"] | None = None
-    """Which way is better. None if neither is."""
+    """Better direction. None if neither is good or bad in itself."""
     compared: bool = False
     """Whether paired differences to the baselines are reported."""
     digits: int = 4

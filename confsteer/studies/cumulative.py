@@ -1,7 +1,8 @@
 """Entropy neurons ablated one after another, against random neurons (Stolfo et al. 2024, arXiv 2406.16254).
 
-Ablation sets neurons to their means. This is an edit of the last layer, so one forward pass and the closed form of the readout
-give the result for every set of neurons. That includes neurons that a profile does not name, which steering does not reach.
+Ablation sets neurons to their means. This is an edit of the last layer. So one forward pass and the closed form of the
+readout give the result for every set of neurons. That includes neurons that a profile does not name, which steering does not
+reach.
 """
 
 from __future__ import annotations

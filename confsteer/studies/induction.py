@@ -1,9 +1,9 @@
 """Entropy neurons when a text repeats itself (Stolfo et al. 2024, arXiv 2406.16254, section 5).
 
 A stretch of tokens is read twice. At the second reading a model with induction heads knows what comes next: its loss and its
-entropy fall. Each entropy neuron is then clipped at its mean activation of the first reading: from above if its mean rises at
-the second reading, from below if it falls. So it cannot take part in the change. The difference that this makes to the entropy's
-change is the neuron's share in it. As in the paper the clip holds at every position.
+entropy fall. Each entropy neuron is then clipped at its mean activation of the first reading. The clip is from above if the
+mean rises at the second reading, and from below if it falls. So the neuron cannot take part in the change. The difference
+that this makes to the entropy's change is the neuron's share in it. As in the paper the clip holds at every position.
 
 Clipping is an edit of the last layer. So one forward pass and the closed form of the readout give the result of every clip.
 """

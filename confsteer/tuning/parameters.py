@@ -15,8 +15,9 @@ from confsteer.steering import DIALS, Dial, Steering
 
 
 class NeuronParameters:
-    """A gain about the mean and a shift of each neuron: ``2 · neurons`` parameters. Shifts are in units of half a dial's
-    reach.
+    """A gain about the mean and a shift of each neuron, ``2 · neurons`` parameters.
+
+    The unit of a shift is half of its dial's reach.
     """
 
     def __init__(self, profile: Profile) -> None:
