@@ -69,7 +69,7 @@ def main() -> None:
     name of a shipped profile (confsteer-demo) or a hub repository.
 
     Exit codes: 0 done, 1 a clear error, 2 wrong usage, 3 the model has no such neurons, 4 tuning gained nothing, 130 an
-    evaluation was interrupted (complete results are kept).
+    evaluation was interrupted. Complete results are kept then.
     """
 
 

@@ -194,8 +194,8 @@ def evaluate(
     logs in tasks that generate. The model writes the likeliest answer, unsteered and with each --steer. It is right if it
     equals an accepted answer, except for case, punctuation and articles. If the accepted answer is marked as a number (####
     42), only the last number of the model's answer counts. Five confidences in each answer are compared. They are the
-    probability of its tokens, the same per token, the share of --samples that agree, P(True), and a percentage that the model
-    is asked for. The report shows the prompts verbatim.
+    probability of its tokens, the same per token, the share of --samples that agree, P(True), and a percentage from the
+    model. The report shows the prompts verbatim.
 
     Results are written after each file. Ctrl-C keeps those that are complete (exit code 130).
     """

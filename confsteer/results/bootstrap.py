@@ -65,9 +65,9 @@ def resampled_norm(norm: Callable[[Tensor], Tensor], gaps: Tensor, resampled: Te
 
     Resampling adds noise to what is noisy already, so the norms of resamples are too large by more than the norm is. So each
     draw answers another question. Keep the proportions of the gaps as estimated: how large would they have to be, for this
-    draw's noise to give the norm that was found? The answer is the norm of ``s · gaps`` where ``‖s · gaps + noise‖ = ‖gaps‖``,
-    or zero where the noise alone is that large. The percentiles of the answers are the ends of a test's inversion: at sizes
-    between them, the norm that was found is not extreme.
+    draw's noise to give the norm that was found? The answer is the norm of ``s · gaps`` where
+    ``‖s · gaps + noise‖ = ‖gaps‖``. It is zero where the noise alone is that large. The percentiles of the answers are the
+    ends of a test's inversion: at sizes between them, the norm that was found is not extreme.
 
     Args:
         norm: a function from ``[…, bins]`` to ``[…]``; at most 1 where it matters.

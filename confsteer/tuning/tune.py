@@ -137,8 +137,8 @@ def tune(
             dials.
         with_temperature: whether to fit a temperature with them, to use in sampling.
         objective: quantity to minimise: ``nll``, ``brier`` (of the top prediction) or ``ece``.
-        ridge: pull towards neutral. It is the penalty, as a share of the unsteered objective, for a gain off by one, or a
-            shift by half of its dial's reach.
+        ridge: pull towards neutral. It is a share of the unsteered objective: the penalty for a gain off by one, or a shift
+            by half of its dial's reach.
         leave_one_out: whether to estimate the effect on another kind of text, by tuning on all of several texts but one.
         tokens: most tokens to read of each text; all if None.
         window: tokens per window.
