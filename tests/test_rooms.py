@@ -181,5 +181,5 @@ def test_a_docstring_s_sentences_are_short(file: Path) -> None:
 
 
 def test_sentences_are_found() -> None:
-    text = "One two. Three: four\n    five.\n\n    file.py    a table\n\n    \b\n    an example\n\n    - six; seven\n    - eight\n"
+    text = "One two. Three: four\n    five.\n\n    file.py    a table\n\n    \b\n    an example\n\n    - six; seven\n    - eight"
     assert list(sentences(text)) == ["One two.", "Three:", "four five.", "- six;", "seven", "eight"]
