@@ -98,13 +98,13 @@ _MODULES = {
     "tune": "tuning.tune",
     "with_images": "text.images",
 }
-"""The module of each name; those that are not listed are errors, and `demo` is a module itself."""
+"""The module of each name. Names that are not listed are errors, and `demo` is a module itself."""
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used, and call this package its home.
 
-    vLLM loads this package in each of its processes, wanted or not: nothing heavy may come along.
+    vLLM loads this package in each of its processes, whether they need it or not. So nothing heavy may be imported with it.
     """
     if name == "__version__":
         from importlib.metadata import version
@@ -123,9 +123,9 @@ def __getattr__(name: str) -> Any:
 
 
 def _rehome(value: Any) -> None:
-    """Have a class or a function say that it is at home in this package.
+    """Make a class or a function name this package as its module.
 
-    Annotations are text that means something in the module they stand in, so they are read before.
+    Annotations are text that has a meaning only in the module where they stand, so they are resolved first.
     """
     from inspect import unwrap
     from typing import get_type_hints

@@ -9,11 +9,11 @@ from typing import Any, Final, Literal, TypeVar, cast
 WINDOW: Final = 256
 """Tokens per window."""
 SOURCE: Final = "texts"
-"""Name of a text in reports and profiles, where it has none of its own."""
+"""Name, in reports and profiles, of a text that was given none."""
 SEED: Final = 0
 
 CALIBRATION_TOKENS: Final = 25_600
-"""Tokens of each text that `confsteer.calibrate` reads at most."""
+"""Most tokens that `confsteer.calibrate` reads of each text."""
 
 INDUCTION_SEQUENCES: Final = 100
 """Sequences of each kind in the study of induction."""
@@ -21,27 +21,27 @@ INDUCTION_HALF: Final = 100
 """Tokens of a stretch that is read twice."""
 
 CUMULATIVE_TOKENS: Final = 5_120
-"""Tokens that the study of cumulative ablation reads at most."""
+"""Most tokens that the study of cumulative ablation reads."""
 CUMULATIVE_REPEATS: Final = 10
 """Draws of random neurons."""
 
 AFTER_NORM_TOKENS: Final = 2_048
-"""Tokens that are read at most to measure a dial after the norm on the MLP's output."""
+"""Most tokens that are read to measure a dial after the norm on the MLP's output."""
 
 MAX_NEW_TOKENS: Final = 40
-"""Tokens that a continuation has at most."""
+"""Most tokens of a continuation."""
 TEMPERATURE: Final = 1.0
 """Temperature at which continuations are sampled."""
 
 SAMPLES: Final = 5
-"""Samples of an answer in the model's own words, whose agreement is a confidence."""
+"""Samples of an answer in the model's own words. Their agreement is a confidence."""
 
 TUNING_TOKENS: Final = 40_000
-"""Tokens of each text that `confsteer.tune` reads at most."""
+"""Most tokens that `confsteer.tune` reads of each text."""
 PARAMETERS: Final[Literal["neurons", "dials"]] = "neurons"
 OBJECTIVE: Final[Literal["nll", "brier", "ece"]] = "nll"
 RIDGE: Final = 2e-5
-"""Penalty of a gain that is one off, or of a shift by half of what its dial can do, as a part of the unsteered objective."""
+"""Penalty as a share of the unsteered objective: for a gain that is off by one, or a shift by half of its dial's range."""
 
 EVALUATION: Mapping[str, Any] = MappingProxyType(
     {

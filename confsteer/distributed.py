@@ -1,6 +1,6 @@
-"""Several processes as one: each reads its share of the text, and their sums are added up.
+"""Several processes that work as one: each reads its share of the text, and their sums are added up.
 
-``accelerate launch`` and ``torchrun`` start the processes; in a single process everything here leaves its argument alone.
+``accelerate launch`` and ``torchrun`` start the processes. In a single process everything here returns its argument as it is.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SINGLE_PROCESS = Process(0, 1)
 
 
 def init_distributed() -> Process:
-    """Meet the other processes if a launcher started several (gloo on CPUs, nccl on GPUs), and say which one this is."""
+    """Connect to the other processes if a launcher started several (gloo on CPUs, nccl on GPUs). Say which one this is."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         from accelerate import PartialState
 
@@ -35,12 +35,12 @@ def init_distributed() -> Process:
 
 
 def this_process() -> Process:
-    """Say which process this is of those that have met."""
+    """Say which of the connected processes this is."""
     return Process(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else SINGLE_PROCESS
 
 
 def all_reduce(values: Tensor) -> Tensor:
-    """The sum over all processes, in each of them."""
+    """Return the sum over all processes, in each of them."""
     if this_process().world_size == 1:
         return values
     total = _on_backend(values)
@@ -49,7 +49,7 @@ def all_reduce(values: Tensor) -> Tensor:
 
 
 def broadcast(values: Tensor) -> Tensor:
-    """The first process's values (of the same shape), in each of them."""
+    """Return the first process's values (of the same shape), in each of them."""
     if this_process().world_size == 1:
         return values
     copy = _on_backend(values)
@@ -58,6 +58,6 @@ def broadcast(values: Tensor) -> Tensor:
 
 
 def _on_backend(values: Tensor) -> Tensor:
-    """A copy where the backend can reach it: nccl only knows GPUs."""
+    """Copy values to where the backend can reach them: nccl only knows GPUs."""
     device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
     return values.detach().to(device, copy=True).contiguous()

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class ConfsteerError(Exception):
-    """Base of every error confsteer raises on purpose; the message is a sentence for the user."""
+    """Base of every error confsteer raises on purpose. The message is a sentence for the user."""
 
 
 class LoadError(ConfsteerError):

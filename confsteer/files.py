@@ -1,17 +1,18 @@
-"""Files that came with confsteer; reading no further than is sane; writing whole or not at all.
+"""Files that came with confsteer, reads with a limit, and writes that are whole or do not happen.
 
 Who is trusted with what:
 
-- **Profiles** and **steering requests** come from anyone: a hub, a client of a server. They are JSON and rows of numbers
-  with a bounded size, checked field by field. Nothing in them is executed or unpickled, and none of their strings reaches a
-  terminal, a picture or a page unescaped.
-- **Results**, **run files**, **texts** and their images, **questions** and **counts** come from the user or from somebody
-  they know. Each is bounded by what is held in memory at once, and is wrong with a sentence.
-- **Models** and **tokenizers** come from whom the user trusts as transformers does. Only safetensors are read from a
-  checkpoint that is scanned; code that comes with a model runs only with ``trust_remote_code``.
-- **The server's operator** sets profile and default. A client can do no more than choose a steering, and a wrong one is a 400.
+- **Profiles** and **steering requests** come from anyone: a hub, a client of a server. They are JSON and rows of numbers.
+  Their size is bounded and every field is checked. Nothing in them is executed or unpickled. Their strings are escaped before
+  they reach a terminal, a picture or a page.
+- **Results**, **run files**, **texts** with their images, **questions** and **counts** come from the user or from somebody they
+  know. The size of each is bounded by what is held in memory at once. A wrong one is refused with a sentence.
+- **Models** and **tokenizers** are trusted as transformers trusts them. A scan reads only safetensors from a checkpoint. Code
+  that comes with a model runs only with ``trust_remote_code``.
+- **The server's operator** sets profile and default. A client can only choose a steering, and a wrong one is answered with
+  400.
 
-The limits in bytes of all files that are read whole are below; those of a request are in `confsteer.steering`.
+The limits in bytes of all files that are read whole are below. Those of a request are in `confsteer.steering`.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ if sys.platform != "win32":
     import fcntl
 
 MAX_PROFILE_BYTES = 500_000
-"""``profile.json``: 64 neurons, the most that calibration reports, and dozens of presets that set each of them fit twice."""
+"""``profile.json``: twice what 64 neurons (calibration reports no more) and dozens of presets that set each of them need."""
 MAX_COLUMNS_BYTES = 100_000_000
 """A profile's columns: those of a layer of 300,000 neurons fit."""
 MAX_COUNTS_BYTES = 100_000_000
@@ -47,7 +48,7 @@ MAX_RUN_FILE_BYTES = 1_000_000
 """A run file, in YAML."""
 
 TEMPORARY_SUFFIX = ".confsteer-draft"
-"""Suffix of what is being written: hidden files and folders beside what they become."""
+"""Suffix of unfinished files and folders. They are hidden, and stand beside what they become."""
 
 
 def shipped_profiles() -> dict[str, Path]:
@@ -62,7 +63,7 @@ def read_at_most(file: str | os.PathLike[str], limit: int) -> bytes:
     """Read the contents of a file from anywhere, of `limit` bytes or fewer.
 
     Raises:
-        OSError: it cannot be read, is longer, or is no regular file: a pipe may never answer, a device never end.
+        OSError: it cannot be read, is longer, or is no regular file. A pipe may never answer, and a device may never end.
     """
     # A pipe is opened only when someone writes to it, unless asked not to wait.
     with os.fdopen(os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as stream:
@@ -75,7 +76,7 @@ def read_at_most(file: str | os.PathLike[str], limit: int) -> bytes:
 
 
 def write_atomically(file: Path, payload: bytes) -> None:
-    """Put `payload` in place of a file in one step: whenever the process dies, the file is the old one or the new one.
+    """Replace a file by `payload` in one step. Whenever the process dies, the file is the old one or the new one.
 
     Raises:
         OSError: it cannot be written; nothing is left behind.
@@ -104,9 +105,9 @@ def write_result(file: Path, payload: bytes) -> None:
 
 @contextlib.contextmanager
 def temporary_sibling(target: Path, *, folder: bool = False) -> Iterator[Path]:
-    """A new file (or folder) beside `target`, removed when the context is left unless it was renamed by then.
+    """Make a new file (or folder) beside `target`. It is removed at the end of the context unless it was renamed by then.
 
-    It is locked while the process lives: the next draft in the same place removes those that killed processes left.
+    It is locked while the process lives. The next draft in the same place removes those that killed processes left.
 
     Raises:
         OSError: it cannot be made.
@@ -118,7 +119,7 @@ def temporary_sibling(target: Path, *, folder: bool = False) -> Iterator[Path]:
     with contextlib.ExitStack() as stack:
         path = _new(target, folder)
         stack.callback(_remove, path)
-        # Where there are no locks nothing is taken for abandoned either.
+        # Without locks, nobody can tell which files were abandoned: remove none.
         with contextlib.suppress(OSError):
             _lock(stack.enter_context(_opened(path)))
         yield path
@@ -126,7 +127,7 @@ def temporary_sibling(target: Path, *, folder: bool = False) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def folder_for_writing(folder: Path) -> Iterator[None]:
-    """Have a folder to write to; if that fails and it is new, it is gone again."""
+    """Make a folder to write to, if there is none. Remove it again if it is new and writing fails."""
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -139,7 +140,7 @@ def folder_for_writing(folder: Path) -> Iterator[None]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until what was renamed in a folder is on the disk, so that later renames cannot get there first."""
+    """Wait until the renames in a folder are on the disk, so that later renames cannot get there first."""
     # Not every system lets folders be opened, or synced.
     with contextlib.suppress(OSError), _opened(folder) as descriptor:
         os.fsync(descriptor)
@@ -163,7 +164,7 @@ def _opened(path: Path) -> Iterator[int]:
 
 
 def _lock(descriptor: int) -> None:
-    """Raises OSError if another has locked it, or there are no locks."""
+    """Lock an open file; raises OSError if another process has locked it, or there are no locks."""
     if sys.platform == "win32":
         raise BlockingIOError
     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

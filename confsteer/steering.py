@@ -16,9 +16,9 @@ class DialWords(NamedTuple):
     """Names of the neurons on a dial."""
 
     neurons: str
-    """In a sentence: ``entropy`` or ``token-frequency`` neurons."""
+    """Their kind in a sentence: ``entropy`` or ``token-frequency``."""
     group: Literal["entropy", "frequency"]
-    """In a steering, in place of a neuron's index: all of them."""
+    """Their name in a steering, in place of a neuron's index: all of them."""
 
 
 DIALS: dict[Dial, DialWords] = {
@@ -26,21 +26,21 @@ DIALS: dict[Dial, DialWords] = {
     "unigram": DialWords("token-frequency", "frequency"),
 }
 MADE_BY_HAND = "null direction, made by hand"
-"""Name, wherever people read it, for what an entropy dial turns in place of neurons that were found."""
+"""Name, for readers, of what an entropy dial turns in place of neurons that were found."""
 MAX_CHARACTERS = 10_000
-"""Longest request, in JSON or in text: dozens of neurons by name fit."""
+"""Most characters of a request, in JSON or in text. Dozens of neurons by name fit."""
 MAX_NEURONS = 1_000
-"""That one request names: profiles have dozens."""
+"""Most neurons that one request names. Profiles have dozens."""
 Number = Annotated[float, Field(ge=-1e6, le=1e6)]
 Bound = Number | None
 EXPERT_NEURON = r"^(?:0|[1-9][0-9]{0,8}|shared)\.(?:0|[1-9][0-9]{0,8})$"
-"""A neuron of an expert: ``3.17`` is number 17 of expert 3, ``shared.17`` of the shared expert."""
+"""Pattern of an expert's neuron: ``3.17`` is number 17 of expert 3, ``shared.17`` is number 17 of the shared expert."""
 NeuronKey = int | Literal["entropy", "frequency"] | Annotated[str, Field(pattern=EXPERT_NEURON)]
 PresetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,100}$")]
 MAX_MARKER = 200
-"""Characters of a text, or token ids, that steering begins after."""
+"""Most characters, or token ids, of a marker that steering begins after."""
 _SPACE = r"\u0020"
-"""A space in JSON, where spaces part words."""
+"""A space inside JSON, where the command line splits words at spaces."""
 
 
 class First(BaseModel):
@@ -52,7 +52,7 @@ class First(BaseModel):
     """How many."""
 
     def __str__(self) -> str:
-        """As on the command line."""
+        """Write it as on the command line."""
         return f"first:{self.first}"
 
 
@@ -67,7 +67,7 @@ class After(BaseModel):
     @field_validator("after", mode="before")
     @classmethod
     def _read_ids(cls, value: Any) -> Any:
-        """JSON has no tuples."""
+        """Make a list a tuple: JSON has no tuples."""
         marker = tuple(value) if isinstance(value, list) else value
         if not isinstance(marker, str) and not (isinstance(marker, tuple) and all(type(token) is int for token in marker)):
             raise ValueError("a marker is text, or a list of token ids")
@@ -88,7 +88,7 @@ class After(BaseModel):
         return value
 
     def __str__(self) -> str:
-        """As on the command line: the text itself where it can stand there, else JSON without spaces."""
+        """Write it as on the command line: the text itself where that is possible, else JSON without spaces."""
         if isinstance(self.after, str) and self.after.isprintable() and " " not in self.after:
             return f"after:{self.after}"
         return json.dumps(self.model_dump(), separators=(",", ":")).replace(" ", _SPACE)
@@ -126,50 +126,50 @@ class SteeringFields(TypedDict, total=False):
 class Steering(BaseModel):
     """How to steer one request. Everything left out stays as it is.
 
-    In Python a keyword each (``steer(model, profile, entropy=0.3)``), over the wire the same names in JSON
-    (``{"entropy": 0.3}``). Neurons are named by their index, or ``"entropy"`` and ``"frequency"`` for all of a kind. Those of a
-    mixture of experts are named by expert and index: ``"3.17"``, ``"shared.17"``.
+    In Python each field is a keyword: ``steer(model, profile, entropy=0.3)``. Over the wire the same names are in JSON:
+    ``{"entropy": 0.3}``. Neurons are named by their index, or by ``"entropy"`` and ``"frequency"`` for all of a kind. Those
+    of a mixture of experts are named by expert and index: ``"3.17"``, ``"shared.17"``.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     entropy: Number | None = None
-    """Change of the mean next-token entropy, in nats: above 0 less confident, below 0 more."""
+    """Change of the mean next-token entropy, in nats. Above 0 the model is less confident, below 0 more."""
     unigram: Number | None = None
-    """How much closer to the unigram distribution the output comes, in nats of KL(P_model ‖ P_freq); below 0 farther."""
+    """How much closer the output comes to the unigram distribution, in nats of KL(P_model ‖ P_freq). Below 0: farther."""
     scale: dict[NeuronKey, Number] = {}
     """Factor on a neuron's deviation from its mean activation: 0 ablates it, 1 leaves it."""
     shift: dict[NeuronKey, Number] = {}
     """Change of a neuron's activation, in the activation's own units."""
     clamp: dict[NeuronKey, Number | tuple[Bound, Bound]] = {}
-    """Value a neuron's activation is set to, or the range it is kept in; None for no bound on a side."""
+    """Value that a neuron's activation is set to, or the range it is kept in. None: no bound on that side."""
     positions: Positions = "all"
     """Tokens whose choice is steered. A token is chosen by the model's pass over the position before it.
 
     - ``all``: every position, those within the prompt among them.
-    - ``generated``: in a pass over a prompt only the last position, the one that generates, and all that follow.
+    - ``generated``: the last position of the prompt, which chooses the first new token, and all positions after it.
     - ``{"first": N}``: the choice of the first N tokens that are generated, and no other.
     - ``{"after": MARKER}``: the choice of every token after the marker is complete. The first of them is the first token after
       the one that completes it. What follows the marker within that token was chosen with it, unsteered.
 
-    A marker is looked for in what this request generates, never in its prompt, and once found it stays found. Text is compared
-    with the text of the tokens, byte by byte, special tokens included. So it is found however the model spells it, also if it
-    begins or ends within a token. Capitals, spaces and accents count. Token ids are compared with the ids themselves: the same
-    text in other tokens is not the marker.
+    A marker is looked for in what this request generates, never in its prompt, and once found it stays found. A marker of
+    text is compared byte by byte with the text of the tokens, special ones included. It is found however the model splits it
+    into tokens, also if it begins or ends within one. Capitals, spaces and accents count. A marker of token ids is compared
+    with the ids themselves: the same text in other tokens is not the marker.
     """
     preset: PresetName | None = None
-    """A steering stored in the profile, by its name; what is given beside it takes the place of its fields."""
+    """Name of a steering stored in the profile. Fields that are given beside it replace the stored ones."""
 
     @field_validator("scale", "shift", "clamp", mode="before")
     @classmethod
     def _read_neuron_keys(cls, value: Any) -> Any:
-        """JSON has only string keys, and no tuples."""
+        """Read keys and bounds as JSON has them: it has only string keys, and no tuples."""
         if not isinstance(value, dict):
             return value
         if len(value) > MAX_NEURONS:
             raise ValueError(f"{len(value):,} neurons are named; a steering names at most {MAX_NEURONS:,}")
         if "null" in value:
-            raise ValueError("a null direction is no neuron, and has nothing to scale, shift or clamp: turn it with entropy=NATS")
+            raise ValueError("a null direction is no neuron and cannot be scaled, shifted or clamped: turn it with entropy=NATS")
         keys = [int(key) if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 10 else key for key in value]
         if len(set(keys)) != len(keys):
             raise ValueError("a neuron is named twice")
@@ -185,10 +185,10 @@ class Steering(BaseModel):
 
     @classmethod
     def parse(cls, request: Steering | dict[str, Any] | str) -> Steering:
-        """A steering from keywords, from JSON, or from the text that `str` gives: ``entropy=0.3 scale.757=0 clamp.760=:2``.
+        """Read a steering from keywords, from JSON, or from the text that `str` gives: ``entropy=0.3 scale.757=0 clamp.760=:2``.
 
         Raises:
-            SteeringError: it is malformed; the sentence names the key and what is wrong with it.
+            SteeringError: it is malformed. The sentence names the key and what is wrong with it.
         """
         if isinstance(request, Steering):
             return request
@@ -198,7 +198,7 @@ class Steering(BaseModel):
             request = _read_json(request) if request.lstrip().startswith("{") else _read_text(request)
         if not isinstance(request, dict):
             raise SteeringError(f'a steering is an object such as {{"entropy": 0.3}}, not {type(request).__name__}')
-        # Before pydantic, whose error has a line for each of them.
+        # Refuse unknown keys before pydantic does: its error has a line for each of them.
         for key in request:
             if key not in cls.model_fields:
                 raise SteeringError(f"unknown key {str(key)[:80]!r}; a steering has {', '.join(cls.model_fields)}")
@@ -208,7 +208,7 @@ class Steering(BaseModel):
             raise SteeringError(_sentence(error)) from error
 
     def __str__(self) -> str:
-        """As on the command line: ``entropy=+0.3 scale.757=0``; ``neutral`` if it changes nothing."""
+        """Write it as on the command line: ``entropy=+0.3 scale.757=0``, or ``neutral`` if it changes nothing."""
         parts = [] if self.preset is None else [f"preset={self.preset}"]
         parts += [f"{dial}={getattr(self, dial):+g}" for dial in DIALS if getattr(self, dial) is not None]
         parts += [f"scale.{key}={value:g}" for key, value in self.scale.items()]
@@ -229,7 +229,7 @@ def _read_json(text: str) -> Any:
 
 
 def _read_text(text: str) -> dict[str, Any]:
-    """``key=value`` words; a neuron's are ``scale.5=0``, ``shift.5=-1``, ``clamp.5=2`` and ``clamp.5=LOW:HIGH``."""
+    """Read ``key=value`` words. A neuron's are ``scale.5=0``, ``shift.5=-1``, ``clamp.5=2`` and ``clamp.5=LOW:HIGH``."""
 
     def number(word: str, value: str) -> float:
         try:
@@ -265,7 +265,7 @@ def _read_text(text: str) -> dict[str, Any]:
 
 
 def _read_positions(text: str) -> Any:
-    """``first:20``, ``after:</think>``, JSON or a word."""
+    """Read ``first:20``, ``after:</think>``, JSON or a word."""
     kind, _, value = text.partition(":")
     if text.startswith("{"):
         try:
@@ -282,6 +282,6 @@ def _read_positions(text: str) -> Any:
 
 
 def _sentence(error: ValidationError) -> str:
-    """The first problem of a validation error, with the key it is about."""
+    """Say the first problem of a validation error, with the key it is about."""
     given = repr(error.errors()[0]["input"])
     return f"{first_problem(error, whole='steering')} (given {given[:60]})"

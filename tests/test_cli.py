@@ -461,8 +461,8 @@ def test_eval_asks_questions_in_several_ways_and_writes_every_answer(folder: Pat
     assert [(one.source, one.wording, one.questions) for one in written.choices] == [
         ("quiz.jsonl", "letters, 1 example", 12),
         ("quiz.jsonl", "text, 1 example", 12),
-        (f"{tmp_path / 'set'} train", "letters, 1 example", 6),
-        (f"{tmp_path / 'set'} train", "text, 1 example", 6),
+        ("set train", "letters, 1 example", 6),
+        ("set train", "text, 1 example", 6),
     ]
     assert written.choices[0].example.startswith("t1 t2\nA. t5\nB. t10 t7\nAnswer: B\n\n")
     assert written.name == str(folder / "model")
@@ -485,8 +485,8 @@ def test_what_is_wrong_with_questions_is_found_before_the_model_is_loaded(folder
         (("--choices", folder / "chats.jsonl"), 1, "has no 'question'"),
     ):
         assert says in run(*where, *options, code=code).output
-    assert "are of questions: give some" in run("eval", "-p", "p", "--format", "letters", code=2).output
-    assert "--answers are to questions" in run("eval", "-p", "p", "--answers", tmp_path / "a.jsonl", code=2).output
+    assert "are for questions: give some" in run("eval", "-p", "p", "--format", "letters", code=2).output
+    assert "--answers is for questions" in run("eval", "-p", "p", "--answers", tmp_path / "a.jsonl", code=2).output
     assert "not both" in run("tune", "-p", "p", "--choices", file, "--text", folder / "text.txt", code=2).output
     assert "answers are tuned for their loss" in run("tune", "-p", "p", "--choices", file, "--objective", "ece", code=2).output
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -149,8 +150,33 @@ def test_functions_are_short_and_take_few_arguments(file: Path) -> None:
             assert number <= 8 or (name_of(file), node.name) == ("confsteer.calibration.calibrate", "calibrate"), node.name
 
 
-@pytest.mark.parametrize("file", MODULES, ids=name_of)
-def test_docstrings_start_with_a_verb_or_a_noun(file: Path) -> None:
+def docstrings(file: Path) -> Iterator[tuple[int, str]]:
+    """Every docstring of a file, those of fields and constants too, with its line."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-            assert node.value.value.split(" ", 1)[0] not in ("Of", "What", "Which"), f"{file}:{node.lineno}"
+            yield node.lineno, node.value.value
+
+
+def sentences(docstring: str) -> Iterator[str]:
+    """The sentences of a docstring, cut at colons and semicolons too. Tables, trees and the lines of examples are left out."""
+    for paragraph in re.split(r"\n\s*\n|\n\s*[-*|] |\n\s*(?=\w+: )", inspect.cleandoc(docstring)):
+        if "\b" not in paragraph and not re.search(r"\S {2,}\S", paragraph):
+            yield from re.split(r"(?<=[.!?:;])\s+", " ".join(paragraph.split()))
+
+
+@pytest.mark.parametrize("file", MODULES, ids=name_of)
+def test_docstrings_start_with_a_verb_or_a_noun(file: Path) -> None:
+    for line, docstring in docstrings(file):
+        assert docstring.split(" ", 1)[0] not in ("Of", "What", "Which"), f"{file}:{line}"
+
+
+@pytest.mark.parametrize("file", MODULES, ids=name_of)
+def test_a_docstring_s_sentences_are_short(file: Path) -> None:
+    for line, docstring in docstrings(file):
+        for sentence in sentences(docstring):
+            assert len(sentence.split()) <= 25, f"{file}:{line}: {sentence}"
+
+
+def test_sentences_are_found() -> None:
+    text = "One two. Three: four\n    five.\n\n    file.py    a table\n\n    \b\n    an example\n\n    - six; seven\n    - eight"
+    assert list(sentences(text)) == ["One two.", "Three:", "four five.", "- six;", "seven", "eight"]

@@ -1,4 +1,4 @@
-"""The profile of what the stages measured."""
+"""The profile, made from the stages' measurements."""
 
 from __future__ import annotations
 
@@ -36,21 +36,21 @@ class Measurements(NamedTuple):
 
     moments: GroupMoments
     effects: NeuronEffects
-    """Effects of every neuron of the layer: of the contenders on all tokens, of the others on the sample."""
+    """Effects of every neuron of the layer: on all tokens for the contenders, on the sample for the others."""
     sample_tokens: int
     contenders: Contenders
     chosen: dict[Dial, Chosen]
     other_null_spaces: dict[int, list[int]]
     """Entropy neurons with other numbers of directions counted as the null space."""
     null_direction: NullDirection | None
-    """The thing that the entropy dial turns in place of neurons; None for neurons."""
+    """The direction that the entropy dial turns in place of neurons. None if it turns neurons."""
     responses: Responses
     texts: list[str]
     """Names of the texts, in their order."""
 
 
 def identify_corpus(windows: Windows, counts: Tensor, *, kept_tokens: int) -> CorpusIdentity:
-    """Say which text the profile rests on (all of them together), and which token counts ``[tokenizer_size]``."""
+    """Identify the text that the profile depends on (all texts together), and the token counts ``[tokenizer_size]``."""
     return CorpusIdentity(
         source=windows.source,
         sha256=windows.sha256,
@@ -69,10 +69,10 @@ def assemble_profile(
     """Make the profile of a calibrated model.
 
     Args:
-        identity: of the model.
-        corpus: that it was calibrated on.
-        layer: its last layer, by its weights.
-        measured: the same, by what it does.
+        identity: identity of the model.
+        corpus: text that it was calibrated on.
+        layer: statistics of its last layer's weights.
+        measured: measurements of its last layer.
         seed: of the random directions behind the chance levels.
     """
     weights, moments, effects, contenders = layer.weights, measured.moments, measured.effects, measured.contenders
@@ -138,7 +138,7 @@ class _Reported(NamedTuple):
 
     effects: dict[str, Measurement]
     uncapped: dict[str, Measurement]
-    """Empty for a model without a softcap."""
+    """Effects before the softcap. Empty for a model without one."""
     argmax_changed: float
 
 
@@ -153,7 +153,7 @@ def _reported(contenders: Contenders, neuron: int) -> _Reported:
 
 
 def _neuron(model: ModelIdentity, index: int, statistics: dict[str, Tensor], sign: Tensor, reported: _Reported) -> Neuron:
-    """Gather what is known of a neuron of the layer."""
+    """Make the record of a neuron of the layer."""
     effects, uncapped = reported.effects, reported.uncapped
     values: dict[str, Any] = {name: float(column[index]) for name, column in statistics.items()}
     return Neuron(
@@ -192,7 +192,7 @@ def _measurement(estimate: WithError, row: int) -> Measurement:
 
 
 def _curves_by_text(measured: Measurements) -> dict[str, dict[Dial, Response]]:
-    """Name the curves of several texts; one text's are the profile's own."""
+    """Give the curves of several texts by name. With one text they are the profile's own."""
     by_text = measured.responses.by_text
     if len(by_text) < 2:
         return {}

@@ -84,9 +84,9 @@ def calibrate(
         unigram_counts: how often each token occurs in text like the model's training text, by id; counted in `texts` if None,
             with a warning if that is too little to rank tokens.
         null_dims: directions counted as the unembedding's effective null space; read off its spectrum if None.
-        null_direction: whether the entropy dial turns no neurons but a constant in the residual right before the final norm,
-            made by hand along the direction that the unembedding reads least: for a model that has no entropy neurons, or none
-            within reach of what will run it. Neurons are found and reported as ever.
+        null_direction: whether the entropy dial turns a constant in the residual right before the final norm, and no neurons.
+            The constant is made by hand, along the direction that the unembedding reads least. It is for models without entropy
+            neurons, or whose neurons the engine does not reach. Neurons are found and reported as usual.
         scanned: a profile of the same model, from `confsteer.scan` or an earlier calibration, whose statistics of the weights
             are taken over instead of computed again.
         seed: of the random directions that give chance levels, and of sampling.
@@ -104,8 +104,8 @@ def calibrate(
         UnsupportedModelError: see `confsteer.model.dissect` and `confsteer.model.states.check_closed_form`.
         SteeringError: the model is being steered.
         CorpusError: a text is too short, or not of this model's tokenizer; or there is none.
-        SettingError: the window is too short or longer than the model's context, `null_dims` is out of range or given beside
-            `scanned`, or there are more processes than batches of text, or several with a checkpoint.
+        SettingError: the window is too short or longer than the model's context; `null_dims` is out of range or given beside
+            `scanned`; there are more processes than batches of text, or several with a checkpoint.
         ProfileMismatchError: `scanned` is of another model.
         ResumeError: `checkpoint` is of another model, text or setting, or damaged.
     """

@@ -1,4 +1,4 @@
-"""Passes over a recorded text, each of which adds up tensors."""
+"""Passes over a recorded text. Each of them adds up tensors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from confsteer.model.states import Recording, in_groups, join_batches
 
 
 class Passes:
-    """A recorded text, to be read once by every stage of a calibration.
+    """A recorded text that every stage of a calibration reads once.
 
     A pass starts where an interrupted one stopped. At its end the sums of all processes are joined.
     """
@@ -40,16 +40,16 @@ class Passes:
         """Read the text once.
 
         Args:
-            name: of the pass, in the progress file.
-            into: what the caller updates with each batch before it asks for the next.
-            label: for the progress bar.
-            at_least: tokens in a batch. Batches end where they would have ended without an interruption.
+            name: name of the pass in the progress file.
+            into: the accumulators that the caller updates with each batch before it asks for the next.
+            label: label of the progress bar.
+            at_least: least number of tokens in a batch. Batches end where they would have ended without an interruption.
             sample: whether to read the recording's sample only.
-            text: number of the only text to read; all if None.
+            text: number of the text to read; all texts if None.
 
         Yields:
-            The states of a batch; and a function to call with the share of the work on them that is done, for the bar to move
-            before all of it is.
+            The states of a batch, and a function to call with the share of the work on them that is done. It moves the progress
+            bar within the batch.
         """
         batches = self._progress.track(name, [tensor for accumulator in into for tensor in accumulator.sums])
         windows = self._recording.windows
@@ -71,20 +71,20 @@ class Passes:
 
                 yield join_batches(group), move_to
                 move_to(1)
-                # The caller has added them up by now.
+                # Count the batch: the caller has added it up by now.
                 batches += len(group)
                 self._progress.write_if_due()
         for accumulator in into:
             accumulator.pool(all_reduce)
 
     def decide_once(self, name: str, decide: Callable[[list[TokenStates]], Tensor], *, at_least: int) -> Tensor:
-        """Decide something by the first tokens of each text: the same in every process and after every interruption.
+        """Decide something by the first tokens of each text. The result is the same in every process and after an interruption.
 
         Args:
-            name: of the decision, in the progress file.
-            decide: from the first batches of the sample, one of each text that this process reads, to a tensor whose shape does
-                not depend on them.
-            at_least: tokens in each of these batches.
+            name: name of the decision in the progress file.
+            decide: function that is given the first batch of the sample of each text that this process reads. It returns a
+                tensor whose shape does not depend on them.
+            at_least: least number of tokens in each of these batches.
         """
 
         def compute() -> Tensor:

@@ -1,4 +1,4 @@
-"""The file that an interrupted calibration goes on from: what its passes have added up so far."""
+"""The file from which an interrupted calibration goes on: the sums of its passes so far."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from confsteer.errors import ResumeError
 from confsteer.files import folder_for_writing, write_atomically
 
 FILE_NAME = ".calibration.safetensors"
-"""Name of the file, in the folder that the profile is to be written to."""
+"""Name of the file, in the folder for the profile."""
 WRITE_INTERVAL_SECONDS = 60.0
-"""A run that is killed loses at most this much work, besides the batches that were being worked on."""
+"""Most work, in seconds, that a killed run loses, besides its unfinished batches."""
 
 
 class Progress:
-    """The sums of every pass, and how many batches are in them.
+    """The sums of every pass, and the number of batches in them.
 
     The file is replaced in one step, so it is whole whenever the process dies.
     """
@@ -33,26 +33,26 @@ class Progress:
     def __init__(self, file: Path | None, settings: Mapping[str, Any], *, resume: bool) -> None:
         """
         Args:
-            file: where to write; None: nothing is kept.
-            settings: all that the result depends on, by name, as JSON has it.
+            file: where to write. None: nothing is kept.
+            settings: everything that the result depends on, by name, as JSON.
             resume: whether to go on from the file, if there is one.
 
         Raises:
-            ResumeError: the file is of other settings, or damaged.
+            ResumeError: the file is damaged, or its settings are others.
         """
         self._file, self._settings = file, settings
         self._tensors = _read(file, settings) if file and resume and file.exists() else {}
         self._written = time.monotonic()
 
     def track(self, name: str, sums: Sequence[Tensor]) -> Tensor:
-        """Fill the sums of a pass from the file, and write them from now on.
+        """Fill the sums of a pass from the file, and include them in the file from now on.
 
         Args:
-            name: of the pass.
-            sums: what the pass adds up, **in place**.
+            name: name of the pass.
+            sums: the tensors that the pass adds to. They are filled **in place**.
 
         Returns:
-            How many batches are in the sums, a scalar int64; the caller adds to it in place.
+            The number of batches in the sums, a scalar int64. The caller adds to it in place.
         """
         batches = torch.tensor(0)
         for number, tensor in enumerate((batches, *sums)):
@@ -63,13 +63,13 @@ class Progress:
         return batches
 
     def once(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
-        """Compute what is decided between passes, unless the file has it."""
+        """Compute a decision between passes, unless the file has it."""
         if name not in self._tensors:
             self._tensors[name] = compute()
         return self._tensors[name]
 
     def write_if_due(self) -> None:
-        """Write the file, if that was last done `WRITE_INTERVAL_SECONDS` ago."""
+        """Write the file, if the last write was `WRITE_INTERVAL_SECONDS` ago or more."""
         if self._file is None or time.monotonic() < self._written + WRITE_INTERVAL_SECONDS:
             return
         tensors = {name: tensor.cpu() for name, tensor in self._tensors.items()}
@@ -78,7 +78,7 @@ class Progress:
             with folder_for_writing(self._file.parent):
                 write_atomically(self._file, safetensors.torch.save(tensors, metadata))
         except OSError as error:
-            # The calibration itself can still end well, so it goes on.
+            # Go on: the calibration itself can still end well.
             warnings.warn(f"cannot write {self._file}: {error.strerror}; --resume would not find it", stacklevel=2)
         self._written = time.monotonic()
 
@@ -86,12 +86,12 @@ class Progress:
 def sample_of_weights(model: nn.Module) -> str:
     """Hash a few numbers of every parameter.
 
-    A fine-tuned model has the fingerprints of the original, if those of its last layer were frozen.
+    A fine-tuned model can have the fingerprints of the original, if its last layer was frozen.
     """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        # Offloaded weights are not there, and quantised ones are not plain numbers.
+        # Skip offloaded weights, which are not there, and quantised ones, which are not plain numbers.
         if type(parameter.data) is Tensor and not parameter.is_meta:
             flat = parameter.detach().reshape(-1)
             digest.update(flat[:: max(1, len(flat) // 64)].double().cpu().numpy().tobytes())

@@ -1,4 +1,4 @@
-"""Neurons that others have published, and how far a scan agrees with them."""
+"""Neurons that others have published, and their agreement with a scan."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from confsteer.profile.profile import Profile
 
 FILE = Path(__file__).with_name("published.json")
 Kind = Literal["entropy", "null fraction", "logit variance", "token frequency"]
-"""Entropy or token-frequency neurons, or those with the largest null fractions or smallest logit variances."""
+"""Kind of a list: entropy or token-frequency neurons, or those with the largest null fractions or smallest logit variances."""
 
 
 class PublishedList(BaseModel):
@@ -25,37 +25,37 @@ class PublishedList(BaseModel):
     source: str
     kind: Kind
     neurons: tuple[int, ...]
-    """Empty if it says that there are none."""
+    """The neurons. Empty if the publication says that there are none."""
     null_fraction: dict[int, float] = {}
-    """By neuron, where it gives them."""
+    """Null fractions by neuron, if the publication gives them."""
     null_dims: int | None = None
-    """Directions that these null fractions are of."""
+    """Number of directions in the null space of these null fractions."""
     note: str | None = None
 
 
 class PublishedModel(BaseModel):
-    """All that is published about the last layer of one model."""
+    """Everything published about the last layer of one model."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     id: str
-    """On the hub."""
+    """Hub id."""
     layer: int
     lists: tuple[PublishedList, ...]
 
 
 class Agreement(NamedTuple):
-    """One published list beside the candidates of a scan."""
+    """Agreement of one published list with the candidates of a scan."""
 
     published: PublishedList
     found: tuple[int, ...]
     """Neurons of the list that are candidates."""
     by_chance: float
-    """How many would be if as many candidates were drawn at random."""
+    """Expected number if as many candidates were drawn at random."""
 
 
 def published_models() -> dict[str, PublishedModel]:
-    """Read what is published, by hub id; sources are spelled out."""
+    """Read the published lists, by hub id, with their sources written out."""
     content = json.loads(FILE.read_text(encoding="utf-8"))
     return {
         name: PublishedModel(
@@ -68,10 +68,10 @@ def published_models() -> dict[str, PublishedModel]:
 
 
 def published(name: str) -> PublishedModel:
-    """Find what is published about a model, by its hub id or the part after the owner; upper and lower case are alike.
+    """Find the published lists of a model, by its hub id or the part after the owner. Upper and lower case are alike.
 
     Raises:
-        SettingError: nothing is.
+        SettingError: nothing is published about it.
     """
     known = published_models()
     for one, model in known.items():
@@ -84,10 +84,10 @@ def published(name: str) -> PublishedModel:
 
 
 def agreement(profile: Profile, model: PublishedModel) -> list[Agreement]:
-    """Set the candidates of a scan beside what is published; lists of token-frequency neurons are left out.
+    """Compare the candidates of a scan with the published lists. Lists of token-frequency neurons are left out.
 
     Raises:
-        SettingError: the profile's last layer is not the published one, or smaller.
+        SettingError: the profile's last layer is another one than the published, or smaller.
     """
     largest = max((i for one in model.lists for i in one.neurons), default=0)
     if profile.model.layer != model.layer or largest >= profile.model.n_neurons:

@@ -1,4 +1,4 @@
-"""Weights on disk to a profile of candidates."""
+"""The scan: from weights on disk to a profile of candidates."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from confsteer.profile.store import WEIGHT_COLUMNS
 
 
 class Scan(NamedTuple):
-    """Profile that `scan` made, and what it read for that."""
+    """Profile that `scan` made, and the tensors that it read."""
 
     profile: Profile
     """Profile of the weights alone: no corpus, no neurons, no dials."""
     tensors: tuple[str, ...]
-    """Names of the tensors read, as in the checkpoint."""
+    """Names of the tensors that were read, as in the checkpoint."""
     bytes_read: int
-    """Size of these tensors."""
+    """Size of these tensors, in bytes."""
     bytes_total: int | None
-    """Size of the whole checkpoint; None where its index does not say."""
+    """Size of the whole checkpoint, in bytes. None if its index does not say."""
 
 
 def scan(
@@ -38,25 +38,25 @@ def scan(
     trust_remote_code: bool = False,
     progress: bool = False,
 ) -> Scan:
-    """Read what a model's weights alone say about the neurons of its last MLP, without building the model.
+    """Compute the statistics of the last MLP's neurons from weights alone, without building the model.
 
-    Of the checkpoint only the unembedding, the final norm and the last MLP's output projection are read. Where they are is
-    known from the structure of the model, which is laid out without weights; the numerical check that `confsteer.calibrate`
-    makes needs the whole model and is not made here.
+    Only the unembedding, the final norm and the last MLP's output projection are read from the checkpoint. The model is laid out
+    without weights, and its structure tells where they are. The numerical check of `confsteer.calibrate` needs the whole model,
+    and is not made here.
 
     Args:
         name: hub id, folder or ``.gguf`` file; the bundled demonstration model if None. From the hub, only files with a
             tensor that is needed are downloaded.
         gguf_file: GGUF file of that hub repository or folder.
         revision: branch, tag or commit on the hub.
-        null_dims: directions counted as the unembedding's effective null space; read off its spectrum if None.
-        seed: of the random directions that give the chance level.
-        trust_remote_code: run code that comes with the model.
+        null_dims: directions counted as the unembedding's effective null space; found from its spectrum if None.
+        seed: seed of the random directions that give the chance level.
+        trust_remote_code: whether to run code that comes with the model.
         progress: whether to show a progress bar.
 
     Raises:
-        LoadError: there is no such model, or its checkpoint is not one of whole float32, bfloat16 or float16 tensors in
-            safetensors files, nor a GGUF file whose last layer can be read alone.
+        LoadError: there is no such model, or its checkpoint cannot be read. It must have whole float32, bfloat16 or float16
+            tensors in safetensors files, or be a GGUF file whose last layer can be read alone.
         UnsupportedModelError: see `confsteer.model.locate`.
         SettingError: `null_dims` is out of range.
     """
@@ -73,9 +73,9 @@ def scan(
         bar.update()
         bar.set_description("statistics")
         anatomy = last.anatomy
-        # Neurons of experts are read a second time, an expert at a time: all at once may not fit into memory.
+        # Read neurons of experts a second time, one expert at a time: all at once may not fit into memory.
         readout = anatomy.readout(identity.tokenizer_size, None if anatomy.experts is None else torch.empty(0, dtype=torch.long))
-        # The raw weights make room for the float64 copies of the folded ones.
+        # Free the raw weights, to make room for the float64 copies of the folded ones.
         writes = None if anatomy.experts is None else map(readout.folded, anatomy.scaled_writes())
         del last
         weights = weight_statistics(readout, writes, null_dims=null_dims, seed=seed)

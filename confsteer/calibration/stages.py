@@ -28,29 +28,30 @@ from confsteer.profile.schema import ModelIdentity
 from confsteer.steering import DIALS, Dial
 
 SAMPLE_TOKENS = 4096
-"""About so many tokens of each text, spread evenly over it, tell which neurons could be selected, and what the dials do.
+"""Approximate number of tokens in each text's sample, spread evenly. It tells which neurons could be selected, and the dials'
+responses.
 
-All tokens are read for the neurons that could be. What a dial does differs more from one text to the next than this sample
-differs from its text.
+The neurons that could be selected are then measured on all tokens. A dial's response differs more between texts than between
+this sample and its text.
 """
 POSITION_SAMPLE = 64
 """Tokens of each text on which the range of each response curve is found."""
 DIRECTION_SAMPLE = 1024
-"""The same of a null direction, and its sign: the entropy may be nearly flat in it, and few tokens wrong about where it rises."""
+"""The same for a null direction and its sign. The entropy may be nearly flat along it, and few tokens give the wrong sign."""
 
 
 class FoldedLayer(NamedTuple):
-    """The last layer as tensors, and what its weights and the token counts alone say."""
+    """The last layer as tensors, with the statistics of its weights and of the token counts."""
 
     readout: Readout
     experts: Experts | None
-    """Sizes of a mixture of experts; None of a dense layer."""
+    """Sizes of a mixture of experts. None for a dense layer."""
     weights: WeightStatistics
     unigram: Unigram
     cosine: Tensor
     """Cosine of each neuron's write to the logits with the unigram direction, float64 ``[n_neurons]``."""
     chance_cosine: float
-    """Exceeded by the luckiest of as many random directions 1 time in 20."""
+    """Cosine that the largest of as many random directions exceeds 1 time in 20."""
 
     @property
     def device(self) -> torch.device:
@@ -63,7 +64,7 @@ class FoldedLayer(NamedTuple):
 
     @property
     def at_once(self) -> int:
-        """Tokens that are best worked on together."""
+        """Best number of tokens to work on at once."""
         return tokens_at_once(max(group.stop - group.start for group in self.groups))
 
 
@@ -72,7 +73,7 @@ class Sample(NamedTuple):
 
     effects: NeuronEffects
     tokens: int
-    """Tokens they were measured on."""
+    """Number of tokens that they were measured on."""
 
 
 class Contenders(NamedTuple):
@@ -80,9 +81,9 @@ class Contenders(NamedTuple):
 
     neurons: list[int]
     measured: ReportedEffects
-    """In the order of `neurons`."""
+    """Their exact effects, in the order of `neurons`."""
     tokens: int
-    """Tokens they were measured on: all."""
+    """Number of tokens that they were measured on: all."""
 
 
 def fold_layer(
@@ -94,15 +95,15 @@ def fold_layer(
     null_dims: int | None,
     seed: int,
 ) -> FoldedLayer:
-    """Gather what is known before any text is read.
+    """Compute what is known before any text is read.
 
     Args:
         readout: the model's last layer.
-        experts: sizes of a mixture of experts; None of a dense layer.
+        experts: sizes of a mixture of experts; None for a dense layer.
         counts: how often each token occurs, int64 ``[tokenizer_size]``.
-        weights: statistics to take over; computed if None.
-        null_dims: directions counted as the null space; read off the spectrum if None.
-        seed: of the random directions behind the chance levels.
+        weights: statistics that are known already; computed if None.
+        null_dims: directions counted as the null space; found from the spectrum if None.
+        seed: seed of the random directions behind the chance levels.
     """
     unigram = Unigram.from_counts(counts.to(readout.unembedding.device))
     if weights is None:
@@ -129,7 +130,7 @@ def measure_activations(passes: Passes, layer: FoldedLayer, identity: ModelIdent
 
 
 def measure_sample(passes: Passes, layer: FoldedLayer, moments: GroupMoments) -> Sample:
-    """Measure what setting each neuron of the layer to its mean does, on the sample."""
+    """Measure the effect of setting each neuron of the layer to its mean, on the sample."""
     mean, means = moments.mean.to(layer.device), GroupEffectMeans(layer.experts, layer.readout.n_neurons)
     for batch, move_to in passes.over("effects", means, label="2/4 all neurons", at_least=layer.at_once, sample=True):
         for number, part in enumerate(parts(layer.experts, batch)):
@@ -144,7 +145,7 @@ def measure_sample(passes: Passes, layer: FoldedLayer, moments: GroupMoments) ->
 
 
 def measure_contenders(passes: Passes, layer: FoldedLayer, moments: GroupMoments, sample: NeuronEffects) -> Contenders:
-    """Measure the neurons that could be selected exactly, and the unsteered model, on all tokens."""
+    """Measure exactly, on all tokens, the neurons that could be selected and the unsteered model."""
     readout, device = layer.readout, layer.device
     neurons = contenders(layer.weights, sample, layer.cosine, layer.chance_cosine)
     indices = torch.tensor(neurons, dtype=torch.long, device=device)
@@ -159,13 +160,13 @@ def measure_contenders(passes: Passes, layer: FoldedLayer, moments: GroupMoments
 
 
 def choose_neurons(layer: FoldedLayer, effects: NeuronEffects, among: list[int]) -> dict[Dial, Chosen]:
-    """Choose the neurons on each dial; a dial may have none."""
+    """Choose the neurons on each dial. A dial may have none."""
     selection = select_neurons(layer.weights, effects, layer.cosine, layer.chance_cosine, among=among)
     return {"entropy": selection.entropy, "unigram": selection.unigram}
 
 
 def other_null_spaces(layer: FoldedLayer, effects: NeuronEffects, *, seed: int) -> dict[int, list[int]]:
-    """Entropy neurons with half and with twice as many directions counted as the null space, by that number."""
+    """Find the entropy neurons with half and with twice as many directions counted as the null space, by that number."""
     k, most = layer.weights.null_dims, len(layer.weights.singular_values) - 1
     sizes = sorted({max(1, k // 2), min(2 * k, most)} - {k})
     return {
@@ -178,13 +179,13 @@ class Responses(NamedTuple):
     """Effects of each dial that has neurons."""
 
     pooled: dict[Dial, ResponseMeans]
-    """Means over the texts, which count equally."""
+    """Mean responses over the texts, which count equally."""
     by_text: list[dict[Dial, ResponseMeans]]
-    """The same dials at the same positions on each text; empty if no dial has neurons."""
+    """The same dials at the same positions on each text. Empty if no dial has neurons."""
 
 
 def find_null_direction(passes: Passes, layer: FoldedLayer) -> NullDirection:
-    """Find the direction that the unembedding reads least, and what some tokens of the sample say of it."""
+    """Find the direction that the unembedding reads least, and measure the residual along it on a part of the sample."""
     spectrum = unembedding_spectrum(layer.readout)
     vector = spectrum.directions[:, 0].float()
 
@@ -199,14 +200,14 @@ def find_null_direction(passes: Passes, layer: FoldedLayer) -> NullDirection:
 def measure_responses(
     passes: Passes, layer: FoldedLayer, chosen: dict[Dial, Chosen], moments: GroupMoments, direction: NullDirection | None
 ) -> Responses:
-    """Measure what each dial does to the output, and which temperature does as much: on each text's sample.
+    """Measure the response of the output to each dial, and the temperature that equals it, on each text's sample.
 
     Args:
-        passes: over the texts.
+        passes: passes over the texts.
         layer: the last layer.
-        chosen: neurons on each dial; one that has none with a sign is not measured.
-        moments: of the activations.
-        direction: what the entropy dial turns in place of its neurons; None for the neurons.
+        chosen: neurons on each dial. A dial without neurons that have a sign is not measured.
+        moments: moments of the activations.
+        direction: direction that the entropy dial turns in place of neurons; None for neurons.
     """
     pushes = {dial: _Push.of(layer, chosen[dial], moments) for dial in DIALS if chosen[dial].sign[chosen[dial].neurons].any()}
     if direction is not None:
@@ -240,17 +241,17 @@ class _Push(NamedTuple):
     """Position 1 of a dial: a signed standard deviation of each of its neurons, or a constant along a null direction."""
 
     readout: Readout
-    """The last layer of the neurons that are pushed; a direction is an imaginary one."""
+    """The readout of the neurons that are pushed. A direction is an imaginary neuron."""
     added: Tensor
-    """Change of each activation, float32 ``[n_neurons]``; in a mixture ``[groups, n_neurons]``, a row each group's."""
+    """Change of each activation, float32 ``[n_neurons]``. In a mixture ``[groups, n_neurons]``, a row per group."""
     groups: list[int]
-    """Numbers of the groups of neurons that are not all active on the same tokens; empty where all are."""
+    """Numbers of the groups of neurons, if they are active on different tokens. Empty if all are active together."""
     sample: int = POSITION_SAMPLE
-    """Tokens of each text that its positions are chosen on."""
+    """Tokens of each text on which its positions are chosen."""
 
     @classmethod
     def of(cls, layer: FoldedLayer, chosen: Chosen, moments: GroupMoments) -> _Push:
-        """Work it out."""
+        """Make the push of the neurons on a dial."""
         on_dial = torch.zeros_like(moments.std)
         on_dial[chosen.neurons] = 1
         added = (chosen.sign * moments.std * on_dial).float().to(layer.device)
@@ -264,17 +265,17 @@ class _Push(NamedTuple):
 
     @classmethod
     def along(cls, layer: FoldedLayer, direction: NullDirection) -> _Push:
-        """Make it of a direction."""
+        """Make the push along a direction."""
         push = torch.tensor([direction.push], dtype=torch.float32, device=layer.device)
         return cls(written_before_norm(layer.readout, direction.vector), push, [], DIRECTION_SAMPLE)
 
     def active(self, layer: FoldedLayer, states: TokenStates) -> Tensor | None:
-        """Tell which groups are active on each token, bool ``[tokens, groups]``; None where all are."""
+        """Find which groups are active on each token, bool ``[tokens, groups]``. None if all are active together."""
         return active_groups(layer.experts, states, self.groups) if layer.experts and self.groups else None
 
 
 def _choose_positions(passes: Passes, layer: FoldedLayer, pushes: dict[Dial, _Push]) -> dict[Dial, Tensor]:
-    """Choose the positions of each dial by a few tokens of each text."""
+    """Choose the positions of each dial on a few tokens of each text."""
 
     def decide(firsts: list[TokenStates]) -> Tensor:
         positions = []
@@ -294,7 +295,7 @@ def _few_of_each(firsts: list[TokenStates], tokens: int) -> TokenStates:
 
 
 def _with_temperatures(curves: list[dict[Dial, ResponseMeans]], unsteered: list[EntropyMeans]) -> Responses:
-    """Pool the curves of the texts, and give each the temperatures that it amounts to."""
+    """Average the curves of the texts, and give each the temperatures that equal it."""
     pooled = {dial: mean_over_texts([one[dial] for one in curves]) for dial in curves[0]}
     entropies = mean_over_texts(unsteered)
     return Responses(

@@ -29,9 +29,9 @@ EXTRAS = {
     "lm_eval": "lm-eval",
     "relplot": "smooth-ece",
 }
-"""Packages that not everyone installs, and the extra they come with."""
+"""Packages that not everyone installs, and the extra that brings each."""
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-"""Errors of a full or read-only disk, whoever was writing: confsteer, a library, or a redirected output."""
+"""Errors of a full or read-only disk, whether confsteer, a library or a redirected output was writing."""
 
 
 class _Group(click.Group):
@@ -68,15 +68,15 @@ class _Group(click.Group):
 def main() -> None:
     """Confidence control for language models, with their own neurons.
 
-    MODEL is a hub id, a folder or a GGUF file; without it the bundled demonstration model is used. PROFILE is a folder, the
+    MODEL is a hub id, a folder or a GGUF file. Without it the bundled demonstration model is used. PROFILE is a folder, the
     name of a shipped profile (confsteer-demo) or a hub repository.
 
-    Exit codes: 0 done, 1 a clear error, 2 wrong usage, 3 the model has no such neurons, 4 tuning gained
-    nothing, 130 an evaluation was interrupted (what is whole is kept).
+    Exit codes: 0 done, 1 a clear error, 2 wrong usage, 3 the model has no such neurons, 4 tuning gained nothing, 130 an
+    evaluation was interrupted. Complete results are kept then.
     """
 
 
-# In the order of work, which is that of --help.
+# List commands in the order of work: --help has the same order.
 for command in (
     find.calibrate,
     find.scan,

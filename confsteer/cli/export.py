@@ -72,11 +72,11 @@ def export(
     confsteer export model.gguf -p my-profile -s entropy=0.3 --scale-per-nat --to control-vector dial.gguf
 
     Dials and shifts add a constant to the last layer's output, which is a control vector of that layer. A scale multiplies a
-    neuron's deviation from its mean: a LoRA, and a constant besides. Three weights of MODEL are read, no more.
+    neuron's deviation from its mean: that is a LoRA, and a constant too. Only three weights of MODEL are read.
 
-    Ranges (clamp.N=LOW:HIGH), and positions other than all, are refused. In models with a norm on the MLP's output (Gemma 2
-    and 3, OLMo 2) a constant before it is no constant after it, and refused; but with --text the entropy dial alone is measured
-    there, as a dial of its own:
+    Ranges (clamp.N=LOW:HIGH), and positions other than all, are refused. Some models have a norm on the MLP's output (Gemma 2
+    and 3, OLMo 2). A constant before the norm is not a constant after it, so it is refused. But with --text the entropy dial
+    is measured after the norm, as a dial of its own:
 
     \b
     confsteer export gemma.gguf -p my-profile -s entropy=0.3 --text wiki.txt --to control-vector calm.gguf
@@ -149,7 +149,7 @@ def _measure(chosen: ModelOptions, profile: Profile, last: LastLayer, text: Wind
 
 
 def _print_readings(console: Console, profile: Profile, steering: Steering) -> None:
-    """Say what a scale does where it is read as nats."""
+    """Print the effect of scales that are read as nats."""
     from confsteer.runtimes.llamacpp.per_nat import readings, the_dial
 
     dial = the_dial(steering)

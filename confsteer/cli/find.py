@@ -92,25 +92,25 @@ def calibrate(
     A line of chats.jsonl: {"messages": [{"role": "user", "content": "Hi"}, ...]}
     An image in it:        "content": [{"type": "image", "path": "a.png"}, {"type": "text", "text": "What is this?"}]
 
-    Each --text is a text of its own, and they count equally: a dial asks for the mean of what it does on them, and the profile
-    says beside it how far the texts lie apart. Give every kind of text that the model will see.
+    Each --text is a text of its own, and they count equally. A dial's number is its mean change over them, and the profile
+    also has its spread over the texts. Give every kind of text that the model will see.
 
-    Tokens are ranked by how often they occur in the text unless --unigram has their counts in text like the model's training
-    text, as confsteer count makes them; 25,600 tokens are too few to rank a vocabulary, and a warning says so.
+    Tokens are ranked by how often they occur in the text. But 25,600 tokens are too few to rank a vocabulary, and a warning
+    says so. --unigram takes counts from text like the model's training text: confsteer count makes them.
 
-    A model without entropy neurons, or whose neurons the engine does not reach, still gets an entropy dial with
-    --null-direction: a constant in the residual, made by hand, that acts as they would. It has no neurons to scale or clamp, and
-    runs in transformers, in vLLM, baked, and as a control vector in llama.cpp (Gemma too).
+    --null-direction makes an entropy dial by hand: a constant in the residual that acts as entropy neurons do. It is for
+    models without entropy neurons, or whose neurons the engine does not reach. It has no neurons to scale or clamp. It runs
+    in transformers, in vLLM, baked, and as a control vector in llama.cpp (Gemma too).
 
-    What was added up so far is written to the folder every minute (by a single process). Killed or interrupted, the same
-    command with --resume goes on from there and ends with the same profile.
+    A run in a single process saves its sums in the folder every minute. After an interruption, the same command with --resume
+    goes on from there, and ends with the same profile.
     """
     from confsteer.calibration.progress import FILE_NAME
     from confsteer.distributed import init_distributed
     from confsteer.profile.schema import model_id
     from confsteer.text.sources import by_title
 
-    # Several processes share the work; the first speaks and saves for all.
+    # Let the first of several processes speak and save for all: they share the work.
     process = init_distributed()
     first = process.rank == 0
     sources = by_title(text.sources(chosen.model, "calibration"))
@@ -164,15 +164,15 @@ def calibrate(
 def count(
     model: str | None, gguf_file: str | None, revision: str | None, trust_remote_code: bool, text: TextOptions, out: Path
 ) -> None:
-    """Count how often each token of MODEL's tokenizer occurs in a corpus of any size; only the tokenizer is loaded.
+    """Count how often each token of MODEL's tokenizer occurs in a corpus of any size. Only the tokenizer is loaded.
 
     \b
     confsteer count OWNER/MODEL --text corpus.jsonl.gz --text folder --out counts.npy
     confsteer count model.gguf --dataset HUB_ID --field content --out counts.npy
     confsteer calibrate OWNER/MODEL --text book.txt --unigram counts.npy
 
-    Token-frequency neurons are found by the frequencies of the model's training text, and a text of calibration's size ranks
-    only its commonest tokens. Ten million tokens of text like it do.
+    Token-frequency neurons are found by the token frequencies of the model's training text. A text as long as calibration's
+    ranks only the commonest tokens. Ten million tokens of text like the training text are enough.
     """
     import io
 
@@ -203,7 +203,7 @@ def count(
 
 
 def _unigram_counts(file: Path | None, model: str | None) -> NDArray[np.integer] | None:
-    """Read token counts; the bundled model comes with those of its training text."""
+    """Read token counts. The bundled model comes with those of its training text."""
     from confsteer.model.loading import DEMO_UNIGRAM
     from confsteer.text.counts import read_counts
 
@@ -213,7 +213,7 @@ def _unigram_counts(file: Path | None, model: str | None) -> NDArray[np.integer]
 
 
 def _say_where_it_begins(checkpoint: Path, resume: bool) -> None:
-    """Warn of a checkpoint that is missing, or is there and not used."""
+    """Warn of a checkpoint that is missing, or that is there but not used."""
     if resume and not checkpoint.exists():
         click.echo(f"There is no {checkpoint}: from the beginning.")
     if not resume and checkpoint.exists():
@@ -245,10 +245,10 @@ def _say_where_it_begins(checkpoint: Path, resume: bool) -> None:
     help="Compare with neurons that others have published of MODEL, or of the model NAME that it is made of.",
 )
 def scan(model: str | None, out: Path | None, plot: Path | None, name: str | None, **settings: Any) -> None:
-    """Look for entropy neurons in MODEL's weights alone and save what they say.
+    """Look for entropy neurons in MODEL's weights alone, and save a profile of the weights.
 
-    Reads three weights of a safetensors checkpoint or a GGUF file, without loading the model: a few percent of its bytes, no
-    text. What is found are candidates; what they do is for calibrate to measure.
+    It reads three weights of a safetensors checkpoint or a GGUF file, a few percent of its bytes. It loads no model and needs
+    no text. It finds candidates; confsteer calibrate measures their effects.
 
     \b
     confsteer scan                                        the bundled model
@@ -293,7 +293,7 @@ def scan(model: str | None, out: Path | None, plot: Path | None, name: str | Non
 @click.option("--near", is_flag=True, help="List the neurons that lack one thing only to be reported, and what they lack.")
 @wide_option
 def show(profile: str, plot: Path | None, response: Path | None, near: bool, wide: bool) -> None:
-    """Print what PROFILE holds, or draw it."""
+    """Print PROFILE's contents, or draw them."""
     loaded, console = confsteer.Profile.load(profile), tables.console(wide=wide)
     tables.print_profile(console, loaded)
     if near:
@@ -318,5 +318,5 @@ def push(profile: str, repo: str, private: bool) -> None:
 
 
 def _folder_name(model: str) -> str:
-    """Name a folder after a model, to stand beside the user's others."""
+    """Name a folder after a model."""
     return Path(model).resolve().name or "model"

@@ -1,4 +1,4 @@
-"""Commands that measure what steering does to predictions: eval, report, lm-eval."""
+"""Commands that measure the effect of steering on predictions: eval, report, lm-eval."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ BESIDE_A_RUN_FILE = (
     *("run_file", "as_json", "plot", "report", "answers", "wide", "as_markdown", "as_csv"),
     *("gguf_file", "device", "dtype", "revision", "trust_remote_code"),
 )
-"""Options that may stand beside a run file: it does not say them."""
+"""Options that are allowed beside a run file, because they are not in it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +68,7 @@ class RunOptions:
     induction: bool
 
     def run(self, model: str | None) -> Run:
-        """Turn the options into what a run file holds."""
+        """Turn the options into a run."""
         from confsteer.evaluation.run_file import Run
         from confsteer.text.short_questions import ShortQuestionSource
 
@@ -83,9 +83,9 @@ class RunOptions:
             raise click.UsageError("--shots are examples of --choices or of --questions: ask one of them at a time")
         is_text = text.dataset is not None and all(one.dataset is None for one in (*questions, *short))
         if (questions or short) and not (text.texts or is_text):
-            # All that was said of a text is of the questions.
+            # Take the options of a text for the questions.
             if text.field or text.join:
-                raise click.UsageError("--field and --join are of texts, and there are none: give some with --text PATH")
+                raise click.UsageError("--field and --join are for texts, and there are none: give some with --text PATH")
             sources = []
         else:
             sources = text.sources(model, "held-out")
@@ -160,7 +160,7 @@ run_options = grouped(
 def evaluate(
     chosen: ModelOptions, request: RunOptions, run_file: Path | None, output: OutputOptions, answers: Path | None
 ) -> None:
-    """Compare loss, entropy and calibration without steering, with each --steer, and with the temperatures it has to beat.
+    """Compare loss, entropy and calibration: unsteered, with each --steer, and with the temperatures that it has to beat.
 
     \b
     confsteer eval -p confsteer-demo -s entropy=-0.15 -s entropy=0.3 --report report.html
@@ -168,8 +168,8 @@ def evaluate(
     confsteer eval ./my-chat-model -p my-profile --text chats.jsonl --chat -s preset=calibrated
     confsteer eval --run eval/demo.yaml
 
-    Each --text is a text of its own. Beside a steering stands the temperature at which the unsteered model has the same mean
-    entropy: what is left of a difference to that is what neurons know beyond a temperature.
+    Each --text is a text of its own. Each steering has a temperature beside it, at which the unsteered model has the same
+    mean entropy. A difference between the two is what neurons know beyond a temperature.
 
     Questions:
 
@@ -178,13 +178,13 @@ def evaluate(
     confsteer eval ./my-model -p my-profile --choices sat.jsonl --format text --format letters --answers answers.jsonl
     confsteer eval ./my-model -p my-profile --dataset allenai/ai2_arc --config ARC-Easy --split test --shots examples.jsonl
 
-    --choices takes JSON lines, a JSON list, MMLU's CSV, or a folder of these; --dataset takes a dataset if its records are
-    questions. They are recognised by their fields: plain ones (--choices, below), AGIEval's, MMLU's, ARC's, CommonsenseQA's,
-    OpenBookQA's, HellaSwag's, PIQA's, BoolQ's, WinoGrande's, and the samples that lm-eval logs, which are asked as they were
-    there. Without --format letters, --template, --shots and --chat, questions are worded as lm-eval words ARC.
+    --choices takes JSON lines, a JSON list, MMLU's CSV, or a folder of these. --dataset takes a dataset if its records are
+    questions. Questions are recognised by their fields. They may be plain (--choices, below), or from AGIEval, MMLU, ARC,
+    CommonsenseQA, OpenBookQA, HellaSwag, PIQA, BoolQ or WinoGrande. Samples that lm-eval logs are read too, and asked as they
+    were there. Without --format letters, --template, --shots and --chat, questions are worded as lm-eval words ARC.
 
-    The confidence in an answer is its share of the probability of all choices. A steering has to beat a temperature on these;
-    chance, a temperature with the length of the choice, and log-likelihoods per character and per token stand beside it.
+    The confidence in an answer is its share of the probability of all choices. A steering has to beat a temperature on these.
+    Other baselines are chance, a temperature with the length of the choice, and log-likelihoods per character and per token.
 
     Answers in the model's own words:
 
@@ -192,13 +192,14 @@ def evaluate(
     confsteer eval ./my-model -p my-profile --questions trivia.jsonl --shots examples.jsonl -s entropy=-0.3 -s entropy=0.3
     confsteer eval ./my-chat-model -p my-profile --questions gsm8k.jsonl --chat --limit 200 --samples 10 --answers answers.jsonl
 
-    --questions takes plain ones, TriviaQA's, NaturalQuestions-open's, SQuAD's, GSM8K's, and samples that lm-eval logs of tasks
-    that generate. The model writes the likeliest answer, unsteered and with each --steer. It is right if it is an accepted one
-    but for case, punctuation and articles; where the accepted one is marked as a number (#### 42), if its last number is.
-    Five confidences in each answer are compared: the probability of its tokens, the same per token, how many of --samples
-    agree, P(True), and a percentage that the model is asked for. The report shows what is asked, verbatim.
+    --questions takes plain questions, those of TriviaQA, NaturalQuestions-open, SQuAD and GSM8K, and samples that lm-eval
+    logs in tasks that generate. The model writes the likeliest answer, unsteered and with each --steer. It is right if it
+    equals an accepted answer, except for case, punctuation and articles. If the accepted answer is marked as a number (####
+    42), only the last number of the model's answer counts. Five confidences in each answer are compared. They are the
+    probability of its tokens, the same per token, the share of --samples that agree, P(True), and a percentage from the
+    model. The report shows the prompts verbatim.
 
-    Results are written after each file; Ctrl-C keeps what there is (exit code 130).
+    Results are written after each file. Ctrl-C keeps those that are complete (exit code 130).
     """
     from confsteer.evaluation.run_file import Run, Stage, run
 
@@ -213,8 +214,8 @@ def evaluate(
     if output.plot and not settings.sources():
         raise click.UsageError("--plot draws texts, and there are none: --report has pictures of questions")
     if answers and not (settings.choices or settings.questions):
-        raise click.UsageError("--answers are to questions, and there are none: give some with --choices or --questions PATH")
-    # Find what is wrong with the request before the model is loaded.
+        raise click.UsageError("--answers is for questions, and there are none: give some with --choices or --questions PATH")
+    # Check the request before the model is loaded.
     settings.all_steerings()
     questions, short = settings.choice_questions(), settings.short_questions()
     _ = settings.wordings() if questions else None, settings.short_wording() if short else None
@@ -265,7 +266,7 @@ def _print(console: TableConsole, result: Evaluation, profile: Profile, settings
 
 
 def _refuse_options_beside_a_run_file() -> None:
-    """Raise UsageError if an option was given that a run file says."""
+    """Raise UsageError if an option was given that belongs in the run file."""
     context = click.get_current_context()
     for parameter in context.command.params:
         given = context.get_parameter_source(parameter.name or "") == ParameterSource.COMMANDLINE
@@ -284,7 +285,7 @@ def _draw_reliability(result: Evaluation) -> Figure:
 @click.option("-p", "--profile", type=PROFILE, help="Draw its neurons and dials too: folder, shipped name or hub repository.")
 @click.option("--out", type=OUTPUT_FILE, metavar="FILE.html", help="Where to write it.  [default: beside RESULTS.json]")
 def report(results: Path, profile: str | None, out: Path | None) -> None:
-    """Make a report of RESULTS.json, of eval or tune: one HTML file that needs nothing beside it.
+    """Make a report of RESULTS.json, from eval or tune: one HTML file that needs no other file.
 
     \b
     confsteer eval -p confsteer-demo -s entropy=0.3 --json results.json
@@ -313,14 +314,14 @@ def lm_eval_tasks(options: tuple[str, ...]) -> None:
     confsteer lm-eval --tasks mmlu --model_args '{"pretrained": "OWNER/MODEL", "profile": "p", "steering": {"entropy": 0.2}}'
     confsteer lm-eval --tasks my_task --include_path folder --batch_size 16 --output_path results --model_args ...
 
-    --model_args takes profile (folder, shipped name or hub repository) and steering besides what lm-eval's hf model takes.
-    Without these two the model is not steered; without pretrained it is the bundled one.
+    --model_args takes profile (folder, shipped name or hub repository) and steering, and all arguments of lm-eval's hf model.
+    Without these two the model is not steered. Without pretrained it is the bundled one.
 
-    After lm-eval's results comes the calibration of the answers to multiple-choice tasks: the confidence in an answer is its
-    share of the probability of all choices. --output_path writes it beside lm-eval's results. --use_cache FILE does not know
-    what gave an answer: use one file per steering.
+    After lm-eval's results comes the calibration of the answers to multiple-choice tasks. The confidence in an answer is its
+    share of the probability of all choices. --output_path writes it beside lm-eval's results. --use_cache FILE does not note
+    the steering of an answer: use one file per steering.
 
-    --model NAME takes another of lm-eval's models. In vllm it is confsteer's plugin that steers:
+    --model NAME takes another of lm-eval's models. In vllm, confsteer's plugin steers:
 
     \b
     confsteer lm-eval --tasks mmlu --model vllm --model_args '{"pretrained": "OWNER/MODEL",

@@ -1,4 +1,4 @@
-"""Options that several commands have, each group of them as one argument of the command."""
+"""Options that several commands share, each group as one argument of the command."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ Written = TypeVar("Written", bound="BaseModel")
 EXIT_NO_NEURONS = 3
 EXIT_NOTHING_GAINED = 4
 EXIT_INTERRUPTED = 130
-"""As shells have it of a command that Ctrl-C ended."""
+"""Exit code of a command that Ctrl-C ended, as in shells."""
 NO_TEXT = "give some text: --text PATH or --dataset HUB_ID"
 TEXT_FILE = click.Path(path_type=Path, dir_okay=False)
 
 
 class _OutputFile(click.Path):
-    """A file that can be written; one that cannot is refused before hours of work, not after."""
+    """A file that can be written. One that cannot is refused before hours of work, not after."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         file = Path(str(super().convert(value, param, ctx)))
@@ -53,7 +53,7 @@ class _OutputFile(click.Path):
 
 
 class _PictureFile(_OutputFile):
-    """An output file whose name says in which format to draw."""
+    """An output file whose suffix gives the format of the picture."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         file = super().convert(value, param, ctx)
@@ -63,7 +63,7 @@ class _PictureFile(_OutputFile):
 
 
 class _ProfileName(click.types.StringParamType):
-    """A profile; the shell offers folders and the names of shipped ones."""
+    """A profile. The shell completes folders and the names of shipped ones."""
 
     name = "profile"
 
@@ -73,7 +73,7 @@ class _ProfileName(click.types.StringParamType):
 
 
 class _SteeringText(click.types.StringParamType):
-    """A steering; the shell offers examples that teach its words."""
+    """A steering. The shell completes examples, which show its words."""
 
     name = "steering"
     examples: ClassVar = {
@@ -99,11 +99,11 @@ PICTURE_FILE = _PictureFile(path_type=Path, dir_okay=False, writable=True)
 
 
 def grouped(name: str, group: type, *options: Any) -> Callable[[Any], Any]:
-    """Add options to a command, which gets their values as one argument.
+    """Add options to a command. It gets their values as one argument.
 
     Args:
-        name: of the argument.
-        group: a dataclass. Its fields are called like the options' values; those the command lacks need a default.
+        name: name of the argument.
+        group: a dataclass whose fields have the names of the options' values. Fields without an option need a default.
         *options: decorators of click or groups of their own, in the order of ``--help``.
 
     Returns:
@@ -125,7 +125,7 @@ def grouped(name: str, group: type, *options: Any) -> Callable[[Any], Any]:
 
 @dataclasses.dataclass(frozen=True)
 class ModelOptions:
-    """Model that a command runs, and how it is loaded."""
+    """Model that a command runs, and settings for loading it."""
 
     model: str | None
     """Hub id, folder or GGUF file; the bundled model if None."""
@@ -141,7 +141,7 @@ class ModelOptions:
 
         from confsteer.model.loading import load_model
 
-        # Commands have bars of their own, of what takes long.
+        # Hide transformers' bars: commands have bars of their own for long work.
         logging.disable_progress_bar()
         settings = dataclasses.asdict(self)
         return load_model(settings.pop("model"), **settings)
@@ -175,9 +175,9 @@ class TextOptions:
     join: bool = False
 
     def sources(self, model: str | None, part: Literal["calibration", "held-out"]) -> list[TextSource]:
-        """Take each --text for itself, or the dataset.
+        """Make a source of each --text, or of the dataset.
 
-        The bundled model has a text of its own, others have none if none is given.
+        The bundled model has a text of its own. Other models have none if none is given.
         """
         from confsteer.text.sources import TextSource
 
@@ -195,20 +195,20 @@ class TextOptions:
         return [TextSource(bundled=part)] if model is None else []
 
     def source(self, model: str | None, part: Literal["calibration", "held-out"]) -> TextSource | None:
-        """Take every --text as one."""
+        """Make one source of all --text options."""
         sources = self.sources(model, part)
         return sources[0].model_copy(update={"text": self.texts}) if sources else None
 
 
 @dataclasses.dataclass(frozen=True)
 class WindowedTextOptions(TextOptions):
-    """Text that a command reads, and how much of it in windows of which size."""
+    """Text that a command reads, with the size of windows and a limit of tokens."""
 
     _: dataclasses.KW_ONLY
     window: int
     """Tokens per window."""
     tokens: int | None
-    """Tokens to read at most; all if None."""
+    """Most tokens to read; all if None."""
 
     def windows(self, source: TextSource, loaded: LoadedModel) -> Windows:
         """Cut a text into windows of the model's tokens, and of images where a conversation has them."""
@@ -245,8 +245,8 @@ def windowed_text_options(tokens: int | None, tokens_help: str = "Read at most t
     """Add the options of a text that is read in windows.
 
     Args:
-        tokens: to read at most, if the user does not say; None for all.
-        tokens_help: of the option ``--tokens``.
+        tokens: default for the most tokens to read; None for all.
+        tokens_help: help of the option ``--tokens``.
     """
     return grouped(
         "text",
@@ -268,14 +268,14 @@ class QuestionOptions:
     limit: int | None
 
     def sources(self, text: TextOptions, short: bool = False) -> list[QuestionSource]:
-        """Take each --choices for itself, and the --dataset if its records are questions.
+        """Make a source of each --choices, and of the --dataset if its records are questions.
 
         Args:
             text: options that name the dataset.
             short: whether there are other questions, to which the model writes the answer.
 
         Raises:
-            click.UsageError: an option of questions was given, and no question.
+            click.UsageError: an option for questions was given, but no question.
         """
         from confsteer.text.questions import QuestionSource
 
@@ -284,13 +284,13 @@ class QuestionOptions:
             dataset = QuestionSource(dataset=text.dataset, config=text.config, split=text.split)
             found += [dataset] if dataset.looks_like_questions() else []
         if short and not found and self.formats:
-            raise click.UsageError("--format is of multiple choice: give such questions with --choices PATH, or leave it out")
+            raise click.UsageError("--format is for multiple-choice questions: give some with --choices PATH, or leave it out")
         if not (found or short) and (self.formats or self.template or self.shots or self.limit):
-            raise click.UsageError("--format, --template, --shots and --limit are of questions: give some with --choices PATH")
+            raise click.UsageError("--format, --template, --shots and --limit are for questions: give some with --choices PATH")
         return found
 
     def wording(self, chat: bool) -> dict[str, Any]:
-        """Say how to ask, in the words of a run file."""
+        """Return the wording in the fields of a run file."""
         how: dict[str, Any] = {"template": self.template, "shots": self.shots, "limit": self.limit, "chat": chat}
         return how | ({"formats": self.formats} if self.formats else {})
 
@@ -361,12 +361,12 @@ class OutputOptions:
             import confsteer.report.page  # noqa: F401
 
     def keep(self, result: BaseModel) -> None:
-        """Write the results as JSON, where asked, while there is more to come."""
+        """Write the results so far as JSON, if asked."""
         if self.as_json:
             write_result(self.as_json, (result.model_dump_json(indent=1) + "\n").encode())
 
     def write(self, console: Console, result: Written, draw: Callable[[Written], Figure] | None = None) -> None:
-        """Write the results as JSON and the picture that `draw` makes of them, where asked."""
+        """Write the results as JSON and as the picture that `draw` makes, if asked."""
         if self.as_json:
             self.keep(result)
             console.print(f"Written: {escape(str(self.as_json))}")
@@ -396,7 +396,7 @@ output_options = grouped("output", OutputOptions, wide_option, _MARKDOWN, _CSV, 
 
 
 def write_picture(console: Console, figure: Figure, file: Path) -> None:
-    """Write a picture in the format that the file's name says."""
+    """Write a picture in the format of the file's suffix."""
     picture = io.BytesIO()
     figure.savefig(picture, format=file.suffix[1:].lower())
     write_result(file, picture.getvalue())

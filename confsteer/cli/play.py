@@ -1,4 +1,4 @@
-"""The command to feel the dials in a browser: play."""
+"""The command to try the dials in a browser: play."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def play(chosen: ModelOptions, profile: str, port: int) -> None:
     confsteer play -p confsteer-demo
     confsteer play model.gguf -p my-profile --port 9000
 
-    For one person: it listens on this machine alone, and runs transformers. confsteer serve has the same page at
+    It is for one person: it listens only on this machine, and runs transformers. confsteer serve has the same page at
     /confsteer/play, on vLLM.
     """
     from confsteer.runtimes.completions import Completions

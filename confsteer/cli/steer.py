@@ -44,7 +44,7 @@ def generate(
     temperature: float,
     seed: int,
 ) -> None:
-    """Continue PROMPT without steering and with each --steer; a chat model answers it.
+    """Continue PROMPT without steering and with each --steer. A chat model answers it.
 
     \b
     confsteer generate "It was a dark and" -p confsteer-demo -s entropy=-0.15 -s entropy=0.3
@@ -78,7 +78,7 @@ def generate(
 
 
 def _shown(one: Generation) -> str:
-    """Name what cannot be seen."""
+    """Make an empty continuation visible."""
     if one.text:
         return one.text.strip() or repr(one.text)
     return "(ended at once)" if one.n_tokens == 1 else f"({one.n_tokens} control tokens)"
@@ -102,9 +102,10 @@ def bake(chosen: ModelOptions, profile: str, steers: tuple[str, ...], out: Path)
     confsteer bake OWNER/MODEL -p my-profile -s entropy=0.2 --out my-model
     confsteer bake model.gguf -p my-profile -s entropy=0.2 --out calm.gguf
 
-    Ranges (clamp.N=LOW:HIGH) and other positions than all are not linear: not baked. Most steerings add a constant, which
-    needs a bias in the last MLP: GPT-2, OPT, Pythia, Phi and others have one, Llama, Granite and SmolLM3 are given one. Of GGUF
-    files, llama.cpp reads one in GPT-2, Llama (Mistral, SmolLM2 and others are one there) and StarCoder 2.
+    Ranges (clamp.N=LOW:HIGH) and other positions than all are not linear, so they cannot be baked. Most steerings add a
+    constant, which needs a bias in the last MLP. GPT-2, OPT, Pythia, Phi and others have one. Llama, Granite and SmolLM3 are
+    given one. In GGUF files, llama.cpp reads a bias for GPT-2, Llama (which includes Mistral, SmolLM2 and others) and
+    StarCoder 2.
     """
     from confsteer.steering import Steering
 
@@ -138,7 +139,7 @@ def _bake_gguf(chosen: ModelOptions, found: Profile, steering: Steering, out: Pa
     from confsteer.runtimes.llamacpp.baking import bake_file
 
     if chosen.device or chosen.dtype != "auto":
-        raise click.UsageError("--device and --dtype are of checkpoints: a GGUF file is copied, not loaded")
+        raise click.UsageError("--device and --dtype are for checkpoints: a GGUF file is copied, not loaded")
     source = source_of(chosen.model, chosen.gguf_file)
     last = read_last_layer(source, gguf_file=chosen.gguf_file, revision=chosen.revision)
     if last.file is None:
@@ -170,7 +171,7 @@ def _say_whether_the_profile_fits(weight: str | None) -> None:
 @click.option("--profile", required=True, type=PROFILE, help="Folder, shipped name or hub repository.")
 @click.option("--default", type=STEERING, help='Of requests that ask for none, such as "entropy=0.2".')
 def serve(model: str | None, options: tuple[str, ...], profile: str, default: str | None) -> None:
-    """Serve MODEL with vLLM; each request may carry a steering. Options that are not listed below go to vLLM.
+    """Serve MODEL with vLLM. Each request may carry a steering. Options that are not listed below go to vLLM.
 
     \b
     confsteer serve --profile confsteer-demo --max-model-len 512

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @click.group(short_help="Repeat the paper's measurements: induction, cumulative ablation.")
 def study() -> None:
-    """Measurements of the paper (arXiv 2406.16254) on MODEL and the neurons of a profile.
+    """Repeat the paper's measurements (arXiv 2406.16254) on MODEL and the neurons of a profile.
 
     \b
     confsteer study induction -p confsteer-demo       entropy neurons when a text repeats itself
@@ -50,10 +50,10 @@ def study() -> None:
 def study_induction(
     chosen: ModelOptions, profile: str, text: TextOptions, sequences: int, half: int, seed: int, output: OutputOptions
 ) -> None:
-    """Entropy neurons when a stretch of tokens is read twice, random tokens and natural ones.
+    """Measure entropy neurons when a stretch of tokens is read twice, with random and with natural tokens.
 
-    Each neuron is clipped at its mean of the first reading, so that it cannot take part in what changes at the second. A
-    MODEL without text gets random tokens only.
+    Each neuron is clipped at its mean of the first reading, so that it cannot take part in the change at the second. Without
+    a text there are only random tokens.
 
     \b
     confsteer study induction -p confsteer-demo --plot induction.png
@@ -96,7 +96,7 @@ def study_cumulative(
     seed: int,
     output: OutputOptions,
 ) -> None:
-    """The 1, 2, ... k strongest entropy neurons set to their means, against random neurons of like norm.
+    """Set the 1, 2, ... k strongest entropy neurons to their means, against random neurons of similar norm.
 
     \b
     confsteer study cumulative -p confsteer-demo --plot cumulative.png

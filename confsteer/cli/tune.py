@@ -1,4 +1,4 @@
-"""The command that chooses a steering by data."""
+"""The command that tunes a steering on data: tune."""
 
 from __future__ import annotations
 
@@ -120,20 +120,20 @@ def tune(
     confsteer tune OWNER/MODEL -p my-profile --dataset OWNER/TEXTS --objective ece --name cautious
     confsteer tune OWNER/MODEL -p my-profile --choices questions.jsonl --format letters --chat
 
-    Give every kind of text the model will see, each as a --text of its own: they count equally, and what is tuned on one kind
-    can do harm on another. Each is cut in four, by documents: what is tuned on, what says when to stop, what says whether
-    anything was gained, and what the tables are of. What does not beat the unsteered model on the third beyond its interval is
-    not saved: exit code 4.
+    Give every kind of text that the model will see, each as a --text of its own. They count equally. A steering tuned on one
+    kind can do harm on another. Each text is cut by documents into four parts: to tune on, to stop by, to validate, and to
+    report on. A steering that does not beat the unsteered model on the third part by more than the interval is not saved:
+    exit code 4.
 
-    With --choices it is tuned for the loss of answers, together with a temperature on whole choices, and has to beat that
-    temperature fitted alone. See confsteer eval --help for how questions are asked.
+    With --choices the steering is tuned for the loss of answers, together with a temperature on whole choices. It has to beat
+    that temperature fitted alone. confsteer eval --help says how questions are asked.
 
     \b
     Afterwards:  confsteer eval ... -s preset=calibrated    confsteer serve ... --default preset=calibrated
     """
     from confsteer.tuning.tune import Tuning
 
-    # Refuse now what would fail after the work.
+    # Refuse now a name or a folder that would fail after the work.
     Steering.parse({"preset": name})
     output.require_extras()
     work = _on_answers(text, asked, how) if asked.sources(text) else _on_texts(chosen, text, how)
@@ -162,7 +162,7 @@ def tune(
 
 
 def _on_texts(chosen: ModelOptions, text: WindowedTextOptions, how: TuningOptions) -> Work:
-    """Name the texts now; tune on them once there is a model."""
+    """Name the texts now. Tune on them when there is a model."""
     from confsteer.text.sources import by_title
 
     sources = by_title(text.sources(chosen.model, "calibration"))
@@ -177,14 +177,16 @@ def _on_texts(chosen: ModelOptions, text: WindowedTextOptions, how: TuningOption
 
 
 def _on_answers(text: WindowedTextOptions, asked: QuestionOptions, how: TuningOptions) -> Work:
-    """Read the questions now; tune on them once there is a model."""
+    """Read the questions now. Tune on them when there is a model."""
     from confsteer.evaluation.run_file import Run
     from confsteer.tuning.tune_answers import tune_answers
 
     if text.texts:
         raise click.UsageError("give --text or --choices, not both: one is tuned for tokens, the other for answers")
     if how.objective != defaults.OBJECTIVE or how.temperature:
-        raise click.UsageError("--objective and --temperature are of texts: answers are tuned for their loss, with a temperature")
+        raise click.UsageError(
+            "--objective and --temperature are for texts: answers are tuned for their loss, with a temperature"
+        )
     settings = Run.model_validate({"profile": "", "choices": asked.sources(text), **asked.wording(text.chat)})
     questions, wordings = settings.choice_questions(), settings.wordings()
 

@@ -35,5 +35,5 @@ def texts(part: Literal["calibration", "held-out"] = "calibration") -> list[str]
 
 
 def unigram_counts() -> NDArray[np.integer]:
-    """Read how often each token occurs in the text that the model was trained on, by id."""
+    """Read the token counts of the text that the model was trained on, by id."""
     return read_counts(DEMO_UNIGRAM)

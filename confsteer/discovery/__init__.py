@@ -10,7 +10,7 @@ frequency.py      how far neurons write along the unigram direction
 streaming.py      averages over a stream of tokens, with standard errors
 groups.py         the same where neurons are active on different tokens, as in a mixture of experts
 select.py         which neurons are entropy neurons and token-frequency neurons
-response.py       what a dial does at each of its positions
+response.py       the effect of a dial at each of its positions
 null_direction.py an entropy neuron made by hand
-temperature.py    the entropy by temperature, and which temperature a change of it amounts to
+temperature.py    the entropy at each temperature, and the temperature that equals a change of it
 """

@@ -4,10 +4,10 @@ Ablating neuron ``i`` at a token sets its activation ``a`` to its mean ``μ``: i
 
     Δ = Σ_k η_k x_k + β u_i
 
-where ``u_i = W_U w_i``, ``x_k`` are the logits along the token's own directions (mostly just one, ``x = W_U h/σ``) and the
-coefficients have closed forms (`confsteer.last_layer.readout`). The direct effect freezes the final norm. The frequency
-effect moves ``z' = z + Δ`` back along the unigram direction ``v`` to its projection before the ablation. (Stolfo et al.
-2024, arXiv 2406.16254, sections 2–4.)
+where ``u_i = W_U w_i``. The ``x_k`` are the logits along the token's own directions: mostly just one, ``x = W_U h/σ``. The
+coefficients have closed forms (`confsteer.last_layer.readout`). The direct effect freezes the final norm. The frequency effect
+moves ``z' = z + Δ`` back along the unigram direction ``v`` to its projection before the ablation. (Stolfo et al. 2024, arXiv
+2406.16254, sections 2–4.)
 
 **Cumulant expansion.** Evaluating every (token, neuron) pair over the vocabulary takes ``T·N·V`` exponentials. With
 ``p = softmax(z)``, ``ℓ = log p`` and cumulants under ``p`` (a tilde marks a centred variable)
@@ -15,18 +15,18 @@ effect moves ``z' = z + Δ`` back along the unigram direction ``v`` to its proje
     log Z' − log Z = log E_p[e^Δ]  = κ(Δ) + ½ κ(Δ,Δ) + O(Δ³)
 
 For the entropy, ``p' ∝ p e^Δ`` gives ``H' = −E_p'[ℓ] − E_p'[Δ] + log E_p[e^Δ]``. An expectation under the tilted ``p'`` is
-``E_p'[f] = E_p[f] + κ(f,Δ) + ½ κ(f,Δ,Δ) + …``; with ``f = Δ`` that is ``κ(Δ) + κ(Δ,Δ) + …``, so that
+``E_p'[f] = E_p[f] + κ(f,Δ) + ½ κ(f,Δ,Δ) + …``. For ``f = Δ`` that is ``κ(Δ) + κ(Δ,Δ) + …``. Therefore
 
     H' − H = −κ(ℓ,Δ) − ½ κ(ℓ,Δ,Δ) − ½ κ(Δ,Δ) + O(Δ³)
 
-``Δ`` is linear in the ``x_k`` and ``u_i``, so every cumulant is a polynomial in the coefficients whose own coefficients are
-matrix products. What is linear in ``u_i`` goes through ``(p ⊙ f) @ W_U`` and is ``d_model`` wide; only ``E_p[u²]`` and
-``E_p[ℓ̃u²]`` need ``[T, V] × [V, N]``. Pairs whose ``κ(Δ,Δ)`` exceeds a threshold are then evaluated beyond second order.
+``Δ`` is linear in the ``x_k`` and ``u_i``, so every cumulant is a polynomial in ``η_k`` and ``β``. The coefficients of that
+polynomial are matrix products. Terms linear in ``u_i`` go through ``(p ⊙ f) @ W_U``, which is ``d_model`` wide. Only ``E_p[u²]``
+and ``E_p[ℓ̃u²]`` need ``[T, V] × [V, N]``. Pairs whose ``κ(Δ,Δ)`` exceeds a threshold are then evaluated beyond second order.
 
-**Softcap.** With ``z = c tanh(y/c)`` the logits before the cap move by ``Σ_k η_k y_k + β u_i`` and those after it by
-``s`` times that to first order, ``s = 1 − (z/c)²``: every ``x_k`` and ``u_i`` above carries the factor ``s`` of its token
-and vocabulary entry. What this leaves out is second order, but
-at most ``0.8/c`` of the second-order term (3 % of it at ``c = 30``); what `pairs` evaluates has the cap itself.
+**Softcap.** With ``z = c tanh(y/c)`` the logits before the cap move by ``Σ_k η_k y_k + β u_i``. To first order, those after it
+move by ``s`` times that, with ``s = 1 − (z/c)²``. So every ``x_k`` and ``u_i`` above carries the factor ``s`` of its token and
+vocabulary entry. The error is second order, and at most ``0.8/c`` of the second-order term (3 % of it at ``c = 30``). `pairs`
+uses the cap itself.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from confsteer.last_layer.states import TokenStates
 from confsteer.last_layer.unigram import Unigram
 
 PAIRS_ABOVE = 5e-3
-"""Pairs with ``Var_p[Δ]`` above this (in nats²) are evaluated beyond second order; `tests/discovery/test_effects.py` holds it."""
+"""Pairs with ``Var_p[Δ]`` above this (nats²) are evaluated beyond second order; see `tests/discovery/test_effects.py`."""
 SHARE_OF_MOMENTS = 0.8
 """Share of the time that goes into the moments, for progress bars."""
 
@@ -59,12 +59,12 @@ def ablation_effects(
     pairs_above: float = PAIRS_ABOVE,
     on_progress: Callable[[float], object] = lambda share: None,
 ) -> tuple[TokenEffects, TokenSlopes]:
-    """Mean-ablation effects and slopes of every neuron at every token, by the expansion of the module docstring.
+    """Compute mean-ablation effects and slopes of every neuron at every token, by the expansion of the module docstring.
 
     Args:
         readout: the model's last layer.
-        states: of the tokens to measure on.
-        mean: activations that ablation puts in place, ``[n_neurons]``.
+        states: states of the tokens to measure on.
+        mean: activations that ablation sets the neurons to, ``[n_neurons]``.
         unigram: the corpus's unigram distribution.
         pairs_above: variance of ``Δ`` in nats² above which a pair is evaluated beyond second order.
         on_progress: called with the share of the work that is done.
@@ -92,7 +92,7 @@ def ablation_effects(
             pairs = (second.largest_variance > pairs_above).nonzero()
             pairs[:, 0] += block.start
             above.append(pairs)
-        # Where the expansion is not good enough, overwrite it.
+        # Overwrite the expansion where it is not good enough.
         if len(pairs := torch.cat(above)):
             evaluate_pairs(readout, tokens, moments, delta, unigram, pairs, here)
         done(1)
@@ -102,7 +102,7 @@ def ablation_effects(
 def _expand(
     readout: Readout, tokens: Tokens, moments: Moments, delta: Tensor, unigram: Unigram
 ) -> Iterator[tuple[slice, SecondOrder, TokenSlopes]]:
-    """Expand effects and slopes to second order, a block of tokens at a time: which tokens, and theirs."""
+    """Expand effects and slopes to second order, a block of tokens at a time. Yield which tokens, and their results."""
     for rows in readout.blocks(len(delta), readout.n_neurons):
         m, here = moments.at(rows), tokens.at(rows)
         rows_of_targets = readout.unembedding[here.targets]

@@ -1,7 +1,7 @@
 """Exact effects of a few neurons at every token, over the whole vocabulary.
 
-Differences are formed before exponentials, so that small effects keep their digits: with ``q = p (e^Δ − 1)`` and
-``A = Σ q``, ``log E_p[e^Δ] = log1p(A)`` and ``E_p'[g] = (E_p[g] + Σ q g)/(1 + A)``.
+Differences are formed before exponentials, so that small effects keep their digits. With ``q = p (e^Δ − 1)`` and ``A = Σ q``:
+``log E_p[e^Δ] = log1p(A)`` and ``E_p'[g] = (E_p[g] + Σ q g)/(1 + A)``.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class TokenEffects(NamedTuple):
 
     @classmethod
     def of_moves(cls, *, loss: Tensor, entropy: Tensor, frequency_kl: Tensor, loss_without_frequency: Tensor) -> TokenEffects:
-        """From changes of loss and entropy by each of the moves of `Readout.move`, their first dimension."""
+        """Make it from changes of loss and entropy by each of the moves of `Readout.move`, their first dimension."""
         return cls(loss[0], loss[1], entropy[0], entropy[1], entropy[-1], frequency_kl, loss_without_frequency)
 
 
@@ -71,9 +71,9 @@ class ExactEffects(NamedTuple):
 
 
 def exact_effects(readout: Readout, outputs: FullOutputs, delta: Tensor, unigram: Unigram) -> ExactEffects:
-    """Effects of adding ``delta`` ``[tokens, n_neurons]`` to each activation alone.
+    """Compute the effects of adding ``delta`` ``[tokens, n_neurons]`` to each activation alone.
 
-    For a few neurons: pass a readout of these only.
+    It is meant for a few neurons: pass a readout of these only.
     """
     effects, slopes, changed, entropy, loss = whole = ExactEffects.empty(delta)
     u = readout.w_out @ readout.unembedding.T
@@ -83,7 +83,7 @@ def exact_effects(readout: Readout, outputs: FullOutputs, delta: Tensor, unigram
         here = ExactEffects(rows_of(effects, rows), rows_of(slopes, rows), changed[rows], entropy[rows], loss[rows])
         _evaluate(readout, outputs.at(rows), u, unigram, moves.at(slice(None), rows), here)
 
-    # Some tokens by the vocabulary stay in the cache.
+    # Take few tokens, so that they by the vocabulary stay in the cache.
     on_all_cores(evaluate, readout.blocks(len(delta), readout.vocab_size), delta.device)
     return whole
 
@@ -125,7 +125,7 @@ class _Unsteered(NamedTuple):
 def _ablate(
     readout: Readout, before: _Unsteered, at: tuple[Tensor, Tensor], u: Tensor, unigram: Unigram, moves: Move
 ) -> tuple[TokenEffects, Tensor]:
-    """Evaluate some neurons at a few tokens, with moves ``[moves, tokens, n, 1]``; and whether the argmax changes.
+    """Evaluate some neurons at a few tokens, with moves ``[moves, tokens, n, 1]``, and whether the argmax changes.
 
     `at` are the ids of the tokens that follow and of the likeliest ones, ``[tokens]`` each.
     """
@@ -135,7 +135,7 @@ def _ablate(
     for number in range(len(moves.write)):
         move = moves.at(number)
         delta_z = move.write * u
-        # Each move leaves out one more of the token's own directions, from the last.
+        # Leave out one more of the token's own directions in each move, from the last.
         for along, direction in zip(move.along[: len(before.x) - number], before.x, strict=False):
             delta_z.addcmul_(along, direction[:, None])
         if readout.softcap is not None:
@@ -164,7 +164,7 @@ def _ablate(
 
 def _dot(weights: Tensor, values: Tensor) -> Tensor:
     """Sums of `values` ``[tokens, n, vocab]`` with each token's `weights` ``[tokens, vocab]``: ``[tokens, n]``."""
-    # This way round: as a product with columns it takes thirty times as long on a CPU.
+    # Multiply this way round: as a product with columns it takes thirty times as long on a CPU.
     return torch.bmm(weights[:, None], values.transpose(1, 2))[:, 0]
 
 
@@ -176,7 +176,7 @@ def _slopes(readout: Readout, outputs: FullOutputs, z: Tensor, p: Tensor, pl: Te
     slope, v = readout.slope(outputs.state), unigram.direction
 
     def along(weights: Tensor) -> Tensor:
-        """Covariance of what `weights` stand for with the slope of the logits, ``[tokens, n_neurons]``."""
+        """Covariance of the quantity behind `weights` with the slope of the logits, ``[tokens, n_neurons]``."""
         if readout.softcap is not None:
             weights = weights * readout.cap_slope(z)
         of_x = torch.stack([(weights * x).sum(dim=-1, keepdim=True) for x in outputs.x])

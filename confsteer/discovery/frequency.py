@@ -1,4 +1,4 @@
-"""How far neurons write along the unigram direction, and what chance would give.
+"""Cosine of neurons' writes with the unigram direction, and its level by chance.
 
 Source: Stolfo et al. 2024 (arXiv 2406.16254), section 4: a token-frequency neuron adds to every logit an amount
 proportional to the token's log frequency.
@@ -13,30 +13,30 @@ from confsteer.last_layer.readout import Readout
 from confsteer.last_layer.unigram import Unigram
 
 MEDIAN_COUNT = 10
-"""Count of the median token from which counts rank tokens.
+"""Least count of the median token at which counts rank tokens.
 
-A token counted ``c`` times has a log frequency known to ``1/√c`` nats. Samples of the counts behind the bundled model (4,096
-tokens) have a unigram direction whose cosine with that of all 7.4 million is 0.74 where the median token is counted 2 times
-(25,000 tokens), 0.88 where it is 7 times, 0.93 where it is 15 times.
+The log frequency of a token counted ``c`` times is known to ``1/√c`` nats. The counts behind the bundled model (4,096 token ids,
+7.4 million tokens) were sampled, and the unigram directions compared. The cosine of a sample's with the whole's is 0.74 where
+the median token is counted 2 times (25,000 tokens). It is 0.88 where it is counted 7 times, and 0.93 for 15 times.
 """
 
 
 def ranks_tokens(counts: Tensor) -> bool:
-    """Whether so many tokens were counted, ``[vocab]``, that the counts tell frequent from rare for most of the vocabulary."""
+    """Whether counts ``[vocab]`` are of enough tokens to tell frequent from rare for most of the vocabulary."""
     return bool(counts.median() >= MEDIAN_COUNT)
 
 
 def frequency_cosine(readout: Readout, unigram: Unigram) -> Tensor:
     """``cos(W_U w_i, v)`` of every neuron's write to the logits with the unigram direction, ``[n_neurons]`` float64 on the CPU.
 
-    Both are centred over the vocabulary: a constant added to all logits is no change of output.
+    Both are centred over the vocabulary, because a constant added to all logits does not change the output.
     """
     return _cosine(readout, unigram, readout.w_out.double()).cpu()
 
 
 def chance_frequency_cosine(readout: Readout, unigram: Unigram, *, seed: int = 0) -> float:
-    """Estimate the ``|cos(W_U w, v)|`` that the luckiest of ``n_neurons`` random writes exceeds 1 time in 20."""
-    # A random direction is as random in the eigenvectors of that matrix, where lengths need no matrix product.
+    """Estimate the ``|cos(W_U w, v)|`` that the largest of ``n_neurons`` random writes exceeds 1 time in 20."""
+    # Draw in the eigenvectors of that matrix: a random direction is as random there, and its length needs no product.
     squares, vectors = torch.linalg.eigh(_logit_gram(readout))
     along_v = vectors.T @ (unigram.direction @ readout.unembedding).double()
     generator = torch.Generator().manual_seed(seed)
@@ -50,13 +50,13 @@ def chance_frequency_cosine(readout: Readout, unigram: Unigram, *, seed: int = 0
 
 def _logit_gram(readout: Readout) -> Tensor:
     """``wᵀ G w`` is the squared length of a logit write less its mean over the vocabulary, float64 ``[d_model, d_model]``."""
-    # Zero unless the model has a softcap: only then is the unembedding left uncentred.
+    # The mean is zero unless the model has a softcap: only then is the unembedding left uncentred.
     mean = readout.unembedding.mean(dim=0).double()
     return readout.gram - readout.vocab_size * torch.outer(mean, mean)
 
 
 def _cosine(readout: Readout, unigram: Unigram, w_out: Tensor) -> Tensor:
-    """Cosines of the logit writes of ``w_out`` ``[n, d_model]`` with ``v``; zero where one does not reach the logits at all."""
+    """Cosines of the logit writes of ``w_out`` ``[n, d_model]`` with ``v``. A write that does not reach the logits has zero."""
     length = ((w_out @ _logit_gram(readout)) * w_out).sum(dim=1).clamp_min(0).sqrt()
     cosine = (w_out @ (unigram.direction @ readout.unembedding).double()) / length.clamp_min(torch.finfo(length.dtype).tiny)
     negligible = length <= 1e-6 * length.max()  # float32 rounding

@@ -1,14 +1,14 @@
 """Averages over a stream of tokens where neurons are active on different tokens, as in a mixture of experts.
 
-A group is the neurons that are active on the same tokens: all of a dense MLP, those of an expert in a mixture. Each is measured
-on its own tokens as a layer of its own, so that work follows the active neurons. Activations are averaged over the tokens that
-a neuron is active on: that mean is what ablation puts in its place there.
+A group is the neurons that are active on the same tokens: all of a dense MLP, those of an expert in a mixture. Each group is
+measured on its own tokens, as a layer of its own, so no work is spent on inactive neurons. Activations are averaged over the
+tokens that a neuron is active on. Ablation puts that mean in place of the activation.
 
-**Effects are averaged over all tokens**; where a neuron is not active, ablating it does nothing. That is what a dial moves, and
-the paper's mean with a routing weight of zero elsewhere. It puts neurons of a rare expert and of the shared one on one scale,
-and a rare expert's few tokens do not make its neurons look large. A share, such as the part of an effect through the final
-norm, is the same either way. Over the tokens that a neuron is active on, its mean effect is the mean over all by the share of
-these.
+**Effects are averaged over all tokens.** Where a neuron is not active, ablating it does nothing. This mean is what a dial moves.
+It is the paper's mean, with a routing weight of zero elsewhere. It puts neurons of a rare expert and of the shared one on one
+scale. So a rare expert's few tokens do not make its neurons look large. A share, such as the part of an effect through the final
+norm, is the same either way. A neuron's mean effect over its active tokens is its mean over all tokens, divided by the share of
+active ones.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def groups_of(experts: Experts | None, n_neurons: int) -> list[slice]:
 
 
 def active_groups(experts: Experts, states: TokenStates, groups: Sequence[int]) -> Tensor:
-    """Tell which of some groups are active on each token, bool ``[tokens, groups]``."""
+    """Find which of some groups are active on each token, bool ``[tokens, groups]``."""
     assert states.experts is not None
     number = torch.tensor(groups, device=states.experts.device)
     return (states.experts[:, :, None] == number).any(dim=1) | (number >= experts.number)
@@ -91,20 +91,20 @@ class GroupMoments:
 
 
 class GroupEffectMeans:
-    """Averages effects over all tokens, those on which a neuron is not active included; see `EffectMeans`."""
+    """Averages of effects over all tokens, also those on which a neuron is not active; see `EffectMeans`."""
 
     def __init__(self, experts: Experts | None, n_neurons: int) -> None:
         self._groups = [EffectMeans(group.stop - group.start) for group in groups_of(experts, n_neurons)]
 
     def update(self, group: int, effects: TokenEffects, slopes: TokenSlopes, part: Part, window: Tensor) -> None:
-        """Add the tokens of a batch to a group; every group takes every batch.
+        """Add the tokens of a batch to a group. Every group must be given every batch.
 
         Args:
             group: its number.
-            effects: on the tokens that it is active on.
-            slopes: there.
+            effects: effects on the tokens that it is active on.
+            slopes: slopes on the same tokens.
             part: these tokens.
-            window: of all tokens of the batch, ``[tokens]``.
+            window: window of every token of the batch, ``[tokens]``.
         """
         self._groups[group].update(effects, part.states.window, slopes, among=window)
 
@@ -127,19 +127,19 @@ class GroupEffectMeans:
 
 
 class GroupExactMeans:
-    """Averages the exact effects of ablating a few neurons over all tokens; see `ExactEffectMeans`."""
+    """Averages of the exact effects of ablating a few neurons, over all tokens; see `ExactEffectMeans`."""
 
     def __init__(self, experts: Experts | None, readout: Readout, neurons: Tensor, mean: Tensor, unigram: Unigram) -> None:
         """
         Args:
-            experts: sizes of a mixture; None of a dense layer.
+            experts: sizes of a mixture; None for a dense layer.
             readout: the model's last layer, of all neurons.
             neurons: indices of the few, ascending, ``[neurons]``.
-            mean: activations that ablation puts in place, of all neurons, ``[n_neurons]``.
+            mean: activations that ablation sets neurons to, for all neurons, ``[n_neurons]``.
             unigram: the corpus's unigram distribution.
         """
         self._experts, self._of_group = experts, dict[int, ExactEffectMeans]()
-        # Without neurons: the unsteered model, on all tokens.
+        # Measure the unsteered model on all tokens, without neurons.
         self._unsteered = (
             None if experts is None else ExactEffectMeans(readout.select(neurons[:0]), neurons[:0], mean[:0], unigram)
         )

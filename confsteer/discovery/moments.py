@@ -1,7 +1,7 @@
 """Moments of the output distribution and of the neurons' writes, the coefficients of the expansion in `effects`.
 
-Tokens, vocabulary and neurons are all taken in chunks, so that the memory needed depends on none of them, and elementwise
-work is done on blocks that stay in a core's cache, where it is ten times faster.
+Tokens, vocabulary and neurons are all taken in chunks, so the memory needed depends on none of them. Elementwise work is done on
+blocks that stay in a core's cache, where it is ten times faster.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from confsteer.last_layer.states import TokenStates
 from confsteer.last_layer.unigram import Unigram
 
 MAX_TOKENS = 2048
-"""More tokens at once than this are no faster."""
+"""Number of tokens at once beyond which nothing gets faster."""
 
 
 def tokens_at_once(n_neurons: int) -> int:
-    """How many tokens `ablation_effects` works on at a time; giving it as many is fastest."""
+    """Number of tokens that `ablation_effects` works on at a time. It is fastest when given that many."""
     return max(64, min(MAX_TOKENS, WORKING_SET // max(1, n_neurons)))
 
 
 class Tokens(NamedTuple):
-    """A chunk of tokens, and what normalises and centres everything under ``p``."""
+    """A chunk of tokens, with the sums that normalise and centre everything under ``p``."""
 
     state: ReadoutState
     directions: Tensor  # the token's own directions over σ, the residual last: [K, tokens, d_model]
@@ -94,7 +94,7 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     """Whether a device multiplies matrices faster in bfloat16 than in float32."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported())
-    # An old torch cannot tell, and emulates it slowly where the processor has no such instruction.
+    # Ask the processor: without the instruction bfloat16 is emulated slowly. An old torch cannot tell.
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return device.type == "cpu" and bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
@@ -162,7 +162,7 @@ class Moments(NamedTuple):
         """
         n_directions, n = tokens.directions.shape[:2]
         new = tokens.directions.new_zeros
-        # What is squared is part of the second order only: half precision, where it is faster, is precise enough.
+        # Squares are part of the second order only: half precision, where it is faster, is precise enough.
         second_order = torch.bfloat16 if has_fast_bfloat16(new(0).device) else torch.float32
         frequency = unigram.frequency
         # E_p[… u] has the weights p, pl, pv, p x_k, p l x_k; under a softcap the means of u under the unigram distribution
@@ -173,7 +173,7 @@ class Moments(NamedTuple):
         quadratic = new(2, n, readout.n_neurons)
         of_v, of_x, of_xx = new(2, n, 1), new(4, n_directions, n, 1), new(2, n_directions, n_directions, n, 1)
         chunks = list(vocabulary_chunks(readout, n))
-        # Memory that is used again costs much less than memory that is new in every chunk.
+        # Reuse memory: new memory in every chunk costs much more.
         all_weights = new(n_linear + (0 if readout.softcap is None else 2), n, chunks[0].stop)
         for columns in chunks:
             W, v, f = readout.unembedding[columns], unigram.direction[columns], frequency[columns]
@@ -202,7 +202,7 @@ class Moments(NamedTuple):
         mean_u, cov_lu, mean_uv = linear[:3]
         cov_xu, lxu = linear[3 : 3 + n_directions], linear[3 + n_directions : 3 + 2 * n_directions]
         u_frequency, u_on_v = _fixed_means(readout, unigram, mean_u) if readout.softcap is None else linear[-2:]
-        # Centre what is not: the x_k and l are, u and v are not.
+        # Centre u and v: the x_k and l are centred already.
         cov_lx, cov_xv, x_frequency, x_on_v = of_x
         mean_v = of_v[0]
         return cls(

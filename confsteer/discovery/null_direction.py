@@ -1,8 +1,8 @@
 """An entropy neuron made by hand: a constant along the direction of the residual that the unembedding reads least.
 
-Entropy neurons write into the null space and make the residual longer or shorter; the final norm does the rest. A constant
-there does the same. It is added right before the final norm, after a norm on the MLP's output where there is one, so that it is
-the same on every token.
+Entropy neurons write into the null space and make the residual longer or shorter. The final norm does the rest. A constant in
+the null space does the same. It is added right before the final norm, and after a norm on the MLP's output. So it is the same on
+every token.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from confsteer.last_layer.states import TokenStates
 from confsteer.last_layer.unigram import Unigram
 
 PUSH = 1 / 16
-"""Length of what position 1 of the dial adds, as a share of the residual's mean length."""
+"""Length of the vector that position 1 of the dial adds, as a share of the residual's mean length."""
 STEP = 0.25
-"""Position on each side of 0 that tells which way the entropy rises."""
+"""Dial position, on each side of 0, at which the direction of rising entropy is found."""
 
 
 class NullDirection(NamedTuple):
-    """The direction, and what a text says of it."""
+    """The direction, and the residual's measures along it on a text."""
 
     vector: Tensor
     """Unit vector, float32 ``[d_model]``; the entropy rises along it."""
     singular_value: float
     """Singular value of the folded unembedding that it belongs to."""
     residual_norm: float
-    """Mean length of the residual before the final norm, as the norm sees it."""
+    """Mean length of the residual that the final norm sees."""
     residual_along: float
     """Mean component of the residual along it."""
 
     @property
     def push(self) -> float:
-        """Length of what position 1 of the dial adds."""
+        """Length of the vector that position 1 of the dial adds."""
         return PUSH * self.residual_norm
 
 

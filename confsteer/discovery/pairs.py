@@ -1,16 +1,16 @@
 """Effects of chosen pairs of a token and a neuron, whose ``Δ`` is too large for the expansion in `effects`.
 
 **Sums over the vocabulary by equal masses.** A vocabulary has a quarter of a million tokens, most of them far down in the tail.
-Each token with a probability of ``1/M`` or more stands for itself. The others are walked through in the order of their ids, and
-one in each ``ε/S`` of probability stands for that much: ``ε`` is their mass and ``S = ⌈εM⌉``. At most ``M`` tokens, and no
-random number.
+Each token with a probability of ``1/M`` or more stands for itself. The others are taken in the order of their ids. One in each
+``ε/S`` of probability stands for that much, where ``ε`` is their mass and ``S = ⌈εM⌉``. That makes at most ``M`` tokens, and
+takes no random number.
 
-**Only the remainder is summed so.** All that is first or second order in ``Δ`` is known over the whole vocabulary from
+**Only the remainder is summed this way.** The terms of first and second order in ``Δ`` are known over the whole vocabulary from
 `confsteer.discovery.moments`. With ``r(Δ) = e^Δ − 1 − Δ − Δ²/2`` and ``Δ`` centred under ``p``
 
     E_p[e^Δ] − 1 = ½ κ(Δ,Δ) + Σ p r(Δ)
 
-so that the points carry what is third order and above. ``tests/discovery/test_pairs.py`` holds the error.
+so the points carry only the third order and above. ``tests/discovery/test_pairs.py`` bounds the error.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ from confsteer.last_layer.readout import WORKING_SET, Move, Readout
 from confsteer.last_layer.unigram import Unigram
 
 POINTS = 2048
-"""``M``: at most so many tokens of the vocabulary stand for all."""
+"""``M``: the most tokens of the vocabulary that stand for all."""
 LARGE, POINTS_IF_LARGE = 0.25, 2**15
-"""Where a pair's ``Var_p[Δ]`` is above this (in nats²), ``e^Δ`` makes more of the tail, and more points stand for it."""
+"""``Var_p[Δ]`` of a pair (in nats²) above which more points stand for the tail, because ``e^Δ`` makes the tail larger."""
 
 
 class Points(NamedTuple):
-    """Tokens of the vocabulary that stand for all of it, of each of some distributions: ``[rows, points]``."""
+    """Tokens that stand for the whole vocabulary, for each of some distributions: ``[rows, points]``."""
 
     ids: Tensor
     weight: Tensor
-    """Probability that each stands for; 0 for those that fill a row up."""
+    """Probability that each stands for. It is 0 for points that only pad a row."""
     alone: Tensor
-    """Whether each stands for itself only, bool."""
+    """Whether each stands only for itself, bool."""
     used: Tensor
-    """How many of a row, the first ones, do not fill it up, ``[rows]``."""
+    """Number of points in a row before its padding, ``[rows]``."""
 
     @classmethod
     def of(cls, p: Tensor, most: int) -> Points:
-        """The points of distributions ``[rows, vocab]``, at most `most` of each and one for rounding."""
+        """Choose the points of distributions ``[rows, vocab]``: at most `most` of each, and one for rounding."""
         if p.shape[-1] <= most + 1:
             every = torch.arange(p.shape[-1], device=p.device).expand_as(p)
             return cls(every, p, torch.ones_like(p, dtype=torch.bool), p.new_full((len(p),), p.shape[-1], dtype=torch.long))
@@ -58,7 +58,7 @@ class Points(NamedTuple):
         mass = tail[:, -1:]
         n = (mass * most).ceil().clamp(min=1).minimum(most + 1 - n_large)
         count = (n_large + n).long()
-        # The large ones first, then an even walk through the tail.
+        # Take the large ones first, then walk evenly through the tail.
         slot = torch.arange(int(count.max()), device=p.device)
         alone, used = slot < n_large, slot < count
         ids = torch.searchsorted(tail, (slot - n_large + 0.5) * (mass / n)).clamp_max(p.shape[-1] - 1)
@@ -73,7 +73,7 @@ class Points(NamedTuple):
 
 
 class _Pairs(NamedTuple):
-    """Pairs, and all that is known of them before anything is summed: ``[…, pairs]``, or ``[…, tokens, pairs of each]``."""
+    """Pairs, and what is known of them before any sum: ``[…, pairs]``, or ``[…, tokens, pairs of each]``."""
 
     token: Tensor
     neuron: Tensor
@@ -132,20 +132,20 @@ def evaluate_pairs(
 
 
 def _blocks(readout: Readout, p: Tensor, pairs: Tensor, row: Tensor, most: int) -> Iterator[tuple[Tensor, Points]]:
-    """Blocks of pairs that are best worked on at once: some tokens' ``[tokens, pairs of each]``, and their points.
+    """Blocks of pairs that are worked on at once, ``[tokens, pairs of each]`` of some tokens, and their points.
 
     Args:
         readout: the model's last layer.
         p: distributions of some tokens, ``[rows, vocab]``.
         pairs: numbers of the pairs, in the order of `row`.
-        row: in which row of `p` the token of each is.
+        row: row of `p` with the token of each pair.
         most: points of a row.
     """
     if not len(pairs):
         return
     rows, count = row.unique_consecutive(return_counts=True)
     start, points = count.cumsum(dim=0) - count, Points.of(p[rows], most)
-    # Next to each other those that have about as many points: a row is filled up with what is not needed.
+    # Put pairs with about as many points next to each other, to pad rows with as little as possible.
     order = points.used.argsort()
     widths, sizes, first = points.used[order].tolist(), count[order].tolist(), 0
     while first < len(order):
@@ -177,12 +177,12 @@ def _know(readout: Readout, tokens: Tokens, moments: Moments, delta: Tensor, uni
 
 
 def _remainders(readout: Readout, tokens: Tokens, unigram: Unigram, points: Points, pairs: _Pairs) -> Tensor:
-    """Sum what pairs are beyond second order, ``[tokens, pairs of each]``.
+    """Sum the remainders of pairs beyond second order, ``[tokens, pairs of each]``.
 
     Returns:
-        ``Σ p r`` of each move; ``Σ p e^Δ (l + Δ)`` of each; ``Σ p r`` of the whole move held along ``v``; and that move under the
-        unigram distribution, which a softcap alone has and which is summed over the points that stand alone:
-        ``[…, tokens, pairs]``.
+        ``[…, tokens, pairs]``: ``Σ p r`` of each move, ``Σ p e^Δ (l + Δ)`` of each, and ``Σ p r`` of the whole move held along
+        ``v``. The last is that move under the unigram distribution, summed over the points that stand alone. Only a softcap
+        makes it differ from zero.
     """
     token, everything = pairs.token[:, 0], points.ids.shape[1] == readout.vocab_size
     W = readout.unembedding if everything else readout.unembedding[points.ids]
@@ -213,7 +213,7 @@ def _remainders(readout: Readout, tokens: Tokens, unigram: Unigram, points: Poin
 
 
 def _with_remainders(pairs: _Pairs, sums: Tensor) -> TokenEffects:
-    """Effects from the two orders that are known and the sums of what is beyond them."""
+    """Compute effects from the first two orders, which are known, and the sums of the remainders."""
     second, n_moves = pairs.second, len(pairs.moves.write)
     remainder, with_l, (held, frequency) = sums.split([n_moves, n_moves, 2])
     growth = 0.5 * second.variance + remainder

@@ -1,7 +1,7 @@
-"""Response curves: what the output does as a group of neurons is pushed together.
+"""Response curves: how the output changes as a group of neurons is pushed together.
 
-A dial at position ``s`` adds ``s · sign_i · std_i`` to the activation of each of its neurons. Together they act as one
-neuron that writes ``Σ sign_i std_i w_i`` and is turned up by ``s``, so the logits at every position have the closed form of
+A dial at position ``s`` adds ``s · sign_i · std_i`` to the activation of each of its neurons. Together they act as one neuron
+that writes ``Σ sign_i std_i w_i`` and is turned up by ``s``. So the logits at every position have the closed form of
 `confsteer.last_layer.readout`.
 """
 
@@ -22,13 +22,13 @@ from confsteer.last_layer.unigram import Unigram
 POINTS_PER_SIDE = 12
 MAX_POSITION = 64.0
 MIN_GROWTH = 1.03
-"""A dial that moves by a factor less than this while its position grows by √2 has nothing more to give."""
+"""Least factor by which a dial's effect must grow while its position grows by √2. Below it the curve has flattened."""
 MAX_CHANGE = 1.5
-"""A curve ends where the dial has moved by this many nats (or turns back)."""
+"""Change, in nats, at which a curve ends (if it does not turn back before)."""
 
 
 class ResponseMeans(NamedTuple):
-    """Means over tokens at each dial position, float64 ``[positions]``; entropy, divergences and loss in nats."""
+    """Means over tokens at each dial position, float64 ``[positions]``. Entropy, divergences and loss are in nats."""
 
     position: Tensor
     entropy: Tensor
@@ -40,22 +40,22 @@ class ResponseMeans(NamedTuple):
     argmax_changed: Tensor
     """Share of tokens whose most likely next token differs from that at position 0."""
     temperature: Tensor
-    """Temperature at which the unsteered model has this mean entropy: see `with_temperature`. Not a number where it is beyond the
-    range, or was not looked for."""
+    """Temperature at which the unsteered model has this mean entropy: see `with_temperature`. NaN where that is out of range, or
+    not computed."""
 
 
 Means = TypeVar("Means", ResponseMeans, EntropyMeans)
 
 
 class ResponseCurve:
-    """Accumulates `ResponseMeans` over a stream of tokens."""
+    """Accumulator of `ResponseMeans` over a stream of tokens."""
 
     def __init__(self, readout: Readout, push: Tensor, unigram: Unigram, positions: Tensor) -> None:
         """
         Args:
             readout: the model's last layer.
-            push: what position 1 adds to each activation, ``[n_neurons]``; of neurons that are not all active on the same tokens
-                ``[groups, n_neurons]``, those that are in one row.
+            push: amount that position 1 adds to each activation, ``[n_neurons]``. For neurons that are active on different
+                tokens it is ``[groups, n_neurons]``, a row per group.
             unigram: the corpus's unigram distribution.
             positions: dial positions, ``[positions]``.
         """
@@ -67,16 +67,16 @@ class ResponseCurve:
         self._count = torch.tensor(0)
 
     def update(self, outputs: FullOutputs, active: Tensor | None = None) -> None:
-        """Add tokens, and tell which groups are active on each if there are groups, bool ``[tokens, groups]``."""
+        """Add tokens. If there are groups, `active` says which are active on each token, bool ``[tokens, groups]``."""
         readout, u = self.readout, self._u
         if active is not None:
-            # What is active on a token writes as one neuron of that token's.
+            # Treat the active groups of a token as one neuron of its own.
             readout, u = readout.combine(active.to(u)), (active.to(u) @ u)[:, None]
         delta = self.positions.to(u).expand(len(outputs.targets), -1)
         move = readout.move(outputs.state, delta, paired=active is not None).at(0)
         ids = torch.stack([outputs.targets, outputs.argmax], dim=-1)
         sums = u.new_empty(len(self._QUANTITIES), *delta.shape)
-        # A block of tokens and positions by the vocabulary are worked on at once.
+        # Work on a block of tokens and positions by the vocabulary at once.
         tokens = max(1, readout.at_once // (len(self.positions) * readout.vocab_size))
         columns = max(1, readout.at_once // readout.vocab_size)
 
@@ -85,7 +85,7 @@ class ResponseCurve:
             for at in range(0, len(self.positions), columns):
                 here = slice(at, at + columns)
                 y = torch.addcmul(outputs.y[rows, None], move.write[rows, here, None], u if active is None else u[rows])
-                # A write after the MLP's norm moves along the residual alone, which is the last.
+                # Keep the last direction, the residual: a write after the MLP's norm moves along no other.
                 for along, direction in zip(move.along, outputs.x[-len(move.along) :], strict=True):
                     y.addcmul_(along[rows, here, None], direction[rows, None])
                 self._measure(readout.cap(y), ids[rows], sums[:, rows, here])
@@ -99,7 +99,7 @@ class ResponseCurve:
     def _measure(self, z: Tensor, ids: Tensor, sums: Tensor) -> None:
         """Take the sums behind all quantities, from logits ``[tokens, positions, vocab]``, which are overwritten.
 
-        Small results go to `sums` as they come: work on them is put off until there are many.
+        Small results go to `sums` as they come. Work on them waits until there are many.
         """
         largest, at_ids, z_frequency, total, total_z, total_log_frequency = sums[0], sums[1:3], *sums[3:]
         torch.amax(z, dim=-1, out=largest)
@@ -120,7 +120,7 @@ class ResponseCurve:
         total_z: Tensor,
         total_log_frequency: Tensor,
     ) -> None:
-        """Add up the five quantities over tokens ``[tokens, positions]``: with ``e = exp(z − largest)``, from Σe, Σez, …"""
+        """Add up the five quantities over tokens ``[tokens, positions]``, from Σe, Σez, … with ``e = exp(z − largest)``."""
         log_z = total.log()
         entropy = log_z - total_z / total
         log_z = log_z + largest
@@ -145,7 +145,7 @@ class ResponseCurve:
 def choose_positions(
     readout: Readout, push: Tensor, unigram: Unigram, states: TokenStates, *, dial: str, active: Tensor | None = None
 ) -> Tensor:
-    """Dial positions worth measuring, ascending, with 0 among them; found on a sample of tokens.
+    """Choose dial positions worth measuring, ascending, with 0 among them, on a sample of tokens.
 
     On each side positions grow until the dial's quantity has moved by `MAX_CHANGE` nats, flattens out or turns back, or
     the position reaches `MAX_POSITION`. Points are denser near zero.
@@ -177,7 +177,7 @@ def choose_positions(
 
 
 def dial_change(means: ResponseMeans, dial: str) -> Tensor:
-    """Measure what each position does in the dial's own units, relative to position 0, ``[positions]``.
+    """Measure the effect of each position in the dial's own units, relative to position 0, ``[positions]``.
 
     ``"entropy"``: change of the mean entropy. ``"unigram"``: how much closer ``KL(P_model ‖ P_freq)`` has come.
     """
@@ -186,14 +186,14 @@ def dial_change(means: ResponseMeans, dial: str) -> Tensor:
 
 
 def mean_over_texts(of_texts: Sequence[Means]) -> Means:
-    """Average means over texts, each of which counts the same. Their first columns, positions or temperatures, are equal."""
+    """Average means over texts, which count equally. Their first columns, positions or temperatures, must be equal."""
     at, *_ = of_texts[0]
     _, *columns = zip(*of_texts, strict=True)
     return type(of_texts[0])(at, *(torch.stack(column).mean(dim=0) for column in columns))
 
 
 def with_temperature(means: ResponseMeans, unsteered: EntropyMeans) -> ResponseMeans:
-    """Add the temperature that each position amounts to.
+    """Add the temperature that has the same mean entropy as each position.
 
     Args:
         means: of a text.
@@ -203,7 +203,7 @@ def with_temperature(means: ResponseMeans, unsteered: EntropyMeans) -> ResponseM
 
 
 def monotone_range(change: Sequence[float], start: int) -> tuple[int, int]:
-    """First and last index of the stretch around `start` over which `change` rises strictly.
+    """Find the first and last index of the stretch around `start` over which `change` rises strictly.
 
     A dial is only turned where more of it means more of its effect.
     """

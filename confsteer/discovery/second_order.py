@@ -1,4 +1,4 @@
-"""``Δ`` to second order: what the moments say of a move, whole layers or chosen pairs alike."""
+"""Moves ``Δ`` to second order, from the moments: the same for whole layers and for chosen pairs."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from confsteer.last_layer.readout import Move, Readout
 
 
 class AtTarget(NamedTuple):
-    """The write and the token's own directions at the token that came, before anything is centred under ``p``."""
+    """The write and the token's own directions at the token that came, not centred under ``p``."""
 
     u: Tensor
     """``[…]``"""
     x: Tensor
-    """A leading dimension goes over the token's own directions ``x_k``."""
+    """As `u`, with a leading dimension over the token's own directions ``x_k``."""
     v: Tensor
 
     @classmethod
     def of(cls, readout: Readout, bias: Tensor, *, u: Tensor, x: Tensor, v: Tensor) -> AtTarget:
-        """Values at the targets, under a softcap times its derivative there; `bias` is that of the targets' logits."""
+        """Take the values at the targets, times the derivative of a softcap there. `bias` is that of the targets' logits."""
         if readout.softcap is not None:
             s = readout.cap_slope(readout.cap(x[-1] + bias))
             u, x = s * u, s * x
@@ -32,7 +32,7 @@ class AtTarget(NamedTuple):
 
 class SecondOrder(NamedTuple):
     """Expectations of ``Δ``, centred under ``p``. The moves are those of `Readout.move`, ``[moves, tokens, n_neurons]`` or
-    ``[moves, pairs]``; what is of the whole move alone has no first dimension.
+    ``[moves, pairs]``. Fields about the whole move alone have no first dimension.
     """
 
     variance: Tensor
@@ -53,7 +53,7 @@ class SecondOrder(NamedTuple):
 
     @classmethod
     def of(cls, m: Moments, mean_x: Tensor, target: AtTarget, moves: Move) -> SecondOrder:
-        """From moments, means of the ``x_k`` and values at the target that broadcast to the moves' shape."""
+        """Compute them from moments, means of the ``x_k`` and values at the target, which broadcast to the moves' shape."""
         x_target = target.x - mean_x
         no_x = x_target.new_zeros(x_target.shape)  # the x_k are centred
         variance = moves.bilinear(m.cov_xx, m.cov_xu, m.var_u)
@@ -77,7 +77,7 @@ class SecondOrder(NamedTuple):
 
     @property
     def largest_variance(self) -> Tensor:
-        """Largest variance that any effect rests on, in nats²."""
+        """Largest variance that an effect depends on, in nats²."""
         return torch.maximum(self.variance.amax(dim=0), self.held_variance)
 
     def effects(self) -> TokenEffects:

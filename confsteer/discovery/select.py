@@ -1,7 +1,7 @@
 """The bounds that make an entropy neuron or a token-frequency neuron.
 
-Thresholds are percentiles within the layer, comparisons with chance, shares of an effect and multiples of a standard
-error: never absolute sizes, which differ by orders of magnitude between models.
+Thresholds are percentiles within the layer, comparisons with chance, shares of an effect and multiples of a standard error. They
+are never absolute sizes, which differ by orders of magnitude between models.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from confsteer.discovery.streaming import NeuronEffects, WithError
 from confsteer.discovery.weights import WeightStatistics
 
 HIGH_PERCENTILE = 75.0
-"""A selected neuron's own effect is at or above this percentile of the layer."""
+"""Percentile of the layer that a selected neuron's own effect must reach."""
 LOW_PERCENTILE = 25.0
-"""An entropy neuron's logit variance is at or below this percentile of the layer."""
+"""Percentile of the layer that an entropy neuron's logit variance must not exceed."""
 MIN_NORM_SHARE = 2 / 3
-"""More than this share of what an entropy neuron's write does to the entropy goes through the final norm, which is twice what
-goes straight to the logits."""
+"""Share of an entropy neuron's effect on the entropy that goes through the final norm must exceed this. Two thirds is twice the
+part that goes straight to the logits."""
 MIN_UNIGRAM_SHARE = 0.3
-"""More than this share of a frequency neuron's effect on the loss goes through the unigram direction."""
+"""Share of a frequency neuron's effect on the loss that goes through the unigram direction must exceed this."""
 STANDARD_ERRORS = 2.0
-"""A selected neuron's share exceeds its bound, and a sign is clear, by this many standard errors."""
+"""Standard errors by which a selected neuron's share must exceed its bound, and a slope must differ from zero."""
 CONTENDER_ERRORS = 3.0
-"""A neuron that a sample leaves short of a bound by more standard errors than this is not looked at again."""
+"""Standard errors below a bound, on a sample, beyond which a neuron is not measured again."""
 MAX_SELECTED = 32
-"""No more neurons of a kind than this are reported, the largest effects first."""
+"""Most neurons of a kind that are reported, the largest effects first."""
 
 
 class Chosen(NamedTuple):
@@ -38,7 +38,7 @@ class Chosen(NamedTuple):
     sign: Tensor
     """Sign of the derivative of the dial's quantity with respect to each activation, ``[n_neurons]``; 0 where it is not clear.
 
-    A neuron without one is what it is, but no dial can turn it.
+    A neuron without a clear sign is still selected, but no dial can turn it.
     """
 
 
@@ -56,13 +56,13 @@ def percentile(values: Tensor) -> Tensor:
 
 
 def _above(estimate: WithError, bound: float, errors: float) -> Tensor:
-    """Whether an estimate exceeds a bound after so many standard errors are added."""
-    # Of a single window there are no errors: nothing is clear, and nothing is ruled out.
+    """Whether an estimate, with so many standard errors added, exceeds a bound."""
+    # A single window has no errors: nothing is clear, and nothing is ruled out.
     return estimate.value + errors * estimate.standard_error > bound
 
 
 def _at_high_percentile(effect: WithError, errors: float) -> Tensor:
-    """Whether an effect is at or above `HIGH_PERCENTILE` of the layer's after so many standard errors are added."""
+    """Whether an effect, with so many standard errors added, is at or above `HIGH_PERCENTILE` of the layer's."""
     ranked = percentile(effect.value) >= HIGH_PERCENTILE
     lowest = effect.value[ranked].min()
     return effect.value + (errors * effect.standard_error if errors else 0) >= lowest
@@ -79,7 +79,7 @@ def _largest_first(eligible: Tensor, effect: Tensor) -> list[int]:
 
 
 def _unread_writes(weights: WeightStatistics) -> dict[str, Tensor]:
-    """Whether each write has a low logit variance, and a null fraction that beats the luckiest of as many random ones."""
+    """Whether each write has a low logit variance, and a null fraction above the largest of as many random writes."""
     return {
         f"logit var %ile ≤ {LOW_PERCENTILE:.0f}": (percentile(weights.logit_variance) <= LOW_PERCENTILE),
         f"null fraction > {weights.chance_null_fraction:.3f}": (weights.null_fraction > weights.chance_null_fraction),
@@ -91,17 +91,17 @@ def _all(criteria: dict[str, Tensor]) -> Tensor:
 
 
 def candidates(weights: WeightStatistics) -> list[int]:
-    """Neurons that are entropy neurons as far as their weights can tell, the longest ``‖V₀ᵀw_i‖`` first.
+    """Find the neurons whose weights are those of an entropy neuron, the longest ``‖V₀ᵀw_i‖`` first.
 
-    ``‖V₀ᵀw_i‖ = null_fraction · norm`` is how far one unit of activation moves the residual where the unembedding hardly
-    reads it: a long write changes the norm much, its null part changes nothing else. How active the neuron is, and so how
-    large its effect, the weights do not tell.
+    ``‖V₀ᵀw_i‖ = null_fraction · norm`` is how far one unit of activation moves the residual where the unembedding hardly reads
+    it. A long write changes the norm much, and its null part changes nothing else. The weights do not say how active the neuron
+    is, and so not how large its effect is.
     """
     return _largest_first(_all(_unread_writes(weights)), weights.null_fraction * weights.norm)
 
 
 def contenders(weights: WeightStatistics, sample: NeuronEffects, cosine: Tensor, chance_cosine: float) -> list[int]:
-    """Neurons that could be selected by their effects on more text than the sample, ascending.
+    """Find the neurons that could be selected by their effects on more text than the sample, ascending.
 
     Args:
         weights: statistics of the layer's weights.
@@ -115,7 +115,7 @@ def contenders(weights: WeightStatistics, sample: NeuronEffects, cosine: Tensor,
 
 
 def _entropy_criteria(weights: WeightStatistics, effects: NeuronEffects, errors: float) -> dict[str, Tensor]:
-    """Whether each neuron has what makes an entropy neuron, after so many standard errors are added to its effects."""
+    """Whether each neuron meets each criterion of an entropy neuron, with so many standard errors added to its effects."""
     return _unread_writes(weights) | {
         f"effect %ile ≥ {HIGH_PERCENTILE:.0f}": (_at_high_percentile(effects.entropy_abs, max(errors, 0))),
         f"share > {MIN_NORM_SHARE:.2f}": _above(effects.norm_share, MIN_NORM_SHARE, errors),
@@ -132,7 +132,7 @@ def _frequency_criteria(effects: NeuronEffects, cosine: Tensor, chance_cosine: f
 
 
 class NearMiss(NamedTuple):
-    """A neuron that lacks one thing only."""
+    """A neuron that fails one criterion only."""
 
     neuron: int
     lacks: str
@@ -141,7 +141,7 @@ class NearMiss(NamedTuple):
 def near_misses(
     weights: WeightStatistics, effects: NeuronEffects, cosine: Tensor, chance_cosine: float
 ) -> tuple[list[NearMiss], list[NearMiss]]:
-    """Neurons that lack one criterion of an entropy neuron, and of a token-frequency neuron, the largest effects first."""
+    """Find neurons that fail one criterion of an entropy neuron, or of a token-frequency neuron, the largest effects first."""
     entropy = _entropy_criteria(weights, effects, -STANDARD_ERRORS)
     frequency = _frequency_criteria(effects, cosine, chance_cosine, -STANDARD_ERRORS)
     found = []
@@ -154,26 +154,26 @@ def near_misses(
 
 
 def entropy_neurons(weights: WeightStatistics, effects: NeuronEffects) -> list[int]:
-    """Neurons that regulate confidence through the final norm, the largest mean ``|Δentropy|`` first.
+    """Find the neurons that regulate confidence through the final norm, the largest mean ``|Δentropy|`` first.
 
-    All of: a write with a low logit variance and a null fraction that beats the luckiest of as many random directions; and a
-    large effect on the entropy, most of which goes through the final norm. The paper reads a high norm of the write off a plot
-    as a sign of a large effect; here the effect itself is measured, and a small write of a neuron that is very active counts as
-    well. The paper's mediation, ``1 − direct/total`` of the loss, tells little where a neuron's direct part opposes the part
-    through the norm (Gemma 3's 17.1026 has −.04); it is reported beside the share of the parts.
+    Its write has a low logit variance, and a null fraction above the largest of as many random directions. Its effect on the
+    entropy is large, and most of it goes through the final norm. The paper takes a high norm of the write, read off a plot, as a
+    sign of a large effect. Here the effect itself is measured, so a small write of a very active neuron counts as well. The
+    paper's mediation is ``1 − direct/total`` of the loss. It tells little where a neuron's direct part opposes the part through
+    the norm (Gemma 3's 17.1026 has −.04). It is reported beside the share of the parts.
     """
     eligible = _all(_entropy_criteria(weights, effects, -STANDARD_ERRORS))
     return _largest_first(eligible, effects.entropy_abs.value)
 
 
 def frequency_neurons(effects: NeuronEffects, cosine: Tensor, chance_cosine: float, *, excluding: list[int]) -> list[int]:
-    """Neurons that move the output along the unigram direction, the largest mean ``|ΔKL(P_freq ‖ P_model)|`` first.
+    """Find the neurons that move the output along the unigram direction, the largest mean ``|ΔKL(P_freq ‖ P_model)|`` first.
 
     Args:
         effects: measured effects of the layer.
-        cosine: of each neuron's logit write with the unigram direction, ``[n_neurons]``.
-        chance_cosine: what the luckiest of as many random directions reaches.
-        excluding: neurons that are entropy neurons already: a neuron sits on one dial only.
+        cosine: cosine of each neuron's logit write with the unigram direction, ``[n_neurons]``.
+        chance_cosine: the largest cosine of as many random directions.
+        excluding: neurons that are entropy neurons already, because a neuron is on one dial only.
     """
     eligible = _all(_frequency_criteria(effects, cosine, chance_cosine, -STANDARD_ERRORS))
     eligible[excluding] = False
@@ -183,14 +183,14 @@ def frequency_neurons(effects: NeuronEffects, cosine: Tensor, chance_cosine: flo
 def select_neurons(
     weights: WeightStatistics, effects: NeuronEffects, cosine: Tensor, chance_cosine: float, *, among: list[int]
 ) -> Selection:
-    """Choose the neurons of both dials; a neuron that could sit on either is an entropy neuron.
+    """Choose the neurons of both dials. A neuron that could be on either is an entropy neuron.
 
     Args:
         weights: statistics of the layer's weights.
         effects: measured effects of the layer.
         cosine: see `frequency_neurons`.
         chance_cosine: see `frequency_neurons`.
-        among: the `contenders`: the others rest on a sample, and are ruled out already.
+        among: the `contenders`. The others were measured on a sample only, and are ruled out already.
     """
     entropy = [i for i in entropy_neurons(weights, effects) if i in among]
     unigram = frequency_neurons(effects, cosine, chance_cosine, excluding=entropy)

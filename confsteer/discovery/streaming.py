@@ -20,17 +20,17 @@ class Accumulator(Protocol):
 
     @property
     def sums(self) -> tuple[Tensor, ...]:
-        """The accumulator's complete state; `update` changes these tensors in place."""
+        """The accumulator's complete state. `update` changes these tensors in place."""
 
     def pool(self, all_reduce: Callable[[Tensor], Tensor]) -> None:
-        """Join the sums of all processes; `all_reduce` adds a tensor up over them."""
+        """Join the sums of all processes. `all_reduce` adds up a tensor over them."""
 
 
 class ActivationMoments:
     """Mean and standard deviation of each neuron's activation, in float64.
 
-    Half precision overflows on the largest neurons, and float32 sums lose digits over millions of tokens. Chunks are
-    merged by the parallel update of Chan, Golub and LeVeque (1979), which does not subtract large squares.
+    Half precision overflows on the largest neurons. Float32 sums lose digits over millions of tokens. Chunks are merged by the
+    parallel update of Chan, Golub and LeVeque (1979), which does not subtract large squares.
     """
 
     def __init__(self, n_neurons: int) -> None:
@@ -95,7 +95,7 @@ class NeuronEffects(NamedTuple):
     entropy_abs: WithError
     """``mean |Δentropy|``."""
     entropy_norm: WithError
-    """Part of ``mean Δentropy`` that goes through the final norm: signed, and the three parts add up to `entropy`."""
+    """Part of ``mean Δentropy`` that goes through the final norm, signed. The three parts add up to `entropy`."""
     entropy_write_norm: WithError
     """Part that goes through the norm on the MLP's output; zero in a model without one."""
     entropy_straight: WithError
@@ -103,8 +103,8 @@ class NeuronEffects(NamedTuple):
     norm_share: WithError
     """``mean |part through the final norm|`` over the sum of that and ``mean |part straight to the logits|``.
 
-    The two may oppose each other, and then total and direct effect tell little of how large either is. This share does. What a
-    write norm makes of a write, less of all that others write, is neither.
+    The two may oppose each other. Then the total and the direct effect do not say how large either part is, but this share does.
+    The effect of a norm on the MLP's output, which scales down the other writes, belongs to neither part.
     """
     frequency: WithError
     """``mean |ΔKL(P_freq ‖ P_model)|``."""
@@ -116,7 +116,7 @@ class NeuronEffects(NamedTuple):
     """``mean −d KL(P_model ‖ P_freq) / d activation``: its sign is the neuron's sign on the unigram dial."""
 
     def with_rows(self, neurons: list[int], rows: NeuronEffects) -> NeuronEffects:
-        """A copy with the effects of some neurons replaced by `rows`, which are in the order of `neurons`."""
+        """Copy the effects, with those of some neurons replaced by `rows`, in the order of `neurons`."""
 
         def replace(column: Tensor, by: Tensor) -> Tensor:
             return column.index_put((torch.tensor(neurons, dtype=torch.long),), by)
@@ -125,10 +125,10 @@ class NeuronEffects(NamedTuple):
 
 
 class EffectMeans:
-    """Averages `TokenEffects` and `TokenSlopes` over tokens, with standard errors over windows.
+    """Averages of `TokenEffects` and `TokenSlopes` over tokens, with standard errors over windows.
 
-    A window's tokens are not independent, so a window is the unit: with window sums ``S_w`` of ``n_w`` tokens the mean is
-    ``Σ S_w / Σ n_w``, and its variance that of the linearised ratio, ``W/(W−1) · Σ (S_w − mean·n_w)² / (Σ n_w)²``.
+    A window's tokens are not independent, so the window is the unit. With window sums ``S_w`` of ``n_w`` tokens the mean is
+    ``Σ S_w / Σ n_w``. Its variance is that of the linearised ratio, ``W/(W−1) · Σ (S_w − mean·n_w)² / (Σ n_w)²``.
     """
 
     MEANS = (
@@ -159,13 +159,13 @@ class EffectMeans:
     def update(
         self, effects: TokenEffects, window: Tensor, slopes: TokenSlopes | None = None, *, among: Tensor | None = None
     ) -> None:
-        """Add tokens. A window must come whole.
+        """Add tokens. All tokens of a window must come in one call.
 
         Args:
-            effects: on the tokens.
-            window: says which window each came from, ``[tokens]``.
-            slopes: on the tokens; those that are never given are zero in the result.
-            among: windows of all tokens that are averaged over, if there are more, on which there is no effect.
+            effects: effects on the tokens.
+            window: window of each token, ``[tokens]``.
+            slopes: slopes on the tokens. If they are never given, they are zero in the result.
+            among: window of every token that the average is over, if there are more tokens, on which there is no effect.
         """
         present, n = (window if among is None else among).unique(return_counts=True)
         index = torch.searchsorted(present, window)
@@ -208,7 +208,7 @@ class EffectMeans:
         return int(self._counts[0])
 
     def result(self) -> NeuronEffects:
-        """The averages; standard errors are infinite if there is one window only."""
+        """Compute the averages. Standard errors are infinite if there is only one window."""
         total_sum, squared, times_n, *times_whole = self._sums
         n, n_squared, windows = self._counts.tolist()
         correction = windows / (windows - 1) if windows > 1 else float("inf")
@@ -263,14 +263,14 @@ class ReportedEffects(NamedTuple):
 
 
 class ExactEffectMeans:
-    """Averages the exact effects of ablating a few neurons."""
+    """Averages of the exact effects of ablating a few neurons."""
 
     def __init__(self, readout: Readout, neurons: Tensor, mean: Tensor, unigram: Unigram) -> None:
         """
         Args:
             readout: the model's last layer, of all neurons.
             neurons: indices of the few, ``[neurons]``.
-            mean: activations that ablation puts in place, of all neurons, ``[n_neurons]``.
+            mean: activations that ablation sets neurons to, for all neurons, ``[n_neurons]``.
             unigram: the corpus's unigram distribution.
         """
         self._neurons, self._mean, self._unigram = neurons, mean[neurons], unigram
@@ -292,7 +292,7 @@ class ExactEffectMeans:
             self._waiting_uncapped.append(exact_effects(self._before_cap, outputs, delta, self._unigram).effects)
 
     def update(self, window: Tensor, *, among: Tensor | None = None) -> None:
-        """Add the tokens evaluated since the last call; `window` and `among` as `EffectMeans.update` takes them."""
+        """Add the tokens evaluated since the last call. `window` and `among` are as in `EffectMeans.update`."""
         if not self._waiting:
             nothing = torch.zeros(0, len(self._neurons), device=window.device)
             self._waiting = [ExactEffects.empty(nothing)]

@@ -1,4 +1,4 @@
-"""Entropy of the unsteered output by temperature: the scale that says which temperature a dial amounts to."""
+"""Entropy of the unsteered output at each temperature, to find the temperature with the same entropy as a dial."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from confsteer.last_layer.cores import exponential, on_all_cores
 from confsteer.last_layer.readout import FullOutputs, Readout
 
 OCTAVES, PER_OCTAVE = 2, 5
-"""Temperatures from 1/4 to 4 are looked at, five in each factor of two: half of one costs a square of what is there, no
+"""Range and density of temperatures: from 1/4 to 4, five in each factor of two. To halve a temperature costs a square, not an
 exponential."""
 BISECTIONS = 60
 
 
 class EntropyMeans(NamedTuple):
-    """Means over tokens at each temperature, float64 ``[temperatures]``; temperatures rise, and 1 is in the middle."""
+    """Means over tokens at each temperature, float64 ``[temperatures]``. Temperatures rise, and 1 is in the middle."""
 
     log_temperature: Tensor
     entropy: Tensor
@@ -28,10 +28,10 @@ class EntropyMeans(NamedTuple):
     """``d entropy / d log T``, which is the mean variance of ``logits / T``."""
 
     def temperature_of(self, change: Tensor) -> Tensor:
-        """Find the temperatures that change the mean entropy by so many nats, ``[...]``, from that at temperature 1.
+        """Find the temperatures at which the mean entropy differs by so many nats, ``[...]``, from that at temperature 1.
 
-        Between two temperatures the entropy is the cubic with their values and slopes (Hermite interpolation): right to a few
-        1e-5 nats. Not a number where the change is beyond the range.
+        Between two temperatures the entropy is the cubic with their values and slopes (Hermite interpolation). It is right to a
+        few 1e-5 nats. The result is NaN where the change is out of range.
         """
         x, y = self.log_temperature, self.entropy
         target = y[len(y) // 2] + change.to(y)
@@ -48,7 +48,7 @@ class EntropyMeans(NamedTuple):
 
 
 class EntropyByTemperature:
-    """Accumulates `EntropyMeans` over a stream of tokens."""
+    """Accumulator of `EntropyMeans` over a stream of tokens."""
 
     def __init__(self, readout: Readout) -> None:
         """
@@ -65,7 +65,7 @@ class EntropyByTemperature:
         """Add tokens."""
         betas = (-self._log_temperature).exp().tolist()
         sums = outputs.y.new_empty(3, len(betas), len(outputs.y))
-        # A block of tokens by the vocabulary stays in the cache.
+        # Take blocks of tokens that, by the vocabulary, stay in the cache.
         at_once = max(1, self._readout.at_once // self._readout.vocab_size)
 
         def measure(first: int) -> None:

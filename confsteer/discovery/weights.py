@@ -1,4 +1,4 @@
-"""Statistics of each neuron of the last MLP that the weights alone give (no text needed).
+"""Statistics of the last MLP's neurons that follow from the weights alone: no text is needed.
 
 Source of the statistics: Stolfo et al. 2024 (arXiv 2406.16254), section 3.
 """
@@ -19,8 +19,8 @@ class UnembeddingSpectrum(NamedTuple):
     """Singular values and right-singular directions of the folded unembedding, smallest first."""
 
     singular_values: Tensor
-    """Ascending, float64, ``[d]``; ``d`` is ``d_model``, one less for a LayerNorm (its all-ones direction is no
-    candidate: the norm removes it before the unembedding is reached)."""
+    """Ascending, float64, ``[d]``. ``d`` is ``d_model``, or one less for a LayerNorm: the norm removes the all-ones direction
+    before the unembedding."""
     directions: Tensor
     """Orthonormal columns in the order of the singular values, float64, ``[d_model, d]``."""
 
@@ -39,11 +39,11 @@ class WeightStatistics(NamedTuple):
     null_dims: int
     """``k``, the number of directions counted as effective null space."""
     chance_null_fraction: float
-    """Null fraction that the luckiest of ``n_neurons`` random directions exceeds with a probability of 5 %."""
+    """Null fraction that the largest of ``n_neurons`` random directions exceeds with a probability of 5 %."""
 
     @property
     def cliff(self) -> float | None:
-        """Smallest singular value beyond the null space over the largest within; None for an exact null space."""
+        """Smallest singular value outside the null space over the largest inside it. None for an exact null space."""
         within, beyond = (float(value) for value in self.singular_values[self.null_dims - 1 : self.null_dims + 1])
         return beyond / within if within > 0 else None
 
@@ -75,11 +75,11 @@ def unembedding_spectrum(readout: Readout) -> UnembeddingSpectrum:
 
 
 def choose_null_dims(singular_values: Tensor) -> int:
-    """Where the spectrum falls off its cliff: the ``k`` that the paper reads off a plot by eye.
+    """Find where the spectrum falls off its cliff: the ``k`` that the paper reads off a plot by eye.
 
-    The smallest quarter of the log spectrum is fitted by two straight lines; ``k`` is the number of singular values before
-    the break that predicts best when each value in turn is left out. A spectrum without a cliff gives some ``k`` too, and
-    then no neuron stands out from chance.
+    Two straight lines are fitted to the smallest quarter of the log spectrum, with a break between them. The best break predicts
+    each value best when that value is left out of the fit. ``k`` is the number of singular values before it. A spectrum without
+    a cliff gives some ``k`` too, but then no neuron stands out from chance.
 
     Args:
         singular_values: ascending, ``[d]``.
@@ -91,7 +91,7 @@ def choose_null_dims(singular_values: Tensor) -> int:
 
 
 def _left_out_error(y: Tensor) -> float:
-    """Squared error of predicting each value from a line through the others; of two values, each from the other."""
+    """Squared error of predicting each value from a line through the others. With two values, each predicts the other."""
     if len(y) == 1:
         return 0.0
     if len(y) == 2:
@@ -104,7 +104,7 @@ def _left_out_error(y: Tensor) -> float:
 
 
 def chance_null_fraction(d: int, null_dims: int, n_neurons: int, *, seed: int = 0) -> float:
-    """The null fraction that the largest of `n_neurons` random directions in `d` dimensions exceeds 1 time in 20.
+    """Estimate the null fraction that the largest of `n_neurons` random directions in `d` dimensions exceeds 1 time in 20.
 
     A random direction's squared null fraction is ``Beta(k/2, (d-k)/2)``, drawn here as a ratio of gamma variables.
     """
@@ -115,14 +115,14 @@ def chance_null_fraction(d: int, null_dims: int, n_neurons: int, *, seed: int = 
         shape = torch.full((repeats, n_neurons), dof / 2, dtype=torch.float64)
         return torch._standard_gamma(shape, generator=generator)
 
-    # In place, for there may be very many neurons.
+    # Work in place: there may be very many neurons.
     null = chi_square(null_dims)
     squared = null.div_(chi_square(d - null_dims).add_(null))
     return float(squared.max(dim=1).values.sqrt().quantile(0.95))
 
 
 def with_null_dims(readout: Readout, weights: WeightStatistics, sizes: Sequence[int], *, seed: int = 0) -> list[WeightStatistics]:
-    """The statistics with other numbers of directions counted as the null space.
+    """Compute the statistics again, with other numbers of directions counted as the null space.
 
     Args:
         readout: the model's last layer.
@@ -149,12 +149,12 @@ def with_null_dims(readout: Readout, weights: WeightStatistics, sizes: Sequence[
 def weight_statistics(
     readout: Readout, writes: Iterable[Tensor] | None = None, *, null_dims: int | None = None, seed: int = 0
 ) -> WeightStatistics:
-    """Norm, logit variance and null fraction of every neuron, with the chance level of the last.
+    """Compute norm, logit variance and null fraction of every neuron, and the chance level of the null fraction.
 
     Args:
         readout: the model's last layer.
-        writes: of its neurons, folded, ``[n, d_model]`` at a time; those of `readout` if None.
-        null_dims: ``k``; read off the spectrum by `choose_null_dims` if None.
+        writes: folded writes of its neurons, ``[n, d_model]`` at a time; those of `readout` if None.
+        null_dims: ``k``; if None, `choose_null_dims` finds it from the spectrum.
         seed: of the random directions behind the chance level.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Ways to answer multiple-choice questions: what steerings are held against, fitted on one half and used on the other."""
+"""Ways to answer multiple-choice questions that steerings are compared with, fitted on one half and used on the other."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from confsteer.evaluation.comparison import RowKind
 from confsteer.steering import Steering
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.1, 1e4
-"""Temperatures between which fits look. Answers no better than chance are best at the hottest, where all choices are alike."""
+"""Range of temperatures in fits. Answers no better than chance are best at the highest, where all choices are alike."""
 HALVINGS = 60
-"""Bisections of the range of log-temperatures: more than its ends have digits."""
+"""Bisection steps over the range of log-temperatures: enough for every binary digit."""
 LOGIT_RIDGE = 1e-4
-"""Pull of a conditional logit's weights to zero, of features of variance one: it decides what the questions leave open."""
+"""Pull of a conditional logit's weights to zero, for features of variance one. It decides where the questions do not."""
 NEWTON_STEPS = 50
 NEWTON_TOLERANCE = 1e-7
 
@@ -29,24 +29,24 @@ class AnswerCandidate(NamedTuple):
     name: str
     kind: RowKind
     log_likelihood: Tensor
-    """Scores whose softmax is the confidence in each choice, as `ChoiceSample.log_likelihoods` has them."""
+    """Scores whose softmax is the confidence in each choice, in the form of `ChoiceSample.log_likelihoods`."""
     steering: Steering | None = None
     values: tuple[float, ...] = ()
-    """Numbers fitted: of each fold, see `confsteer.evaluation.comparison.ComparedRow`."""
+    """Fitted numbers of each fold; see `confsteer.evaluation.comparison.ComparedRow`."""
 
 
 def baselines(sample: ChoiceSample, log_likelihood: Tensor) -> list[AnswerCandidate]:
-    """Make the ways to answer that use no steering.
+    """Make the ways to answer without steering.
 
     - the unsteered model;
     - chance: all choices alike;
     - a temperature on the log-likelihoods of whole choices;
-    - where choices differ in length: a temperature and what a token and a character of a choice count for;
+    - if choices differ in length: a temperature, and a weight for each token and each character of a choice;
     - log-likelihoods per character and per token, each over a temperature of its own.
 
     Args:
         sample: the questions.
-        log_likelihood: of the unsteered model, as `ChoiceSample.log_likelihoods` has it.
+        log_likelihood: log-likelihoods of the unsteered model, from `ChoiceSample.log_likelihoods`.
     """
     alike = torch.zeros_like(log_likelihood).masked_fill(~sample.inside, -math.inf)
     found = [
@@ -92,15 +92,15 @@ def _with_length(sample: ChoiceSample, log_likelihood: Tensor) -> AnswerCandidat
 
 
 def _differ(lengths: Tensor, inside: Tensor) -> bool:
-    """Say whether any question has choices of different lengths."""
+    """Whether any question has choices of different lengths."""
     return bool(((lengths != lengths[:, :1]) & inside).any())
 
 
 def fit_answer_temperature(log_likelihood: Tensor, gold: Tensor) -> float:
     """Find the temperature on answers that minimises their loss, between `MIN_TEMPERATURE` and `MAX_TEMPERATURE`.
 
-    The loss is convex in ``1/T`` and its slope is ``E_p[ℓ] − ℓ_gold``: at the minimum the right choices are as likely as the
-    model expects of its answers.
+    The loss is convex in ``1/T`` and its slope is ``E_p[ℓ] − ℓ_gold``. So at the minimum the right choices are as likely as the
+    model expects.
 
     Args:
         log_likelihood: of the choices, ``[questions, choices]``; −∞ where a question has fewer.
@@ -117,17 +117,17 @@ def fit_answer_temperature(log_likelihood: Tensor, gold: Tensor) -> float:
 
 
 def match_answer_entropy(log_likelihood: Tensor, entropy: float) -> float:
-    """Find the temperature, between `MIN_TEMPERATURE` and `MAX_TEMPERATURE`, at which answers have a mean entropy, nats.
+    """Find the temperature, between `MIN_TEMPERATURE` and `MAX_TEMPERATURE`, at which answers have a given mean entropy.
 
     Args:
         log_likelihood: of the choices, ``[questions, choices]``; −∞ where a question has fewer.
-        entropy: between 0 and the mean logarithm of the numbers of choices.
+        entropy: the mean entropy, in nats, between 0 and the mean logarithm of the numbers of choices.
     """
     return _crossing(lambda temperature: answer_entropy(log_likelihood / temperature) - entropy)
 
 
 def _crossing(rising: Callable[[float], float]) -> float:
-    """Find the temperature at which a function that rises with it crosses zero; an end of the range if it does not."""
+    """Find the temperature at which a rising function of it crosses zero. If it does not, return an end of the range."""
     low, high = math.log(MIN_TEMPERATURE), math.log(MAX_TEMPERATURE)
     for _ in range(HALVINGS):
         middle = (low + high) / 2
@@ -143,7 +143,7 @@ def answer_entropy(log_likelihood: Tensor) -> float:
 def fit_logit(features: Tensor, inside: Tensor, gold: Tensor) -> Tensor:
     """Fit a conditional logit (McFadden 1974) by Newton's method: weights of features that minimise the loss of answers.
 
-    The loss is convex. The first feature is the log-likelihood: where its weight would be negative, it is zero.
+    The loss is convex. The first feature is the log-likelihood. A negative weight of it is set to zero.
 
     Args:
         features: of each choice, float64 ``[questions, choices, features]``.
@@ -160,7 +160,7 @@ def fit_logit(features: Tensor, inside: Tensor, gold: Tensor) -> Tensor:
 
 
 def _logit(features: Tensor, inside: Tensor, gold: Tensor) -> Tensor:
-    # Only differences within a question count: they say how large a feature is.
+    # Scale features by their differences within a question, because only these count.
     number = inside.sum(dim=1, keepdim=True)
     mean = (features * inside[..., None]).sum(dim=1) / number
     centred = (features - mean[:, None]) * inside[..., None]
@@ -182,7 +182,7 @@ def _logit(features: Tensor, inside: Tensor, gold: Tensor) -> Tensor:
         step = torch.linalg.solve(curvature, slope)
         if float(step.abs().max()) < NEWTON_TOLERANCE:
             break
-        # Far from the minimum a whole step may go too far.
+        # Halve steps that go too far, as whole steps may far from the minimum.
         size, here = 1.0, loss(weights)
         while loss(weights - size * step) > here and size > NEWTON_TOLERANCE:
             size /= 2
@@ -191,5 +191,5 @@ def _logit(features: Tensor, inside: Tensor, gold: Tensor) -> Tensor:
 
 
 def halves_disagree(values: Sequence[float]) -> bool:
-    """Say whether the temperatures of the two halves are more than a factor of 1.5 apart."""
+    """Whether the temperatures of the two halves are more than a factor of 1.5 apart."""
     return len(values) == 2 and max(values) > 1.5 * min(values)

@@ -1,4 +1,4 @@
-"""Multiple-choice questions read with a model once, for any number of steerings."""
+"""Multiple-choice questions that a model read once, for any number of steerings."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ class ChoiceSample(NamedTuple):
     source: str
     questions: Sequence[Question]
     asked: Sequence[Asked]
-    """Each of them in the words that the model read."""
+    """The questions in the words that the model read."""
     reading: TextStates
-    """States at the choices' tokens; ``window`` counts through the choices of all questions."""
+    """States at the choices' tokens. ``window`` counts through the choices of all questions."""
     block: Tensor
     """Resampling block of each question, ``[questions]``; see `question_blocks`."""
     unit: BlockUnit
     truncated: int
-    """Questions that do not fit the model's context with all of their choices and lost their beginning."""
+    """Number of questions that lost their beginning, because they do not fit the model's context with all choices."""
 
     @property
     def gold(self) -> Tensor:
@@ -52,9 +52,9 @@ class ChoiceSample(NamedTuple):
 
     @property
     def characters(self) -> Tensor:
-        """Count the characters of what stands for each choice, without white space around it, padded with 1.
+        """Count the characters of each choice's text, without white space around it, padded with 1.
 
-        In characters, as lm-eval's ``acc_norm`` has it (its ``acc_bytes`` is in bytes).
+        lm-eval's ``acc_norm`` counts characters too (its ``acc_bytes`` counts bytes).
         """
         lengths = [float(len(text.strip())) for asked in self.asked for text in asked.continuations]
         return self.padded(torch.tensor(lengths, dtype=torch.float64), 1.0).clamp_min(1)
@@ -82,26 +82,26 @@ class ChoiceSample(NamedTuple):
             on_tokens: see `TextStates.predict`.
 
         Returns:
-            Nats, float64 ``[questions, most choices]`` each; −∞ where a question has fewer choices.
+            Log-likelihoods in nats, float64 ``[questions, most choices]`` each; −∞ where a question has fewer choices.
         """
         reading = self.reading
         predictions = reading.predict([reading.coordinates(one) for one in interventions], on_tokens=on_tokens)
         return [self.summed(-one.scores.nll) for one in predictions]
 
     def summed(self, log_probability: Tensor) -> Tensor:
-        """Add the log-probabilities of all tokens ``[tokens]`` up by choice; see `log_likelihoods`."""
+        """Add up the log-probabilities of all tokens ``[tokens]`` by choice; see `log_likelihoods`."""
         zeros = torch.zeros(self._choices, dtype=torch.float64)
         return self.padded(zeros.index_add(0, self.reading.states.window.cpu(), log_probability.double().cpu()), -math.inf)
 
     def at(self, rows: Tensor) -> ChoiceSample:
-        """Take some of the questions, by index in rising order."""
+        """Take some of the questions, by indices in rising order."""
         chosen = torch.zeros(len(self.questions), dtype=torch.bool)
         chosen[rows] = True
         of_question = torch.tensor([len(question.choices) for question in self.questions])
         kept = chosen.repeat_interleave(of_question)
         window = self.reading.states.window.cpu()
         reading = self.reading.at(kept[window].nonzero()[:, 0].to(self.reading.states.targets.device))
-        # Count through the choices that are left.
+        # Number the choices that are left.
         renumbered = (kept.cumsum(0) - 1)[reading.states.window.cpu()]
         reading.states = reading.states._replace(window=renumbered.to(reading.states.window.device))
         some = rows.tolist()
@@ -113,11 +113,11 @@ class ChoiceSample(NamedTuple):
         )
 
     def cross_fitted(self, fit: Callable[[Tensor], Tensor], use: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """Fit on every other block and use it on the rest, and the other way round: no question is judged by a fit that saw it.
+        """Fit on every other block and use the fit on the rest, and the other way round. No fit judges a question that it saw.
 
         Args:
-            fit: from a mask of questions, ``[questions]``, to the numbers fitted on them.
-            use: from the numbers and another mask to the scores of those questions, ``[some questions, most choices]``.
+            fit: function from a mask of questions, ``[questions]``, to the numbers fitted on them.
+            use: function from the numbers and another mask to the scores of those questions, ``[some questions, most choices]``.
 
         Returns:
             Scores ``[questions, most choices]``, and the numbers of each fold, ``[folds, numbers]``.
@@ -140,18 +140,18 @@ def read_choices(
     wording: Wording = AS_TEXT,
     progress: bool = False,
 ) -> ChoiceSample:
-    """Run the model over questions once and keep what decides how likely each choice is: ``d_model`` numbers a token of it.
+    """Run the model over questions once, and keep the states that decide each choice's likelihood: ``d_model`` numbers a token.
 
     Args:
         reader: of the model.
         tokenizer: the model's.
         questions: to be answered.
         source: where they are from, for messages.
-        wording: words they are put in.
+        wording: words to put them in.
         progress: whether to show a progress bar.
 
     Raises:
-        CorpusError: there are too few questions, or the wording does not fit one; or a choice has no token of its own or more
+        CorpusError: there are too few questions, or the wording does not fit one. Or a choice has no token of its own, or more
             than the model can read.
     """
     block, unit = question_blocks(questions)
@@ -175,18 +175,17 @@ def read_choices(
 def encode(
     asked: Asked, tokenizer: PreTrainedTokenizerBase, most: int | None, where: str = "question"
 ) -> tuple[list[tuple[list[int], list[int]]], bool]:
-    """Tokenize the prompt and each choice, as lm-eval splits them, and say whether a prompt lost its beginning.
+    """Tokenize the prompt and each choice, split as in lm-eval, and tell whether a prompt lost its beginning.
 
-    Prompt and choice are tokenized together, and what comes after as many tokens as the prompt has by itself is the choice.
-    Spaces at the end of a prompt belong to the choice, unless a chat template put them there.
-    BOS is where the tokenizer puts it, and is the first to be lost. EOS, where the tokenizer ends texts with it, would stand
-    between prompt and choice, and is left out.
+    Prompt and choice are tokenized together. The choice is what follows as many tokens as the prompt alone has. Spaces at the
+    end of a prompt belong to the choice, unless a chat template put them there. BOS is where the tokenizer puts it, and is the
+    first to be cut off. A tokenizer may end texts with EOS. It would stand between prompt and choice, so it is left out.
 
     Args:
         asked: the question in words.
         tokenizer: the model's.
-        most: tokens that the model can read; the last of a choice is not read, only predicted.
-        where: for the message.
+        most: most tokens that the model can read. The last of a choice is only predicted, not read.
+        where: place of the question, for the message.
 
     Raises:
         CorpusError: a choice has no token of its own, or more than the model can read.
@@ -215,7 +214,7 @@ def encode(
 
 
 def question_blocks(questions: Sequence[Question | ShortQuestion]) -> tuple[Tensor, BlockUnit]:
-    """Number the resampling block of each question, ``[questions]``, and name the unit: passages, if any has several questions.
+    """Number the resampling block of each question, ``[questions]``, and name the unit: passages, if one has several questions.
 
     A question without a passage is a block of its own.
     """

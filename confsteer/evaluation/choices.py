@@ -1,8 +1,8 @@
-"""Multiple-choice questions: how well the confidence in an answer fits how often it is right.
+"""Multiple-choice questions: calibration of the confidence in the answers.
 
-An answer is the choice that the model finds likeliest after the question, and the confidence in it is its share of the
-probability of all choices. Log-likelihoods are those of lm-eval's ``multiple_choice``. The model runs once over the questions;
-every steering and every temperature follows in closed form (`confsteer.last_layer.text_states`).
+The answer is the choice that is likeliest after the question. The confidence in it is its share of the probability of all
+choices. Log-likelihoods are those of lm-eval's ``multiple_choice``. The model runs once over the questions. Every steering and
+every temperature then follows in closed form (`confsteer.last_layer.text_states`).
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from confsteer.text.prompts import AS_TEXT, Wording
 from confsteer.text.questions import Question
 
 GROUPED = ("accuracy", "loss", "entropy", "ece", "brier")
-"""Metrics of groups of questions."""
+"""Metrics that are computed for groups of questions."""
 
 
 class AnswerGroup(Result):
-    """Questions that agree in a field of their records."""
+    """Questions with the same value in a field of their records."""
 
     name: str
     questions: int
     metrics: tuple[dict[str, Interval], ...]
-    """Metrics `GROUPED` of each row of the comparison, over this group alone."""
+    """Metrics `GROUPED` of each row of the comparison, over this group only."""
 
 
 class AnswerGroups(Result):
@@ -49,7 +49,7 @@ class AnswerGroups(Result):
     """Field of the records."""
     groups: tuple[AnswerGroup, ...]
     macro: tuple[dict[str, Interval], ...]
-    """Mean over groups, which count equally, of each row's metrics. Over all questions they are the row's own."""
+    """Mean of each row's metrics over groups, which count equally. The row itself has them over all questions."""
 
 
 class ChoiceComparison(Result):
@@ -60,23 +60,23 @@ class ChoiceComparison(Result):
 
     source: str
     wording: str = "text"
-    """Words the questions are put in, see `confsteer.text.prompts.Wording`."""
+    """Words of the questions; see `confsteer.text.prompts.Wording`."""
     example: str = ""
     """The first question as the model read it, to the end of its first choice."""
     choices: tuple[str, ...] = ()
-    """Whatever stood for each choice of that question."""
+    """Text of each choice of that question."""
     questions: int
     truncated: int
     """Questions that do not fit the model's context with all of their choices and lost their beginning."""
     blocks: int
-    """Number of units that are resampled for the intervals."""
+    """Number of units that the intervals resample."""
     unit: BlockUnit
     rows: tuple[ComparedRow, ...]
     grouped: AnswerGroups | None = None
 
     @property
     def title(self) -> str:
-        """Name of the questions, and the words they are put in."""
+        """Name of the questions, and of their wording."""
         return f"{self.source} ({self.wording})"
 
     def of_kind(self, kind: RowKind) -> tuple[ComparedRow, ...]:
@@ -92,9 +92,9 @@ class Answered(NamedTuple):
     candidates: Sequence[AnswerCandidate]
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """Make a flat record of each question and way to answer but chance.
+        """Make a flat record of each question and way to answer, except chance.
 
-        Fields of the question's own record keep their names, unless that is a name of ours: then ``record_`` goes before it.
+        Fields of the question's own record keep their names. If confsteer uses the name, ``record_`` is put before it.
         """
         for candidate in self.candidates:
             if candidate.kind == "chance":
@@ -131,20 +131,20 @@ def evaluate_choices(
     by: str | None = None,
     progress: bool = False,
 ) -> tuple[ChoiceComparison, ...]:
-    """Compare accuracy and calibration of answers without steering, with each of `steerings`, and with what each has to beat.
+    """Compare accuracy and calibration of answers: unsteered, with each of `steerings`, and with the baselines of each.
 
-    Each has to beat a temperature on the log-likelihoods of whole choices, which leaves the answers and changes the confidence
-    in them. One is fitted on every other block of questions and used on the rest, and the other way round; see
-    `confsteer.evaluation.answers.baselines` for the other ways. Beside each steering stands the temperature that gives the
+    Each has to beat a temperature on the log-likelihoods of whole choices. It changes the confidence in the answers, but not the
+    answers. It is fitted on every other block of questions and used on the rest, and the other way round.
+    `confsteer.evaluation.answers.baselines` lists the other ways. Each steering also has a temperature beside it that gives the
     unsteered model's answers the same mean entropy.
 
     Args:
         model: the profile's model.
         tokenizer: its tokenizer.
-        questions: by the name of where they are from; see `confsteer.text.questions.read_questions`.
+        questions: questions by the name of their source; see `confsteer.text.questions.read_questions`.
         profile: see `confsteer.steer`.
-        steerings: to compare with the unsteered model; all for every position.
-        wordings: words to put the questions in, one after the other.
+        steerings: steerings to compare with the unsteered model. All must be for every position.
+        wordings: wordings of the questions, one after the other.
         by: field of the questions' records to group them by.
         progress: whether to show progress bars.
 
@@ -152,9 +152,9 @@ def evaluate_choices(
         A comparison for each name and wording.
 
     Raises:
-        CorpusError: there are too few questions, or a choice has no token of its own or more than the model can read; a wording
-            does not fit a question; or a question has no field `by`.
-        SteeringError, ProfileMismatchError, NoNeuronsError: see `confsteer.steer`; or the model is being steered.
+        CorpusError: there are too few questions, or one has no field `by`. Or a choice has no token of its own, or more than the
+            model can read. Or a wording does not fit a question.
+        SteeringError, ProfileMismatchError, NoNeuronsError: see `confsteer.steer`, or the model is being steered.
         UnsupportedModelError: see `confsteer.model.dissect` and `confsteer.model.states.check_closed_form`.
     """
     # Validate the steerings before the model runs.
@@ -174,7 +174,7 @@ def answer(
     by: str | None = None,
     progress: bool = False,
 ) -> Iterator[Answered]:
-    """Answer one set of questions after the other; the arguments are those of `evaluate_choices`."""
+    """Answer one set of questions after the other. The arguments are those of `evaluate_choices`."""
     names = [str(steering) for steering in steerings]
     resolved, interventions = interventions_of(steerings, reader.profile)
     for source, asked in questions.items():
@@ -207,8 +207,8 @@ def compare_answers(
 
     Args:
         sample: the questions.
-        candidates: the first is neutral.
-        wording: words they were put in.
+        candidates: ways to answer. The first is neutral.
+        wording: their wording.
         by: see `evaluate_choices`.
 
     Raises:
@@ -272,7 +272,7 @@ def field_of(question: Question, by: str, where: str) -> str:
 
 
 def _grouped(sample: ChoiceSample, candidates: Sequence[AnswerCandidate], by: str) -> AnswerGroups:
-    """Compute the metrics of groups of questions, each resampled by itself, and their means over groups."""
+    """Compute the metrics of each group of questions, resampled by itself, and their means over groups."""
     names = [field_of(one, by, f"{sample.source}, question {i}") for i, one in enumerate(sample.questions, start=1)]
     groups, estimates = [], []
     for number, name in enumerate(dict.fromkeys(names)):

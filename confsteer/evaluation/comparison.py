@@ -1,4 +1,4 @@
-"""Ways to predict the same text, held against each other: what `evaluate` and `tune` report."""
+"""Ways to predict the same text, compared with each other, for the reports of `evaluate` and `tune`."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ class ReliabilityBin(Result):
     confidence: float
     """Mean top probability."""
     accuracy: Interval
-    """Share of right top predictions; the interval over resampled blocks."""
+    """Share of right top predictions, with the interval over resampled blocks."""
 
 
 class FrequencyGroup(Result):
-    """Tokens that came and are about equally frequent in the unigram distribution: a tenth of the text."""
+    """A tenth of the text's tokens, about equally frequent in the unigram distribution."""
 
     low: float
     """Smallest and largest probability in the unigram distribution."""
@@ -60,20 +60,20 @@ class FrequencyGroup(Result):
 
 
 class ComparedRow(Result):
-    """One way to predict, held against others."""
+    """One way to predict, compared with others."""
 
     name: str
     kind: RowKind
     steering: Steering | None = None
-    """Steering of the row; of a matched temperature the steering whose mean entropy it has."""
+    """Steering of the row. For a matched temperature, the steering whose mean entropy it has."""
     values: tuple[float, ...] = ()
-    """The temperature, or the constant written along the null direction (in units of the residual); one per fold.
+    """The temperature, or the constant written along the null direction (in units of the residual), one per fold.
 
-    Of a temperature with length the temperature, nats a token and nats a character of the choice, for each fold."""
+    A temperature with length has three numbers per fold: the temperature, nats per token and nats per character."""
     metrics: dict[str, Interval]
-    """By the names in `confsteer.evaluation.metrics`."""
+    """Metrics, by the names in `confsteer.evaluation.metrics`."""
     minus: dict[RowKind, dict[str, Interval]] = Field(default_factory=dict)
-    """Paired differences: this row's metric less that of the row of a kind (of its own matched temperature)."""
+    """Paired differences: this row's metric less that of the row of a kind (for matched temperatures, its own)."""
     reliability: tuple[ReliabilityBin, ...]
     """Equal-width bins that hold predictions."""
     coverage: tuple[float, ...]
@@ -84,9 +84,9 @@ class Row(ComparedRow):
     """One way to predict the text."""
 
     entropies: tuple[float, ...]
-    """Share of tokens in each of `ENTROPY_BINS` equal bins from 0 to the logarithm of the vocabulary."""
+    """Share of tokens in each of `ENTROPY_BINS` equal bins, from 0 to the logarithm of the vocabulary's size."""
     frequency: tuple[FrequencyGroup, ...]
-    """The rarest tokens first."""
+    """Groups of tokens, the rarest first."""
 
 
 class TextComparison(Result):
@@ -94,7 +94,7 @@ class TextComparison(Result):
 
     source: str
     tokens: int
-    """Tokens scored."""
+    """Number of tokens scored."""
     windows: int
     blocks: int
     """Number of units that are resampled for the intervals."""
@@ -108,7 +108,7 @@ class TextComparison(Result):
 
 
 class Scored(NamedTuple):
-    """A text's predictions in numbers."""
+    """Scores of a text's predictions."""
 
     scores: TokenScores
     divergences: UnigramDivergences
@@ -120,10 +120,10 @@ class Candidate(NamedTuple):
     name: str
     kind: RowKind
     folds: Sequence[tuple[Tensor, Intervention]]
-    """Tokens by index, and the intervention on them; together they are all tokens."""
+    """Indices of tokens, and the intervention on them. Together they are all tokens."""
     steering: Steering | None = None
     scored: Scored | None = None
-    """Its predictions, if they have been computed already."""
+    """Its predictions, if they are computed already."""
 
     @property
     def values(self) -> tuple[float, ...]:
@@ -134,7 +134,7 @@ class Candidate(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """A text to be compared on."""
+    """A text to compare on."""
 
     source: str
     reading: TextStates
@@ -145,11 +145,11 @@ class Sample(NamedTuple):
     def predict(
         self, candidates: Sequence[Candidate], unigram: Unigram, *, sample: bool = False, on_tokens: OnTokens = unnoticed
     ) -> list[Candidate]:
-        """Compute the predictions of those candidates that have none, in one pass over the vocabulary.
+        """Compute the predictions of candidates that have none, in one pass over the vocabulary.
 
         Args:
             candidates: ways to predict this text.
-            unigram: the distribution that divergences are from.
+            unigram: the distribution that divergences are measured from.
             sample: whether to sample the vocabulary in the same pass, which fits need.
             on_tokens: see `TextStates.predict`.
         """
@@ -167,7 +167,7 @@ class Sample(NamedTuple):
         return Coordinates.join(parts, torch.cat([rows for rows, _ in folds]).argsort())
 
     def everywhere(self, intervention: Intervention) -> Sequence[tuple[Tensor, Intervention]]:
-        """Use one intervention for all tokens, as `Candidate.folds` has it."""
+        """Use one intervention for all tokens, in the form of `Candidate.folds`."""
         return [(torch.arange(self.reading.tokens), intervention)]
 
     def cross_fitted(
@@ -175,18 +175,18 @@ class Sample(NamedTuple):
     ) -> list[tuple[Tensor, Intervention]]:
         """Fit on every other block and use the fit on the rest, and the other way round.
 
-        No token is judged by a fit that saw it.
+        No fit judges a token that it saw.
 
         Args:
-            fitter: from texts to an intervention.
-            most: fit on about as many tokens at most.
+            fitter: function from texts to an intervention.
+            most: approximate limit of the tokens to fit on.
         """
         _, order = self.block.unique(return_inverse=True)
         halves = [(order % 2 == side).nonzero()[:, 0] for side in (0, 1)]
         folds = []
         for use, seen in (halves, halves[::-1]):
             blocks = order[seen]
-            # Whole blocks, spread over the text.
+            # Take whole blocks, spread over the text.
             stride = max(1, len(seen) // most)
             few = seen[(blocks // 2) % stride == 0]
             folds.append((use, fitter([self.reading.at(few)])))
@@ -205,8 +205,8 @@ def compare(
 
     Args:
         sample: the text.
-        candidates: the first is neutral; a matched temperature follows its steering.
-        unigram: the unigram distribution that divergences and frequencies are of.
+        candidates: ways to predict. The first is neutral, and a matched temperature follows its steering.
+        unigram: the unigram distribution for divergences and frequencies.
         smooth_ece: whether to compute smooth ECE, which is slow.
         on_tokens: called with the number of tokens after each block of the pass over the vocabulary.
     """
@@ -214,7 +214,7 @@ def compare(
     target_log_frequency = unigram.log_frequency.cpu()[sample.reading.states.targets.cpu()]
     group, groups = equal_mass_bins(target_log_frequency, FREQUENCY_GROUPS)
 
-    # Score the text with each candidate: the first, unsteered, is what predictions are compared with.
+    # Score the text with each candidate. The first, unsteered, is the one to compare with.
     scored: list[TokenScores] = []
     estimates: list[Estimates] = []
     for candidate in sample.predict(candidates, unigram, on_tokens=on_tokens):
@@ -224,7 +224,7 @@ def compare(
         found = token_metrics(scores, blocks, unsteered=scored[0], smooth=smooth_ece)
         estimates.append(found | {name: blocks.mean(values) for name, values in divergences._asdict().items()})
 
-    # Make a row of each once all are scored, since differences are between rows.
+    # Make the rows after all are scored, because differences are between rows.
     def row(i: int) -> Row:
         candidate, scores = candidates[i], scored[i]
         return Row(
@@ -254,10 +254,10 @@ def compare(
 def paired_differences(
     i: int, candidates: Sequence[tuple[RowKind, Steering | None]], estimates: Sequence[Estimates]
 ) -> dict[RowKind, dict[str, Interval]]:
-    """Subtract from a candidate's metrics those of the candidates it is held against, as `ComparedRow.minus` has it.
+    """Subtract from a candidate's metrics those of the candidates it is compared with; see `ComparedRow.minus`.
 
     Args:
-        i: which candidate.
+        i: index of the candidate.
         candidates: kind and steering of each.
         estimates: of each.
     """
@@ -279,12 +279,12 @@ def paired_differences(
 
 
 def reliability_bins(confidence: Tensor, correct: Tensor, blocks: Blocks) -> tuple[ReliabilityBin, ...]:
-    """Count the equal-width bins that hold predictions, from their confidences ``[n]`` and whether they are right ``[n]``."""
+    """Make the equal-width bins that hold predictions, from confidences ``[n]`` and whether predictions are right ``[n]``."""
     bins = width_bins(confidence)
     found = []
     for i in bins.unique().tolist():
         inside = bins == i
-        # Resamples with an empty bin give NaN and are left out of the interval.
+        # Leave resamples with an empty bin, which give NaN, out of the interval.
         share = blocks.total(inside & correct) / blocks.total(inside)
         found.append(
             ReliabilityBin(
@@ -299,7 +299,7 @@ def reliability_bins(confidence: Tensor, correct: Tensor, blocks: Blocks) -> tup
 
 
 def accuracy_at_coverages(confidence: Tensor, correct: Tensor) -> tuple[float, ...]:
-    """Compute accuracy on the most confident shares `COVERAGES`; of equal confidences, in no order, any are as likely taken."""
+    """Compute accuracy on the most confident shares `COVERAGES`. Among equal confidences, all are equally likely to be taken."""
     _, group, numbers = (-confidence).unique(return_inverse=True, return_counts=True)
     accuracy = torch.bincount(group, weights=correct.double()) / numbers
     right = accuracy.repeat_interleave(numbers).cumsum(dim=0)

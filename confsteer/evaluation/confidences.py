@@ -1,4 +1,4 @@
-"""Confidences in an answer that a model wrote, and what is fitted to them.
+"""Confidences in an answer that a model wrote, and the maps fitted to them.
 
 | confidence | is |
 |---|---|
@@ -25,7 +25,7 @@ from confsteer.evaluation.answers import fit_logit
 
 ConfidenceName = Literal["sequence", "per_token", "self_consistency", "p_true", "verbalised"]
 PromptName = Literal["answer", "p_true", "verbalised"]
-"""Prompts that a model reads: the question, and two about its answer."""
+"""Kinds of prompts: the question, and two about its answer."""
 CONFIDENCES: dict[ConfidenceName, str] = {
     "sequence": "sequence probability",
     "per_token": "per token",
@@ -35,37 +35,37 @@ CONFIDENCES: dict[ConfidenceName, str] = {
 }
 """Label of each confidence, in the order of all tables."""
 OF_TOKENS: tuple[ConfidenceName, ...] = ("sequence", "per_token")
-"""Confidences on which a temperature of the tokens' logits acts."""
+"""Confidences that a temperature on the tokens' logits changes."""
 TEMPERATURES = tuple(10 ** (k / 10) for k in range(-10, 16))
-"""Temperatures of tokens that are tried, 0.1 to 32, in steps of 26 %; 1 is among them."""
+"""Temperatures to try on tokens, 0.1 to 32, in steps of 26 %. 1 is among them."""
 UNSTEERED = TEMPERATURES.index(1.0)
 MOST_CERTAIN = 0.99
-"""Logits of confidences beyond this, and below one less it, are taken of these: shares of a few samples may be 0 or 1."""
+"""Bound of confidences before their logit is taken, from 0 and from 1: shares of a few samples may be 0 or 1."""
 _ABOUT = "{% if passage %}{{ passage }}\n{% endif %}Question: {{ question }}\nProposed Answer: {{ proposed }}\n"
 P_TRUE = _ABOUT + "Is the proposed answer:\n (A) True\n (B) False\nThe proposed answer is:"
-"""Kadavath et al.'s question (2022, section 3.1), without samples of other answers; the model's reply is "A" or "B"."""
+"""Kadavath et al.'s question (2022, section 3.1), without samples of other answers. The model replies "A" or "B"."""
 VERBALISED = (
     _ABOUT
     + "How likely is it that the proposed answer is right? Give only the probability, a percentage from 0% to 100%, and no "
     "other words.\nProbability:"
 )
-"""A question after Tian et al. (2023, "Verb. 2S"): the answer stands already, and its probability is asked for."""
+"""A question after Tian et al. (2023, "Verb. 2S"): it asks for the probability of an answer that is given."""
 
 
 class Fitted(NamedTuple):
-    """Confidences after a map that was fitted on one half of the questions and used on the other, and the other way round."""
+    """Confidences after a map. It was fitted on one half of the questions and used on the other, and the other way round."""
 
     confidence: Tensor
     """``[questions]``, NaN where there is none."""
     values: tuple[float, ...]
-    """Numbers fitted, of each half: a temperature, or the slope and the constant of `platt`."""
+    """Fitted numbers of each half: a temperature, or the slope and the constant of `platt`."""
 
 
 def of_tokens(log_probability: Sequence[Tensor]) -> dict[ConfidenceName, Tensor]:
     """Compute the confidences that follow from tokens, float64 ``[temperatures, answers]`` each.
 
     Args:
-        log_probability: of each answer's tokens, ``[temperatures, tokens]``.
+        log_probability: log-probabilities of each answer's tokens, ``[temperatures, tokens]``.
     """
     totals = torch.stack([one.double().sum(dim=-1) for one in log_probability], dim=-1)
     lengths = torch.tensor([one.shape[-1] for one in log_probability], dtype=torch.float64)
@@ -73,7 +73,7 @@ def of_tokens(log_probability: Sequence[Tensor]) -> dict[ConfidenceName, Tensor]
 
 
 def percentage(text: str) -> float:
-    """Read a probability out of a reply: its first number, in percent; with a decimal point and no ``%`` up to 1 is a share.
+    """Read a probability from a reply: its first number, in percent. With a decimal point and no ``%``, up to 1, it is a share.
 
     Returns:
         A number between 0 and 1; NaN if there is none.
@@ -87,10 +87,10 @@ def percentage(text: str) -> float:
 
 
 def best_temperature(confidence: Tensor, correct: Tensor, block: Tensor) -> Fitted:
-    """Pick the temperature on tokens with the least loss of confidences, ``−log`` of that in what happened.
+    """Pick the temperature on tokens with the least loss of confidences: ``−log`` of the confidence in what happened.
 
     Args:
-        confidence: at each of `TEMPERATURES`, ``[temperatures, questions]``.
+        confidence: confidences at each of `TEMPERATURES`, ``[temperatures, questions]``.
         correct: ``[questions]`` bool.
         block: of each question, ``[questions]``.
     """
@@ -107,7 +107,7 @@ def platt(confidence: Tensor, correct: Tensor, block: Tensor) -> Fitted:
     """Map confidences by ``σ(a · logit + b)`` with ``a ≥ 0`` (Platt 1999), fitted by likelihood.
 
     Args:
-        confidence: ``[questions]``; NaN where there is none, which is left out.
+        confidence: ``[questions]``. NaN where there is none; such questions are left out.
         correct: ``[questions]`` bool.
         block: of each question, ``[questions]``.
     """
@@ -119,7 +119,7 @@ def platt(confidence: Tensor, correct: Tensor, block: Tensor) -> Fitted:
         rows = seen & known
         if not rows.any():
             return torch.tensor([1.0, 0.0], dtype=torch.float64)
-        # Being right and being wrong as two choices, of which the second has no features.
+        # Treat right and wrong as two choices, of which the second has no features.
         choices = torch.stack([features[rows], torch.zeros_like(features[rows])], dim=1)
         return fit_logit(choices, torch.ones(choices.shape[:2], dtype=torch.bool), (~correct[rows]).long())
 
@@ -130,7 +130,7 @@ def platt(confidence: Tensor, correct: Tensor, block: Tensor) -> Fitted:
 def _cross_fitted(
     block: Tensor, fit: Callable[[Tensor], Tensor], use: Callable[[Tensor, Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Fit on every other block and use it on the rest, and the other way round; `ChoiceSample.cross_fitted` does the same.
+    """Fit on every other block and use the fit on the rest, and the other way round, as `ChoiceSample.cross_fitted` does.
 
     Returns:
         Confidences ``[questions]``, and the numbers of each half, ``[2, numbers]``.

@@ -28,7 +28,7 @@ from confsteer.text.several import Texts, named_windows
 from confsteer.text.windows import Windows
 
 FIT_TOKENS = 10_000
-"""A baseline is one number: that many tokens fit it."""
+"""Most tokens to fit a baseline on. It is one number, and these are enough."""
 MAX_SWEPT = 100
 
 
@@ -46,18 +46,18 @@ class Evaluation(ModelResult):
 
 
 class EvaluationSettings(TypedDict, total=False):
-    """Keywords of `evaluate`; those left out are as in `confsteer.defaults.EVALUATION`."""
+    """Keywords of `evaluate`. Their defaults are in `confsteer.defaults.EVALUATION`."""
 
     unigram_counts: torch.Tensor | None
-    """How often each token occurs, ``[tokenizer_size]``; counted in each text if None."""
+    """Token counts, ``[tokenizer_size]``; counted in each text if None."""
     tokens: int | None
-    """Tokens of each text to read at most; all if None."""
+    """Most tokens to read of each text; all if None."""
     window: int
     """Tokens per window."""
     smooth_ece: bool
     """Whether to compute smooth ECE too."""
     source: str
-    """Name of a text that has none, for the report."""
+    """Name for the report of a text without one."""
     progress: bool
     """Whether to show progress bars."""
 
@@ -70,42 +70,44 @@ def evaluate(
     steerings: Sequence[Steering],
     **settings: Unpack[EvaluationSettings],
 ) -> Evaluation:
-    """Compare loss, entropy and calibration without steering, with each of `steerings`, and with what each has to beat.
+    """Compare loss, entropy and calibration: unsteered, with each of `steerings`, and with the baselines of each.
 
-    What each has to beat, on each text:
+    The baselines on each text are:
 
-    - the temperature fitted to one half of it and used on the other, and the other way round;
+    - the temperature, fitted to one half of it and used on the other, and the other way round;
     - a constant written along the unembedding's null direction, fitted in the same way;
     - beside each steering, the temperature at which the unsteered model has the same mean entropy.
 
-    What remains of a difference to the last is what neurons know beyond a temperature. Temperatures and constants are fitted on a
-    sample of the vocabulary (see `confsteer.last_layer.sample`); what they do, as all that is reported, is of the whole.
+    A difference to the last one is what neurons know beyond a temperature. Temperatures and constants are fitted on a sample of
+    the vocabulary (see `confsteer.last_layer.sample`). All reported numbers, their effects included, are of the whole
+    vocabulary.
 
     The model runs once over each text (see `confsteer.last_layer.text_states`), on the same positions as calibration uses.
 
     Args:
         model: the profile's model.
         tokenizer: its tokenizer.
-        texts: one string per document, or conversations (see `confsteer.text.windows.make_windows`), or windows already made, for
-            which `tokens`, `window` and `source` are not used; or several of these by name.
+        texts: one string per document, or conversations (see `confsteer.text.windows.make_windows`), or ready-made windows; or
+            several of these by name. For windows `tokens`, `window` and `source` are not used.
         profile: see `confsteer.steer`.
-        steerings: to compare with the unsteered model; all for every position.
+        steerings: steerings to compare with the unsteered model. All must be for every position.
         **settings: see `EvaluationSettings`:
-        unigram_counts: how often each token occurs, ``[tokenizer_size]``; counted in each text if None.
-        tokens: read at most this many of each text; all if None.
+        unigram_counts: token counts, ``[tokenizer_size]``; counted in each text if None.
+        tokens: most tokens to read of each text; all if None.
         window: tokens per window.
-        smooth_ece: whether to compute smooth ECE too; it takes a second per ten thousand tokens and row, and the package relplot.
-        source: what the text is, for the report, if it has no name.
+        smooth_ece: whether to compute smooth ECE too. It takes a second per ten thousand tokens and row, and the package
+            relplot.
+        source: name for the report of a text without one.
         progress: whether to show progress bars.
 
     Raises:
         CorpusError: a text is too short.
         SettingError: the window is too short or longer than the model's context.
-        SteeringError: see `confsteer.steer`; or a steering is not of all positions.
+        SteeringError: see `confsteer.steer`, or a steering is not for all positions.
         ProfileMismatchError, NoNeuronsError: see `confsteer.steer`.
         TypeError: a keyword is not in `EvaluationSettings`.
     """
-    # Validate before the model is looked at.
+    # Validate before the model is used.
     defaults.with_defaults("evaluate", settings, defaults.EVALUATION)
     interventions_of(steerings, profile)
     compared = tuple(compare_texts(Reader(model, profile), tokenizer, texts, steerings, **settings))
@@ -119,7 +121,7 @@ def compare_texts(
     steerings: Sequence[Steering],
     **settings: Unpack[EvaluationSettings],
 ) -> Iterator[TextComparison]:
-    """Compare on one text after the other; the arguments are those of `evaluate`, the reader of its model and profile."""
+    """Compare on one text after the other. The arguments are those of `evaluate`; the reader has its model and profile."""
     given = defaults.with_defaults("evaluate", settings, defaults.EVALUATION)
     unigram_counts, size = given["unigram_counts"], reader.profile.model.tokenizer_size
     names = [str(steering) for steering in steerings]
@@ -142,7 +144,7 @@ def _compare(
     unigram: Unigram,
     given: Mapping[str, Any],
 ) -> TextComparison:
-    """Hold steerings against their baselines on one text, in two passes over the vocabulary: before and after the fits."""
+    """Compare steerings with their baselines on one text, in two passes over the vocabulary: before and after the fits."""
     label = f"compare on {sample.source}"
     with progress_bar(label, 2 * sample.reading.tokens, show=given["progress"]) as bar:
         steered = with_matched_temperatures(sample, steerings, interventions, names, unigram, on_tokens=bar.update)
@@ -184,14 +186,14 @@ def with_matched_temperatures(
 ) -> list[Candidate]:
     """Pair each steering with the temperature that gives the unsteered model the same mean entropy on this text.
 
-    The steerings' predictions are computed on the way, and the vocabulary is sampled for all fits.
+    This also computes the steerings' predictions, and samples the vocabulary for all fits.
 
     Args:
         sample: the text.
-        steerings: what is asked for.
-        interventions: what each of them does, and what is done beside it.
-        names: of each, for the report.
-        unigram: the distribution that divergences are from.
+        steerings: the steerings that were asked for.
+        interventions: the intervention of each steering, with anything that is done beside it.
+        names: name of each, for the report.
+        unigram: the distribution that divergences are measured from.
         on_tokens: called with the number of tokens after each block of the pass over the vocabulary.
 
     Returns:
@@ -212,7 +214,7 @@ def with_matched_temperatures(
 
 
 def sweep(text: str) -> list[Steering]:
-    """Read a sweep: ``entropy=-0.4:1.2:9`` is nine values from −0.4 to 1.2, ``scale.entropy=0:2:5`` five factors.
+    """Read a sweep: ``entropy=-0.4:1.2:9`` is nine values from −0.4 to 1.2, and ``scale.entropy=0:2:5`` five factors.
 
     Raises:
         SteeringError: it is not ``KEY=FIRST:LAST:NUMBER``.

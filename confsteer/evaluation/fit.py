@@ -1,7 +1,7 @@
-"""Interventions fitted to text: the baselines that steering is held against, and what `confsteer.tune` looks for.
+"""Interventions fitted to text: the baselines that steering is compared with, and the search of `confsteer.tune`.
 
-All of it is on a sample of the vocabulary (`confsteer.last_layer.sample`), without another pass over the whole. What a fitted
-intervention does is reported over the whole vocabulary, elsewhere.
+Fits use a sample of the vocabulary (`confsteer.last_layer.sample`), without another pass over the whole. The effect of a fitted
+intervention is computed elsewhere, over the whole vocabulary.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from confsteer.results.bootstrap import Blocks, Resampled
 
 Objective = Literal["nll", "brier", "ece"]
 Build = Callable[[Tensor], Intervention]
-"""From parameters, ``[n]``, zero being neutral, to what they stand for."""
+"""Function from parameters, ``[n]``, to an intervention. Zero is neutral."""
 MAX_STEPS = 60
 CONVERGED = 1e-5
-"""Part of the objective below which a step's gain ends fitting."""
+"""Share of the objective. A step that gains less ends the fit."""
 PATIENCE = 8
-"""Steps without a better validation score after which fitting stops."""
+"""Steps without a better validation score after which the fit ends."""
 LOG_RANGE = 4.6
-"""Temperatures are between 1/100 and 100."""
+"""Bound of the logarithm of temperatures, which are between 1/100 and 100."""
 LOG_TOLERANCE = 1e-6
-"""Step of a temperature's logarithm that ends its search."""
+"""Step of a temperature's logarithm below which its search ends."""
 FIRST_STEP, FARTHEST, NARROW, FLAT = 0.1, 30.0, 1e-5, 1e-6
 """Search for a constant, in lengths of the mean residual: first step, end, and the width or slope that is narrow or flat."""
 
 
 class Fit(NamedTuple):
-    """Where fitting ended."""
+    """End of a fit."""
 
     parameters: Tensor
     intervention: Intervention
     steps: int
-    """Steps of LBFGS taken to get there."""
+    """Steps of LBFGS that it took."""
 
 
 def fit(
@@ -59,14 +59,15 @@ def fit(
     """Minimise an objective over texts that count equally, by LBFGS.
 
     Args:
-        build: what parameters stand for.
-        start: parameters to begin with, ``[n]``.
-        train: texts.
-        objective: ``nll``; ``brier`` of the top prediction; or ``ece``, for which the squared gaps of its bins are followed,
-            which have a gradient.
-        ridge: weight of the squared length of the parameters, as a part of the objective at the start; it pulls towards neutral.
-        validation: texts by whose objective the best step is chosen; none: the last step.
-        on_step: called after each step with its number and the best score so far.
+        build: function from parameters to an intervention.
+        start: first parameters, ``[n]``.
+        train: texts to fit.
+        objective: ``nll``, ``brier`` of the top prediction, or ``ece``. For ECE the squared gaps of its bins are minimised,
+            because they have a gradient.
+        ridge: weight of the squared length of the parameters, as a share of the objective at the start. It pulls towards
+            neutral.
+        validation: texts whose objective chooses the best step. Without any, the last step is taken.
+        on_step: function called after each step with its number and the best score so far.
     """
 
     def value_and_gradient(at: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,9 +92,9 @@ def minimise(
     """Minimise a function by LBFGS.
 
     Args:
-        value_and_gradient: of the function at parameters, ``[n]``.
+        value_and_gradient: value and gradient of the function at parameters, ``[n]``.
         start: see `fit`.
-        score: judges parameters; the best step is kept, and searching ends where it no longer gets better. None: the last step.
+        score: score of parameters. The best step is kept, and the search ends when it no longer improves. None: the last step.
         ridge: see `fit`.
         on_step: see `fit`.
 
@@ -103,11 +104,11 @@ def minimise(
     parameters = start.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([parameters], max_iter=1, max_eval=20, history_size=20, line_search_fn="strong_wolfe")
     known: tuple[Tensor, Tensor, Tensor] | None = None
-    # LBFGS measures its first step by the gradient: whatever the objective's units, that should be a step of length one.
+    # Scale the objective: LBFGS measures its first step by the gradient, and it should have length one in any units.
     scale, pull = 1.0, 0.0
 
     def closure() -> Tensor:
-        # LBFGS evaluates each step's starting point again, which is where the last step ended.
+        # Reuse the last value: LBFGS evaluates each step's starting point again, which is the end of the last step.
         nonlocal known, scale, pull
         here = parameters.detach()
         if known is None or not torch.equal(known[0], here):
@@ -121,7 +122,7 @@ def minimise(
         parameters.grad = known[2].clone()
         return known[1]
 
-    # Step until the objective stands still or the score no longer gets better; keep the best step.
+    # Step until the objective or the score no longer improves. Keep the best step.
     best, best_score, best_step = start.clone(), score(start) if score else 0.0, 0
     before = float(closure())
     for step in range(1, MAX_STEPS + 1):
@@ -145,7 +146,7 @@ def _objective_value(objective: Objective, scores: TokenScores) -> float:
 
 
 def objective_estimate(objective: Objective, scores: TokenScores, blocks: Blocks) -> Resampled:
-    """Estimate an objective as the reports have it."""
+    """Estimate an objective as in the reports."""
     if objective == "nll":
         return blocks.mean(scores.nll)
     if objective == "brier":
@@ -165,13 +166,13 @@ def _value_and_gradient(build: Build, at: Tensor, texts: Sequence[TextStates], o
 def sum_and_gradient(
     build: Build, at: Tensor, text: TextStates, per_token: Callable[[SampledLogits, slice], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Add up a loss over the tokens of a text, on its sample of the vocabulary, and differentiate by the parameters.
+    """Add up a loss over the tokens of a text, on its sample of the vocabulary, and take its gradient by the parameters.
 
     Args:
         build: see `fit`.
         at: parameters, ``[n]``.
         text: to read.
-        per_token: from logits of a few tokens, and which they are, to the loss of each.
+        per_token: function from logits of a few tokens, and the slice of these tokens, to the loss of each.
     """
     parameters = at.clone().requires_grad_()
     with torch.enable_grad():
@@ -209,8 +210,8 @@ def _token_loss(objective: Objective, build: Build, at: Tensor, text: TextStates
 
     if objective == "brier":
         return lambda part, rows: gap(part)[1].square()
-    # Σ_b (n_b/n) gap_b² has in each token the slope of 2 gap_b · confidence, and Σ_b n_b/n · gap_b · (confidence − correct)
-    # is its value.
+    # Give each token the slope of 2 gap_b · confidence and the value gap_b · (confidence − correct): they add up to those of
+    # Σ_b (n_b/n) gap_b².
     scores = text.sampled_scores(build(at))
     bins = width_bins(scores.confidence)
     numbers = torch.bincount(bins, minlength=BINS)
@@ -226,7 +227,7 @@ def _token_loss(objective: Objective, build: Build, at: Tensor, text: TextStates
 
 
 def temperature(parameters: Tensor) -> Tensor:
-    """Turn a parameter into a temperature: it is the logarithm, so that zero is neutral. It stays between 1/100 and 100."""
+    """Turn a parameter, the logarithm, into a temperature between 1/100 and 100. Zero is neutral."""
     return parameters.clamp(-LOG_RANGE, LOG_RANGE).exp()
 
 
@@ -256,12 +257,12 @@ class _Moments(NamedTuple):
 
 
 def _crossing(falling: Callable[[float], tuple[float, float]]) -> float:
-    """Find the temperature at which a function of ``log β`` that falls crosses zero; an end of the range if it does not.
+    """Find the temperature at which a falling function of ``log β`` crosses zero. If it does not, return an end of the range.
 
-    Newton's method, with bisection where it would leave what is known to hold the crossing.
+    It is Newton's method, with bisection where a step would leave the interval that holds the crossing.
 
     Args:
-        falling: its value and its slope.
+        falling: the function, which returns its value and its slope.
     """
     low, high, at = -LOG_RANGE, LOG_RANGE, 0.0
     for _ in range(MAX_STEPS):
@@ -270,7 +271,7 @@ def _crossing(falling: Callable[[float], tuple[float, float]]) -> float:
         step = -value / slope if slope < 0 else math.inf
         if abs(step) < LOG_TOLERANCE or high - low < LOG_TOLERANCE:
             break
-        # Steps are kept short where the curve bends.
+        # Keep steps short where the curve bends.
         after = at + min(max(step, -1.0), 1.0)
         at = after if low < after < high else (low + high) / 2
     return math.exp(-at)
@@ -278,7 +279,7 @@ def _crossing(falling: Callable[[float], tuple[float, float]]) -> float:
 
 @torch.no_grad()
 def fit_temperature(train: Sequence[TextStates]) -> Intervention:
-    """Scale by temperature (Guo et al. 2017): the one number that minimises the loss, of texts that count equally.
+    """Fit a temperature (Guo et al. 2017): the one number that minimises the loss over texts, which count equally.
 
     With ``β = 1/T`` the loss is convex: its slope is ``E_p[z] − z_target`` and its curvature ``Var_p[z]``.
     """
@@ -294,10 +295,10 @@ def fit_temperature(train: Sequence[TextStates]) -> Intervention:
 
 
 def fit_null_write(train: Sequence[TextStates]) -> Intervention:
-    """Make an entropy neuron by hand: a constant along the direction the unembedding reads least.
+    """Make an entropy neuron by hand: a constant along the direction that the unembedding reads least.
 
-    Without neurons of the model's own it is what can be done through the norm alone. It lengthens the residual, which is
-    another way to a temperature, and shortens it only where the residual has a part to cancel; so both signs are tried.
+    It is what can be done through the norm alone, without the model's own neurons. It lengthens the residual, which acts like a
+    temperature. It shortens the residual only if there is a component to cancel. So both signs are tried.
     """
     neutral = _neutral(train)
     unit = sum(float(text.geometry.own[:, -1, -1].sqrt().mean()) for text in train) / len(train)
@@ -310,12 +311,12 @@ def fit_null_write(train: Sequence[TextStates]) -> Intervention:
 
 
 def _descend(function: Callable[[float], tuple[Tensor, Tensor]], start: float) -> tuple[float, float]:
-    """Go downhill from `start` to where the slope changes sign; the value there, and where it is.
+    """Go downhill from `start` to where the slope changes sign. Return the value there, and the place.
 
-    Steps are doubled until the slope has changed, then the crossing is found by the Illinois method (Dowell and Jarratt 1971).
+    Steps are doubled until the slope has changed. Then the crossing is found by the Illinois method (Dowell and Jarratt 1971).
 
     Args:
-        function: its value and its slope.
+        function: the function, which returns its value and its slope.
         start: where to begin.
     """
 
@@ -332,7 +333,7 @@ def _descend(function: Callable[[float], tuple[Tensor, Tensor]], start: float) -
         if there[2] * here[2] <= 0 or abs(there[1]) > FARTHEST:
             break
         here, step = there, 2 * step
-    # Close in from both sides; a side that stays counts half.
+    # Close in from both sides. Count a side that stays half.
     (_, a, slope_a), (_, b, slope_b) = here, there
     for _ in range(MAX_STEPS):
         if slope_a * slope_b >= 0 or abs(b - a) < NARROW:
@@ -356,7 +357,7 @@ def match_entropy(text: TextStates, entropies: Sequence[float]) -> list[Interven
     With ``β = 1/T`` the slope of the mean entropy against ``log β`` is ``−β² E[Var_p z]``.
 
     Args:
-        text: what the mean is over.
+        text: the text that the mean is over.
         entropies: nats, between 0 and the logarithm of the vocabulary.
     """
     neutral = _neutral([text])

@@ -1,12 +1,12 @@
-"""The model ``confsteer`` of lm-eval (EleutherAI's lm-evaluation-harness): its own ``hf`` model, steered.
+"""The model ``confsteer`` for lm-eval (EleutherAI's lm-evaluation-harness): its own ``hf`` model, steered.
 
-lm-eval 0.4 looks for no models outside itself: this module must be imported before it is asked for ``--model confsteer``.
+lm-eval 0.4 does not look for models outside itself. So this module must be imported before ``--model confsteer`` is used.
 ``confsteer lm-eval`` does so. In Python:
 
     import confsteer.evaluation.lm_eval_model
     lm_eval.simple_evaluate("confsteer", {"pretrained": ..., "profile": ..., "steering": "entropy=0.3"}, tasks=[...])
 
-vLLM needs nothing from here: lm-eval's ``vllm`` model hands ``additional_config`` on, which is where confsteer's plugin looks.
+vLLM does not need this module: lm-eval's ``vllm`` model passes on ``additional_config``, and confsteer's plugin reads that.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ NOT_OF_GGUF = {
     *("subfolder", "tokenizer", "trust_remote_code", "use_fast_tokenizer", "peft", "delta", "autogptq", "gptqmodel"),
     *("parallelize", "max_memory_per_gpu", "max_cpu_memory", "offload_folder", "tp_plan"),
 }
-"""Settings of lm-eval's ``hf`` model about how it loads a model; of one that is loaded already it would ignore them."""
+"""Settings of lm-eval's ``hf`` model for loading a model. It would ignore them for a model that is loaded already."""
 
 
 @register_model("confsteer")
 class SteeredLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
-    """lm-eval's ``hf`` model, steered while it answers requests and as it was at any other time.
+    """lm-eval's ``hf`` model, steered while it answers requests, and unsteered at any other time.
 
     Neutral steering gives lm-eval's own numbers, bit for bit.
     """
@@ -61,17 +61,17 @@ class SteeredLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
         Args:
             pretrained: hub id, folder, ``.gguf`` file, a model, or ``confsteer-demo``, the bundled one. A GGUF file in a hub
                 repository or a folder is named by ``gguf_file=FILE``; its weights are dequantised.
-            profile: the model's profile, or what `Profile.load` takes; None for a model that is not steered.
-            steering: what `Steering.parse` takes. lm-eval cuts ``--model_args`` at commas that are in no bracket, and the text
-                form (``entropy=0.3 scale.757=0``) has none.
-            **settings: of lm-eval's ``hf`` model.
+            profile: the model's profile, or a source that `Profile.load` takes. None for an unsteered model.
+            steering: a request that `Steering.parse` takes. lm-eval splits ``--model_args`` at commas outside brackets, and the
+                text form (``entropy=0.3 scale.757=0``) has none.
+            **settings: settings of lm-eval's ``hf`` model.
 
         Raises:
             SteeringError: the steering is malformed, out of reach, or lacks a profile.
             NoNeuronsError: the profile has no neurons to turn.
             ProfileError: there is no such profile, or it is of another model.
             UnsupportedModelError: see `confsteer.model.dissect`.
-            LoadError: there is no such model, or a GGUF file is to be loaded in a way that it cannot be.
+            LoadError: there is no such model, or a setting does not fit a GGUF file.
         """
         self.steering = Steering.parse({} if steering is None else steering)
         self.profile = Profile.load(profile) if isinstance(profile, str | os.PathLike) else profile
@@ -85,12 +85,12 @@ class SteeredLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
             super().__init__(str(DEMO) if source == DEMO_NAME else source, **settings)
         except OSError as error:
             raise LoadError(f"cannot load {pretrained}: {error}") from error
-        # A profile of another model is refused now, not after the tasks have been loaded.
+        # Refuse a profile of another model now, not after the tasks have been loaded.
         with self._steered():
             pass
 
     def _steered(self) -> contextlib.AbstractContextManager[object]:
-        """Open the steering context once for all requests of a kind: entering checks the whole model."""
+        """Open the steering context once for all requests of a kind, because entering checks the whole model."""
         if self.profile is None:
             return contextlib.nullcontext()
         return steer(self.model, self.profile, self.steering, tokenizer=self.tokenizer)
@@ -117,13 +117,13 @@ class SteeredLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
 
 
 def _dequantised(pretrained: str, settings: dict[str, Any]) -> tuple[str | PreTrainedModel, dict[str, Any]]:
-    """Load a model that is a GGUF file; any other is left to lm-eval.
+    """Load a model from a GGUF file. Any other model is left to lm-eval.
 
     Returns:
         The model, and lm-eval's settings for it.
 
     Raises:
-        LoadError: it cannot be loaded, or not as the settings say.
+        LoadError: it cannot be loaded, or not with these settings.
     """
     name, revision = settings.get("gguf_file"), settings.get("revision")
     if gguf.find(pretrained, name, revision) is None:
@@ -142,18 +142,18 @@ def run(options: Sequence[str]) -> tuple[list[TaskCalibration], Path | None]:
     """Run lm-eval's command line with ``--model confsteer``, and measure the calibration of its multiple-choice answers.
 
     Args:
-        options: of lm-eval; another ``--model`` among them takes the place of ours.
+        options: options of lm-eval. Another ``--model`` among them replaces ours.
 
     Returns:
-        A row per multiple-choice task, none in a process that is not the first; and the file beside lm-eval's results that
-        they were written to, if lm-eval was asked to write.
+        A row per multiple-choice task, and the file with the rows beside lm-eval's results, if lm-eval was asked to write. Only
+        the first of several processes has rows.
     """
     rows: list[TaskCalibration] = []
     trackers: list[Any] = []
     simple_evaluate = lm_eval.evaluator.simple_evaluate
 
     def evaluate(*args: Any, log_samples: bool, evaluation_tracker: Any, **kwargs: Any) -> Any:
-        """Log samples, which are needed here; lm-eval writes them only if asked."""
+        """Log samples, which are needed here. lm-eval writes them to files only if asked."""
         results = simple_evaluate(*args, log_samples=True, evaluation_tracker=evaluation_tracker, **kwargs)
         if results is not None:
             rows.extend(calibrations(results))
@@ -162,9 +162,9 @@ def run(options: Sequence[str]) -> tuple[list[TaskCalibration], Path | None]:
                 del results["samples"]
         return results
 
-    # "run" is lm-eval's own name for what this is.
+    # Put "run" first: it is lm-eval's own name of this command.
     words = options[1:] if options and options[0] == "run" else options
-    # Neither lm-eval's command line nor its results' writer hands results on.
+    # Replace functions: neither lm-eval's command line nor its results' writer returns the results.
     with (
         _replaced(lm_eval.evaluator, "simple_evaluate", evaluate),
         _replaced(sys, "argv", ["lm-eval", "--model", "confsteer", *words]),
@@ -177,7 +177,7 @@ def run(options: Sequence[str]) -> tuple[list[TaskCalibration], Path | None]:
 
 
 def _beside_results(tracker: Any) -> Path:
-    """Name a file where lm-eval writes: a folder per model, or the folder of the file that was named."""
+    """Name a file in the folder where lm-eval writes: a folder per model, or that of the named file."""
     path = Path(tracker.output_path)
     folder = path.parent if path.suffix == ".json" else path / tracker.general_config_tracker.model_name_sanitized
     return folder / f"calibration_{tracker.date_id}.json"

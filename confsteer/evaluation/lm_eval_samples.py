@@ -18,43 +18,44 @@ class Answers(NamedTuple):
     """Log-likelihoods that a model gives the choices of each of n questions."""
 
     log_likelihoods: list[Tensor]
-    """Log-likelihoods of a question's choices, in nats, float64 ``[choices]``; questions may differ in how many they have."""
+    """Log-likelihoods of each question's choices, in nats, float64 ``[choices]``. Questions may differ in their number."""
     gold: Tensor
     """Index of the right choice, int64 ``[n]``."""
     left_out: int
-    """Questions that do not have one right choice out of several, as far as their samples tell."""
+    """Number of questions whose samples do not show one right choice out of several."""
 
 
 class TaskCalibration(NamedTuple):
-    """How well a model's confidence in its answers fits how often they are right."""
+    """Calibration of a model's confidence in its answers to a task."""
 
     task: str
     n: int
     left_out: int
     """See `Answers`."""
     metrics: dict[str, Interval]
-    """See `confsteer.evaluation.metrics.answer_metrics`; empty where no question counts. Intervals are over questions."""
+    """Metrics; see `confsteer.evaluation.metrics.answer_metrics`. Empty if no question counts. Intervals are over questions."""
 
 
 def read_answers(samples: Iterable[Mapping[str, Any]], config: Mapping[str, Any]) -> Answers:
-    """Read the questions of a multiple-choice task that have one right choice, known from the sample.
+    """Read the questions of a multiple-choice task whose samples show one right choice.
 
-    Left out are questions with several right choices, those whose choices are put into the question (such as Winogrande's:
-    the sample does not say which is right), and all of a task that judges answers by a function of its own, since what its
-    target means is known to that function alone (TruthfulQA's mc2 has several right choices and names the first).
+    Questions with several right choices are left out. So are those whose choices are put into the question, such as
+    Winogrande's, because the sample does not say which is right. A task may also judge answers by a function of its own. All its
+    questions are left out, because only that function knows what its target means. (TruthfulQA's mc2 has several right choices
+    and names the first.)
 
     Args:
         samples: ``results["samples"][task]`` of `lm_eval.simple_evaluate`.
         config: ``results["configs"][task]``.
     """
-    # Each filter of a task logs all questions again; what the model said is the same.
+    # Skip repeats: each filter of a task logs all questions again, with the same answers of the model.
     questions = {sample["doc_id"]: sample for sample in samples}
     log_likelihoods, gold = [], []
     for sample in questions.values():
         values = torch.tensor([float(responses[0][0]) for responses in sample["resps"]], dtype=torch.float64)
         requests = sample["arguments"]
         if "acc_mutual_info" in sample["metrics"]:
-            # After the choices given the question come the choices by themselves.
+            # Take the first half: after the choices given the question come the choices by themselves.
             values, requests = values[: len(values) // 2], requests[: len(requests) // 2]
         index = None if "process_results" in config else _gold(sample["target"], requests, config.get("target_delimiter", " "))
         if index is not None:
@@ -68,13 +69,13 @@ def _gold(target: Any, requests: list[tuple[Any, ...]], delimiter: str) -> int |
     if len(contexts) > 1 or len(choices) < 2:
         return None
     if isinstance(target, str):
-        # A chat template takes the place of the delimiter.
+        # Allow for no delimiter: a chat template takes its place.
         target = next((choices.index(text) for text in (delimiter + target, target) if text in choices), None)
     return int(target) if isinstance(target, int) and 0 <= target < len(choices) else None
 
 
 def calibration(task: str, answers: Answers) -> TaskCalibration:
-    """Measure how well a choice's share of the probability of all choices says whether it is right."""
+    """Measure the calibration of a choice's share of the probability of all choices."""
     n = len(answers.gold)
     if n == 0:
         return TaskCalibration(task, 0, answers.left_out, {})
@@ -84,7 +85,7 @@ def calibration(task: str, answers: Answers) -> TaskCalibration:
 
 
 def calibrations(results: Mapping[str, Any]) -> list[TaskCalibration]:
-    """Make a row per multiple-choice task of what `lm_eval.simple_evaluate` returns, samples included."""
+    """Make a row per multiple-choice task from the results of `lm_eval.simple_evaluate`, which must have samples."""
     return [
         calibration(task, read_answers(samples, results["configs"][task]))
         for task, samples in results["samples"].items()

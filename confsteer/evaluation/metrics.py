@@ -1,7 +1,7 @@
-"""Calibration, loss and entropy, of next tokens and of answers, with bootstrap intervals over blocks.
+"""Calibration, loss and entropy of next tokens and of answers, with bootstrap intervals over blocks.
 
-Calibration metrics judge a confidence against being right. Of a next token the confidence is the top probability and being
-right is that this token came; of an answer it is the top choice's share. None of them depends on which of the two it is.
+Calibration metrics compare a confidence with being right. For a next token the confidence is the top probability, and it is
+right if that token came. For an answer the confidence is the top choice's share. The metrics are the same for both.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ BINS = 15
 MASS_BINS = 10
 SELECTED = 0.1
 RANK_BINS = 500
-"""Bins of confidence in the resamples of AUROC and the selective metrics, which depend on its order."""
+"""Bins of confidence in the resamples of AUROC and the selective metrics, which depend on the order of confidences."""
 SMOOTH_RESAMPLES = 100
-"""Smooth ECE is slow: that many of the resamples give its interval."""
+"""Number of resamples for the interval of smooth ECE, which is slow."""
 
 UNIT = (0.0, 1.0)
 Estimates = dict[str, Resampled]
 
 
 class Metric(NamedTuple):
-    """A metric: what it is, how it is shown, and which way is better."""
+    """A metric: its definition, its format, and which way is better."""
 
     label: str
     definition: str
     better: Literal["lower", "higher"] | None = None
-    """None where neither is good or bad in itself."""
+    """Better direction. None if neither is good or bad in itself."""
     compared: bool = False
     """Whether paired differences to the baselines are reported."""
     digits: int = 4
     percent: bool = False
     short: str = ""
-    """Heading in a narrow table; the label if empty."""
+    """Heading in a narrow table. If empty, it is the label."""
 
     @property
     def heading(self) -> str:
@@ -46,7 +46,7 @@ class Metric(NamedTuple):
         return self.short or self.label
 
     def number(self, value: float, *, sign: bool = False) -> str:
-        """Format with a true minus sign."""
+        """Format a value with a true minus sign."""
         if self.percent:
             return f"{value:.{self.digits}%}".replace("-", "−")
         return f"{value:{'+' if sign else ''}.{self.digits}f}".replace("-", "−")
@@ -89,9 +89,9 @@ METRICS = {
         "argmax changed", "share of top predictions that are not the unsteered model's", digits=1, percent=True
     ),
 }
-"""The one table of metrics, in the order of all others: tables, reports, paired differences and this page read it."""
+"""The table of all metrics, in their order. Tables, reports, paired differences and this page read it."""
 
-# The reference shows the same table.
+# Add the same table to the docstring, for the reference.
 __doc__ = "\n".join(
     [
         str(__doc__),
@@ -103,10 +103,10 @@ __doc__ = "\n".join(
 
 
 def token_metrics(scores: TokenScores, blocks: Blocks, *, unsteered: TokenScores, smooth: bool = False) -> Estimates:
-    """Compute all metrics of next-token predictions but the divergences.
+    """Compute all metrics of next-token predictions, except the divergences.
 
     Args:
-        scores: of the predictions to judge.
+        scores: scores of the predictions to judge.
         blocks: that the tokens are in.
         unsteered: scores of the same tokens without steering.
         smooth: whether to compute smooth ECE.
@@ -122,7 +122,7 @@ def token_metrics(scores: TokenScores, blocks: Blocks, *, unsteered: TokenScores
 
 
 def answer_metrics(log_likelihood: Tensor, gold: Tensor, blocks: Blocks) -> Estimates:
-    """Compute all metrics of multiple choice.
+    """Compute all metrics of multiple-choice answers.
 
     Args:
         log_likelihood: of each choice, ``[questions, choices]``; −∞ where a question has fewer.
@@ -142,10 +142,10 @@ def answer_metrics(log_likelihood: Tensor, gold: Tensor, blocks: Blocks) -> Esti
 
 
 def chance_metrics(choices: Tensor, blocks: Blocks) -> Estimates:
-    """Compute what can be expected of guessing, with all choices of a question alike.
+    """Compute the expected metrics of guessing, when all choices of a question are alike.
 
     Args:
-        choices: how many each question has, ``[questions]``.
+        choices: number of choices of each question, ``[questions]``.
         blocks: that the questions are in.
     """
     share = 1 / choices.double()
@@ -159,9 +159,9 @@ def chance_metrics(choices: Tensor, blocks: Blocks) -> Estimates:
 
 
 def calibration_metrics(confidence: Tensor, correct: Tensor, blocks: Blocks, *, smooth: bool = False) -> Estimates:
-    """Measure how well a confidence says what is right.
+    """Measure how well confidences agree with being right.
 
-    Metrics that need right and wrong predictions are left out if there are not both.
+    Metrics that need both right and wrong predictions are left out if one kind is missing.
 
     Args:
         confidence: ``[n]``, probabilities.
@@ -185,18 +185,18 @@ def calibration_metrics(confidence: Tensor, correct: Tensor, blocks: Blocks, *, 
 
 
 def width_bins(confidence: Tensor) -> Tensor:
-    """Find the equal-width bin of each confidence ``[n]``; bins are ``[a, b)``, the last includes 1."""
+    """Find the equal-width bin of each confidence ``[n]``. Bins are ``[a, b)``, and the last includes 1."""
     return (confidence.double() * BINS).long().clamp_max(BINS - 1)
 
 
 def equal_mass_bins(values: Tensor, bins: int) -> tuple[Tensor, int]:
-    """Find the bin of each of the values ``[n]``, and how many bins there are.
+    """Find the bin of each of the values ``[n]``, and the number of bins.
 
-    Bins hold equal numbers as far as equal values stay together: a bin cut within equal values would depend on their order.
+    Bins hold equal numbers, except that equal values stay together. A bin that split equal values would depend on their order.
     """
     ordered = values.sort().values
     edges = ordered[torch.arange(1, bins) * len(values) // bins].unique()
-    # A bin begins with the value it is cut at; nothing comes before the smallest.
+    # Begin a bin with the value that it is cut at. Make no cut before the smallest.
     edges = edges[edges > ordered[0]]
     return torch.searchsorted(edges, values, right=True), len(edges) + 1
 
@@ -207,13 +207,13 @@ def width_calibration_error(confidence: Tensor, correct: Tensor, blocks: Blocks)
 
 
 def _calibration_error(gap: Tensor, bin_of: Tensor, bins: int, blocks: Blocks) -> tuple[Resampled, Resampled]:
-    """Compute the mean gap of a bin, weighted by what is in it, and the largest: ECE and MCE."""
+    """Compute the mean gap of bins, weighted by their numbers, and the largest gap: ECE and MCE."""
     gaps, numbers = blocks.sums(gap, bin_of, bins), blocks.sums(torch.ones_like(gap), bin_of, bins)
     drawn_gaps, drawn_numbers = blocks.weights @ gaps, blocks.weights @ numbers
     gaps, numbers = gaps.sum(dim=0), numbers.sum(dim=0)
     shares = drawn_gaps / drawn_numbers.sum(dim=-1, keepdim=True)
     means = gaps / numbers.clamp_min(1)
-    # A resample without a bin says nothing of it.
+    # Ignore a bin in resamples that do not have it.
     drawn_means = torch.where(drawn_numbers > 0, drawn_gaps / drawn_numbers.clamp_min(1), means)
     return (
         resampled_norm(lambda u: u.abs().sum(dim=-1), gaps / numbers.sum(), shares),
@@ -224,8 +224,8 @@ def _calibration_error(gap: Tensor, bin_of: Tensor, bins: int, blocks: Blocks) -
 def _ranking(confidence: Tensor, correct: Tensor, blocks: Blocks) -> Estimates:
     """Estimate AUROC, selective accuracy and coverage area.
 
-    The values are exact. Resamples are of `RANK_BINS` bins of equal mass, within which confidences count as equal, moved by
-    what that changes of the value.
+    The values are exact. Resamples use `RANK_BINS` bins of equal mass, within which confidences count as equal. They are shifted
+    by the effect of that on the value.
     """
     _, group = (-confidence).unique(return_inverse=True)
     ones, is_right = torch.ones(len(correct)), correct.float()
@@ -243,15 +243,15 @@ def _ranking(confidence: Tensor, correct: Tensor, blocks: Blocks) -> Estimates:
 
 
 def ranking_metrics(numbers: Tensor, right: Tensor) -> dict[str, Tensor]:
-    """Compute AUROC, selective accuracy and coverage area, ``[sets]`` each; AUROC is NaN where all are right or all are wrong.
+    """Compute AUROC, selective accuracy and coverage area, ``[sets]`` each. AUROC is NaN if all are right or all are wrong.
 
     Args:
-        numbers: how many predictions have each confidence, float64 ``[sets, confidences]``, the highest confidence first.
-        right: how many of them are right.
+        numbers: number of predictions at each confidence, float64 ``[sets, confidences]``, the highest confidence first.
+        right: number of right ones among them.
     """
     wrong = numbers - right
     total, total_right, total_wrong = (x.sum(dim=-1) for x in (numbers, right, wrong))
-    # Equal confidences are in no order: on average half of them come before.
+    # Count half of the equal confidences as before: they are in no order.
     above_right = right.cumsum(dim=-1) - right / 2
     auroc = (wrong * above_right).sum(dim=-1) / (total_right * total_wrong)
     accuracy = right / numbers.clamp_min(torch.finfo(numbers.dtype).tiny)
@@ -280,5 +280,5 @@ def _smooth_ece(confidence: Tensor, correct: Tensor, blocks: Blocks) -> Resample
     drawn = blocks.weights[:SMOOTH_RESAMPLES].long()
     resampled = [error(everything.repeat_interleave(weights[blocks.index])) for weights in drawn]
     value, draws = error(everything), torch.tensor(resampled, dtype=torch.float64)
-    # It is biased upwards by noise, and resampling adds noise again; recentre the draws on the estimate.
+    # Recentre the draws on the estimate: noise biases it upwards, and resampling adds noise again.
     return Resampled(value, draws - draws.mean() + value, UNIT)

@@ -1,4 +1,4 @@
-"""Texts read with a model once, for any number of interventions."""
+"""Texts that a model reads once, for any number of interventions."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from confsteer.text.windows import Windows, check_context
 
 
 def interventions_of(steerings: Sequence[Steering], profile: Profile) -> tuple[list[Steering], list[Intervention]]:
-    """Write out the presets of steerings, and compute what each does to the last layer.
+    """Write out the presets of steerings, and compute the intervention of each at the last layer.
 
     Raises:
-        SteeringError: one cannot be done, or not in an evaluation.
+        SteeringError: one cannot be applied, or not in an evaluation.
     """
     resolved = [profile.resolve(steering) for steering in steerings]
     for steering in resolved:
@@ -36,15 +36,15 @@ def interventions_of(steerings: Sequence[Steering], profile: Profile) -> tuple[l
 
 
 class Reader:
-    """Reads texts with one model: what all of them share is made once."""
+    """Reader of texts with one model. What all texts share is made once."""
 
     @torch.no_grad()
     def __init__(self, model: PreTrainedModel, profile: Profile) -> None:
         """Prepare what all texts share.
 
         Args:
-            model: the profile's model; it is put in evaluation mode.
-            profile: which neurons steering can reach.
+            model: the profile's model. It is put in evaluation mode.
+            profile: profile with the neurons that steering can reach.
 
         Raises:
             NoNeuronsError: the profile has no neurons to steer.
@@ -66,10 +66,10 @@ class Reader:
 
     @torch.no_grad()
     def read(self, windows: Windows, *, progress: bool = False) -> TextStates:
-        """Run the model over a text once and keep what decides its predictions: ``d_model`` numbers a token.
+        """Run the model over a text once, and keep the states that decide its predictions: ``d_model`` numbers a token.
 
-        In half precision the model rounds its logits and this does not: predictions are those of the same weights computed in
-        float32 from the final norm on.
+        In half precision the model rounds its logits, but this does not. Predictions are computed in float32 from the final norm
+        on, with the same weights.
 
         Args:
             windows: the text.
@@ -88,5 +88,5 @@ class Reader:
             return self.reading(states)
 
     def reading(self, states: TokenStates) -> TextStates:
-        """Join the readout to what the model left at some tokens, the activations those of `neurons`."""
+        """Join the readout to states of some tokens, with the activations of `neurons`."""
         return TextStates(self.readout, states, self._null_direction, self._writes)

@@ -1,4 +1,4 @@
-"""An evaluation as a file: what to run, so that it can be run again."""
+"""An evaluation as a file, so that it can be run again."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ AnySource = TypeVar("AnySource", bound=QuestionSource)
 
 
 class Run(BaseModel):
-    """A request to ``confsteer eval``; a YAML file has it in the words of its options.
+    """A request to ``confsteer eval``. A YAML file has it in the words of the command's options.
 
-    Files and folders are looked for beside the YAML file.
+    Paths of files and folders are relative to the YAML file.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -47,13 +47,13 @@ class Run(BaseModel):
     profile: str
     """Folder, shipped name or hub repository."""
     texts: tuple[TextSource, ...] = ()
-    """The bundled model's held-out text if there are neither texts nor questions."""
+    """Texts. If there are neither texts nor questions, it is the bundled model's held-out text."""
     steerings: tuple[str, ...] = ()
-    """As `Steering.parse` takes them."""
+    """Steerings that `Steering.parse` takes."""
     sweeps: tuple[str, ...] = ()
-    """As `confsteer.evaluation.evaluate.sweep` takes them."""
+    """Sweeps that `confsteer.evaluation.evaluate.sweep` takes."""
     tokens: Annotated[int, Field(ge=1)] | None = None
-    """Tokens of each text to read at most; all if None."""
+    """Most tokens to read of each text; all if None."""
     window: int = WINDOW
     """Tokens per window."""
     unigram: Path | None = None
@@ -63,19 +63,19 @@ class Run(BaseModel):
     questions: tuple[ShortQuestionSource, ...] = ()
     """Questions to which the model writes the answer: files and folders, or datasets."""
     formats: tuple[AnswerForm, ...] = ("text",)
-    """Ways to ask those of multiple choice: for the text of a choice, or for its letter."""
+    """Forms of multiple-choice answers: the text of a choice, or its letter."""
     template: str | None = None
-    """Jinja, or a file of it, which writes what comes before an answer, see `confsteer.text.prompts.Wording`."""
+    """Jinja, or a file of it, that writes everything before an answer; see `confsteer.text.prompts.Wording`."""
     chat: bool = False
     """Whether questions go through the tokenizer's chat template."""
     shots: Path | None = None
-    """File of questions that stand before each with their answers."""
+    """File of example questions, which are put before each question with their answers."""
     limit: Annotated[int, Field(ge=2)] | None = None
-    """Questions of each file to draw at random; all if None."""
+    """Number of questions to draw at random from each file; all if None."""
     by: str | None = None
     """Field of the multiple-choice questions' records to group them by."""
     samples: Annotated[int, Field(ge=2)] = SAMPLES
-    """Samples of each answer that the model writes."""
+    """Number of samples of each answer that the model writes."""
     smooth_ece: bool = False
     """Whether to compute smooth ECE too, which is slow."""
     induction: bool = False
@@ -86,7 +86,7 @@ class Run(BaseModel):
         """Read a run from YAML.
 
         Raises:
-            SettingError: it cannot be read or is no such file; the sentence names the key.
+            SettingError: it cannot be read, or is not such a file. The sentence names the key.
         """
         import yaml
 
@@ -103,7 +103,7 @@ class Run(BaseModel):
             raise SettingError(f"{file}: {problem}; a run has {', '.join(cls.model_fields)}") from error
 
     def _beside(self, folder: Path) -> Run:
-        """Look for its files and folders beside the YAML file, in `folder`."""
+        """Make its paths relative to `folder`, where the YAML file is."""
 
         def name(value: str | None) -> str | None:
             return str(folder / value) if value and os.path.exists(folder / value) else value
@@ -132,10 +132,10 @@ class Run(BaseModel):
         return [*map(Steering.parse, self.steerings), *(one for text in self.sweeps for one in sweep(text))]
 
     def choice_questions(self) -> dict[str, list[Question]]:
-        """Read its multiple-choice questions, by the name of where they are from.
+        """Read its multiple-choice questions, by the name of their source.
 
         Raises:
-            CorpusError: a file is no such file, or a question has no field to group it by.
+            CorpusError: a file has no such questions, or a question has no field to group it by.
             SettingError: two files have the same name.
         """
         found = {title: _drawn(source.read(), self.limit) for title, source in _named(self.choices).items()}
@@ -145,26 +145,26 @@ class Run(BaseModel):
         return found
 
     def short_questions(self) -> dict[str, list[ShortQuestion]]:
-        """Read the questions to which the model writes the answer, by the name of where they are from.
+        """Read the questions to which the model writes the answer, by the name of their source.
 
         Raises:
-            CorpusError: a file is no such file.
+            CorpusError: a file has no such questions.
             SettingError: two files have the same name.
         """
         return {title: _drawn(source.read(), self.limit) for title, source in _named(self.questions).items()}
 
     def wordings(self) -> list[Wording]:
-        """Read the words that multiple-choice questions are put in.
+        """Read the wordings of multiple-choice questions.
 
         Raises:
-            CorpusError: the examples are no questions.
+            CorpusError: the examples are not questions.
             SettingError: the template cannot be read.
         """
         shots = () if self.shots is None else tuple(read_questions([self.shots]))
         return [Wording(form, self._template(), self.chat, shots) for form in dict.fromkeys(self.formats)]
 
     def short_wording(self) -> ShortWording:
-        """Read the words that short questions are put in; see `wordings`."""
+        """Read the wording of short questions; see `wordings`."""
         shots = () if self.shots is None else tuple(read_short_questions([self.shots]))
         return ShortWording(self._template(), self.chat, shots)
 
@@ -172,7 +172,7 @@ class Run(BaseModel):
         return None if self.template is None else read_template(self.template)
 
     def sources(self) -> dict[str, TextSource]:
-        """Name its texts by title.
+        """Give its texts by title.
 
         Raises:
             CorpusError: two have the same title.
@@ -186,11 +186,11 @@ class Run(BaseModel):
 
 
 class Stage(NamedTuple):
-    """An evaluation that has come so far."""
+    """An evaluation so far."""
 
     result: Evaluation
     answered: Answered | WrittenAnswered | None = None
-    """Answers that the last questions got, if the stage ends with questions."""
+    """Answers to the last questions, if the stage ends with questions."""
 
 
 def run(
@@ -202,14 +202,14 @@ def run(
     *,
     progress: bool = False,
 ) -> Iterator[Stage]:
-    """Run the evaluation that `settings` ask for, a file at a time: a long run can be kept wherever it ends.
+    """Run the evaluation that `settings` ask for, a file at a time, so that a long run can be kept wherever it ends.
 
     Args:
         settings: the request.
-        profile: the one they name, loaded.
+        profile: the profile that they name, loaded.
         loaded: the model they name, loaded.
-        questions: those of multiple choice that they name, read.
-        short: those to which the model writes the answer.
+        questions: the multiple-choice questions that they name, read.
+        short: the questions to which the model writes the answer, read.
         progress: whether to show progress bars.
 
     Raises:
@@ -221,7 +221,7 @@ def run(
     size = profile.model.tokenizer_size
     counts_file = settings.unigram or (DEMO_UNIGRAM if settings.model is None else None)
     counts = checked_counts(read_counts(counts_file), size) if counts_file else None
-    # Begin with what is short and may be refused: nothing that took long is lost then.
+    # Begin with short parts that may be refused, so that no long work is lost.
     if settings.induction:
         check_repetition(loaded.model, loaded.tokenizer, DEFAULT_REPETITION)
     tokenizer = loaded.tokenizer
@@ -250,7 +250,7 @@ def run(
 
 
 def _named(sources: Sequence[AnySource]) -> dict[str, AnySource]:
-    """Name files of questions by title.
+    """Give files of questions by title.
 
     Raises:
         SettingError: two have the same title.
@@ -262,7 +262,7 @@ def _named(sources: Sequence[AnySource]) -> dict[str, AnySource]:
 
 
 def _drawn(questions: list[AnyQuestion], limit: int | None) -> list[AnyQuestion]:
-    """Draw some of the questions at random, the same each time, in their order."""
+    """Draw some of the questions at random, the same each time, and keep their order."""
     if limit is None or limit >= len(questions):
         return questions
     chosen = sorted(random.Random(SEED).sample(range(len(questions)), limit))

@@ -1,4 +1,4 @@
-"""Short questions answered in a model's own words: how well five confidences in the answers fit how often they are right."""
+"""Short questions answered in a model's own words: calibration of five confidences in the answers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from confsteer.text.short_questions import ShortQuestion
 
 
 class WrittenAnswers(Result):
-    """Answers that one way to ask gave."""
+    """Answers of the model under one steering."""
 
     name: str
     steering: Steering
@@ -33,24 +33,24 @@ class WrittenAnswers(Result):
     """Wrong answers with the words of an accepted one among others; None in results made before these were counted."""
     accuracy: Interval
     less_unsteered: Interval | None = None
-    """Paired difference of the accuracy to the unsteered model's; None of that itself."""
+    """Paired difference of the accuracy to the unsteered model's. None for the unsteered model itself."""
     changed: int
-    """Answers that are others than the unsteered model's, once normalised."""
+    """Number of answers that differ from the unsteered model's after normalisation."""
     became_right: int
     became_wrong: int
     cut_off: int
-    """Answers that did not come to an end."""
+    """Number of answers that were cut off."""
     empty: int
-    """Answers with nothing to compare."""
+    """Number of answers with nothing to compare."""
 
 
 class ConfidenceComparison(Result):
-    """Ways to be confident in the same answers: the unsteered model's first, what is fitted to it, and each steering's own."""
+    """Values of one confidence: the unsteered model's first, then the maps fitted to it, and each steering's own."""
 
     confidence: ConfidenceName
     rows: tuple[ComparedRow, ...]
-    """Metrics are over the questions that have a confidence. The values of the row of kind ``temperature`` are a temperature of
-    tokens for each half, or a slope and a constant."""
+    """Rows. Metrics are over the questions that have a confidence. A row of kind ``temperature`` has a temperature of tokens for
+    each half, or a slope and a constant."""
 
     def stated(self, row: ComparedRow) -> int:
         """Count the answers that have a confidence."""
@@ -63,22 +63,22 @@ class WrittenComparison(Result):
     source: str
     wording: str
     prompts: dict[PromptName, str]
-    """Texts that the model read, verbatim: the first question, and what it was asked about its answer."""
+    """Texts that the model read, verbatim: the first question, and the prompts about its answer."""
     questions: int
     truncated: int
-    """Questions that do not fit the model's context and lost their beginning."""
+    """Number of questions that lost their beginning, because they do not fit the model's context."""
     samples: int
-    """Samples of each answer, for self-consistency."""
+    """Number of samples of each answer, for self-consistency."""
     blocks: int
-    """Number of units that are resampled for the intervals."""
+    """Number of units that the intervals resample."""
     unit: BlockUnit
     answers: tuple[WrittenAnswers, ...]
-    """The unsteered model's first."""
+    """Answers, the unsteered model's first."""
     confidences: tuple[ConfidenceComparison, ...]
 
     @property
     def title(self) -> str:
-        """Name of the questions, and the words they are put in."""
+        """Name of the questions, and of their wording."""
         return f"{self.source} ({self.wording})"
 
 
@@ -91,7 +91,7 @@ class WrittenAnswered(NamedTuple):
     def records(self) -> Iterator[dict[str, Any]]:
         """Make a flat record of each question and way to answer, with every confidence.
 
-        Fields of the question's own record keep their names, unless that is a name of ours: then ``record_`` goes before it.
+        Fields of the question's own record keep their names. If confsteer uses the name, ``record_`` is put before it.
         """
         for way in self.sample.ways:
             for i, question in enumerate(self.sample.questions):
@@ -106,7 +106,7 @@ class WrittenAnswered(NamedTuple):
                     "correct": bool(way.correct[i]),
                     "changed": bool(way.changed[i]),
                     "cut_off": not bool(way.ended[i]),
-                    # JSON has no NaN.
+                    # Write None: JSON has no NaN.
                     **{name: value if value == value else None for name, value in stated.items()},
                     "block": int(self.sample.block[i]),
                 }
@@ -128,10 +128,10 @@ def answer_in_words(
     Args:
         reader: of the model.
         tokenizer: the model's.
-        questions: by the name of where they are from; see `confsteer.text.short_questions.read_short_questions`.
-        steerings: all for every position.
-        wording: words to put the questions in.
-        samples: of each answer, for self-consistency.
+        questions: questions by the name of their source; see `confsteer.text.short_questions.read_short_questions`.
+        steerings: steerings. All must be for every position.
+        wording: wording of the questions.
+        samples: number of samples of each answer, for self-consistency.
         progress: whether to show progress bars.
 
     Raises:
@@ -182,7 +182,7 @@ def _answers(way: WrittenWay, unsteered: WrittenWay, blocks: Blocks) -> WrittenA
 
 
 def _rows(name: ConfidenceName, ways: Sequence[WrittenWay], block: Tensor) -> tuple[ComparedRow, ...]:
-    """Judge one confidence of each way to answer over the questions where it was stated, and pairs of them where both were."""
+    """Judge one confidence of each way to answer over the questions where it was stated. Pairs need both."""
     known = [way.confidence[name].isfinite() for way in ways]
     estimates = [_metrics(name, way, rows, block) for way, rows in zip(ways, known, strict=True)]
 
@@ -205,7 +205,7 @@ def _rows(name: ConfidenceName, ways: Sequence[WrittenWay], block: Tensor) -> tu
                 steering=way.steering,
                 values=way.values.get(name, ()),
                 metrics={key: one.interval for key, one in estimates[i].items()},
-                # The unsteered model and what is fitted to it come first.
+                # Compare with the first rows: the unsteered model and the maps fitted to it.
                 minus={ways[j].kind: difference for j in (0, 1) if j != i and (difference := less(i, j))},
                 reliability=reliability_bins(stated, correct, Blocks(block[known[i]])) if some else (),
                 coverage=accuracy_at_coverages(stated, correct) if some else (),
@@ -215,7 +215,7 @@ def _rows(name: ConfidenceName, ways: Sequence[WrittenWay], block: Tensor) -> tu
 
 
 def _metrics(name: ConfidenceName, way: WrittenWay, rows: Tensor, block: Tensor) -> Estimates:
-    """Compute the metrics of a confidence over some of the questions; none over none."""
+    """Compute the metrics of a confidence over some of the questions. Without questions there are none."""
     if not rows.any():
         return {}
     return calibration_metrics(way.confidence[name][rows], way.correct[rows], Blocks(block[rows]))

@@ -37,31 +37,31 @@ from confsteer.text.short_questions import ShortQuestion
 from confsteer.text.windows import context_length, surrounding_ids
 
 ANSWER_TOKENS, WORKED_TOKENS, PERCENTAGE_TOKENS = 32, 256, 12
-"""Tokens that an answer has at most: of words, of a number that is worked out, of a percentage."""
+"""Most tokens of an answer: of words, of a number that is worked out, of a percentage."""
 
 
 class WrittenWay(NamedTuple):
-    """Answers to all questions under one steering, and how confident the model is in each."""
+    """Answers to all questions under one steering, and the model's confidences in each."""
 
     name: str
     kind: RowKind
     steering: Steering | None
     texts: tuple[str, ...]
-    """Answers, as they were written."""
+    """The answers as the model wrote them."""
     ended: Tensor
-    """Whether each came to an end before it was cut off, ``[questions]`` bool."""
+    """Whether each ended before it was cut off, ``[questions]`` bool."""
     empty: Tensor
-    """Whether there is nothing to compare in it, ``[questions]`` bool."""
+    """Whether an answer has nothing to compare, ``[questions]`` bool."""
     correct: Tensor
     """``[questions]`` bool."""
     changed: Tensor
-    """Whether each is another than the unsteered model's, ``[questions]`` bool."""
+    """Whether each differs from the unsteered model's, ``[questions]`` bool."""
     mentioned: Tensor
     """Whether each has the words of an accepted answer among others, ``[questions]`` bool."""
     confidence: dict[ConfidenceName, Tensor]
-    """Float64 ``[questions]`` each; NaN where the model gave none."""
+    """Confidences, float64 ``[questions]`` each; NaN where the model gave none."""
     values: dict[ConfidenceName, tuple[float, ...]]
-    """Numbers fitted, see `confsteer.evaluation.confidences.Fitted`; empty where nothing was."""
+    """Fitted numbers; see `confsteer.evaluation.confidences.Fitted`. Empty if nothing was fitted."""
 
 
 class WrittenSample(NamedTuple):
@@ -71,41 +71,42 @@ class WrittenSample(NamedTuple):
     wording: str
     questions: Sequence[ShortQuestion]
     prompts: dict[PromptName, str]
-    """The first question as the model read it, and what it was asked about its answer, by confidence."""
+    """The first question as the model read it, and the prompts about its answer, by confidence."""
     block: Tensor
     """Resampling block of each question, ``[questions]``."""
     unit: BlockUnit
     truncated: int
-    """Questions that do not fit the model's context and lost their beginning."""
+    """Number of questions that lost their beginning, because they do not fit the model's context."""
     samples: int
-    """Samples of each answer."""
+    """Number of samples of each answer."""
     ways: list[WrittenWay]
-    """Unsteered, what is fitted to that, and each steering."""
+    """Ways to answer: unsteered, the maps fitted to that, and each steering."""
 
 
 class _Asking(NamedTuple):
-    """Whatever all questions to one model have in common."""
+    """The common parts of all questions to one model."""
 
     reader: Reader
     tokenizer: PreTrainedTokenizerBase
     steerings: Sequence[Steering]
-    """The unsteered model first."""
+    """Steerings, the unsteered model first."""
     interventions: Sequence[Intervention]
     chat: bool
     source: str
     progress: bool
 
     def write(self, doing: str, prompts: Sequence[str], ends: Sequence[Ends], **how: Any) -> tuple[list[list[Written]], int]:
-        """Continue prompts; continuations by prompt and steering, and how many prompts lost their beginning."""
+        """Continue prompts. Return continuations by prompt and steering, and how many prompts lost their beginning."""
         most, encoded = context_length(self.reader.model.config), []
-        # A chat template writes the special tokens; an end that the tokenizer puts after texts would end the prompt.
+        # Add no special tokens after a chat template, which writes them. Drop an end that the tokenizer puts after texts: it
+        # would end the prompt.
         after = 0 if self.chat else len(surrounding_ids(self.tokenizer)[1])
         for prompt in prompts:
             text = prompt if self.chat else prompt.rstrip()
             ids = self.tokenizer(text, add_special_tokens=not self.chat, verbose=False)["input_ids"]
             encoded.append(list(ids[: len(ids) - after]))
         if most is not None:
-            # At least half of the context is for the prompt.
+            # Leave at least half of the context for the prompt.
             ends = [one._replace(max_new_tokens=min(one.max_new_tokens, most // 2)) for one in ends]
         room = 0 if most is None else most - max(one.max_new_tokens for one in ends)
         kept = [ids[-room:] for ids in encoded]
@@ -133,16 +134,16 @@ def write_sample(
     samples: int,
     progress: bool = False,
 ) -> WrittenSample:
-    """Have a model answer questions, unsteered and with each steering, and find its confidence in each answer.
+    """Let a model answer questions, unsteered and with each steering, and find its confidences in each answer.
 
     Args:
         reader: of the model.
         tokenizer: the model's.
         questions: to be answered.
-        steerings: all for every position.
+        steerings: steerings. All must be for every position.
         source: where the questions are from, for messages.
-        wording: words they are put in.
-        samples: of each answer, for self-consistency.
+        wording: their wording.
+        samples: number of samples of each answer, for self-consistency.
         progress: whether to show progress bars.
 
     Raises:
@@ -165,7 +166,7 @@ def write_sample(
     p_true, p_true_asked = _p_true(asking, about)
     verbalised, verbalised_asked = _verbalised(asking, about)
 
-    # Put together what is known of each answer under the steering that it was written with.
+    # Join the confidences in each answer under the steering that it was written with.
     names, ways = ["neutral", *map(str, steerings)], []
     unsteered = [question.key(ones[0].text) for question, ones in zip(questions, written, strict=True)]
     for i, (name, steering) in enumerate(zip(names, asking.steerings, strict=True)):
@@ -180,7 +181,7 @@ def write_sample(
 def _way(
     name: str, steering: Steering, questions: Sequence[ShortQuestion], answers: Sequence[Written], unsteered: Sequence[str]
 ) -> WrittenWay:
-    """Judge the answers under a steering, with the confidences that follow from what was written."""
+    """Judge the answers under a steering, with the confidences that follow from their tokens and samples."""
     keys = [question.key(one.text) for question, one in zip(questions, answers, strict=True)]
     agree = [
         [question.key(text) == key for text in one.samples] for question, one, key in zip(questions, answers, keys, strict=True)
@@ -203,13 +204,13 @@ def _way(
 
 
 def fitted(neutral: WrittenWay, log_probability: Sequence[Tensor], block: Tensor) -> WrittenWay:
-    """Fit to the unsteered model's confidences what steerings have to beat: the answers stay, the confidence in them changes.
+    """Fit the baselines of steerings to the unsteered model's confidences. The answers stay; the confidences in them change.
 
-    Those that follow from tokens get a temperature on the tokens' logits, the others a slope and a constant on their own logit.
+    Confidences from tokens get a temperature on the tokens' logits. The others get a slope and a constant on their own logit.
 
     Args:
         neutral: the unsteered model.
-        log_probability: of its answers' tokens, ``[temperatures, tokens]`` each.
+        log_probability: log-probabilities of its answers' tokens, ``[temperatures, tokens]`` each.
         block: of each question, ``[questions]``.
     """
     at_temperatures = of_tokens(log_probability)
@@ -229,17 +230,17 @@ def fitted(neutral: WrittenWay, log_probability: Sequence[Tensor], block: Tensor
 
 
 def _ends(question: ShortQuestion, chat: bool) -> Ends:
-    """Say where an answer ends: of words with the line; of a number, outside of a chat, with the paragraph."""
+    """Choose the end of an answer: for words, that of the line. For a number, outside of a chat, that of the paragraph."""
     number = question.kind == "number"
     paragraph = () if chat else ("\n\n",)
     return Ends(WORKED_TOKENS if number else ANSWER_TOKENS, question.until or (paragraph if number else ("\n",)))
 
 
 def _about_answers(questions: Sequence[ShortQuestion], written: Sequence[Sequence[Written]]) -> tuple[list[Question], Tensor]:
-    """Make a question about each answer, once where several steerings give the same.
+    """Make a question about each answer, only once if several steerings give the same answer.
 
     Returns:
-        The questions, and the index of each way's, ``[questions, steerings]``.
+        The questions, and the index of each answer's question, ``[questions, steerings]``.
     """
     about: dict[tuple[int, str], int] = {}
     pair = [
@@ -254,7 +255,7 @@ def _about_answers(questions: Sequence[ShortQuestion], written: Sequence[Sequenc
 
 
 def _p_true(asking: _Asking, about: Sequence[Question]) -> tuple[list[Tensor], str]:
-    """Find P(True) of each answer under each steering, ``[answers]`` each; and how the first was asked for."""
+    """Find P(True) of each answer under each steering, ``[answers]`` each, and the first prompt."""
     wording = Wording("letters", P_TRUE, asking.chat)
     how = {"source": asking.source, "wording": wording, "progress": asking.progress}
     sample = read_choices(asking.reader, asking.tokenizer, about, **how)  # type: ignore[arg-type]
@@ -263,7 +264,7 @@ def _p_true(asking: _Asking, about: Sequence[Question]) -> tuple[list[Tensor], s
 
 
 def _verbalised(asking: _Asking, about: Sequence[Question]) -> tuple[list[Tensor], str]:
-    """Have the model write a percentage for each answer under each steering, ``[answers]`` each; and how it was asked."""
+    """Let the model write a percentage for each answer under each steering, ``[answers]`` each. Return the first prompt too."""
     wording = Wording("text", VERBALISED, asking.chat)
     prompts = [wording.ask(one, asking.tokenizer, asking.source).contexts[0] for one in about]
     written, _ = asking.write("rate", prompts, [Ends(PERCENTAGE_TOKENS, ("\n",))] * len(prompts))

@@ -4,8 +4,9 @@ With the directions of `confsteer.last_layer.readout` an intervention's logits, 
 
     y' = Σ_k own_k · W_U directions_k + Σ_i neurons_i · W_U w_i + null · W_U d + b
 
-with the token's own directions (``h/σ``, and ``n/σ`` where the MLP's output is normalised), the writes ``w_i`` of the steered
-neurons and the null direction ``d``. Only the coefficients depend on the intervention. They follow from dot products, in float64.
+The token's own directions are ``h/σ``, and ``n/σ`` where the MLP's output is normalised. ``w_i`` are the writes of the
+steered neurons and ``d`` is the null direction. Only the coefficients depend on the intervention. They follow from dot
+products, in float64.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from confsteer.last_layer.readout import Readout
 from confsteer.last_layer.states import TokenStates, join_rows, rows_of
 
 TOKENS_AT_ONCE = 4096
-"""Tokens whose residuals are copied to take dot products of them."""
+"""Tokens whose residuals are copied at a time, to take dot products of them."""
 
 
 class Coordinates(NamedTuple):
     """Coefficients of an intervention at some tokens, float32; see the module."""
 
     own: Tensor
-    """``[tokens, 1 or 2]``, of the last of the own directions; the residual's is the last."""
+    """``[tokens, 1 or 2]``, of the last ones of the own directions. The residual's coefficient is the last."""
     neurons: Tensor | None
     """``[tokens, neurons]``; None if none of them is changed."""
     null: Tensor | None
@@ -51,7 +52,7 @@ class Coordinates(NamedTuple):
 
     @classmethod
     def join(cls, parts: Sequence[Coordinates], order: Tensor) -> Coordinates:
-        """Put the coordinates of several sets of tokens together, then in an order ``[tokens]``; all change the same things."""
+        """Join the coordinates of several sets of tokens, then put them in an order ``[tokens]``. All change the same things."""
         return join_rows(parts).at(order)
 
 
@@ -84,15 +85,15 @@ class Geometry(NamedTuple):
     """Dot products of a text's states with each other and with the writes, float64."""
 
     own: Tensor
-    """Those among the own directions, before they are divided by the final norm's denominator, ``[tokens, K, K]``."""
+    """Products among the own directions, before the division by the final norm's denominator, ``[tokens, K, K]``."""
     across: Tensor
-    """Those of the own directions with the writes, ``[tokens, K, neurons + 1]``."""
+    """Products of the own directions with the writes, ``[tokens, K, neurons + 1]``."""
     sigma: Tensor
     """The final norm's denominator, ``[tokens]``."""
     rho: Tensor | None
-    """The write norm's denominator, ``[tokens]``; None in a model without one, as the next."""
+    """The write norm's denominator, ``[tokens]``. This and the next are None in a model without one."""
     inputs: Tensor | None
-    """Those of the write norm's input with the neurons' writes to it, ``[tokens, neurons]``."""
+    """Products of the write norm's input with the neurons' writes to it, ``[tokens, neurons]``."""
 
     @classmethod
     def of(cls, readout: Readout, writes: Writes, states: TokenStates) -> Geometry:
@@ -123,7 +124,7 @@ class Geometry(NamedTuple):
             readout: the last layer.
             writes: what can be added to the residual.
             states: the activations of the neurons that can be changed.
-            intervention: the change; the coefficients can be differentiated by its tensors.
+            intervention: the change. The coefficients are differentiable with respect to its tensors.
         """
         tokens, device, d = len(states.activations), states.activations.device, readout.d_model
         *edit, null_write, temperature = (column.to(device) for column in intervention)
@@ -136,7 +137,7 @@ class Geometry(NamedTuple):
             change, gamma = self._through_write_norm(readout, change)
             along = torch.cat([gamma[:, None], along], dim=1)
         write = torch.cat([change, null_write.double().expand(tokens, 1)], dim=1)
-        # The squared length of the new residual, of which the final norm's denominator is made.
+        # Take the squared length of the new residual: the final norm's denominator follows from it.
         square = ((self.own @ along[:, :, None])[:, :, 0] * along).sum(dim=1)
         square = square + 2 * ((self.across @ write[:, :, None])[:, :, 0] * along).sum(dim=1)
         square = square + ((write @ writes.gram) * write).sum(dim=1)
@@ -173,7 +174,7 @@ class Plan:
         self._own = coordinates.own
         self._bias = readout.logit_bias if readout.biased else None
         self._write: Tensor | None = None
-        # Take the writes that some token needs, and leave out the others.
+        # Take the writes that any token needs, and leave out the others.
         write = coordinates.write(writes)
         used = write.any(dim=0).nonzero()[:, 0]
         if len(used):

@@ -1,7 +1,7 @@
-"""Work in the way that suits a processor: blocks side by side, and exponentials.
+"""Fast work on a processor's cores: blocks side by side, and exponentials.
 
-An operation on a block that fits a core's cache takes a tenth of a millisecond. Shared between cores it takes as long, and ten
-times longer where another program has one of them: all wait for the last.
+An operation on a block that fits a core's cache takes a tenth of a millisecond. Sharing it between cores does not make it
+faster. If another program uses one of them, it takes ten times longer: all wait for the last.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ Block = TypeVar("Block")
 
 
 def on_all_cores(work: Callable[[Block], object], blocks: Iterable[Block], device: torch.device) -> None:
-    """Do `work` on each of the blocks, without gradients; on a CPU on as many at once as torch has threads.
+    """Do `work` on each of the blocks, without gradients. On a CPU, do as many blocks at once as torch has threads.
 
     Args:
-        work: writes its results to a place of its own.
-        blocks: what it is called with. Fewer than there are threads follow each other, each on all cores.
-        device: that it computes on; if it is no CPU, the blocks follow each other.
+        work: a function that writes its results to a place of its own.
+        blocks: arguments of `work`, one a call. Fewer blocks than threads are done one by one, each on all cores.
+        device: device that `work` computes on. If it is no CPU, the blocks are done one by one.
     """
     several, n_threads = list(blocks), torch.get_num_threads()
 
@@ -40,14 +40,14 @@ def on_all_cores(work: Callable[[Block], object], blocks: Iterable[Block], devic
             for _ in pool.map(without_gradients, several):
                 pass
     finally:
-        # Threads that are started from now on take the number that was set last, in any thread.
+        # Restore the number: new threads take the one that was set last, in any thread.
         torch.set_num_threads(n_threads)
 
 
 def exponential(x: Tensor, out: Tensor | None = None) -> Tensor:
-    """``e^x`` as ``2^(x log₂ e)``, which takes a third of the time on some processors.
+    """Compute ``e^x`` as ``2^(x log₂ e)``, which takes a third of the time on some processors.
 
-    The relative error is that of a rounded ``x log₂ e``: ``|x| · 6e-8`` in float32, nothing for a probability.
+    The relative error is that of a rounded ``x log₂ e``: ``|x| · 6e-8`` in float32. For a probability that is negligible.
 
     Args:
         x: any tensor.

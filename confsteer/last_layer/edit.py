@@ -30,11 +30,11 @@ NEUTRAL_EDIT = (1.0, 0.0, -np.inf, np.inf)
 
 
 def edited(activations: Tensor, gain: Tensor, bias: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """The rule on the activations of the profile's neurons, ``[..., neurons]``; computed in float32, returned as given.
+    """Apply the rule to activations of the profile's neurons, ``[..., neurons]``, in float32; the result has the input's dtype.
 
     Args:
-        activations: of the neurons, in the order of `NeuronEdit`.
-        gain: as the next three a column of `NeuronEdit`, broadcastable against the activations.
+        activations: the neurons' activations, in the order of `NeuronEdit`.
+        gain: a column of `NeuronEdit`, as are the next three, broadcastable against the activations.
         bias: see gain.
         low: see gain.
         high: see gain.
@@ -46,7 +46,7 @@ def change_of(states: TokenStates, edit: Sequence[Tensor]) -> Tensor:
     """Compute what an edit adds to each activation, float32 ``[tokens, neurons]``: nothing where a neuron is not active.
 
     Args:
-        states: of some tokens, with the activations of the profile's neurons.
+        states: states of some tokens, with the activations of the profile's neurons.
         edit: gain, bias, low and high.
     """
     activations = states.activations.float()

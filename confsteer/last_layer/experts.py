@@ -1,8 +1,8 @@
-"""A last layer that is a mixture of experts: its neurons in one row, and the tokens that each is active on.
+"""A mixture of experts as the last layer: its neurons in one row, and the tokens that each is active on.
 
-A routed expert works on the tokens that the router sends to it, with a routing weight ``r``. What the layer adds to the
-residual is ``Σ r a_i w_i`` over the neurons of the chosen experts. So a neuron's activation is ``r a``, what multiplies its
-write, and 0 on all other tokens. A shared expert works on all tokens; where it has a gate, that is its routing weight.
+A routed expert works on the tokens that the router sends to it, with a routing weight ``r``. What the layer adds to the residual
+is ``Σ r a_i w_i`` over the neurons of the chosen experts. So a neuron's activation is the factor of its write, ``r a``, and 0 on
+all other tokens. A shared expert works on all tokens. If it has a gate, the gate is its routing weight.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from confsteer.last_layer.states import TokenStates
 
 SHARED = "shared"
-"""In a name, in place of an expert's number: the shared expert."""
+"""The shared expert, in a name, in place of an expert's number."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Experts:
 
     @property
     def groups(self) -> list[slice]:
-        """Neurons that are active on the same tokens: of each routed expert, and of the shared one if there is one."""
+        """Neurons that are active on the same tokens: those of each routed expert, then of the shared one if there is one."""
         routed = [slice(first, first + self.units) for first in range(0, self.n_routed, self.units)]
         return [*routed, slice(self.n_routed, self.n_neurons)] if self.shared else routed
 

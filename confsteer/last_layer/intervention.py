@@ -1,4 +1,4 @@
-"""A steering with the baselines beside it: a change at the last layer, as tensors."""
+"""A change at the last layer, as tensors: a steering, and the baselines it is compared with."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from confsteer.last_layer.edit import NeuronEdit
 
 
 class Intervention(NamedTuple):
-    """A change at the last layer, as tensors that can be differentiated.
+    """A change at the last layer, as tensors that gradients can be taken of.
 
-    Neurons become ``clip(gain · a + bias, low, high)``, a constant is written along the direction that the unembedding reads
-    least, and the logits are divided by a temperature.
+    Neurons become ``clip(gain · a + bias, low, high)``. A constant is written along the direction that the unembedding reads
+    least. The logits are divided by a temperature.
     """
 
     gain: Tensor
-    """``[neurons]``, as the next three; in the order of `Profile.steerable`."""
+    """``[neurons]``, as are the next three, in the order of `Profile.steerable`."""
     bias: Tensor
     low: Tensor
     high: Tensor
@@ -30,19 +30,19 @@ class Intervention(NamedTuple):
 
     @classmethod
     def neutral(cls, neurons: int) -> Intervention:
-        """Nothing at all."""
+        """An intervention that changes nothing."""
         zeros, inf = torch.zeros(neurons), torch.full((neurons,), math.inf)
         return cls(torch.ones(neurons), zeros, -inf, inf, torch.zeros(()), torch.ones(()))
 
     @classmethod
     def of(cls, edit: NeuronEdit, null_write: float = 0.0) -> Intervention:
-        """A steering alone."""
+        """An intervention that is a steering alone."""
         columns = {name: torch.from_numpy(column) for name, column in edit._asdict().items()}
         return cls.neutral(len(edit.gain))._replace(**columns, null_write=torch.tensor(null_write))
 
     @property
     def leaves_neurons(self) -> bool:
-        """Whether no neuron is changed, or could be by what the intervention is differentiated by."""
+        """Whether no neuron is changed, and no gradient is taken with respect to a change of one."""
         edit = self[:4]
         if any(column.requires_grad for column in edit):
             return False
@@ -52,5 +52,5 @@ class Intervention(NamedTuple):
 
     @property
     def leaves_residual(self) -> bool:
-        """Whether no constant is written, as `leaves_neurons` has it."""
+        """Whether no constant is written, in the sense of `leaves_neurons`."""
         return not self.null_write.requires_grad and float(self.null_write) == 0

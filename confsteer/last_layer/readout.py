@@ -1,16 +1,17 @@
 """The path from the last MLP's activations to the logits, as a few tensors.
 
-After the last MLP's output projection a transformer has only ``[write norm ->] residual add -> final norm -> unembedding
-[-> softcap]`` left. All of confsteer's mathematics happens on this path, in closed form, without a model.
+After the last MLP's output projection a transformer only has
+``[write norm ->] residual add -> final norm -> unembedding [-> softcap]``. All of confsteer's mathematics happens on this path,
+in closed form, without a model.
 
-**How a neuron's write moves the logits.** Adding ``δ`` to activation ``i`` turns the residual ``h`` into ``h + δ w_i``, with
-logits ``y = W_U h/σ + b`` before the softcap if there is one. With ``u_i = W_U w_i`` and the norm's new denominator ``σ'``,
+**How a neuron's write moves the logits.** Adding ``δ`` to activation ``i`` turns the residual ``h`` into ``h + δ w_i``. The
+logits are ``y = W_U h/σ + b``, before a softcap. With ``u_i = W_U w_i`` and the norm's new denominator ``σ'``,
 
     y' − y = α (y − b) + β u_i        α = σ/σ' − 1,  β = δ/σ'
 
-A model that normalises the MLP's output ``m`` before adding it (Gemma 2 and 3, OLMo 2) adds ``n = g ⊙ m/ρ`` with ``ρ`` the
-root mean square of ``m``. With ``w_i = g ⊙ (the neuron's own write)`` the residual becomes ``h + (δ/ρ') w_i + γ n`` with
-``γ = ρ/ρ' − 1``, so that a second of the token's own directions joins in:
+Some models normalise the MLP's output ``m`` before adding it (Gemma 2 and 3, OLMo 2). They add ``n = g ⊙ m/ρ``, where ``ρ`` is
+the root mean square of ``m``. With ``w_i = g ⊙ (the neuron's own write)`` and ``γ = ρ/ρ' − 1`` the residual becomes
+``h + (δ/ρ') w_i + γ n``. So a second one of the token's own directions joins in:
 
     y' − y = α (y − b) + η W_U n/σ + β u_i        η = γ σ/σ',  β = δ/(ρ'σ')
 
@@ -34,13 +35,13 @@ from confsteer.last_layer.states import TokenStates, rows_of
 ROWS_PER_CHUNK = 8192
 """Rows of a weight matrix converted to float64 at a time."""
 WORKING_SET = 2**23
-"""Elements of the largest temporary tensors over the vocabulary (32 MiB in float32); there are about twenty."""
+"""Elements of the largest temporary tensors over the vocabulary (32 MiB in float32). There are about twenty such tensors."""
 CACHED_SET = 2**18
-"""Elements of the temporaries of elementwise work (1 MiB in float32): in a core's cache it is ten times faster."""
+"""Elements of temporary tensors in elementwise work (1 MiB in float32). Work in a core's cache is ten times faster."""
 CACHED_ROWS = 1024
 """Rows of the unembedding in a product, on a CPU."""
 LAUNCHED_SET = 2**24
-"""The same on a GPU, where what is launched must be large to be worth its launch."""
+"""The same on a GPU, where work must be large to be worth its launch."""
 
 
 class NormParameters(NamedTuple):
@@ -55,7 +56,7 @@ class NormParameters(NamedTuple):
     """Whether it subtracts the mean (LayerNorm) or not (RMSNorm)."""
 
     def to(self, device: torch.device) -> NormParameters:
-        """Copy to a device what is elsewhere."""
+        """Copy to a device the tensors that are elsewhere."""
         return self._replace(gain=self.gain.to(device), bias=None if self.bias is None else self.bias.to(device))
 
 
@@ -78,7 +79,7 @@ class ReadoutState(NamedTuple):
     sigma: Tensor
     """The final norm's denominator, ``[tokens, 1]``."""
     mlp_output: Tensor | None
-    """Input of the write norm, ``[tokens, d_model]``; None in a model without one, as the rest."""
+    """Input of the write norm, ``[tokens, d_model]``. This and the rest are None in a model without one."""
     rho: Tensor | None
     """The write norm's denominator, ``[tokens, 1]``."""
     normed: Tensor | None
@@ -109,14 +110,14 @@ class Move(NamedTuple):
         return Move(tuple(along[index] for along in self.along), self.write[index])
 
     def linear(self, of_x: Tensor, of_u: Tensor) -> Tensor:
-        """A linear functional of the move, from its values on the directions (first dimension) and on ``W_U w_i``."""
+        """Evaluate a linear functional of the move, from its values on the directions (first dimension) and on ``W_U w_i``."""
         total = self.write * of_u
         for along, value in zip(self.along, of_x, strict=True):
             total = total + along * value
         return total
 
     def bilinear(self, of_xx: Tensor, of_xu: Tensor, of_uu: Tensor) -> Tensor:
-        """A quadratic functional of the move, from its values on pairs of these."""
+        """Evaluate a quadratic functional of the move, from its values on pairs of these."""
         total = self.write.square() * of_uu
         for k, along in enumerate(self.along):
             total = total + 2 * along * self.write * of_xu[k]
@@ -131,11 +132,11 @@ class Readout:
 
     With ``x = residual / norm_scale(residual)`` the logits are ``unembedding @ x + logit_bias``.
 
-    The norm's gain and the logit scale are folded into `unembedding`. For a LayerNorm, which subtracts the mean of its
-    input, `w_out` and the rows of `unembedding` are centred over ``d_model`` and every residual is centred by the
-    methods below, so that LayerNorm and RMSNorm follow the same formulas. `unembedding` and `logit_bias` are also
-    centred over the vocabulary: that adds a constant to all logits of a token, which no probability notices. (Not so
-    before a softcap, where they are left as they are.)
+    The norm's gain and the logit scale are folded into `unembedding`. A LayerNorm subtracts the mean of its input. For such a
+    norm, `w_out` and the rows of `unembedding` are centred over ``d_model``, and the methods below centre every residual. So
+    LayerNorm and RMSNorm follow the same formulas. `unembedding` and `logit_bias` are also centred over the vocabulary. That
+    adds a constant to all logits of a token, which changes no probability. Before a softcap it would change them, so there
+    both are left as they are.
     """
 
     w_out: Tensor
@@ -143,15 +144,15 @@ class Readout:
     unembedding: Tensor
     """Folded unembedding ``W_U``, ``[vocab, d_model]``."""
     logit_bias: Tensor
-    """Added to the logits, ``[vocab]``; zeros where the model has none."""
+    """Bias of the logits, ``[vocab]``; zeros where the model has none."""
     epsilon: float
     """The final norm's epsilon."""
     centred: bool
     """Whether the final norm subtracts the mean (LayerNorm) or not (RMSNorm)."""
     softcap: float | None = None
-    """The logits ``y`` become ``softcap · tanh(y / softcap)``; None in most models."""
+    """Bound of the logits: ``y`` becomes ``softcap · tanh(y / softcap)``. None in most models."""
     write_norm: WriteNorm | None = None
-    """A norm on the MLP's output, whose gain is folded into `w_out`; None in most models."""
+    """Norm on the MLP's output, whose gain is folded into `w_out`. None in most models."""
 
     @property
     def n_neurons(self) -> int:
@@ -167,7 +168,7 @@ class Readout:
 
     @property
     def at_once(self) -> int:
-        """Elements of the temporaries of elementwise work that are best on the device."""
+        """Best number of elements of temporary tensors in elementwise work on the device."""
         return CACHED_SET if self.unembedding.device.type == "cpu" else LAUNCHED_SET
 
     def blocks(self, n: int, width: int) -> Iterator[slice]:
@@ -195,7 +196,7 @@ class Readout:
             unembedding: raw ``[vocab, d_model]``.
             norm: the final norm.
             unembedding_bias: the unembedding's own bias ``[vocab]``.
-            logit_scale: what the raw logits are multiplied by.
+            logit_scale: factor of the raw logits.
             softcap: bound of the logits.
             write_norm: an RMSNorm on the MLP's output; None if there is none.
         """
@@ -205,7 +206,7 @@ class Readout:
             write = WriteNorm(write_norm.gain.detach().float(), write_norm.epsilon, inputs=w_out)
             w_out = w_out * write.gain
         raw, gain = unembedding.detach(), norm.gain.detach().float() * logit_scale
-        # A copy of all of it in float32 would be as large as the result.
+        # Convert a few rows at a time: a float32 copy of all of it would be as large as the result.
         folded = torch.empty_like(raw, dtype=torch.float32, memory_format=torch.contiguous_format)
         for rows, of in zip(folded.split(ROWS_PER_CHUNK), raw.split(ROWS_PER_CHUNK), strict=True):
             torch.mul(of, gain, out=rows)
@@ -214,7 +215,7 @@ class Readout:
             logit_bias += raw.float() @ norm.bias.detach().float() * logit_scale
         if unembedding_bias is not None:
             logit_bias += unembedding_bias.detach().float() * logit_scale
-        # Centre what the norm would centre, and over the vocabulary what no probability notices.
+        # Centre what the norm would centre, and over the vocabulary, which changes no probability.
         if norm.centred:
             w_out = w_out - w_out.mean(dim=1, keepdim=True)
             folded -= folded.mean(dim=1, keepdim=True)
@@ -233,7 +234,7 @@ class Readout:
         return self._with_writes(lambda writes: writes[neurons])
 
     def combine(self, push: Tensor) -> Readout:
-        """The readout of an imaginary neuron that stands for all, each activated by ``push`` ``[n_neurons]``, or of several."""
+        """The readout of one imaginary neuron that stands for all, each activated by ``push`` ``[n_neurons]``; or of several."""
         return self._with_writes(lambda writes: torch.atleast_2d(push @ writes))
 
     def _with_writes(self, change: Callable[[Tensor], Tensor]) -> Readout:
@@ -273,12 +274,12 @@ class Readout:
         return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
 
     def cap_slope(self, capped: Tensor) -> Tensor:
-        """Derivative of the softcap where it gives `capped`; only for a model that has one."""
+        """Derivative of the softcap at the point where it gives `capped`. Only for a model that has one."""
         assert self.softcap is not None
         return 1 - (capped / self.softcap).square()
 
     def state(self, residual: Tensor, mlp_output: Tensor | None = None) -> ReadoutState:
-        """Work out what `move` needs to know of some tokens.
+        """Work out what `move` needs to know about some tokens.
 
         Args:
             residual: input of the final norm, ``[tokens, d_model]``.
@@ -305,7 +306,7 @@ class Readout:
         return state.residual - state.normed + after
 
     def move(self, state: ReadoutState, delta: Tensor, *, paired: bool = False) -> Move:
-        """How the logits move when ``delta`` ``[tokens, n_neurons]`` is added to each activation alone.
+        """Work out how the logits move when ``delta`` ``[tokens, n_neurons]`` is added to each activation alone.
 
         Args:
             state: of the tokens.
@@ -313,8 +314,8 @@ class Readout:
             paired: whether the readout has one neuron for each token, to which each column of `delta` is added.
 
         Returns:
-            ``[moves, tokens, n_neurons]``: the whole move; the same with the final norm's denominator frozen; and, in a model
-            with a write norm, with both frozen. So the last is always what goes straight to the logits.
+            ``[moves, tokens, n_neurons]``. The first is the whole move. In the second the final norm's denominator is frozen.
+            A model with a write norm has a third, with both frozen. So the last is always what goes straight to the logits.
         """
         d, residual, sigma = self.d_model, state.residual, state.sigma
         dots = _paired_dots if paired else _dots
@@ -372,7 +373,7 @@ class FullOutputs(NamedTuple):
 
     @classmethod
     def stream(cls, readout: Readout, states: TokenStates) -> Iterator[tuple[FullOutputs, slice]]:
-        """As few tokens at a time as the size of the vocabulary asks for, and which they are."""
+        """Yield the outputs a few tokens at a time, as the size of the vocabulary requires, and which tokens they are."""
         at_once = max(1, WORKING_SET // readout.vocab_size)
         for start in range(0, len(states.targets), at_once):
             rows = slice(start, start + at_once)
@@ -387,7 +388,7 @@ def products(directions: Tensor, unembedding: Tensor, out: Tensor | None = None)
     """``W_U directions``, ``[K, tokens, vocab]``, of directions ``[K, tokens, d_model]``; in `out` if that is given."""
     if directions.device.type != "cpu":
         return torch.matmul(directions, unembedding.T, out=out)
-    # A processor's library is up to half as fast again where the other matrix stays in the cache.
+    # Split the product: a CPU's library is up to 1.5 times as fast where the other matrix stays in the cache.
     result = directions.new_empty(*directions.shape[:-1], len(unembedding)) if out is None else out
     rows, of_rows = directions.flatten(0, 1), result.view(-1, len(unembedding))
 

@@ -1,11 +1,12 @@
-"""A text's predictions on a sample of the vocabulary: what fits and searches look at, a hundred times smaller than the whole.
+"""A text's predictions on a sample of the vocabulary, for fits and searches: a hundred times smaller than the whole.
 
-Of each token the likeliest ids are kept as they are. The others are drawn at random with chances that grow with the square root
-of their probability, and weighted so that sums over the vocabulary come out right on average, and the probability of all of them
+For each token the likeliest ids are kept as they are. The others are drawn at random. Their chances grow with the square root
+of their probability. They are weighted so that sums over the vocabulary are right on average, and their total probability
 exactly. Whatever is done to the logits is done to the sample: ``log Σ_v exp y_v ≈ log Σ_s exp(y_s + log_weight_s)``.
 
-The error is random and each token's own: of a mean over a text it falls with the square root of the number of tokens. Nothing
-that is reported is computed from a sample; fitted numbers are, and what they do is then computed over the whole vocabulary.
+The error is random and independent from token to token. The error of a mean over a text falls with the square root of the
+number of tokens. No reported number is computed from a sample. Fitted numbers are, but their effect is then computed over the
+whole vocabulary.
 
 Source: systematic sampling with unequal probabilities, Madow 1949 (Annals of Mathematical Statistics 20).
 """
@@ -26,25 +27,25 @@ from confsteer.last_layer.states import rows_of
 LIKELIEST, DRAWN = 512, 512
 """Ids kept and drawn for each token."""
 MAX_ENTRIES = 2**23
-"""Entries for all tokens of a text, 12 bytes each; of a long text each token has fewer, but not below `MIN_OF_EACH`."""
+"""Most entries for a text, 12 bytes each. In a long text each token has fewer ids, but not below `MIN_OF_EACH`."""
 MIN_OF_EACH = 64
 MULTIPLIED = 16
-"""Vocabularies up to so many times the sample are multiplied whole, which is faster than to look up every write."""
+"""Vocabularies up to this many times the sample are multiplied whole: that is faster than looking up every write."""
 TILTS = (0.25, 4.0)
-"""Range of the factors on drawn ids' weights that make their mean logit right."""
+"""Range of the factors that correct the weights of drawn ids to make their mean logit right."""
 SMALLEST_TAIL = 1e-9
-"""Probability of all but the likeliest ids below which they are left out."""
+"""Least probability of all but the likeliest ids together. Below it they are left out."""
 
 
 class SampledLogits(NamedTuple):
     """Logits of some tokens on their sample, after an intervention."""
 
     logits: Tensor
-    """``[tokens, sampled + 1]``, of the token that came last."""
+    """``[tokens, sampled + 1]``; the last column is the token that came."""
     log_weight: Tensor
-    """Logarithm of how many ids each stands for, as `logits`; −∞ of the token that came."""
+    """Logarithm of how many ids each stands for, shaped as `logits`; −∞ for the token that came."""
     ids: Tensor
-    """As `logits`, int32."""
+    """Ids, int32, shaped as `logits`."""
 
     @property
     def of_target(self) -> Tensor:
@@ -79,7 +80,7 @@ class VocabularySample(NamedTuple):
     """Ids sampled for each token of a text, and the unsteered logits there."""
 
     own: Tensor
-    """Logits along the token's own directions, ``[tokens, K, sampled + 1]``, of the token that came last."""
+    """Logits along the token's own directions, ``[tokens, K, sampled + 1]``; the last column is the token that came."""
     ids: Tensor
     """``[tokens, sampled + 1]``, int32."""
     log_weight: Tensor
@@ -89,7 +90,7 @@ class VocabularySample(NamedTuple):
     def empty(cls, tokens: int, readout: Readout) -> VocabularySample:
         """Make room for the sample of a text."""
         each = max(MIN_OF_EACH, min(LIKELIEST, DRAWN, MAX_ENTRIES // (2 * max(1, tokens))))
-        # What is not larger than the sample is taken whole.
+        # Take a vocabulary whole if it is not larger than the sample.
         size = min(readout.vocab_size, 2 * each) + 1
         own, device = 1 if readout.write_norm is None else 2, readout.unembedding.device
         log_weight = torch.zeros(tokens, size, device=device)
@@ -124,7 +125,7 @@ class VocabularySample(NamedTuple):
         self.own[rows] = x.gather(2, ids.expand(len(x), *ids.shape)).transpose(0, 1)
 
     def logits(self, readout: Readout, writes: Writes, coordinates: Coordinates) -> SampledLogits:
-        """Compute the logits after an intervention, which can be differentiated by its coordinates.
+        """Compute the logits after an intervention, differentiable with respect to its coordinates.
 
         Args:
             readout: the last layer.
@@ -163,7 +164,7 @@ def _draw(logits: Tensor, size: int, start: Tensor) -> tuple[Tensor, Tensor]:
     total = cumulated[:, -1:]
     strides = (start[:, None] + torch.arange(drawn, device=p.device)) / drawn * total
     ids = torch.searchsorted(cumulated, strides, right=True).clamp_max(logits.shape[1] - 1)
-    # Each stands for as many as its chance was small; then tilt, so that probability and mean logit of all of them are exact.
+    # Weight each by one over its chance. Then tilt the weights, so that the total probability and the mean logit are exact.
     chance, logit = chance.gather(1, ids), logits.gather(1, ids)
     share = chance / chance.sum(dim=-1, keepdim=True)
     deviation = logit - (share * logit).sum(dim=-1, keepdim=True)

@@ -11,7 +11,7 @@ from confsteer.last_layer.readout import WORKING_SET, Readout
 from confsteer.last_layer.unigram import Unigram
 
 ARGMAX_BLOCK = 64
-"""Logits whose largest is found first: torch finds a maximum ten times faster than where it is."""
+"""Logits in a block, in which the maximum is found first: torch finds a maximum ten times faster than its index."""
 
 
 class TokenScores(NamedTuple):
@@ -30,7 +30,7 @@ class TokenScores(NamedTuple):
 
     @classmethod
     def of(cls, logits: Tensor, targets: Tensor) -> TokenScores:
-        """From logits (or log-probabilities) ``[tokens, vocab]`` and the ids that came ``[tokens]``."""
+        """Score logits (or log-probabilities) ``[tokens, vocab]`` by the ids that came ``[tokens]``."""
         log_p = logits.float().log_softmax(dim=-1)
         top, prediction = log_p.max(dim=-1)
         return cls(
@@ -43,7 +43,7 @@ class TokenScores(NamedTuple):
 
     @classmethod
     def of_residual(cls, readout: Readout, residual: Tensor, targets: Tensor) -> TokenScores:
-        """From inputs of the final norm ``[tokens, d_model]``, edited ones too: no model runs, logits are held in chunks."""
+        """Score inputs of the final norm ``[tokens, d_model]``, edited or not. No model runs, and logits are held in chunks."""
         step = max(1, WORKING_SET // readout.vocab_size)
         return cls.join(
             [cls.of(readout.logits(rows), ids) for rows, ids in zip(residual.split(step), targets.split(step), strict=True)]
@@ -51,7 +51,7 @@ class TokenScores(NamedTuple):
 
     @classmethod
     def join(cls, parts: list[TokenScores]) -> TokenScores:
-        """Scores of several stretches of tokens as one."""
+        """Join the scores of several stretches of tokens."""
         return cls(*map(torch.cat, zip(*parts, strict=True)))
 
     def at(self, rows: Tensor) -> TokenScores:
@@ -60,7 +60,7 @@ class TokenScores(NamedTuple):
 
 
 class UnigramDivergences(NamedTuple):
-    """How far each prediction is from the unigram distribution, nats, ``[tokens]`` each."""
+    """Distances of each prediction from the unigram distribution, in nats, ``[tokens]`` each."""
 
     kl_model_unigram: Tensor
     """``KL(P_model ‖ P_freq)``"""
@@ -76,7 +76,7 @@ class Predictions:
         Args:
             tokens: how many there are.
             device: where the logits are.
-            unigram: the distribution that divergences are from; none are computed without one.
+            unigram: the distribution that divergences are measured from. Without one, none are computed.
         """
         self._log_frequency = self._frequency = None
         if unigram is not None:
@@ -98,7 +98,7 @@ class Predictions:
             targets: ids that came, ``[rows]``.
         """
         top, prediction = largest(logits)
-        # Large logits, as of a cold temperature, would cancel each other with few digits left.
+        # Subtract the largest: large logits, as at a low temperature, would cancel each other with few digits left.
         logits -= top[:, None]
         p = logits.softmax(dim=-1)
         confidence = p.gather(1, prediction[:, None])[:, 0]
@@ -106,7 +106,7 @@ class Predictions:
         entropy = log_sum - torch.linalg.vecdot(p, logits)
         columns = [log_sum - logits.gather(1, targets[:, None])[:, 0], entropy, confidence]
         if self._log_frequency is not None and self._frequency is not None:
-            # A dot product sums in more places than a matrix product does, and loses fewer digits over a vocabulary.
+            # Use a dot product: it keeps more partial sums than a matrix product, and loses fewer digits over a vocabulary.
             cross = torch.linalg.vecdot(p, self._log_frequency)
             mean = torch.linalg.vecdot(logits, self._frequency)
             columns += [-entropy - cross, self._negative_entropy - mean + log_sum]

@@ -12,7 +12,7 @@ States = TypeVar("States", bound=NamedTuple)
 
 
 def rows_of(states: States, rows: slice | Tensor) -> States:
-    """Take some rows of every tensor in a named tuple; what is None stays None."""
+    """Take some rows of every tensor in a named tuple. None stays None."""
     return states._make(None if field is None else field[rows] for field in states)
 
 
@@ -27,8 +27,8 @@ class TokenStates(NamedTuple):
     activations: Tensor
     """Input of the last MLP's output projection, ``[tokens, n_neurons]``.
 
-    In a mixture of experts what multiplies each neuron's write: of the experts that a token is routed to, one after the other,
-    then of the shared one, ``[tokens, slots · units + shared]``.
+    In a mixture of experts it is the factor of each neuron's write, ``[tokens, slots · units + shared]``. The experts that a
+    token is routed to come one after the other, then the shared one.
     """
     residual: Tensor
     """Input of the final norm, ``[tokens, d_model]``."""
@@ -37,11 +37,11 @@ class TokenStates(NamedTuple):
     targets: Tensor
     """Ids of the tokens that follow, ``[tokens]``."""
     window: Tensor
-    """Window that each token is in, ``[tokens]``."""
+    """Number of the window that each token is in, ``[tokens]``."""
     experts: Tensor | None = None
     """Experts that each token is routed to, ``[tokens, slots]``; None in a dense model."""
     active: Tensor | None = None
-    """Whether each activation is one, bool ``[tokens, n]``; None: all are. Elsewhere the token is not routed to the neuron."""
+    """Whether the token is routed to each neuron, bool ``[tokens, n]``; None: to all. Other activations do not count."""
 
     def at(self, rows: slice | Tensor) -> TokenStates:
         """The states of some of the tokens."""

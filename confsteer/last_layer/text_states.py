@@ -1,9 +1,9 @@
 """Predictions of a text under any intervention at the last layer, in closed form.
 
-The model runs over the text once. What it leaves at the input of the final norm, and the activations of the neurons that
-steering can reach, decide every prediction that any steering of them, any temperature and any constant added to the residual
-would have made (`confsteer.last_layer.coordinates`). So steerings are compared, and chosen by gradient, without running the
-model again: compared exactly, and chosen on a sample of the vocabulary (`confsteer.last_layer.sample`).
+The model runs over the text once. Two things are kept: the input of the final norm, and the activations of the neurons that
+steering can reach. They decide every prediction under any steering of these neurons, any temperature and any constant added
+to the residual (`confsteer.last_layer.coordinates`). So steerings are compared, and chosen by gradient, without running the
+model again. They are compared exactly, and chosen on a sample of the vocabulary (`confsteer.last_layer.sample`).
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from confsteer.last_layer.states import TokenStates
 from confsteer.last_layer.unigram import Unigram
 
 MIN_ROWS = 128
-"""Tokens at a time at least, whatever the vocabulary: fewer would read the unembedding too often."""
+"""Fewest tokens at a time, whatever the vocabulary. Fewer would read the unembedding too often."""
 
 NEAR_SET = 2**19
-"""Logits of a core at a time, in elementwise work (2 MiB): few enough for its share of the cache, and calls are worth it."""
+"""Logits that a core works on at a time (2 MiB). They fit its share of the cache, and are enough to be worth a call."""
 SAMPLED_SET, LAUNCHED_SAMPLED_SET = 2**19, 2**22
-"""Sampled logits at a time, on a CPU and on a GPU."""
+"""Sampled logits that are worked on at a time, on a CPU and on a GPU."""
 
 OnTokens = Callable[[int], object]
-"""Called with a number of tokens that are done."""
+"""A function that is called with the number of tokens that are done."""
 
 
 def unnoticed(tokens: int) -> None:
@@ -47,9 +47,9 @@ class TextStates:
         """
         Args:
             readout: the last layer, of the neurons that steering can reach.
-            states: of the text, activations of these neurons.
+            states: states of the text, with the activations of these neurons.
             null_direction: unit vector that the unembedding reads least, ``[d_model]``.
-            writes: of the neurons and of a constant along the null direction, if they are known already.
+            writes: writes of the neurons and of a constant along the null direction, if they are known already.
         """
         self.readout, self.states, self.null_direction = readout, states, null_direction
         self.writes = Writes(readout, null_direction) if writes is None else writes
@@ -61,12 +61,12 @@ class TextStates:
 
     @functools.cached_property
     def geometry(self) -> Geometry:
-        """Dot products of which the coordinates of every intervention are made."""
+        """Dot products that the coordinates of every intervention are made from."""
         return Geometry.of(self.readout, self.writes, self.states)
 
     @property
     def sample(self) -> VocabularySample:
-        """The vocabulary sampled for each token; drawn in a pass over the vocabulary if no `predict` has drawn it."""
+        """The vocabulary sampled for each token. It takes a pass over the vocabulary, unless `predict` has drawn it already."""
         if self._sample is None:
             self.draw_sample()
         assert self._sample is not None
@@ -86,11 +86,11 @@ class TextStates:
         return some
 
     def of_neurons(self, neurons: Tensor, writes: Writes) -> TextStates:
-        """The same text, of whose neurons only some can be changed; a sample that was drawn is shared.
+        """The same text, with only some of the neurons to change. A sample that was drawn is shared.
 
         Args:
-            neurons: their places among those that could be changed, ``[n]``.
-            writes: of these, made of the readout of them.
+            neurons: places of these neurons among all that can be changed, ``[n]``.
+            writes: writes of these neurons, made from their readout.
         """
         states = self.states._replace(activations=self.states.activations[:, neurons.to(self.states.activations.device)])
         some = TextStates(writes.readout, states, self.null_direction, writes)
@@ -146,7 +146,7 @@ class TextStates:
         """Blocks of tokens with the logits along their own directions, ``[K, rows, vocab]``, valid until the next blocks."""
         readout, unembedding = self.readout, self.readout.unembedding
         at_once = max(MIN_ROWS, WORKING_SET // readout.vocab_size)
-        # What is done to logits elsewhere is done near a core.
+        # Hand on blocks that are small enough for a core's cache.
         few = at_once if unembedding.device.type != "cpu" else max(1, NEAR_SET // readout.vocab_size)
         own = 1 if readout.write_norm is None else 2
         x = torch.empty(own, min(at_once, self.tokens), readout.vocab_size, device=unembedding.device)
@@ -196,7 +196,7 @@ class TextStates:
         return TokenScores(*(field.cpu() for field in TokenScores.join([parts[number] for number in range(len(blocks))])))
 
     def logits(self, intervention: Intervention) -> Tensor:
-        """Logits ``[tokens, vocab]`` after an intervention, of a text of few tokens: the definition of all the rest."""
+        """Logits ``[tokens, vocab]`` after an intervention, for a short text: the definition behind the other methods."""
         *edit, null_write, temperature = (column.to(self.null_direction.device) for column in intervention)
         state = self.readout.state(self.states.residual, self.states.mlp_output)
         residual = self.readout.residual_after(state, change_of(self.states, edit))

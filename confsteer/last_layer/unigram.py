@@ -27,10 +27,10 @@ class Unigram(NamedTuple):
 
     @classmethod
     def from_counts(cls, counts: Tensor) -> Unigram:
-        """From token counts ``[vocab]``.
+        """Make it from token counts ``[vocab]``.
 
         Raises:
-            CorpusError: all tokens are equally frequent: there is no direction then.
+            CorpusError: all tokens are equally frequent, so there is no direction.
             ValueError: a count is negative.
         """
         if (counts < 0).any():

@@ -29,7 +29,7 @@ from confsteer.model.layers import (
 
 FINGERPRINT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WHOLE_ROWS = 64
-"""Rows of a weight, spread evenly, that are compared number by number to notice a change."""
+"""Rows of a weight, evenly spread, that are compared number by number to notice a change."""
 
 
 class LastLayerStates(NamedTuple):
@@ -42,7 +42,7 @@ class LastLayerStates(NamedTuple):
     mlp_output: Tensor | None = None
     """Input of the write norm, ``[batch · positions, d_model]``, in a model that has one."""
     experts: Tensor | None = None
-    """Experts that each token is routed to, in a mixture of experts: see `TokenStates`, and there for the activations."""
+    """Experts that each token is routed to, in a mixture of experts. For its activations see `TokenStates`."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,14 @@ class Anatomy:
     unembedding: nn.Module
     logit_scale: float
     residual_multiplier: float
-    """Factor on the MLP's output, and on that of its norm, when it has been added to the residual."""
+    """Factor of the MLP's output, or of the output of its norm, as it is added to the residual."""
     softcap: float | None = None
     """The logits ``y`` become ``softcap · tanh(y / softcap)``."""
     write_norm: nn.Module | None = None
     """A norm on the MLP's output, before it is added to the residual."""
     _digests: dict[Any, str] = field(default_factory=dict, compare=False, repr=False)
     _folded: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
-    """The weights' content when `readout` last read them."""
+    """Content of the weights when `readout` last read them."""
 
     @property
     def experts(self) -> Experts | None:
@@ -79,7 +79,7 @@ class Anatomy:
 
     @property
     def linear_projections(self) -> tuple[nn.Module, ...]:
-        """Those of them that are linear layers, whose input the activations are."""
+        """Those `projections` that are linear layers. Their input is the activations."""
         return self.projections
 
     @property
@@ -102,18 +102,18 @@ class Anatomy:
 
     @property
     def quantised(self) -> bool:
-        """Whether the unembedding or the last projection is."""
+        """Whether the unembedding or the last projection is quantised."""
         return not all(map(is_plain, (self.unembedding, self.down_proj)))
 
     def readout(self, vocab_size: int | None = None, neurons: Tensor | None = None) -> Readout:
-        """Fold the last layer, a float32 copy.
+        """Fold the last layer, as a float32 copy.
 
         Args:
-            vocab_size: rows of the unembedding to keep; leave out those the tokenizer has no id for.
+            vocab_size: number of rows of the unembedding to keep, so that those without an id in the tokenizer are left out.
             neurons: indices ``[n]`` of the neurons to keep; all if None.
 
         Raises:
-            UnsupportedModelError: this process does not have the weights whole, or a norm is of no known kind.
+            UnsupportedModelError: this process has only parts of the weights, or a norm is of an unknown kind.
         """
         self._require_whole_weights()
         self._folded["content"] = self._content()
@@ -138,7 +138,7 @@ class Anatomy:
             )
 
     def w_out(self, neurons: Tensor | None = None) -> Tensor:
-        """Read the last projection as ``[n_neurons, d_model]``, whatever way round and however quantised the model stores it.
+        """Read the last projection as ``[n_neurons, d_model]``, even if the model stores it transposed or quantised.
 
         Args:
             neurons: indices ``[n]`` of the rows to read; all if None.
@@ -148,7 +148,7 @@ class Anatomy:
             return rows.clone() if neurons is None else rows[neurons.to(rows.device)]
 
     def writes(self) -> Iterator[Tensor]:
-        """Yield the rows of `w_out`, as many at a time as are to be had together."""
+        """Yield the rows of `w_out`, in parts as the model stores them."""
         yield self.w_out()
 
     def scaled_writes(self) -> Iterator[Tensor]:
@@ -156,7 +156,7 @@ class Anatomy:
         return (rows * self.residual_multiplier for rows in self.writes())
 
     def fingerprint(self, dtype: torch.dtype) -> str:
-        """Hash the unembedding and the last projection, rounded to `dtype`, by SHA-256; kept until the weights change."""
+        """Hash the unembedding and the last projection, rounded to `dtype`, by SHA-256. The hash is kept until they change."""
         layers = (self.unembedding, *self.projections)
         key = (dtype, *(weights_content(layer) or weights_version(layer) for layer in layers))
         if key not in self._digests:
@@ -176,13 +176,13 @@ class Anatomy:
     def fingerprints(self) -> dict[str, str]:
         """`fingerprint` in each of float32, bfloat16 and float16, by name.
 
-        A checkpoint loaded in another precision has lost digits, so two loads of it agree in at least one of the three.
+        A checkpoint loaded in another precision has lost digits. Two loads of it still agree in at least one of the three.
         """
         return {dtype_name(dtype): self.fingerprint(dtype) for dtype in FINGERPRINT_DTYPES}
 
     def matches(self, fingerprints: dict[str, str]) -> bool:
-        """Whether these weights are those that `fingerprints` were taken of, in whatever precision either was loaded."""
-        # The model's own precision first: it nearly always decides.
+        """Whether `fingerprints` are of these weights, whatever the precision that each was loaded in."""
+        # Try the model's own precision first: it nearly always decides.
         for dtype in sorted(FINGERPRINT_DTYPES, key=lambda d: d != self.dtype):
             if fingerprints.get(dtype_name(dtype)) == self.fingerprint(dtype):
                 return True
@@ -190,7 +190,7 @@ class Anatomy:
 
     @property
     def changed_since_readout(self) -> bool:
-        """Whether the weights are others than those that `readout` last folded."""
+        """Whether the weights have changed since `readout` last folded them."""
         return "content" in self._folded and self._folded["content"] != self._content()
 
     def _content(self) -> tuple[Any, ...]:
@@ -204,17 +204,17 @@ class Anatomy:
         """
         for module in (self.unembedding, *self.projections, self.final_norm):
             for parameter in module.parameters():
-                # A neuron's index would be that of a shard: neither measuring nor steering could tell neurons apart.
-                # DeepSpeed leaves an empty tensor where a partitioned one was.
+                # Refuse shards: an index in one would not say which neuron it is, for measuring or for steering. DeepSpeed
+                # leaves an empty tensor where a partitioned one was.
                 if type(parameter.data).__name__ == "DTensor" or hasattr(parameter, "ds_id"):
                     raise UnsupportedModelError(
-                        "the weights are shared out over processes (tensor parallel, FSDP or ZeRO-3): each has a part of the "
+                        "the weights are split over processes (tensor parallel, FSDP or ZeRO-3): each has a part of the "
                         'last layer. Load the model whole in every process: without tp_plan; device_map="auto" spreads it over '
                         "the devices of one"
                     )
 
     def require_dense(self, what: str) -> None:
-        """Refuse what supports only neurons that are active on all tokens.
+        """Refuse a mixture of experts, for a use that needs neurons that are active on all tokens.
 
         Raises:
             UnsupportedModelError: the last layer is a mixture of experts.
@@ -227,7 +227,7 @@ class Anatomy:
 
     @contextlib.contextmanager
     def recording(self, receive: Callable[[LastLayerStates], None]) -> Iterator[None]:
-        """Within the context every forward pass hands its `LastLayerStates` to `receive`."""
+        """Hand the `LastLayerStates` of every forward pass within the context to `receive`."""
         pending: dict[str, Tensor] = {}
 
         def keep_residual(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -243,11 +243,11 @@ class Anatomy:
             yield
 
     def _note(self, pending: dict[str, Tensor], stack: contextlib.ExitStack) -> None:
-        """Have the activations of every pass put into `pending` until `stack` is closed."""
+        """Put the activations of every pass into `pending` until `stack` is closed."""
         stack.callback(self.down_proj.register_forward_pre_hook(_keep("activations", pending)).remove)
 
     def _gather(self, pending: dict[str, Tensor], residual: Tensor) -> LastLayerStates | None:
-        """Put together what a pass has left; None if it did not come through the last layer."""
+        """Join the states that a pass has left; None if it did not run the last layer."""
         if "activations" not in pending:
             return None
         return LastLayerStates(residual=residual, **{name: t.to(residual.device) for name, t in pending.items()})
@@ -263,14 +263,14 @@ def _keep(name: str, pending: dict[str, Tensor]) -> Callable[[nn.Module, tuple[A
 
 
 def weights_content(module: nn.Module) -> tuple[Any, ...] | None:
-    """Summarise what the weights of a layer hold, so that writing into them shows, whichever way it was done.
+    """Summarise the weights of a layer, so that any change of them shows, however it was made.
 
-    PyTorch's own version counter does not see writes through ``.data``, NumPy views or other processes. The sums of all rows
-    do, and take as long as one product of the weights with a vector. Columns may be permuted, as in merging models: that
-    changes the few rows that are kept whole.
+    PyTorch's own version counter does not see writes through ``.data``, NumPy views or other processes. The sums of all rows do.
+    They take as long as one product of the weights with a vector. A permutation of columns, as in merging models, leaves the
+    sums alone, but changes the few rows that are kept whole.
 
     Returns:
-        None for quantised or offloaded weights, whose content costs too much to look at. Assumed: nobody writes into them
+        None for quantised or offloaded weights, which cost too much to read. confsteer assumes that nobody writes into them
         through ``.data``.
     """
     tensors = (*without_adapter(module).parameters(), *without_adapter(module).buffers())
@@ -283,7 +283,7 @@ def _summary(tensor: Tensor) -> tuple[Any, ...]:
     if tensor.numel() == 0:
         return (tuple(tensor.shape),)
     rows = (tensor.flatten(0, -2) if tensor.dim() > 1 else tensor.reshape(1, -1)).contiguous()
-    # Integers add up without rounding, and eight bytes at a time ten times faster than fewer.
+    # Add integers, which do not round. Eight bytes at a time are ten times faster than fewer.
     units = next(
         unit
         for unit in (torch.int64, torch.int32, torch.int16, torch.uint8)

@@ -1,4 +1,4 @@
-"""A model on disk: the few tensors of its last layer, read without the rest."""
+"""The last layer of a model on disk: its few tensors, read without the rest."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from confsteer.model.locate import locate
 
 READABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Places = dict[str, tuple[nn.Module, str]]
-"""Name of a tensor in the checkpoint -> module and weight that it is."""
+"""Name of a tensor in the checkpoint -> its module and the weight's name there."""
 
 
 class LastLayer(NamedTuple):
@@ -38,25 +38,25 @@ class LastLayer(NamedTuple):
 
     config: Any
     commit: str | None
-    """On the hub, where there is one."""
+    """Commit on the hub, if it is from there."""
     anatomy: Anatomy
-    """Last layer of a model without weights but for those read."""
+    """Last layer of a model that has no other weights than those read."""
     tensors: dict[str, Tensor]
     """Tensors that were read, by the names in the checkpoint."""
     bytes_read: int
     """Size of these tensors in the checkpoint."""
     bytes_total: int | None
-    """Size of the whole checkpoint; None where its index does not say."""
+    """Size of the whole checkpoint; None if its index does not say."""
     file: GgufFile | None = None
-    """GGUF file it is from, if it is from one."""
+    """The GGUF file that it was read from, if any."""
     streamed: tuple[str, ...] = ()
-    """Names of the tensors of a mixture of experts, which are read one expert at a time, whenever their neurons are."""
+    """Names of a mixture's tensors that are read one expert at a time, when their neurons are needed."""
 
 
 def read_last_layer(
     source: str, *, gguf_file: str | None = None, revision: str | None = None, trust_remote_code: bool = False
 ) -> LastLayer:
-    """Read the unembedding, the final norm and the last MLP's output projection of a checkpoint, and nothing else of it.
+    """Read a checkpoint's unembedding, final norm and last MLP's output projection, and nothing else of it.
 
     Raises:
         LoadError: as `scan`.
@@ -66,7 +66,7 @@ def read_last_layer(
     if file is not None:
         return _read_gguf(file)
     try:
-        # Whatever the branch moves to meanwhile, all files are of one commit.
+        # Pin the commit, so that all files are of one, even if the branch moves meanwhile.
         commit = extract_commit_hash(str(_file(source, CONFIG_NAME, revision)), None)
         revision = commit or revision
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
@@ -112,7 +112,7 @@ def _read_gguf(file: GgufFile) -> LastLayer:
 def _gguf_places(anatomy: Anatomy, file: GgufFile) -> Places:
     """Find where the tensors at the end of a GGUF file go."""
     block = f"blk.{anatomy.layer}"
-    # An unembedding that is not there is the embedding.
+    # Take the embedding for an unembedding that is not there: they are tied.
     unembedding = "output" if "output.weight" in file.tensors else "token_embd"
     names = {anatomy.down_proj: f"{block}.ffn_down", anatomy.final_norm: "output_norm", anatomy.unembedding: unembedding}
     if anatomy.write_norm is not None:
@@ -124,11 +124,11 @@ def _gguf_places(anatomy: Anatomy, file: GgufFile) -> Places:
 
 
 def _skeleton(config: Any, trust_remote_code: bool) -> tuple[PreTrainedModel, Anatomy]:
-    """A model without weights, and where its last layer is."""
+    """Lay out a model without weights, and find its last layer."""
     try:
         with torch.device("meta"):
-            # The other kinds of attention look at the values of the mask, and the meta device has none. There it has the
-            # grouped products of experts in bfloat16 alone; the weights that are read come as they are stored.
+            # Use eager attention: the other kinds read the values of the mask, and the meta device has none. Use bfloat16: the
+            # meta device has grouped products of experts in no other. The weights that are read keep their stored precision.
             how: dict[str, Any] = {"attn_implementation": "eager", "dtype": torch.bfloat16}
             model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code, **how)
         return model, locate(model)
@@ -142,7 +142,7 @@ def _skeleton(config: Any, trust_remote_code: bool) -> tuple[PreTrainedModel, An
 
 
 def _shards(source: str, revision: str | None) -> tuple[dict[str, str], int | None]:
-    """The file of each tensor of a checkpoint, and the size of all of them in bytes where it is known."""
+    """Find the file of each tensor of a checkpoint, and the size of all of them in bytes if it is known."""
     try:
         try:
             single = _file(source, SAFE_WEIGHTS_NAME, revision)
@@ -161,7 +161,7 @@ def _shards(source: str, revision: str | None) -> tuple[dict[str, str], int | No
 
 
 def _needed(anatomy: Anatomy) -> list[tuple[nn.Module, str]]:
-    """List the modules at the end of a model, and their parameters that say what a neuron writes."""
+    """List the modules at the end of a model, with the parameters that decide what a neuron writes."""
     needed = [(layer, "weight") for layer in anatomy.linear_projections]  # their biases are no neuron's write
     for module in filter(None, (anatomy.write_norm, anatomy.final_norm, anatomy.unembedding)):
         needed += [(module, parameter) for parameter, _ in module.named_parameters(recurse=False)]
@@ -178,7 +178,7 @@ def _places(model: PreTrainedModel, anatomy: Anatomy, source: str, shard_of: dic
     for module, parameter in _needed(anatomy):
         own = f"{path_of[module]}.{parameter}"
         value = getattr(module, parameter)
-        # A tied parameter is stored under any of its names; its own comes first, as when transformers loads it.
+        # Try its own name first, as transformers does: a tied parameter is stored under any of its names.
         names = [own, *(path for path, p in model.named_parameters(remove_duplicate=False) if p is value)]
         found = next((stored[name] for name in names if name in stored), None)
         if found is None:
@@ -203,7 +203,7 @@ def _fill(places: Places, tensors: Mapping[str, Tensor], source: str) -> None:
 
 
 def _stored_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
-    """Name in the model -> name in the checkpoint, by the renamings that transformers makes when it loads one."""
+    """Map names in the model to names in the checkpoint, by the renamings that transformers makes when it loads one."""
     parameters = model.state_dict()
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
@@ -217,7 +217,7 @@ def _stored_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str
 
 
 def _file(source: str, name: str, revision: str | None) -> Path:
-    """A file of a local folder, of the hub's cache, or of the hub.
+    """Find a file in a local folder, in the hub's cache, or on the hub.
 
     Raises:
         OSError: it is in none of these.
@@ -230,7 +230,7 @@ def _file(source: str, name: str, revision: str | None) -> Path:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """A safetensors file, mapped into memory: only what is touched is read."""
+    """Open a safetensors file, mapped into memory: only what is used is read."""
     try:
         with safe_open(path, framework="pt") as file:
             yield file

@@ -1,7 +1,7 @@
-"""The numerical check that a model's last layer is what was found, on the model at hand.
+"""The numerical check, on the model at hand, that its last layer is what was found.
 
-What the search finds is not trusted: `dissect` checks that the logits are ``unembed(norm(residual))`` and that an activation
-moves the residual by its neuron's write, and refuses the model otherwise.
+The result of the search is not trusted. `dissect` checks that the logits are ``unembed(norm(residual))``, and that an activation
+moves the residual by its neuron's write. Otherwise it refuses the model.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _looking = threading.Lock()
 
 
 def dissect(model: nn.Module) -> Anatomy:
-    """Find the `Anatomy` of a loaded causal language model, checked numerically (two short forward passes, once per model).
+    """Find the `Anatomy` of a loaded causal language model, and check it numerically: two short forward passes, once per model.
 
-    A model with PEFT's adapters is checked without them, and autocast is off.
+    PEFT's adapters and autocast are off during the check.
 
     Raises:
-        UnsupportedModelError: with what does not fit.
+        UnsupportedModelError: something does not fit; the message says what.
     """
-    # Two threads that look at one model would meet each other's hooks.
+    # Take a lock: two threads that look at one model would meet each other's hooks.
     with _looking:
         anatomy, base = locate(model), unwrap(model)
         if _verified.get(base) != anatomy:
@@ -44,7 +44,7 @@ def dissect(model: nn.Module) -> Anatomy:
 
 
 def verify(base: PreTrainedModel, anatomy: Anatomy) -> None:
-    """Check on the model at hand that its last layer is what `anatomy` says; adapters and autocast are to be off.
+    """Check on the model at hand that its last layer is what `anatomy` says. Adapters and autocast must be off.
 
     Raises:
         UnsupportedModelError: logits are not ``unembed(norm(residual))``, or an activation does not move the residual by
@@ -61,7 +61,7 @@ def verify(base: PreTrainedModel, anatomy: Anatomy) -> None:
                 f"they ran {len(states)} times"
             )
         before = states.pop()
-    # Float32 weights may meet in half precision all the same: autocast inside ``forward``, quantised layers below.
+    # Allow for half precision even with float32 weights: autocast inside ``forward``, or quantised layers below.
     halves = {anatomy.dtype, before.activations.dtype} & {torch.bfloat16, torch.float16}
     tolerance = 5e-2 if halves else 1e-3
     neurons = torch.linspace(0, anatomy.n_neurons - 1, steps=min(4, anatomy.n_neurons), device="cpu").long()
@@ -90,8 +90,8 @@ def verify(base: PreTrainedModel, anatomy: Anatomy) -> None:
 
 
 def _push_error(base: PreTrainedModel, anatomy: Anatomy, neurons: Tensor, readout: Readout, state: ReadoutState) -> float:
-    """Push some neurons, of which `readout` is, and compare how the residual moves with the closed form: the relative error."""
-    # A push as large as what it is added to, so that rounding in half precision stays small beside it.
+    """Push the neurons of `readout` in the model, and compare the residual's move with the closed form: the relative error."""
+    # Push by as much as is there, so that rounding in half precision stays small beside it.
     write, onto = readout.w_out, state.residual
     if readout.write_norm is not None and state.mlp_output is not None:
         write, onto = readout.write_norm.inputs, state.mlp_output

@@ -1,8 +1,8 @@
-"""A last layer that is a mixture of experts: its modules, its neurons' activations and writes, and the check of both.
+"""A mixture of experts as the last layer: its modules, its neurons' activations and writes, and the check of both.
 
 transformers keeps the experts of a layer in one module with three-dimensional weights, and runs them by one of several kernels.
-None of them is opened: what goes into the module (hidden states, chosen experts, routing weights) says every neuron's activation,
-which is computed again, and what comes out of it is where a steering is added.
+None of the kernels is changed here. The module's inputs are hidden states, chosen experts and routing weights: from them every
+neuron's activation is computed again. A steering is added to the module's output.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Routed(NamedTuple):
     """Input of the experts in one pass, flattened over batch and positions."""
 
     inputs: Tensor
-    """``[tokens, d_model]``; Llama 4 weights what goes into each expert: ``[experts, tokens, d_model]``."""
+    """``[tokens, d_model]``. Llama 4 weights the input of each expert: ``[experts, tokens, d_model]``."""
     experts: Tensor
-    """Experts that each token is routed to, ``[tokens, slots]``; -1 for none."""
+    """Experts that each token is routed to, ``[tokens, slots]``; −1 for none."""
     weights: Tensor
     """Routing weights of their outputs, ``[tokens, slots]``."""
 
@@ -48,24 +48,24 @@ class Routed(NamedTuple):
         return cls(inputs, experts, torch.ones_like(inputs[0, :, :1]).expand(-1, number))
 
     def of_expert(self, number: int) -> Tensor:
-        """Inputs of one expert, of all tokens, ``[tokens, d_model]``."""
+        """Inputs of one expert for all tokens, ``[tokens, d_model]``."""
         return self.inputs if self.inputs.dim() == 2 else self.inputs[number]
 
 
 @dataclass(frozen=True, kw_only=True)
 class MixtureAnatomy(Anatomy):
-    """The modules at the end of a mixture of experts; `down_proj` is the module of the routed experts."""
+    """The modules at the end of a mixture of experts. `down_proj` is the module of the routed experts."""
 
     slots: int
-    """Routed experts that work on each token."""
+    """Number of routed experts that work on each token."""
     shared: nn.Module | None
     """Output projection of the shared expert."""
     shared_gate: nn.Module | None
-    """Linear layer whose sigmoid multiplies the shared expert's output."""
+    """Linear layer that gates the shared expert: the sigmoid of its output multiplies the expert's."""
     shared_mlp: nn.Module | None
     """The shared expert."""
     stored: Callable[[int], Tensor] | None = None
-    """Reads the output weights of an expert, ``[units, d_model]``, for a model that was laid out without them."""
+    """Reader of an expert's output weights, ``[units, d_model]``, for a model that was laid out without them."""
 
     @property
     def experts(self) -> Experts:
@@ -91,7 +91,7 @@ class MixtureAnatomy(Anatomy):
 
     @property
     def quantised(self) -> bool:
-        # Experts that are quantised were refused.
+        # Look at the shared expert and the unembedding only: quantised experts were refused.
         return not all(is_plain(module) for module in (self.unembedding, self.shared) if module is not None)
 
     def w_out(self, neurons: Tensor | None = None) -> Tensor:
@@ -107,7 +107,7 @@ class MixtureAnatomy(Anatomy):
         return rows[torch.cat([(~of_shared).nonzero()[:, 0], of_shared.nonzero()[:, 0]]).argsort().to(rows.device)]
 
     def some_writes(self, experts: Tensor, units: Tensor, shared: Tensor) -> Tensor:
-        """Read the output weights of some neurons, by number ``[n]`` and ``[m]``: of experts, and of the shared one."""
+        """Read the output weights of some neurons: units ``[n]`` of experts, then units ``[m]`` of the shared one."""
         with on_device(self.down_proj):
             down = down_proj_of(self.down_proj).detach()
             rows = down[experts.to(down.device), units.to(down.device)]
@@ -118,7 +118,7 @@ class MixtureAnatomy(Anatomy):
             return torch.cat([rows, writes[shared.to(writes.device)].to(rows)])
 
     def row(self, neuron: int) -> Tensor:
-        """Find the output weights of a neuron, ``[d_model]``: a view, to write into it is to change the model."""
+        """Find the output weights of a neuron, ``[d_model]``, as a view: writing into it changes the model."""
         experts = self.experts
         if neuron < experts.n_routed:
             return down_proj_of(self.down_proj).detach()[neuron // experts.units, neuron % experts.units]
@@ -126,7 +126,7 @@ class MixtureAnatomy(Anatomy):
         return output_weights(self.shared)[neuron - experts.n_routed]
 
     def writes(self) -> Iterator[Tensor]:
-        """Yield the output weights of one expert after the other, ``[units, d_model]`` each; those of the shared one last."""
+        """Yield the output weights of one expert after the other, ``[units, d_model]`` each, the shared one last."""
         if self.stored is not None:
             yield from map(self.stored, range(self.experts.number))
         else:
@@ -168,7 +168,7 @@ def find_experts(last_layer: nn.Module, model_type: str) -> str | None:
     """Find the path of the routed experts inside a layer; None in a dense layer.
 
     Raises:
-        UnsupportedModelError: it has experts of a form that is not known.
+        UnsupportedModelError: it has experts of an unknown form.
     """
     found: list[tuple[str, nn.Module]] = [
         (name, module)
@@ -188,10 +188,10 @@ def find_experts(last_layer: nn.Module, model_type: str) -> str | None:
 
 
 def with_experts(anatomy: Anatomy, config: Any) -> MixtureAnatomy:
-    """Add to an anatomy what a mixture of experts has besides the routed ones, which are its `down_proj`.
+    """Add to an anatomy, whose `down_proj` is the routed experts, the other parts of a mixture of experts.
 
     Raises:
-        UnsupportedModelError: it has shared experts of a form that is not known.
+        UnsupportedModelError: it has shared experts of an unknown form.
     """
     named = [(name, m) for name, m in anatomy.last_layer.named_modules() if name.split(".")[-1].startswith("shared")]
     gates = [module for name, module in named if name.endswith("gate")]
@@ -219,13 +219,13 @@ def norm_after(last_layer: nn.Module) -> str | None:
 
 
 def down_proj_of(module: nn.Module) -> Tensor:
-    """Output weights of the experts, a view ``[experts, units, d_model]``."""
+    """Output weights of the experts, as a view ``[experts, units, d_model]``."""
     weight = module.get_parameter("down_proj")
     return weight if _is_transposed(module) else weight.transpose(1, 2)
 
 
 def slot_activations(module: nn.Module, routed: Routed) -> Tensor:
-    """Compute what multiplies the writes of the neurons of each token's experts, ``[tokens, slots, units]``."""
+    """Compute the factors of the writes of the neurons in each token's experts, ``[tokens, slots, units]``."""
     number, units, _ = down_proj_of(module).shape
     result = routed.inputs.new_zeros(*routed.experts.shape, units)
     for expert in range(number):
@@ -237,17 +237,17 @@ def slot_activations(module: nn.Module, routed: Routed) -> Tensor:
 
 
 def neuron_activations(module: nn.Module, routed: Routed, neurons: Sequence[tuple[int, int]]) -> Tensor:
-    """Compute activations of some neurons on all tokens as if routed to them, without routing weights, ``[tokens, n]``.
+    """Compute activations of some neurons as if every token were routed to them, without routing weights, ``[tokens, n]``.
 
     Args:
         module: the experts.
-        routed: what they are given.
-        neurons: expert and number of each.
+        routed: the input of the experts.
+        neurons: expert and number of each neuron.
     """
     experts, units = zip(*neurons, strict=True)
     if routed.inputs.dim() == 2:
         return _neurons(module, routed.inputs, experts, units)
-    # Each expert has inputs of its own.
+    # Go expert by expert: each has inputs of its own.
     each = [_neurons(module, routed.of_expert(expert), [expert], [unit]) for expert, unit in neurons]
     return torch.cat(each, dim=1)
 
@@ -261,7 +261,7 @@ def shared_activations(anatomy: MixtureAnatomy, inputs: Tensor, units: Tensor) -
 
 
 def _some_outputs(linear: nn.Module, inputs: Tensor, units: Tensor) -> Tensor:
-    """Compute some outputs of a linear layer; all of them where its weights are quantised or under an adapter."""
+    """Compute some outputs of a linear layer: where its weights are quantised or under an adapter, by way of all outputs."""
     if type(linear) is not nn.Linear or not is_plain(linear):
         outputs: Tensor = linear(inputs)
         return outputs[..., units]
@@ -272,7 +272,7 @@ def add_to_output(module: nn.Module, output: Tensor, change: Tensor) -> Tensor:
     """Add ``[tokens, d_model]`` to the output of the experts' module."""
     change = change.to(output.dtype)
     if _weighs_inputs(module):
-        # It has the output of each expert, to be added up.
+        # Llama 4's output is that of each expert, to be added up.
         first = torch.arange(len(down_proj_of(module)), device=output.device) == 0
         change = (first[:, None, None] * change.expand(len(output) // len(first), -1)).flatten(0, 1)
     sum_of_both: Tensor = output.flatten(0, -2) + change
@@ -281,26 +281,28 @@ def add_to_output(module: nn.Module, output: Tensor, change: Tensor) -> Tensor:
 
 @torch.no_grad()
 def writes_error(anatomy: MixtureAnatomy, run: Callable[[], Any], counted: slice = slice(None)) -> float:
-    """Compare what neurons add to the residual with the model itself, by three passes: the largest relative error.
+    """Compare the neurons' writes to the residual with the model itself, in three passes: the largest relative error.
 
-    The experts' output must be the activations times the writes. What is added to it, and what is added to the activations of the
-    shared expert, must reach the residual.
+    The experts' output must be the activations times the writes. A change of that output must reach the residual, and so must a
+    change of the shared expert's activations.
 
     Args:
         anatomy: the last layer.
-        run: runs the model, on the same text each time.
-        counted: tokens that count.
+        run: a function that runs the model, on the same text each time.
+        counted: tokens to compare.
     """
     module, states = anatomy.down_proj, list[LastLayerStates]()
     with anatomy.recording(states.append):
         error, before = _output_error(module, run), states.pop()
         normed = before.mlp_output
         onto = (before.residual if normed is None else normed)[counted]
-        # As large as what it is added to, so that rounding in half precision stays small beside it.
+        # Push by as much as is there, so that rounding in half precision stays small beside it.
         size = float(onto.float().norm(dim=-1).mean())
 
         def moved_error(push: Tensor) -> float:
-            """Error of the way from one pass to a pushed one, which should be a push ``[tokens or 1, d_model]``."""
+            """Relative error of the residual's move between the two passes, which should be `push`
+            ``[tokens or 1, d_model]``.
+            """
             moved = (states[-1].residual.float() - before.residual.float())[counted]
             push = push.to(moved.device).expand_as(before.residual)[counted]
             if anatomy.write_norm is None:
@@ -354,7 +356,7 @@ def _output(module: nn.Module, routed: Routed) -> Tensor:
 
 
 def _weighs_inputs(module: nn.Module) -> bool:
-    """Whether these are the experts of Llama 4, each of which is given all tokens, times its routing weights."""
+    """Whether these are the experts of Llama 4. Each of those is given all tokens, times its routing weights."""
     return type(module).__name__ == "Llama4TextExperts"
 
 
@@ -363,7 +365,7 @@ def _is_transposed(module: nn.Module) -> bool:
 
 
 def _has_rows(module: nn.Module) -> bool:
-    """Whether the weights are plain numbers, as many as the names of the parameters promise."""
+    """Whether the weights are plain numbers in three dimensions, under the parameters' usual names."""
     name = "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"
     weights = [dict(module.named_parameters(recurse=False)).get(one) for one in (name, "down_proj")]
     return all(w is not None and type(w.data) is Tensor and w.dim() == 3 and w.is_floating_point() for w in weights)
@@ -395,7 +397,7 @@ def _neurons(module: nn.Module, inputs: Tensor, experts: Sequence[int], units: S
 
 
 def _activate(module: nn.Module, projected: Tensor) -> Tensor:
-    """Apply the experts' own activation function, and their gate in whatever order they keep it."""
+    """Apply the experts' own activation function and their gate, in the order in which the module keeps them."""
     experts: Any = module
     activations: Tensor
     if hasattr(experts, "_apply_gate"):

@@ -22,18 +22,18 @@ class StoredExperts(NamedTuple):
     """Where the output weights of each expert are in a checkpoint of safetensors."""
 
     names: list[str]
-    """Tensors: one for each expert in their order, or a single one for all."""
+    """Names of the tensors: one for each expert in order, or a single one for all."""
     shard_of: Mapping[str, str]
     """Name of a tensor -> file that has it."""
     locate: Callable[[str], Path]
-    """Name of a file -> the file, fetched if need be."""
+    """Function from the name of a file to the file, which it downloads if needed."""
     anatomy: MixtureAnatomy
 
     def read(self, expert: int) -> Tensor:
         """Read the output weights of one expert, ``[units, d_model]``.
 
         Raises:
-            LoadError: they are not as they should be.
+            LoadError: they have the wrong type or shape, or are not finite.
         """
         several = len(self.names) > 1
         name = self.names[expert if several else 0]
@@ -59,14 +59,14 @@ class StoredExperts(NamedTuple):
 def stored_experts(
     model: PreTrainedModel, anatomy: MixtureAnatomy, source: str, shard_of: Mapping[str, str], locate: Callable[[str], Path]
 ) -> StoredExperts:
-    """Find the experts of the last layer in a checkpoint: in one tensor, as in memory, or one for each.
+    """Find the experts of the last layer in a checkpoint: in one tensor, as in memory, or in one for each.
 
     Args:
-        model: laid out without weights.
-        anatomy: of it.
+        model: the model, laid out without weights.
+        anatomy: its anatomy.
         source: the checkpoint, for messages.
         shard_of: name of each tensor -> file that has it.
-        locate: finds a file by its name.
+        locate: a function that finds a file by its name.
 
     Raises:
         LoadError: they are not there, or in another form.
@@ -74,7 +74,7 @@ def stored_experts(
     own = next(path for path, module in model.named_modules() if module is anatomy.down_proj) + ".down_proj"
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    # What else is done to a tensor than to put it beside those of other experts, nothing here knows.
+    # Know one conversion only: tensors of single experts, stacked. Others are refused.
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     merging = [entry for entry in converters if [type(operation) for operation in entry.operations] == [MergeModulelist]]
     parameters, found, by_expert = model.state_dict(), list[str](), dict[int, str]()
@@ -97,5 +97,5 @@ def stored_experts(
 
 
 def with_stored(anatomy: MixtureAnatomy, stored: StoredExperts) -> MixtureAnatomy:
-    """Have the anatomy of a model without weights read its experts from disk."""
+    """Make the anatomy of a model without weights read its experts from disk."""
     return replace(anatomy, stored=stored.read)

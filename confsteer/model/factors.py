@@ -1,4 +1,4 @@
-"""Factors between a last MLP and the logits, by what each family's config or module calls them."""
+"""Factors between a last MLP and the logits, by their names in each family's config or module."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ class Factors(NamedTuple):
 
     logit_scale: float
     residual_multiplier: float
-    """Factor on the MLP's output when it has been added to the residual."""
+    """Factor of the MLP's output as it is added to the residual."""
     softcap: float | None
     """The logits ``y`` become ``softcap · tanh(y / softcap)``."""
 
 
 def read_factors(model: nn.Module, config: Any, last_layer: nn.Module) -> Factors:
-    """Read the factors of a model; `dissect` proves them.
+    """Read the factors of a model. `dissect` proves them.
 
     Args:
-        model: with the unembedding.
-        config: of its language model.
-        last_layer: which may have a factor among its weights; NaN comes of one that has not been read.
+        model: the model with the unembedding.
+        config: config of its language model.
+        last_layer: the last layer, which may have a factor among its weights. A factor that was not read is NaN.
     """
     return Factors(_logit_scale(model, config), residual_multiplier(config, last_layer), _softcap(config))
 
 
 def _logit_scale(model: nn.Module, config: Any) -> float:
-    # Cohere. Its multimodal classes have no such attribute, and leave the logits as they are.
+    # Read Cohere's. Its multimodal classes have no such attribute, and leave the logits as they are.
     scale = float(getattr(model, "logit_scale", None) or 1.0)
     for name in ("lm_head_multiplier", "output_multiplier"):  # Falcon-H1, Muse Glimmer
         scale *= getattr(config, name, 1.0)
     scaling = getattr(config, "logits_scaling", 1.0)
-    # Granite and MiniCPM3 divide, and HyperCLOVA X, made after it, multiplies by a number of the same name.
+    # Look at the family: Granite and MiniCPM3 divide, but HyperCLOVA X multiplies by a number of the same name.
     return scale * scaling if config.model_type == "hyperclovax" else scale / scaling
 
 

@@ -1,8 +1,8 @@
-"""GGUF files: their metadata, single tensors of them, and what transformers leaves out when it reads one.
+"""GGUF files: their metadata, single tensors, and the settings that transformers does not read from them.
 
-The header is read here: the reader of the package ``gguf`` makes an object of every token of the vocabulary, which takes far
-longer than reading the tensors. transformers uses that reader, so it gets a file without the vocabulary to make the config of.
-Blocks are dequantised by the package.
+The header is read here. The reader of the package ``gguf`` makes an object for every token of the vocabulary, which takes far
+longer than reading the tensors. Because transformers uses that reader, it is given a file without the vocabulary to make the
+config from. The package dequantises blocks.
 """
 
 from __future__ import annotations
@@ -34,34 +34,34 @@ SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "
 """Type of a value in the metadata -> its format in ``struct``."""
 UINT32, STRING, ARRAY = 4, 8, 9
 FLOAT32 = 0
-"""Type of a tensor, of which numbers count apart."""
+"""ggml's number for a tensor in float32, whose numbers are not in blocks."""
 ALIGNMENT = 32
-"""Bytes that tensors start at multiples of, if the file says nothing."""
+"""Alignment of tensors, in bytes, if the file says nothing."""
 MAX_DIMS = 4
 WEIGHTS_AT_ONCE = 1 << 19
-"""Weights dequantised at a time: enough for numpy to be fast, few enough for a cache."""
+"""Weights dequantised at a time: enough for numpy to be fast, and few enough for a cache."""
 EMBEDDING = "token_embd.weight"
 SIZED_BY_TOKENS = ("gpt2", "starcoder2")
-"""Architectures whose vocabulary transformers can size by its tokens alone."""
+"""Architectures whose vocabulary size transformers finds only by counting the tokens."""
 BYTE_LEVEL_WITH_BOS = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken")
-"""Pre-tokenizers of byte-level vocabularies with which llama.cpp starts texts with BOS if the file says nothing."""
+"""Pre-tokenizers of byte-level vocabularies for which llama.cpp starts texts with BOS if the file says nothing."""
 CUT_AS_GPT2 = ("default", "gpt-2", "smollm", "starcoder", "refact", "command-r", "olmo", "mpt")
-"""Pre-tokenizers that cut text as GPT-2's does, or whose merges never cross what they cut more."""
+"""Pre-tokenizers that split text as GPT-2's does, or that split more, but where no merge crosses the additional splits."""
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-"""Constants of all Llama 3.1 to 3.3; a file holds the factors that come out, not these."""
+"""Constants of all Llama 3.1 to 3.3. A file holds the factors computed from them, not these."""
 GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3": 62}
-"""Layers of the Gemmas that scale attention otherwise than by the size of a head; the file does not say it."""
+"""Number of layers of those Gemmas that do not scale attention by the size of a head. The file does not say so."""
 
 
 class TensorInfo(NamedTuple):
-    """Place of a tensor in a file, and how it is stored there."""
+    """Place and type of a tensor in a file."""
 
     shape: tuple[int, ...]
-    """Rows first, as in torch."""
+    """Sizes, rows first as in torch."""
     kind: int
-    """Number of its type in ggml."""
+    """Number of its ggml type."""
     offset: int
-    """From the start of the file."""
+    """Bytes from the start of the file."""
 
 
 class GgufFile(NamedTuple):
@@ -71,26 +71,26 @@ class GgufFile(NamedTuple):
     """Path as the user gave it, or hub id and file."""
     path: Path
     commit: str | None
-    """On the hub, where it is from there."""
+    """Commit on the hub, if it is from there."""
     metadata: dict[str, Any]
-    """Without arrays."""
+    """Entries of the metadata that are not arrays."""
     tensors: dict[str, TensorInfo]
     settings: tuple[bytes, ...]
-    """Entries of the metadata as they stand in the file, without the arrays of the tokenizer."""
+    """Entries of the metadata as bytes of the file, without the arrays of the tokenizer."""
 
     @property
     def architecture(self) -> str:
         return str(self.metadata.get("general.architecture"))
 
     def setting(self, key: str) -> Any:
-        """Look up what the file says under its architecture's name; None if it says nothing."""
+        """Look up a setting under the architecture's name; None if the file does not have it."""
         return self.metadata.get(f"{self.architecture}.{key}")
 
     def tensor(self, name: str) -> Tensor:
         """Read one tensor, dequantised to float32.
 
         Raises:
-            LoadError: it is stored in a way that the installed ``gguf`` does not know.
+            LoadError: the installed ``gguf`` does not know its type.
         """
         import numpy as np
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
@@ -103,7 +103,7 @@ class GgufFile(NamedTuple):
         try:
             for first in range(0, len(blocks), step):
                 some = slice(first, first + step)
-                # As one row: the package goes by sixteen rows at a time, which of a small model are a few blocks.
+                # Give it one row: the package takes sixteen rows at a time, and in a small model these are few blocks.
                 row = np.ascontiguousarray(blocks[some]).reshape(1, -1)
                 values[some] = dequantize(row, GGMLQuantizationType(kind)).reshape(-1, in_block)
         except (NotImplementedError, KeyError) as error:
@@ -113,7 +113,7 @@ class GgufFile(NamedTuple):
     def check(self) -> None:
         """
         Raises:
-            LoadError: tensors are of a type unknown here, or the file ends before they do.
+            LoadError: a tensor's type is unknown here, or the file ends before the tensors do.
         """
         ends = [info.offset + self.n_bytes(name) for name, info in self.tensors.items()]
         size = self.path.stat().st_size
@@ -121,7 +121,7 @@ class GgufFile(NamedTuple):
             raise LoadError(f"{self.name} is truncated: it has {size:,} of {max(ends):,} bytes. Download it again")
 
     def n_bytes(self, name: str) -> int:
-        """Compute how much of the file a tensor takes."""
+        """Compute the bytes that a tensor takes in the file."""
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
         shape, kind, _ = self.tensors[name]
@@ -140,12 +140,12 @@ def find(source: str, gguf_file: str | None, revision: str | None) -> GgufFile |
     """Find the GGUF file that a user means, and read its header.
 
     Args:
-        source: path of a file, or folder or hub id if `gguf_file` is given.
+        source: path of a file; or a folder or hub id, if `gguf_file` is given.
         gguf_file: name of a file in the folder or the hub's repository.
         revision: branch, tag or commit on the hub.
 
     Returns:
-        None if what is meant is a checkpoint of another kind.
+        None if the user means a checkpoint of another kind.
 
     Raises:
         LoadError: there is no such file, it is not a whole GGUF file, or ``gguf`` is not installed.
@@ -159,7 +159,7 @@ def find(source: str, gguf_file: str | None, revision: str | None) -> GgufFile |
     if gguf_file is None:
         path = Path(source)
         if not path.is_file():
-            raise LoadError(f"there is no file {source}. A file of a hub repository is asked for as OWNER/REPO --gguf FILE")
+            raise LoadError(f"there is no file {source}. For a file of a hub repository give OWNER/REPO --gguf FILE")
     else:
         try:
             path = Path(str(cached_file(source, gguf_file, revision=revision)))
@@ -178,15 +178,15 @@ def find(source: str, gguf_file: str | None, revision: str | None) -> GgufFile |
 
 
 def hint(source: str) -> str:
-    """Say how a file of a repository is asked for, if `source` looks like a repository of GGUF files."""
+    """Say how to ask for a file of a repository, if `source` looks like a repository of GGUF files."""
     return ". To load one of its GGUF files, name it with --gguf FILE (gguf_file in Python)" if "gguf" in source.lower() else ""
 
 
 def read_header(path: Path, name: str) -> tuple[dict[str, Any], dict[str, TensorInfo], tuple[bytes, ...]]:
-    """Read a file's metadata, where its tensors are, and its settings as of `GgufFile`.
+    """Read a file's metadata, the places of its tensors, and its settings, as `GgufFile` holds them.
 
     Raises:
-        LoadError: it is not a GGUF file, of a version unknown here, or damaged.
+        LoadError: it is not a GGUF file, its version is unknown here, or it is damaged.
     """
     try:
         with path.open("rb") as stream:
@@ -224,7 +224,7 @@ class _Header:
             tensor, (n_dims,) = self._string(), self._next("I")
             if not 0 < n_dims <= MAX_DIMS:
                 raise struct.error("dimensions")
-            # The fastest dimension comes first in the file.
+            # Reverse them: the fastest dimension comes first in the file.
             shape = self._next(f"{n_dims}Q")[::-1]
             if 0 in shape:
                 raise struct.error("no elements")
@@ -246,7 +246,7 @@ class _Header:
         return bytes(self._next(f"{min(length, len(self.blob))}s")[0]).decode("utf-8")
 
     def _value(self, kind: int) -> Any:
-        """Read a value; arrays are passed over, and None."""
+        """Read a value. An array is skipped, and gives None."""
         if kind == STRING:
             return self._string()
         if kind in SCALARS:
@@ -267,13 +267,13 @@ class _Header:
 
 @contextlib.contextmanager
 def alone(file: GgufFile, *, settings: bool = False) -> Iterator[dict[str, str]]:
-    """Give arguments of ``from_pretrained`` that read this file, and nothing else of its folder or the current one.
+    """Give arguments for ``from_pretrained`` that read this file, and nothing else in its folder or the current one.
 
-    transformers would prefer a tokenizer that lies beside the file, and a file of that name in the current folder.
+    Otherwise transformers prefers a tokenizer beside the file, and a file of that name in the current folder.
 
     Args:
-        file: to be read.
-        settings: whether nothing is read but the config.
+        file: the file to read.
+        settings: whether only the config is read.
     """
     with tempfile.TemporaryDirectory(prefix="confsteer-gguf-") as folder:
         place = Path(folder) / file.path.name
@@ -285,14 +285,14 @@ def alone(file: GgufFile, *, settings: bool = False) -> Iterator[dict[str, str]]
 
 
 def _settings_alone(file: GgufFile) -> bytes:
-    """Make a GGUF file of the same settings and names of tensors, without vocabulary, each tensor a single 0."""
+    """Make a GGUF file with the same settings and tensor names, but without vocabulary and with a single 0 in each tensor."""
 
     def string(text: str) -> bytes:
         return struct.pack("<Q", len(text.encode())) + text.encode()
 
     settings = [*file.settings]
     if file.setting("vocab_size") is None:
-        # transformers would count the tokens.
+        # Write the size of the vocabulary: transformers would count the tokens.
         rows = file.tensors[EMBEDDING].shape[0]
         settings.append(string(f"{file.architecture}.vocab_size") + struct.pack("<II", UINT32, rows))
     head = MAGIC + struct.pack("<IQQ", VERSIONS[-1], len(file.tensors), len(settings)) + b"".join(settings)
@@ -301,10 +301,10 @@ def _settings_alone(file: GgufFile) -> bytes:
 
 
 def complete_config(config: Any, file: GgufFile) -> None:
-    """Put into a config what the file says and transformers does not take up.
+    """Put into a config the settings of the file that transformers does not read.
 
     Raises:
-        LoadError: the file asks for something else than transformers would compute.
+        LoadError: the file asks for something that transformers would not compute.
     """
     for key in ("attn_logit_softcapping", "final_logit_softcapping"):
         if file.setting(key) is not None and hasattr(config, key):
@@ -318,7 +318,7 @@ def complete_config(config: Any, file: GgufFile) -> None:
         config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads if largest else config.head_dim
     _scale_rotation(config, file)
     rope = _rope(config)
-    # Gemma 4's full attention has larger heads, of which the file speaks.
+    # Take the size that the file gives for full attention: Gemma 4 has larger heads there.
     own_head = getattr(config, "global_head_dim", None) or getattr(config, "head_dim", None)
     head = own_head or config.hidden_size // config.num_attention_heads
     epsilons = ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "norm_eps", "norm_epsilon")
@@ -340,14 +340,14 @@ def complete_config(config: Any, file: GgufFile) -> None:
 
 
 def _rope(config: Any) -> dict[str, Any]:
-    """Find the rotation's parameters: those of full attention in a model that has several kinds."""
+    """Find the rotation's parameters: those of full attention, if a model has several kinds."""
     parameters = getattr(config, "rope_parameters", None) or {}
     found: dict[str, Any] = parameters.get("full_attention", parameters)
     return found
 
 
 def _scale_rotation(config: Any, file: GgufFile) -> None:
-    """Put the file's scaling of the rotation into a config, which transformers leaves out."""
+    """Put the file's scaling of the rotation into a config: transformers does not read it."""
     refusal = "which confsteer does not load from a GGUF file. Give the checkpoint that the file was made from"
     if unread := [name for name in file.tensors if name.startswith("rope_factors")]:
         raise LoadError(f"{file.name} scales its rotation by {unread[0]}, {refusal}")
@@ -371,7 +371,7 @@ def _scale_rotation(config: Any, file: GgufFile) -> None:
 
 
 def check_all_used(model: nn.Module, config: Any, file: GgufFile) -> None:
-    """Raise LoadError if the file has weights that the model has no place for: it would compute without them."""
+    """Raise LoadError if the file has weights without a place in the model, which would then compute without them."""
     beyond = tuple(f"blk.{layer}." for layer in range(config.num_hidden_layers, int(file.setting("block_count") or 0)))
     of_the_model = [i for name, i in file.tensors.items() if name != "rope_freqs.weight" and not name.startswith(beyond)]
     held, needed = sum(math.prod(info.shape) for info in of_the_model), sum(p.numel() for p in model.parameters())
@@ -383,7 +383,7 @@ def check_all_used(model: nn.Module, config: Any, file: GgufFile) -> None:
 
 
 def obey(tokenizer: PreTrainedTokenizerBase, file: GgufFile) -> None:
-    """Start and end texts as the file says, or as llama.cpp does where it says nothing; transformers adds neither."""
+    """Make the tokenizer start and end texts as the file says, or else as llama.cpp does. transformers adds neither."""
     says = file.metadata.get
     pieces, pre = says("tokenizer.ggml.model") == "llama", says("tokenizer.ggml.pre")
     starts = says("tokenizer.ggml.add_bos_token", pieces or pre in BYTE_LEVEL_WITH_BOS)
@@ -406,7 +406,7 @@ def obey(tokenizer: PreTrainedTokenizerBase, file: GgufFile) -> None:
 
 
 def _splits_known() -> Iterable[str]:
-    """Ask transformers which pre-tokenizers it has; none if it no longer says."""
+    """Ask transformers which pre-tokenizers it has. The answer is empty if it no longer says."""
     try:
         from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
     except ImportError:
@@ -415,6 +415,6 @@ def _splits_known() -> Iterable[str]:
 
 
 def ends_of_text(file: GgufFile) -> list[int]:
-    """Ids that end a generation: EOS, and the end of a turn where the file has one."""
+    """Find the ids that end a generation: EOS, and the end of a turn if the file has one."""
     ids = (file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot"))
     return list(dict.fromkeys(i for i in ids if i is not None))

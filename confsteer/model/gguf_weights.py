@@ -1,7 +1,7 @@
-"""Weights of a GGUF file, named and formed as transformers has them.
+"""Weights of a GGUF file, with the names and shapes of transformers.
 
-transformers can do this for more architectures, and takes a minute where this takes seconds: it reads the vocabulary once
-more, and makes the table of names anew for each module of the model.
+transformers can do this for more architectures, but takes a minute where this takes seconds. It reads the vocabulary once more,
+and makes the table of names again for each module of the model.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from confsteer.model.gguf import GgufFile
 NORM_OFFSET = dict.fromkeys(("gpt2", "llama", "phi3", "qwen2", "qwen3", "stablelm", "starcoder2"), 0.0) | dict.fromkeys(
     ("gemma2", "gemma3"), 1.0
 )
-"""Architecture of a GGUF file -> what its norms' weights have more than transformers'. Others are not read here."""
+"""Architecture of a GGUF file -> how much larger its norms' weights are than transformers'. Others are not read here."""
 
 
 def state_dict(file: GgufFile, config: Any, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Read all weights that a model has a place for, dequantised, by their names in the model.
+    """Read all weights that the model has a place for, dequantised, by their names in the model.
 
     Args:
-        file: of an architecture in `NORM_OFFSET`.
-        config: made of it.
-        dtype: of the weights.
+        file: a file of an architecture in `NORM_OFFSET`.
+        config: the config made from it.
+        dtype: dtype of the weights.
 
     Raises:
         LoadError: see `GgufFile.tensor`.
@@ -51,19 +51,19 @@ def state_dict(file: GgufFile, config: Any, dtype: torch.dtype) -> dict[str, Ten
             tensor = _heads_in_halves(tensor, config.num_key_value_heads)
         return tensor.to(dtype)
 
-    # numpy lets other threads work while it computes.
+    # Use threads: numpy lets others work while it computes.
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         return dict(zip(stored, pool.map(read, stored), strict=True))
 
 
 def as_loaded(tensor: Tensor, name: str, module: nn.Module, file: GgufFile) -> Tensor:
-    """Give a tensor of a GGUF file the form it has in transformers, but for what `_heads_in_halves` does.
+    """Give a tensor of a GGUF file the form it has in transformers, except for the work of `_heads_in_halves`.
 
     Args:
-        tensor: as it is in the file.
-        name: of the tensor there.
-        module: that it is a parameter of.
-        file: says the architecture.
+        tensor: the tensor as it is in the file.
+        name: its name there.
+        module: the module that it is a parameter of.
+        file: the file, for its architecture.
     """
     if isinstance(module, Conv1D) and tensor.dim() == 2:
         return tensor.T.contiguous()
@@ -73,6 +73,6 @@ def as_loaded(tensor: Tensor, name: str, module: nn.Module, file: GgufFile) -> T
 def _heads_in_halves(tensor: Tensor, heads: int) -> Tensor:
     """Order the rows of each head as transformers rotates them: the first of all pairs, then the second.
 
-    llama.cpp's converter lets the two take turns.
+    llama.cpp's converter alternates the two.
     """
     return tensor.view(heads, -1, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)

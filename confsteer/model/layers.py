@@ -14,13 +14,13 @@ from confsteer.errors import UnsupportedModelError
 from confsteer.last_layer.readout import NormParameters
 
 UNITS_AT_ONCE = 1024
-"""Rows of the identity that a quantised layer is asked for at a time."""
+"""Rows of the identity that are given to a quantised layer at a time."""
 
 
 def read_norm(norm: nn.Module, d_model: int) -> NormParameters:
-    """Read kind, gain, bias and epsilon of a norm, decided by what it computes rather than by what it is called.
+    """Read kind, gain, bias and epsilon of a norm, judged by what it computes, not by its name.
 
-    LayerNorm and RMSNorm, with gain ``weight``, ``1 + weight`` (Gemma) or none, are tried against the module itself.
+    LayerNorm and RMSNorm, with gain ``weight``, ``1 + weight`` (Gemma) or none, are compared with the module itself.
 
     Raises:
         UnsupportedModelError: it computes none of these.
@@ -30,7 +30,7 @@ def read_norm(norm: nn.Module, d_model: int) -> NormParameters:
         like = weight if weight is not None else torch.ones(d_model, dtype=torch.float32, device="cpu")
         generator = torch.Generator("cpu").manual_seed(0)
         probe = torch.randn(4, d_model, generator=generator, dtype=torch.float32, device="cpu") + 0.5
-        # The small rows make epsilon count; float16 would underflow their squares in some implementations.
+        # Include small rows, so that epsilon counts. Not in float16: some implementations would underflow their squares.
         probe[2:] *= 1e-2
         probe = probe.to(like.device, like.dtype)
         answer = norm(probe)
@@ -40,7 +40,7 @@ def read_norm(norm: nn.Module, d_model: int) -> NormParameters:
         one = torch.ones(d_model, dtype=torch.float32, device=like.device)
         gains = [one] if weight is None else [weight.float(), 1 + weight.float()]
         tolerance = 1e-4 if like.dtype == torch.float32 else 2e-2
-        # Take the nearest: where gains are in the hundreds, one more is within what half precision rounds.
+        # Take the nearest: where gains are in the hundreds, a difference of one is within the rounding of half precision.
         nearest, least = None, tolerance * float(expected.norm())
         for centred in (True, False):
             x = probe.float()
@@ -57,10 +57,10 @@ def read_norm(norm: nn.Module, d_model: int) -> NormParameters:
 
 
 def output_weights(projection: nn.Module) -> Tensor:
-    """Read what a unit of each input adds to the output of a linear layer, ``[inputs, outputs]``.
+    """Read how much a unit of each input adds to the output of a linear layer, ``[inputs, outputs]``.
 
-    Quantised weights come in many layouts. All of them can be asked: the layer's answer to each unit input, less its answer
-    to none, is the row as the model itself uses it.
+    Quantised weights come in many layouts, but every layer can be run. Its output on a unit input, less its output on zero, is
+    the row as the model itself uses it.
     """
     projection = without_adapter(projection)
     if is_plain(projection):
@@ -76,7 +76,7 @@ def output_weights(projection: nn.Module) -> Tensor:
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Tell whether its weight is an ordinary matrix."""
+    """Whether the weight of a layer is an ordinary matrix."""
     weight = getattr(without_adapter(module), "weight", None)
     return isinstance(weight, Tensor) and type(weight.data) is Tensor and weight.is_floating_point()
 
@@ -93,7 +93,7 @@ def sizes(module: nn.Module) -> tuple[int, int]:
 
 
 def weights_version(module: nn.Module) -> tuple[Any, ...]:
-    """Name a state of a layer's weights: another name when they change."""
+    """Give a version of a layer's weights, which differs after they change."""
     module = without_adapter(module)
     tensors = (*module.parameters(), *module.buffers())
     return tuple((id(t), None if t.is_inference() else t._version) for t in tensors)
@@ -113,14 +113,14 @@ def without_adapter(module: nn.Module) -> nn.Module:
 
 
 def without_compiler(module: nn.Module) -> nn.Module:
-    """Find the module inside what `torch.compile` made of it, or the module itself."""
+    """Find the module inside a `torch.compile` wrapper, or the module itself."""
     inner = getattr(module, "_orig_mod", module)
     assert isinstance(inner, nn.Module)
     return inner
 
 
 def on_device(module: nn.Module) -> contextlib.AbstractContextManager[Any]:
-    """Bring weights that accelerate has offloaded back from the meta device for the time of the context."""
+    """Bring weights that accelerate has offloaded back from the meta device within the context."""
     if not hasattr(module, "_hf_hook"):
         return contextlib.nullcontext()
     from accelerate.utils import align_module_device
@@ -130,7 +130,7 @@ def on_device(module: nn.Module) -> contextlib.AbstractContextManager[Any]:
 
 
 def own_arithmetic(module: nn.Module) -> contextlib.AbstractContextManager[Any]:
-    """Compute in the precision of the tensors within the context, whatever autocast is on around it."""
+    """Compute in the precision of the tensors within the context, even if autocast is on around it."""
     stack = contextlib.ExitStack()
     for device_type in {"cpu", execution_device(module).type}:
         if torch.amp.is_autocast_available(device_type):
@@ -139,7 +139,7 @@ def own_arithmetic(module: nn.Module) -> contextlib.AbstractContextManager[Any]:
 
 
 def execution_device(module: nn.Module) -> torch.device:
-    """Find where a layer computes; weights that accelerate has offloaded are on the meta device, their inputs are not."""
+    """Find the device that a layer computes on. Weights that accelerate has offloaded are on the meta device; inputs are not."""
     hook = getattr(module, "_hf_hook", None)
     tensors = (tensor.device for tensor in (*module.parameters(), *module.buffers()))
     return torch.device(getattr(hook, "execution_device", None) or next(tensors, "cpu"))
@@ -147,9 +147,10 @@ def execution_device(module: nn.Module) -> torch.device:
 
 @contextlib.contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Compute without PEFT's adapters within the context, whoever put them there: a `PeftModel`, transformers or the user.
+    """Compute without PEFT's adapters within the context, whether a `PeftModel`, transformers or the user put them there.
 
-    Merged ones stay: they are in the weights. PEFT's own switches would take them out, and change which weights are trained.
+    Merged adapters stay, because they are in the weights. PEFT's own switches would take them out, and change which weights are
+    trained.
     """
     switched = [m for m in model.modules() if getattr(m, "_disable_adapters", None) is False and not getattr(m, "merged", False)]
     for module in switched:

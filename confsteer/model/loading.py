@@ -38,7 +38,7 @@ DEMO = Path(__file__).parents[1] / "demo" / "model"
 """Folder of the bundled demonstration model."""
 DEMO_NAME = "confsteer-demo"
 DEMO_UNIGRAM = Path(__file__).parents[1] / "demo" / "unigram.npy"
-"""Token counts of the text it was trained on."""
+"""Token counts of the text that it was trained on."""
 
 
 class LoadedModel(NamedTuple):
@@ -72,26 +72,26 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> LoadedModel:
-    """A causal language model, which may be multimodal, in evaluation mode, with its tokenizer.
+    """Load a causal language model, which may be multimodal, in evaluation mode, with its tokenizer.
 
     Args:
         name: hub id, folder or ``.gguf`` file; the bundled demonstration model if None.
-        gguf_file: GGUF file of that hub repository or folder to load. Weights of a GGUF file are dequantised.
-        device: ``cpu``, ``cuda``, ``cuda:1``, …, or ``auto`` to spread the model over what there is; CUDA if there is one,
-            the CPU otherwise, if None.
-        dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the checkpoint's own, which of a GGUF file is float32.
+        gguf_file: GGUF file to load from that hub repository or folder. Its weights are dequantised.
+        device: ``cpu``, ``cuda``, ``cuda:1``, …, or ``auto`` to spread the model over all devices. None: CUDA if there is a GPU,
+            otherwise the CPU.
+        dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the checkpoint's own. A GGUF file's own is float32.
         revision: branch, tag or commit on the hub.
-        trust_remote_code: run code that comes with the model.
+        trust_remote_code: whether to run code that comes with the model.
 
     Raises:
-        LoadError: there is no such model, or it cannot be loaded, or its checkpoint lacks weights; or transformers would make
-            another model of a GGUF file than it is.
+        LoadError: there is no such model, it cannot be loaded, or its checkpoint lacks weights. Or transformers would make a
+            different model from a GGUF file.
         UnsupportedModelError: it is an encoder-decoder.
     """
     source = source_of(name, gguf_file)
     file = gguf.find(source, gguf_file, revision)
     if device is None:
-        # Of several processes on a machine, each has a GPU of its own.
+        # Give each of several processes on a machine a GPU of its own.
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     how: dict[str, Any] = {"device_map": device, "output_loading_info": True}
     if file is not None:
@@ -111,7 +111,7 @@ def load_model(
             **how,
         )
         model, found = loaded
-        # transformers does not keep the commit it loaded.
+        # Note the commit: transformers does not keep it.
         model.config._commit_hash = extract_commit_hash(str(cached_file(source, CONFIG_NAME, revision=revision)), None)
     except ConfsteerError:
         raise
@@ -124,7 +124,7 @@ def load_model(
 
 
 def auto_class(config: Any) -> Any:
-    """Choose the auto class that loads a model: the one for multimodal models where no other knows the config."""
+    """Choose the auto class that loads a model: the one for multimodal models if no other knows the config."""
     multimodal = type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     return AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
 
@@ -133,7 +133,7 @@ def source_of(name: str | None, gguf_file: str | None) -> str:
     """Choose where a model is read from: the bundled one if `name` is None.
 
     Raises:
-        LoadError: a GGUF file is asked for, and not of which repository.
+        LoadError: a GGUF file is asked for, but no repository is named.
     """
     if name is None and gguf_file is not None:
         raise LoadError(f"{gguf_file} is a file of which model? Give OWNER/REPO, or the path of the file in place of a model")
@@ -150,7 +150,7 @@ def _check_none_missing(names: set[str], source: str) -> None:
 
 
 def _load_gguf(file: GgufFile, dtype: str, how: dict[str, Any]) -> LoadedModel:
-    """Load a GGUF file with ordinary weights; `how` are further arguments of ``from_pretrained``."""
+    """Load a GGUF file with ordinary weights. `how` are further arguments of ``from_pretrained``."""
     tokenizer = load_tokenizer(file.name, file=file)
     config = gguf_config(file)
     loaded: Any
@@ -170,8 +170,8 @@ def _load_gguf(file: GgufFile, dtype: str, how: dict[str, Any]) -> LoadedModel:
 
 
 def _load_gguf_slowly(file: GgufFile, config: Any, **how: Any) -> Any:
-    """Let transformers read all weights of a file; `how` are further arguments of ``from_pretrained``."""
-    # Else transformers keeps the blocks, which nothing here can read.
+    """Let transformers read all weights of a file. `how` are further arguments of ``from_pretrained``."""
+    # Ask for dequantised weights: otherwise transformers keeps the blocks, which nothing here can read.
     dequantised = transformers.GgufConfig(dequantize=True)
     with gguf.alone(file) as place:
         return AutoModelForCausalLM.from_pretrained(**place, config=config, quantization_config=dequantised, **how)
@@ -181,7 +181,7 @@ def gguf_config(file: GgufFile) -> Any:
     """Read the config of the model in a GGUF file.
 
     Raises:
-        LoadError: transformers cannot read the architecture, or not all that the file says of it.
+        LoadError: transformers cannot read the architecture, or some of its settings in the file.
     """
     with _gguf_errors(file), gguf.alone(file, settings=True) as place:
         config: Any = AutoConfig.from_pretrained(**place)
@@ -192,7 +192,7 @@ def gguf_config(file: GgufFile) -> Any:
 
 @contextlib.contextmanager
 def _gguf_errors(file: GgufFile) -> Iterator[None]:
-    """Turn what transformers raises over a file into a LoadError with the file's architecture."""
+    """Turn an error of transformers about a file into a LoadError that names the file's architecture."""
     try:
         yield
     except ConfsteerError:
@@ -207,7 +207,7 @@ def _gguf_errors(file: GgufFile) -> Iterator[None]:
 def load_tokenizer(
     source: str, *, file: GgufFile | None = None, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a hub id or folder, or of a GGUF file.
+    """Load the tokenizer of a hub id or folder, or of a GGUF file.
 
     Raises:
         LoadError: there is none, or it cannot be loaded.
@@ -216,7 +216,7 @@ def load_tokenizer(
     if file is not None:
         kind: Any = AutoTokenizer
         if file.architecture in NORM_OFFSET:
-            # As AutoTokenizer chooses, which would read the file once more.
+            # Choose the class as AutoTokenizer does, which would read the file once more.
             kind = TOKENIZER_MAPPING.get(type(gguf_config(file)), None)
             kind = kind if kind and issubclass(kind, PreTrainedTokenizerFast) else PreTrainedTokenizerFast
         with _gguf_errors(file), gguf.alone(file) as place:
@@ -231,7 +231,7 @@ def load_tokenizer(
 
 
 def why_not(error: Exception, source: str, revision: str | None) -> str:
-    """Say why `source` cannot be loaded, and what to load instead where it is known to be something else than a model."""
+    """Say why `source` cannot be loaded, and what to load instead if it is known not to be a model."""
     with contextlib.suppress(Exception):  # what is wrong with it is said below
         if file := find_adapter_config_file(source, revision=revision):
             base = str(json.loads(Path(file).read_bytes())["base_model_name_or_path"])[:100]
@@ -243,6 +243,6 @@ def why_not(error: Exception, source: str, revision: str | None) -> str:
 
 
 def reason(error: Exception) -> str:
-    """Put what transformers says on one line; it may go on for pages and begin with a blank line."""
+    """Put an error message of transformers on one line. It may be pages long and begin with a blank line."""
     words = " ".join(str(error).split()) or type(error).__name__
     return words if len(words) <= 300 else words[:299] + "…"

@@ -1,4 +1,4 @@
-"""The search for the modules at the end of a model, by what it calls and in which order."""
+"""The search for the modules at the end of a model, by the modules that it calls and their order."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from confsteer.model.factors import read_factors
 from confsteer.model.layers import execution_device, sizes, without_adapter, without_compiler
 
 SPREAD = 1e-2
-"""Relative change of an input from which on it depends on what was disturbed."""
+"""Least relative change of an input that shows that it depends on the disturbed position."""
 
 PROBE_SHAPE = (2, 8)
-"""Texts, and tokens of each, that the model is tried on."""
+"""Number of texts, and tokens of each, that the model is tried on."""
 
 _stance = threading.Lock()
 
@@ -34,7 +34,7 @@ class Places(NamedTuple):
 
     layers: str
     layer: int
-    """Index of the last one."""
+    """Index of the last layer."""
     depth: int
     """Number of layers."""
     down_proj: str
@@ -46,12 +46,12 @@ _found: weakref.WeakKeyDictionary[nn.Module, Places] = weakref.WeakKeyDictionary
 
 
 def locate(model: nn.Module) -> Anatomy:
-    """Find the modules by one or two short forward passes, once per model; nothing is proved numerically here.
+    """Find the modules by one or two short forward passes, once per model. Nothing is proved numerically here.
 
-    Only what takes part in reading a text is looked at, so a multimodal model is its language model.
+    Only modules that run on a text are looked at, so a multimodal model is its language model.
 
     Raises:
-        UnsupportedModelError: the model has no such structure, or one that is known not to fit.
+        UnsupportedModelError: the model has no such structure, or a structure that cannot fit.
     """
     base = unwrap(model)
     if getattr(base.config, "is_encoder_decoder", False):
@@ -94,7 +94,7 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
 
 
 def input_device(base: PreTrainedModel) -> torch.device:
-    """Find where token ids go."""
+    """Find the device for token ids."""
     return execution_device(base.get_input_embeddings())
 
 
@@ -112,7 +112,7 @@ def _unembedding(base: PreTrainedModel) -> nn.Module:
 
 
 def _models(base: PreTrainedModel) -> Iterator[tuple[str, PreTrainedModel]]:
-    """List the models inside a model by path, itself first."""
+    """List the models inside a model by path, the model itself first."""
     yield from ((path, module) for path, module in base.named_modules() if isinstance(module, PreTrainedModel))
 
 
@@ -121,7 +121,7 @@ def _submodule(parent: nn.Module, path: str) -> nn.Module:
 
 
 def _still_there(base: PreTrainedModel, places: Places) -> bool:
-    """Tell whether the paths lead to modules, and the last layer is still the last."""
+    """Whether the paths lead to modules, and the last layer is still the last."""
     try:
         layers, last_layer = base.get_submodule(places.layers), _submodule(base, f"{places.layers}.{places.layer}")
         for parent, path in ((base, places.final_norm), (last_layer, places.down_proj), (last_layer, places.write_norm)):
@@ -147,7 +147,7 @@ def _search(base: PreTrainedModel, unembedding: nn.Module) -> Places:
     before the unembedding.
 
     Raises:
-        UnsupportedModelError: there is no such thing, or something else computes between them.
+        UnsupportedModelError: one of them is missing, or something else computes between them.
     """
     name = base.config.model_type
     calls = _calls(base, unembedding)
@@ -181,13 +181,13 @@ def _search(base: PreTrainedModel, unembedding: nn.Module) -> Places:
 
 
 def _around_mlp(base: PreTrainedModel, element: str, calls: Sequence[_Call]) -> tuple[str, str, str | None]:
-    """Find the last projection, the final norm, and the norm on the projection's output, if there is one.
+    """Find the last projection, the final norm, and the norm on the projection's output (if there is one).
 
     Returns:
         Their paths, those of the first and the third inside the last layer.
 
     Raises:
-        UnsupportedModelError: there is no such thing, or something else computes between them.
+        UnsupportedModelError: one of them is missing, or something else computes between them.
     """
     inside = [call for call in calls if call.path.startswith(f"{element}.") and _is_linear(call.module)]
     projection = _projection(base, element, inside)
@@ -204,7 +204,7 @@ def _around_mlp(base: PreTrainedModel, element: str, calls: Sequence[_Call]) -> 
 
 
 def _calls(base: PreTrainedModel, unembedding: nn.Module) -> list[_Call]:
-    """Run the model once on a text; its linear layers and norms in the order in which they ran, up to the unembedding.
+    """Run the model once on a text. List its linear layers and norms in the order in which they ran, up to the unembedding.
 
     Raises:
         UnsupportedModelError: it cannot read a text alone.
@@ -216,7 +216,7 @@ def _calls(base: PreTrainedModel, unembedding: nn.Module) -> list[_Call]:
 
             def note(module: nn.Module, args: Any, output: Any, path: str = path) -> None:
                 passed = output if _is_linear(module) else next(iter(args), None)
-                # Logits are large, and nobody asks for them.
+                # Drop the logits: they are large, and not used.
                 calls.append(_Call(path, module, None if module is head else passed))
 
             if module is head or _is_linear(module) or _is_norm(module):
@@ -244,7 +244,7 @@ def _calls(base: PreTrainedModel, unembedding: nn.Module) -> list[_Call]:
 
 
 def _run(base: PreTrainedModel, ids: Tensor, calls: list[_Call]) -> None:
-    """Run the model. On the meta device hybrid layers look at the values of the mask, which then is on the CPU; others do not."""
+    """Run the model. On the meta device, hybrid layers read the values of the mask, so it is on the CPU; others do not."""
     if input_device(base).type != "meta":
         probe_logits(base, ids)
         return
@@ -256,7 +256,7 @@ def _run(base: PreTrainedModel, ids: Tensor, calls: list[_Call]) -> None:
 
 
 def _parts(module: nn.Module, path: str = "", seen: set[nn.Module] | None = None) -> Iterator[tuple[str, nn.Module]]:
-    """List the modules that have none inside, by path. An adapter and what it is around are one; what compiles is passed over."""
+    """List the modules without modules inside, by path. An adapter and its layer count as one. Compiler wrappers are skipped."""
     seen = set() if seen is None else seen
     module = without_compiler(module)
     if module in seen:
@@ -272,7 +272,7 @@ def _parts(module: nn.Module, path: str = "", seen: set[nn.Module] | None = None
 
 
 def _element(path: str, lists: Collection[str]) -> str:
-    """Find the element of the outermost list of modules that a module is inside of; nothing if it is in none."""
+    """Find the element of the outermost list of modules that contains a module. It is empty if no list does."""
     parts = path.split(".")
     places = (i for i in range(1, len(parts) - 1) if ".".join(parts[:i]) in lists)
     first = next(places, None)
@@ -282,7 +282,7 @@ def _element(path: str, lists: Collection[str]) -> str:
 def _projection(base: PreTrainedModel, element: str, linears: Sequence[_Call]) -> _Call:
     """Find the output projection of the last MLP among the linear layers of the last layer, in the order in which they ran.
 
-    It ends a block of the layer, is the widest that does, and reads nothing of other positions, as attention's and those of
+    It is the widest one that ends a block of the layer. It reads nothing from other positions: projections of attention and
     state-space layers do.
 
     Raises:
@@ -293,7 +293,7 @@ def _projection(base: PreTrainedModel, element: str, linears: Sequence[_Call]) -
     candidates = [call for call in ends if sizes(call.module)[1] == d_model]
     if not candidates:
         raise UnsupportedModelError(f"the last layer of {name} has no MLP: nothing in {element} writes to the residual")
-    # Of equally wide ones the last, which comes after attention.
+    # Take the last of equally wide ones, which comes after attention.
     for _, call in sorted(enumerate(candidates), key=lambda entry: (sizes(entry[1].module)[0], entry[0]), reverse=True):
         if not _mixes_positions(base, element, call):
             return call
@@ -305,15 +305,15 @@ def _projection(base: PreTrainedModel, element: str, linears: Sequence[_Call]) -
 
 
 def _mixes_positions(base: PreTrainedModel, element: str, projection: _Call) -> bool:
-    """Try whether a projection's input depends on what its block makes of other positions, as that of no MLP does.
+    """Test whether a projection's input depends on other positions through its block. In an MLP it never does.
 
-    On the meta device, where there is nothing to compare, the kind of block decides.
+    On the meta device there are no numbers to compare, so the kind of block decides.
     """
     parent, width = projection.path.rpartition(".")[0], sizes(projection.module)[0]
     block, divided = _submodule(base, parent), parent != element
     if _is_meta(projection):
         return divided and any(type(m) is nn.Conv1d or "Attention" in type(m).__name__ for m in block.modules())
-    # A layer that is not divided into blocks has its attention's projections, which are narrower, beside those of the MLP.
+    # In a layer without blocks, leave out the projections of attention: they stand beside the MLP's, and are narrower.
     inside = (m for path, m in _parts(block) if _is_linear(m) and (divided or "." not in path))
     sources = [m for m in inside if m is not projection.module and (divided or sizes(m)[1] >= width)]
     return _spread(base, sources, projection.module)[1:].amax().item() > SPREAD
@@ -322,10 +322,10 @@ def _mixes_positions(base: PreTrainedModel, element: str, projection: _Call) -> 
 def _refuse_more(base: PreTrainedModel, element: str, projection: _Call, later: Sequence[_Call]) -> None:
     """
     Raises:
-        UnsupportedModelError: the last layer computes on from what its MLP has written.
+        UnsupportedModelError: the last layer reads what its MLP has written, and computes on.
     """
     for call in later:
-        # Attention that runs beside the MLP runs after it here and there.
+        # Allow for attention beside the MLP: in some models it runs after it.
         if _is_meta(call) or _spread(base, [projection.module], call.module)[0].item() > SPREAD:
             raise UnsupportedModelError(
                 f"the last layer of {base.config.model_type} computes on after its MLP: {call.path.removeprefix(element + '.')} "
@@ -334,16 +334,16 @@ def _refuse_more(base: PreTrainedModel, element: str, projection: _Call, later: 
 
 
 def _spread(base: PreTrainedModel, sources: Iterable[nn.Module], reader: nn.Module) -> Tensor:
-    """Disturb what some linear layers say of the first position; how much the input of another changes, ``[positions]``.
+    """Disturb the output of some linear layers at the first position, and measure how the input of another changes.
 
-    Of two equal texts the second is disturbed. The change is relative to the length of the input.
+    There are two equal texts, and the second is disturbed. The change, ``[positions]``, is relative to the length of the input.
     """
     ids = probe_ids(sizes(_unembedding(base))[1])[:1].repeat(2, 1)
     seen: list[Tensor] = []
 
     def disturb(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         disturbed = output.clone().reshape(2, -1, output.shape[-1])
-        # In no direction that a norm takes away.
+        # Disturb in a direction that no norm takes away.
         ramp = torch.linspace(-1, 1, output.shape[-1], device=output.device, dtype=output.dtype)
         disturbed[1, 0] += (1 + output.abs().max()) * ramp
         return disturbed.reshape(output.shape)
@@ -362,7 +362,7 @@ def _spread(base: PreTrainedModel, sources: Iterable[nn.Module], reader: nn.Modu
 
 
 def _same(norm: _Call, projection: _Call) -> bool:
-    """Tell whether a norm reads what a projection has answered, and that alone."""
+    """Whether a norm reads the output of a projection, and nothing else."""
     read, written = norm.passed, projection.passed
     if not (isinstance(read, Tensor) and isinstance(written, Tensor)) or read.numel() != written.numel():
         return False
@@ -383,7 +383,7 @@ def _is_meta(call: _Call) -> bool:
 
 
 def probe_ids(vocab_size: int) -> Tensor:
-    """Draw the ids of short texts, `PROBE_SHAPE`, from the middle of the vocabulary: at its ends are those that mean images."""
+    """Draw the ids of short texts, `PROBE_SHAPE`, from the middle of the vocabulary: ids that mean images are at its ends."""
     low, high = vocab_size // 4, max(vocab_size // 4 + 1, 3 * vocab_size // 4)
     return torch.randint(low, high, PROBE_SHAPE, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
 
@@ -391,16 +391,16 @@ def probe_ids(vocab_size: int) -> Tensor:
 @contextlib.contextmanager
 def eagerly() -> Iterator[None]:
     """Run compiled functions as they were written, where torch can (2.6)."""
-    # The stance is the whole process's: of two threads the later one would restore what the earlier one set.
+    # Take a lock: the stance is the whole process's, and a second thread would restore what the first had set.
     with _stance, getattr(torch.compiler, "set_stance", contextlib.nullcontext)("force_eager"):
         yield
 
 
 def probe_logits(base: PreTrainedModel, ids: Tensor, mask_on: str | None = None) -> Tensor:
-    """Compute logits ``[batch, positions, vocab]`` in evaluation mode; every module's mode is put back.
+    """Compute logits ``[batch, positions, vocab]`` in evaluation mode. Every module's mode is restored.
 
-    Nothing runs compiled, for code compiled before does not know of hooks that came since. The mask says what models
-    otherwise look for in the ids, which have no values on the meta device.
+    Nothing runs compiled, because compiled code does not know of later hooks. A mask is given because models otherwise look for
+    padding in the ids, which have no values on the meta device.
     """
     modes = [(module, module.training) for module in base.modules()]
     base.eval()

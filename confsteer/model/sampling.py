@@ -1,4 +1,4 @@
-"""A corpus where there is none: what the model itself says."""
+"""Text that the model itself writes, for use where there is no corpus."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from confsteer.text.windows import MIN_WINDOW, TokenizedDocument, Windows, check
 BATCH_SIZE = 32
 """Documents sampled at a time."""
 MAX_SHORT_DOCUMENTS = 100
-"""After so many documents in a row that make no window, the model is taken not to write longer ones."""
+"""Documents in a row without a window after which the model is taken not to write longer ones."""
 
 
 def sample_windows(
@@ -30,12 +30,12 @@ def sample_windows(
     seed: int = SEED,
     progress: bool = False,
 ) -> Windows:
-    """Ancestral samples of the model: each token is drawn from the whole of its next-token distribution at temperature 1.
+    """Draw ancestral samples of the model: each token comes from its whole next-token distribution at temperature 1.
 
-    A document starts with BOS (EOS where there is no BOS, a token drawn uniformly where there is neither) and ends at EOS or
-    when the window is full. The sampled ids are the windows: text that is tokenized again may come out as other tokens.
-    ``generate()`` is not used because settings that come with a model, such as top-k or a repetition penalty, apply there
-    unless each is undone. Neither the global random state nor that of a device is touched.
+    A document starts with BOS. It starts with EOS where there is no BOS, and with a token drawn uniformly where there is
+    neither. It ends at EOS or when the window is full. The sampled ids are the windows, because tokenizing the text again may
+    give other tokens. ``generate()`` is not used: a model's own settings, such as top-k or a repetition penalty, apply there
+    unless each is undone. The random states of the process and of the device are left alone.
 
     The caller must have put the model in evaluation mode.
 
@@ -44,7 +44,7 @@ def sample_windows(
         tokenizer: its tokenizer; ids that it does not have are not drawn.
         tokens: sample at most this many.
         window: tokens per window.
-        seed: of the sampling.
+        seed: seed of the sampling.
         progress: whether to show a progress bar.
 
     Raises:
@@ -65,13 +65,13 @@ def sample_windows(
 def _documents(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: int, window: int, seed: int, bar: tqdm[None]
 ) -> Iterator[list[int]]:
-    """Sampled documents without end; they are sampled in the batches that `tokens` needs if few are short."""
+    """Yield sampled documents without end, in batches of the size that `tokens` needs if few documents are short."""
     device = input_device(model)
     generator = torch.Generator(device).manual_seed(seed)
     vocab = vocabulary_size(tokenizer)
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     start = eos if bos is None else bos
-    # Chat models end a turn with a token of their own, and list it here.
+    # Read the generation config: chat models end a turn with a token of their own, and list it there.
     ends = model.generation_config.eos_token_id if model.generation_config else None
     end_ids = {*(ends if isinstance(ends, list) else [ends]), eos} - {None}
     end = torch.tensor(sorted(end_ids), dtype=torch.long, device=device)

@@ -1,5 +1,5 @@
-"""A page to feel the dials: one prompt, neutral and steered, token by token. It speaks what OpenAI-compatible servers speak.
+"""A page to try the dials: one prompt, neutral and steered, token by token. It uses the OpenAI-compatible API.
 
-page.py           the page, in one file that needs nothing but the server it is from
-description.py    what a server says it can steer, for the page and for clients
+page.py           the page, in one file that needs only the server it came from
+description.py    a server's description of what it can steer, for the page and for clients
 """

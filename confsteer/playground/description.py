@@ -1,4 +1,4 @@
-"""A server's answer to the question what it can steer."""
+"""A server's description of what it can steer."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from confsteer.steering import MADE_BY_HAND
 
 
 def public_name(source: str) -> str:
-    """A hub id or a shipped name as it is; the last part of a path, which is nobody's business."""
+    """Return a hub id or a shipped name as it is. Of a path return only the last part: the rest is private."""
     named = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source) and not Path(source).exists()
     return source if named else Path(source).absolute().name
 
 
 def describe(profile: Profile) -> dict[str, Any]:
-    """Model, neurons, ranges of the dials, their effects at four settings, and presets, for JSON."""
+    """Describe model, neurons, ranges of the dials, their effects at four settings, and presets, for JSON."""
     return {
         "model": public_name(profile.model.id),
         "layer": profile.model.layer,

@@ -1,4 +1,4 @@
-"""The page, in one file that needs nothing but the server it is from."""
+"""The page, in one file that needs only the server it came from."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import re
 from importlib import resources
 
 PATH = "/confsteer/play"
-"""Where servers offer it."""
+"""Path of the page on a server."""
 
 
 @functools.cache
 def page() -> str:
-    """Read the page, and have it forbid the browser any script and style but its own, and any request but to its server."""
+    """Read the page. It forbids the browser any script and style but its own, and any request but to its server."""
     html = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
     for part in ("script", "style"):
         found = re.search(rf"<{part}>(.*?)</{part}>", html, re.DOTALL)

@@ -1,4 +1,4 @@
-"""How far a dial's word carries: its effect on each calibration text, and the temperature that it amounts to."""
+"""Effect of a dial on each calibration text, and the temperature that equals it."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from confsteer.steering import DIALS, Dial, Steering
 
 
 class DialEffect(NamedTuple):
-    """Effects of a dial at one setting, as far as the profile knows them."""
+    """Effects of a dial at one setting, as far as the profile has them."""
 
     asked: float
-    """Nats in the dial's own units, the mean over texts."""
+    """Change in the dial's own units, nats, the mean over texts."""
     over_texts: tuple[float, float] | None
-    """Smallest and largest change on any text, nats; None if the profile is of a single text."""
+    """Smallest and largest change on any text, nats. None if the profile is of a single text."""
     temperature: float | None
-    """Temperature at which the unsteered model has the same mean entropy; None if it is beyond the range that was looked at, or
-    the profile was made before it was looked for."""
+    """Temperature at which the unsteered model has the same mean entropy. None if it is out of range, or if the profile is older
+    than this field."""
     temperatures_over_texts: tuple[float, float] | None
-    """Smallest and largest on any text; None if one of them is not known, or the profile is of a single text."""
+    """Smallest and largest temperature on any text. None if one of them is not known, or the profile is of a single text."""
 
     def __str__(self) -> str:
-        """Write down what is known: empty if nothing is."""
+        """Write the known effects in a phrase, empty if there are none."""
         parts = []
         if self.over_texts is not None:
             parts.append("{:+.3f} to {:+.3f} nats over the calibration texts".format(*self.over_texts))
@@ -37,12 +37,12 @@ class DialEffect(NamedTuple):
 
 
 def dial_effect(profile: Profile, dial: Dial, change: float) -> DialEffect:
-    """Look up what a dial at one setting does on each text of the calibration, and as which temperature.
+    """Look up the effect of a dial at one setting on each text of the calibration, and the temperature that equals it.
 
     Args:
-        profile: whose dial.
-        dial: which.
-        change: asked of it, nats.
+        profile: the profile with the dial.
+        dial: its name.
+        change: the change asked for, nats.
 
     Raises:
         NoNeuronsError, SteeringError: see `Profile.dial_position`.
@@ -61,7 +61,7 @@ def dial_effect(profile: Profile, dial: Dial, change: float) -> DialEffect:
 
 
 def example_effects(profile: Profile, dial: Dial) -> list[DialEffect]:
-    """Look up both ends of a dial's reach and half of each: what to show of a dial that is at no setting.
+    """Look up the effects at both ends of a dial's reach and at half of each, to show a dial without a setting.
 
     Raises:
         NoNeuronsError: the model has no neurons of this kind.
@@ -72,17 +72,17 @@ def example_effects(profile: Profile, dial: Dial) -> list[DialEffect]:
 
 
 def steering_effects(profile: Profile, steering: Steering) -> dict[Dial, DialEffect]:
-    """Look up what each dial that a steering turns does, were it turned alone.
+    """Look up the effect of each dial that a steering turns, as if it were turned alone.
 
     Raises:
-        NoNeuronsError, SteeringError: the profile cannot do it.
+        NoNeuronsError, SteeringError: the profile cannot apply the steering.
     """
     steering = profile.resolve(steering)
     return {dial: dial_effect(profile, dial, change) for dial in DIALS if (change := getattr(steering, dial))}
 
 
 def _temperature(curve: Response, position: float) -> float | None:
-    """Interpolate between positions; None where one of the two has no temperature."""
+    """Interpolate between positions. None if one of the two has no temperature."""
     if not curve.temperature:
         return None
     values = [np.nan if value is None else value for value in curve.temperature]

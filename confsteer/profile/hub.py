@@ -1,4 +1,4 @@
-"""Sharing a profile on a model hub."""
+"""A profile on a model hub: upload, and its card."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from confsteer.steering import DIALS, MADE_BY_HAND
 
 
 def push(profile: Profile, repo: str, *, private: bool = False) -> str:
-    """Upload a profile with a card to a hub repository, made if it does not exist; its address.
+    """Upload a profile with a card to a hub repository, which is made if it does not exist. Return its address.
 
     Raises:
         ProfileError: the hub refused.
@@ -37,15 +37,15 @@ def push(profile: Profile, repo: str, *, private: bool = False) -> str:
 
 
 def card(profile: Profile, repo: str) -> str:
-    """The repository's README, written from the profile.
+    """Write the repository's README from the profile.
 
     Raises:
-        NoNeuronsError: the profile is of the weights alone, and whoever downloads it could not steer with it.
+        NoNeuronsError: the profile is of the weights alone, and nobody could steer with it.
     """
     model, corpus = profile.model, profile.corpus
     if corpus is None:
         raise profile.no_neurons(*DIALS)
-    # Metadata that the hub reads, then what the profile is for.
+    # Write metadata for the hub, then the purpose of the profile.
     lines = [
         "---",
         "library_name: confsteer",
@@ -66,7 +66,7 @@ def card(profile: Profile, repo: str) -> str:
         "```",
         "",
     ]
-    # A table of neurons for each dial.
+    # Write a table of neurons for each dial.
     for dial in DIALS:
         neurons = profile.neurons(dial)
         kind = DIALS[dial].neurons.capitalize()
@@ -102,5 +102,5 @@ def _share(neuron: Neuron) -> str:
 
 
 def _text(value: str) -> str:
-    """A profile's string as one line without markup: a profile may come from anyone."""
+    """Write a profile's string on one line without markup, because a profile may come from anyone."""
     return "".join(c for c in value if c.isalnum() or c in " ._-/+,:()")[:200]

@@ -39,7 +39,7 @@ class Profile(Sparse):
 
     model: ModelIdentity
     corpus: CorpusIdentity | None
-    """None: of the weights alone, without neurons and dials."""
+    """None if the profile is of the weights alone, without neurons and dials."""
     seed: int
     """Seed of the random directions behind the chance levels."""
     versions: dict[str, str]
@@ -50,18 +50,18 @@ class Profile(Sparse):
     frequency_neurons: Annotated[tuple[Neuron, ...], FailFast()]
     """Largest mean |ΔKL(P_freq ‖ P_model)| first."""
     null_direction: NullDirection | None = None
-    """The thing that the entropy dial turns, made by hand; None where it turns the entropy neurons."""
+    """The direction that the entropy dial turns, made by hand. None if the dial turns entropy neurons."""
     response: dict[Dial, Response]
-    """One curve per dial that has something to turn; of several texts, which count equally, the mean of theirs."""
+    """One curve per dial that has something to turn. With several texts, it is the mean of theirs: they count equally."""
     responses_by_text: dict[str, dict[Dial, Response]] = Field(default={})
-    """The same dials at the same positions on each text, by its name; empty for a single text."""
+    """The same dials at the same positions on each text, by its name. Empty for a single text."""
     presets: dict[PresetName, Steering] = Field(default={})
-    """Steerings worth a name."""
+    """Steerings by name."""
     columns_file: ColumnsFile
     _columns: dict[str, Tensor] = PrivateAttr(default_factory=dict)
 
     def __repr__(self) -> str:
-        """One line: all of it is in `model_dump`, and in what ``confsteer show`` prints."""
+        """Write one line. The whole profile is in `model_dump`, and ``confsteer show`` prints it."""
         kinds = f"{len(self.entropy_neurons)} entropy and {len(self.frequency_neurons)} token-frequency neurons"
         found = "scanned by its weights alone" if self.corpus is None else f"{kinds} in layer {self.model.layer}"
         return f"<Profile of {self.model.id}: {found}>"
@@ -111,11 +111,11 @@ class Profile(Sparse):
             self.edit(steering)
 
     def with_preset(self, name: str, steering: Steering) -> Profile:
-        """A copy of the profile in which `steering` can be asked for as ``preset=name``.
+        """Copy the profile, with `steering` as its ``preset=name``.
 
         Raises:
-            SteeringError: the name is not letters, digits, ``.``, ``_`` and ``-``; or the steering names another preset, or is
-                nothing this profile can do; or there are `MAX_PRESETS` already.
+            SteeringError: the name has other characters than letters, digits, ``.``, ``_`` and ``-``. Or the steering names
+                another preset, or does not fit this profile. Or there are `MAX_PRESETS` presets already.
             NoNeuronsError: there are no neurons to steer.
         """
         Steering.parse({"preset": name})
@@ -125,7 +125,7 @@ class Profile(Sparse):
 
     @classmethod
     def create(cls, *, columns: Mapping[str, Tensor], **fields: Any) -> Profile:
-        """A profile with its columns, ``[n_neurons]`` or ``[d]`` tensors by name."""
+        """Make a profile with its columns, ``[n_neurons]`` or ``[d]`` tensors by name."""
         payload = safetensors.torch.save(dict(columns))
         digest = hashlib.sha256(payload).hexdigest()
         profile = cls(columns_file=ColumnsFile(file=f"columns-{digest[:12]}.safetensors", sha256=digest), **fields)
@@ -133,26 +133,26 @@ class Profile(Sparse):
         return profile
 
     def __eq__(self, other: object) -> bool:
-        """The hash of the columns is a field, so fields alone decide."""
+        """Compare the fields alone: the hash of the columns is one of them."""
         return isinstance(other, Profile) and self.model_dump() == other.model_dump()
 
     __hash__ = None  # type: ignore[assignment]
 
     @property
     def checksum(self) -> str:
-        """SHA-256 of ``profile.json``'s contents, the hash of the columns among them."""
+        """SHA-256 of ``profile.json``'s contents, which include the hash of the columns."""
         return store.checksum(self.model_dump(mode="json"))
 
     @property
     def columns(self) -> Mapping[str, Tensor]:
-        """Statistics of every neuron of the layer, ``[n_neurons]`` each; the unembedding's ``singular_values``; and what is there
-        of ``null_direction``.
+        """Statistics of every neuron of the layer, ``[n_neurons]`` each; the unembedding's ``singular_values``; and the
+        ``null_direction``, if there is one.
         """
         return self._columns
 
     @property
     def weights(self) -> WeightStatistics:
-        """Statistics of the weights alone, as `confsteer.discovery.weights.weight_statistics` gave it."""
+        """Statistics of the weights alone, as `confsteer.discovery.weights.weight_statistics` returned them."""
         return WeightStatistics(
             **{name: self._columns[name] for name in store.WEIGHT_COLUMNS},
             null_dims=self.layer.null_dims,
@@ -161,7 +161,7 @@ class Profile(Sparse):
 
     @property
     def effects(self) -> NeuronEffects | None:
-        """Effects of every neuron of the layer; None in a scan, and in a profile made before all of them were kept."""
+        """Effects of every neuron of the layer. None in a scan, and in older profiles that did not keep all of them."""
         names = NeuronEffects._fields
         if not all(name in self._columns for name in names):
             return None
@@ -172,7 +172,7 @@ class Profile(Sparse):
         return self.entropy_neurons if dial == "entropy" else self.frequency_neurons
 
     def turns_direction(self, dial: Dial) -> bool:
-        """Tell whether a dial turns a null direction, made by hand, and no neurons."""
+        """Whether a dial turns a null direction, made by hand, in place of neurons."""
         return dial == "entropy" and self.null_direction is not None
 
     def pushed(self, dial: Dial) -> tuple[Neuron, ...]:
@@ -201,7 +201,7 @@ class Profile(Sparse):
         return self.response[dial]
 
     def no_neurons(self, *dials: Dial) -> NoNeuronsError:
-        """The error that says why these dials have no neurons to steer."""
+        """Make the error that says why these dials have no neurons to steer."""
         if self.corpus is None:
             return NoNeuronsError(
                 f"this profile of {self.model.id} is a scan of its weights alone: there is nothing to steer before the neurons' "
@@ -219,7 +219,7 @@ class Profile(Sparse):
         )
 
     def reach(self, dial: Dial) -> tuple[float, float]:
-        """Lowest and highest change the dial can make, in nats.
+        """Lowest and highest change that the dial can make, in nats.
 
         Raises:
             NoNeuronsError: the model has no neurons of this kind.
@@ -230,11 +230,11 @@ class Profile(Sparse):
         return change[low], change[high]
 
     def dial_position(self, dial: Dial, change: float) -> float:
-        """The dial position that makes `change` nats, by the response curve.
+        """Find the dial position that makes a change of `change` nats, by the response curve.
 
         Raises:
             NoNeuronsError: the model has no neurons of this kind.
-            SteeringError: out of reach.
+            SteeringError: the change is out of reach.
         """
         curve = self.require_neurons(dial)
         lowest, highest = self.reach(dial)
@@ -251,7 +251,7 @@ class Profile(Sparse):
         """The neurons that steering can reach, in the order of every `NeuronEdit`.
 
         Raises:
-            NoNeuronsError: there are none, and no null direction that could be steered in their place.
+            NoNeuronsError: there are none, and no null direction to steer in their place.
         """
         neurons = (*self.entropy_neurons, *self.frequency_neurons)
         if not neurons and self.null_direction is None:
@@ -259,10 +259,10 @@ class Profile(Sparse):
         return neurons
 
     def resolve(self, steering: Steering) -> Steering:
-        """Write out the preset of `steering`: the preset's fields, and in place of them those that it gives itself.
+        """Write out the preset of `steering`: the preset's fields, replaced by those that `steering` gives itself.
 
         Raises:
-            SteeringError: the profile has no such preset, or the model no such token.
+            SteeringError: the profile does not have the preset, or the model does not have a token.
         """
         if steering.preset is None:
             return self._with_known_tokens(steering)
@@ -286,7 +286,7 @@ class Profile(Sparse):
         return steering
 
     def edit(self, steering: Steering) -> NeuronEdit:
-        """Translate `steering` into what it does to each of the profile's neurons; `null_write` is the rest of it.
+        """Translate `steering` into an edit of each of the profile's neurons. `null_write` gives the rest of it.
 
         A neuron is first scaled about its mean, then shifted and pushed by the dials, then clamped.
 
@@ -325,10 +325,10 @@ class Profile(Sparse):
         return SteeringError(f"{steering}: with the profile of {self.model.id} it adds more than a float32 holds")
 
     def null_write(self, steering: Steering) -> float:
-        """Translate `steering` into the length of what it adds along the null direction, right before the final norm.
+        """Translate `steering` into the length of the vector that it adds along the null direction, right before the final norm.
 
         Returns:
-            In units of the residual, above 0 to raise the entropy; 0 in a profile without a null direction.
+            The length in units of the residual, above 0 to raise the entropy. It is 0 in a profile without a null direction.
 
         Raises:
             SteeringError, NoNeuronsError: see `edit`.
@@ -342,7 +342,7 @@ class Profile(Sparse):
         return length
 
     def intervention(self, steering: Steering) -> Intervention:
-        """Translate `steering` into all that it does at the last layer: `edit` and `null_write`.
+        """Translate `steering` into its whole change of the last layer: `edit` and `null_write`.
 
         Raises:
             SteeringError, NoNeuronsError: see `edit`.
@@ -350,7 +350,7 @@ class Profile(Sparse):
         return Intervention.of(self.edit(steering), self.null_write(steering))
 
     def _rows(self, key: NeuronKey) -> list[int]:
-        """Positions in `steerable` of the neurons that a key of a steering means.
+        """Find the positions in `steerable` of the neurons that a steering's key means.
 
         Raises:
             SteeringError: the profile has none.
@@ -394,7 +394,7 @@ class Profile(Sparse):
 
     @classmethod
     def load(cls, source: str | os.PathLike[str]) -> Profile:
-        """A profile from a folder, by the name of one in ``calibrations/``, or from a hub repository.
+        """Load a profile from a folder, by the name of one in ``calibrations/``, or from a hub repository.
 
         Raises:
             ProfileNotFoundError: it is none of these.

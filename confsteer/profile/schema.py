@@ -1,4 +1,4 @@
-"""The fields of ``profile.json``; ``calibrations/profile.schema.json`` is made of them."""
+"""The fields of ``profile.json``. ``calibrations/profile.schema.json`` is made from them."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Percent = Annotated[float, Field(ge=0, le=100)]
 NonNegative = Annotated[float, Field(ge=0)]
-# The first wrong item is enough: every further one would be a line of the error, and there may be very many.
+# Stop at the first wrong item: each further one would be a line of the error, and there may be very many.
 CurveColumn = Annotated[tuple[float, ...], FailFast()]
 SPARSE = ("experts", "name", "active", "null_direction")
 """Fields that few profiles have: those of mixtures of experts, and of a dial made by hand."""
 
 
 class Strict(BaseModel):
-    """A frozen record that takes no other types, no further keys and no infinity."""
+    """A frozen record that refuses other types, unknown keys and infinity."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Sparse(Strict):
-    """A record with fields that few profiles have; they are written down where they have a value."""
+    """A record with fields that few profiles have. They are written only where they have a value."""
 
     @model_serializer(mode="wrap")
     def _without_empty(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -58,28 +58,28 @@ class Measurement(Strict):
 class Neuron(Sparse):
     """A neuron of the last MLP. Effects are those of setting it to its mean activation, in nats, averaged over all tokens.
 
-    A neuron of an expert has an activation only where a token is routed to the expert: there its own activation times the routing
-    weight. Elsewhere nothing of it can be changed, and its effect is none.
+    A neuron of an expert has an activation only on tokens that are routed to the expert: its own activation times the routing
+    weight. On other tokens it cannot be changed, and has no effect.
     """
 
     layer: Annotated[int, Field(ge=0)]
     index: Annotated[int, Field(ge=0)]
-    """Row of the columns."""
+    """Number of the neuron in the layer, and its row in the columns."""
     name: Annotated[str, Field(pattern=EXPERT_NEURON)] | None = None
-    """Expert and number within it, such as 3.17 or shared.17, in a mixture of experts, as the next."""
+    """Expert and number within it, such as 3.17 or shared.17. This and the next are for a mixture of experts."""
     active: Fraction | None = None
-    """Share of the tokens that are routed to its expert; an effect divided by it is the mean over these."""
+    """Share of the tokens that are routed to its expert. An effect divided by it is the mean over these tokens."""
     sign: Literal[-1, 0, 1]
-    """Direction in which its activation goes when its dial goes up; 0: its effect has no clear sign, and the dial leaves it."""
+    """Direction in which its activation moves when its dial goes up. 0: its effect has no clear sign, and no dial moves it."""
     norm: NonNegative
     norm_percentile: Percent
-    """Within the layer, as all percentiles."""
+    """Percentile within the layer, as are all percentiles."""
     logit_variance: NonNegative
     logit_variance_percentile: Percent
     null_fraction: Fraction
     """Share of its write in the unembedding's effective null space."""
     mean_activation: float
-    """Over the tokens that it is active on, as the next."""
+    """Mean over the tokens that it is active on; so is the next."""
     std_activation: NonNegative
     total_effect: Measurement
     """Mean |Δloss|."""
@@ -94,10 +94,10 @@ class Neuron(Sparse):
     entropy_effect_abs: Measurement
     """Mean |Δentropy|."""
     entropy_norm: Measurement | None = None
-    """Part of mean Δentropy that goes through the final norm; the parts add up. None in profiles made before there were parts,
-    as the next three."""
+    """Part of mean Δentropy that goes through the final norm. The parts add up to the whole. This and the next three are None in
+    older profiles."""
     entropy_write_norm: Measurement | None = None
-    """Part that goes through the norm on the MLP's output; 0 in a model without one."""
+    """Part that goes through the norm on the MLP's output. 0 in a model without one."""
     entropy_straight: Measurement | None = None
     """Part that goes straight to the logits."""
     norm_share: Measurement | None = None
@@ -111,34 +111,34 @@ class Neuron(Sparse):
     argmax_changed: Fraction
     """Share of tokens whose most likely next token changes."""
     total_effect_uncapped: Measurement | None = None
-    """Mean |Δloss| of the logits before the model's softcap; None in models that have none, as the next."""
+    """Mean |Δloss| of the logits before the model's softcap. This and the next are None in models without one."""
     entropy_effect_abs_uncapped: Measurement | None = None
     """Mean |Δentropy| before the softcap."""
 
     @property
     def key(self) -> NeuronKey:
-        """Its name in a steering, and in all that people read: its index, or its name in a mixture of experts."""
+        """Name of the neuron in a steering and in reports: its index, or its name in a mixture of experts."""
         return self.index if self.name is None else self.name
 
 
 class NullDirection(Strict):
-    """An entropy neuron made by hand, not found in the model: a constant along the direction that the unembedding reads least.
+    """An entropy neuron made by hand, not found: a constant along the direction that the unembedding reads least.
 
-    The entropy dial adds position · push · direction to the residual of every token, right before the final norm and after a norm
-    on the MLP's output. The direction, of length 1, is the column ``null_direction``; the entropy rises along it.
+    The entropy dial adds position · push · direction to the residual of every token. It does so right before the final norm,
+    after a norm on the MLP's output. The direction, of length 1, is the column ``null_direction``. The entropy rises along it.
     """
 
     singular_value: NonNegative
-    """Singular value of the folded unembedding that it belongs to, the smallest."""
+    """Its singular value in the folded unembedding: the smallest one."""
     push: Annotated[float, Field(gt=0)]
-    """Length of what position 1 adds."""
+    """Length of the vector that position 1 adds."""
     residual_norm: Annotated[float, Field(gt=0)]
-    """Mean length of the residual there, over some tokens of the texts, as the next."""
+    """Mean length of the residual there. This and the next are over some tokens of the texts."""
     residual_along: float
-    """Mean component of the residual along it. About as much can be taken away to lower the entropy."""
+    """Mean component of the residual along it. About this much can be taken away to lower the entropy."""
 
     def __str__(self) -> str:
-        """Say in a sentence what it is."""
+        """Describe it in a sentence."""
         return (
             "No neuron of the model: a constant before the final norm, along the direction that the unembedding reads least "
             f"(singular value {self.singular_value:.3g}). Position 1 adds {self.push:.3g}; the residual has a mean length of "
@@ -147,14 +147,14 @@ class NullDirection(Strict):
 
 
 class Response(Strict):
-    """Response to one dial: means over a text (over an even sample of a long one) at each of its positions, in nats.
+    """Response to one dial: means over a text at each of the dial's positions, in nats. A long text is sampled evenly.
 
-    Of several texts: the mean of their means.
+    With several texts, it is the mean of their means.
     """
 
     position: CurveColumn
-    """Dial positions, ascending, 0 among them; each neuron is pushed by position · sign · its standard deviation, a null
-    direction by position · its push."""
+    """Dial positions, ascending, with 0 among them. Each neuron is pushed by position · sign · its standard deviation, and a
+    null direction by position · its push."""
     entropy: CurveColumn
     kl_model_unigram: CurveColumn
     """KL(P_model ‖ P_freq)"""
@@ -163,8 +163,8 @@ class Response(Strict):
     loss: CurveColumn
     argmax_changed: Annotated[tuple[Fraction, ...], FailFast()]
     temperature: Annotated[tuple[Annotated[float, Field(gt=0)] | None, ...], FailFast()] = ()
-    """Temperature at which the unsteered model has this mean entropy on the same tokens, None where it is below 1/4 or above 4.
-    Empty in profiles made before it was looked for."""
+    """Temperature at which the unsteered model has this mean entropy on the same tokens. None where it is below 1/4 or above 4.
+    Empty in older profiles."""
 
     @model_validator(mode="after")
     def _is_a_curve(self) -> Response:
@@ -183,7 +183,7 @@ class Response(Strict):
         return self.position.index(0.0)
 
     def change(self, dial: Dial) -> tuple[float, ...]:
-        """Say what each position does in the units of `dial`, in nats, relative to position 0.
+        """Compute the effect of each position in the units of `dial`, in nats, relative to position 0.
 
         ``entropy``: change of the mean entropy. ``unigram``: how much closer to the unigram distribution the output comes.
         """
@@ -192,25 +192,25 @@ class Response(Strict):
 
 
 class ModelIdentity(Sparse):
-    """The model a profile belongs to."""
+    """The model that a profile belongs to."""
 
     id: str
-    """Hub id or folder it was loaded from."""
+    """Hub id or folder that it was loaded from."""
     revision: str | None
-    """Commit on the hub, where there is one."""
+    """Commit on the hub, if it is from there."""
     model_type: str
     layer: Annotated[int, Field(ge=0)]
     n_neurons: Annotated[int, Field(gt=0)]
-    """Neurons of the last MLP; of all experts together in a mixture."""
+    """Number of neurons of the last MLP, of all experts together in a mixture."""
     experts: Experts | None = None
     """Sizes of a mixture of experts."""
     d_model: Annotated[int, Field(gt=0)]
     vocab_size: Annotated[int, Field(gt=0)]
     """Rows of the unembedding, padding included."""
     tokenizer_size: Annotated[int, Field(gt=0)]
-    """Rows the tokenizer has ids for; the others are left out of every statistic."""
+    """Rows that the tokenizer has ids for. The others are left out of every statistic."""
     dtype: str
-    """Precision it was calibrated in."""
+    """Precision in which it was calibrated."""
     fingerprints: dict[str, Sha256]
     """SHA-256 of the unembedding and the last projection, rounded to each precision."""
 
@@ -228,7 +228,7 @@ class ModelIdentity(Sparse):
     def of(
         cls, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, anatomy: Anatomy, *, revision: str | None = None
     ) -> ModelIdentity:
-        """The identity of the model that these are of."""
+        """Identify the model that these belong to."""
         return cls(
             id=model_id(config),
             revision=revision,
@@ -245,19 +245,19 @@ class ModelIdentity(Sparse):
 
 
 class CorpusIdentity(Strict):
-    """The text a profile was calibrated on."""
+    """The text that a profile was calibrated on."""
 
     source: str
     sha256: Sha256
-    """SHA-256 of the token ids and of where the windows start."""
+    """SHA-256 of the token ids and of the starts of the windows."""
     tokens: Annotated[int, Field(gt=0)]
     kept_tokens: Annotated[int, Field(gt=0)]
-    """Tokens that count: without the first positions and the last of each window, BOS, EOS and the token after these."""
+    """Tokens that count. Left out are the first positions and the last of each window, BOS, EOS and the token after these."""
     windows: Annotated[int, Field(gt=0)]
     window: Annotated[int, Field(gt=0)]
     """Tokens per window."""
     unigram_tokens: Annotated[int, Field(ge=0)]
-    """Tokens that the unigram distribution was counted on: those of the text, or of counts given."""
+    """Tokens that the unigram distribution was counted on: those of the text, or of the given counts."""
     unigram_sha256: Sha256
     """SHA-256 of the counts."""
 
@@ -275,14 +275,13 @@ class Layer(Strict):
     null_dims: Annotated[int, Field(gt=0)]
     """Directions counted as the unembedding's effective null space."""
     cliff: Annotated[float, Field(ge=1)] | None = None
-    """Smallest singular value beyond the null space over the largest within; None where that is 0, as in profiles made before
-    this was written down."""
+    """Smallest singular value outside the null space over the largest inside. None where that is 0, and in older profiles."""
     other_null_spaces: tuple[OtherNullSpace, ...] = ()
-    """Selection with half and with twice as many directions."""
+    """Selection with half as many, and with twice as many, directions."""
     chance_null_fraction: Fraction
-    """Exceeded by the luckiest of as many random directions as the layer has neurons 1 time in 20."""
+    """Null fraction that the largest of as many random directions as neurons exceeds 1 time in 20."""
     chance_frequency_cosine: Fraction | None
-    """The same for the cosine with the unigram direction; this and what follows is None without a corpus."""
+    """The same for the cosine with the unigram direction. This and the following fields are None without a corpus."""
     entropy: NonNegative | None
     """Mean output entropy of the unsteered model on the corpus, in nats."""
     loss: NonNegative | None
@@ -297,8 +296,8 @@ class ColumnsFile(Strict):
 
 
 def model_id(config: PretrainedConfig) -> str:
-    """Name the model of `config` as profiles do."""
-    # A folder's name need not be UTF-8.
+    """Name the model of `config` as profiles name it."""
+    # Replace what is not UTF-8: a folder may have any name.
     return str(config.name_or_path or config.model_type).encode(errors="replace").decode()
 
 

@@ -27,20 +27,20 @@ from confsteer.files import (
 from confsteer.model.layers import dtype_name
 
 FORMAT_VERSIONS = (1, 2, 3)
-"""3 is of profiles with a null direction, 2 of other mixtures of experts, 1 of all other models."""
+"""Versions of the format: 3 for profiles with a null direction, 2 for other mixtures of experts, 1 for all other models."""
 FILE_NAME = "profile.json"
 COLUMNS_PATTERN = "columns-*.safetensors"
 WEIGHT_COLUMNS = ("norm", "logit_variance", "null_fraction", "singular_values")
-"""Columns that the weights alone give, all a profile without a corpus has."""
+"""Columns that follow from the weights alone. A profile without a corpus has no others."""
 MEASURED_COLUMNS = ("mean_activation", "mediation", "frequency", "frequency_mediation")
-"""Columns of a profile with a corpus that something is made of."""
+"""Columns of a profile with a corpus that other results are computed from."""
 
 DIRECTION_COLUMN = "null_direction"
-"""Column of a profile with a null direction: as many numbers as the residual has."""
+"""Column of a profile with a null direction: as many numbers as the residual's dimension."""
 
 
 def find_profile(source: str | os.PathLike[str]) -> Path:
-    """The folder of a profile: a folder, the name of one in ``calibrations/``, or a hub repository, which is downloaded.
+    """Find a profile: a folder, the name of one in ``calibrations/``, or a hub repository, which is downloaded.
 
     Raises:
         ProfileNotFoundError: it is none of these.
@@ -76,29 +76,29 @@ def find_profile(source: str | os.PathLike[str]) -> Path:
 
 
 def format_version(fields: Mapping[str, Any]) -> int:
-    """Tell the version of the format that a profile with these fields is written in."""
+    """Choose the version of the format for a profile with these fields."""
     if fields.get("null_direction") is not None:
         return 3
     return 2 if "experts" in fields["model"] else 1
 
 
 def checksum(fields: Mapping[str, Any]) -> str:
-    """SHA-256 of a profile's fields as JSON has them, keys sorted, and of the format version."""
+    """SHA-256 of a profile's fields as JSON, with sorted keys, and of the format version."""
     canonical = json.dumps([format_version(fields), fields], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def write(folder: Path, fields: Mapping[str, Any], columns_file: str, columns: Mapping[str, Tensor]) -> None:
-    """Put a profile in place of the one in `folder`, if there is one.
+    """Write a profile to `folder`, in place of the one there.
 
-    The columns are written first under a name made of their hash, then ``profile.json`` replaces the old one in a
-    single step: whenever the process dies, the folder holds the old profile or the new one, whole.
+    The columns are written first, under a name made from their hash. Then ``profile.json`` replaces the old one in a single
+    step. Whenever the process dies, the folder holds the old profile or the new one, whole.
 
     Args:
-        folder: made if it does not exist.
-        fields: of the profile, as JSON has them.
+        folder: where to write. It is made if it does not exist.
+        fields: the profile's fields as JSON has them.
         columns_file: name of the file for the columns.
-        columns: by name, a row of numbers each.
+        columns: the columns by name, a row of numbers each.
 
     Raises:
         ProfileError: it cannot be written, or would be larger than `MAX_PROFILE_BYTES`.
@@ -128,7 +128,7 @@ def write(folder: Path, fields: Mapping[str, Any], columns_file: str, columns: M
 
 
 class Stored(NamedTuple):
-    """A ``profile.json`` of a version that is known; its fields are not looked at yet."""
+    """A ``profile.json`` of a known version, whose fields are not checked yet."""
 
     file: Path
     version: int
@@ -138,7 +138,7 @@ class Stored(NamedTuple):
     def check(self) -> None:
         """
         Raises:
-            ProfileCorruptError: the fields are not those that the checksum is of.
+            ProfileCorruptError: the checksum does not fit the fields.
         """
         if self.checksum != checksum(self.fields) or self.version != format_version(self.fields):
             raise ProfileCorruptError(
@@ -188,15 +188,15 @@ def read_columns(
     """Read the statistics of every neuron of the layer, ``[n_neurons]`` each, and the unembedding's ``singular_values``.
 
     Args:
-        file: beside ``profile.json``, which names it.
-        sha256: what ``profile.json`` says of it.
-        n_neurons: of the layer.
-        null_dims: directions of the null space; there are more singular values.
+        file: the file beside ``profile.json``, which names it.
+        sha256: its hash in ``profile.json``.
+        n_neurons: number of neurons in the layer.
+        null_dims: directions of the null space. There must be more singular values than these.
         measured: whether the columns of a profile with a corpus must be there.
-        direction: length of the column of a null direction, which must be there; None if there is none.
+        direction: length that the column of a null direction must have. None if there is no null direction.
 
     Raises:
-        ProfileCorruptError: it cannot be read, or is not what ``profile.json`` says.
+        ProfileCorruptError: it cannot be read, or does not fit ``profile.json``.
     """
     try:
         payload = read_at_most(file, MAX_COLUMNS_BYTES)

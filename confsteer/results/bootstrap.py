@@ -1,7 +1,7 @@
 """Estimates with bootstrap intervals over blocks of tokens: documents, windows, questions.
 
-Tokens of a block are alike, so blocks are drawn and not tokens. Every estimate over the same blocks is of the same draws,
-which makes the difference of two estimates a paired one.
+The tokens of a block are alike, so blocks are drawn, not tokens. All estimates over the same blocks use the same draws, so
+the difference of two estimates is paired.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 RESAMPLES = 1000
 HALVINGS = 40
-"""Bisections between the ends of what a resample may say."""
+"""Bisection steps in the search for what a resample says."""
 
 
 class Interval(NamedTuple):
@@ -35,14 +35,14 @@ class Resampled:
     resampled: Tensor
     """float64 ``[resamples]``"""
     within: tuple[float, float] = (-math.inf, math.inf)
-    """Range of what can be."""
+    """Lowest and highest value that the number can have."""
 
     @property
     def interval(self) -> Interval:
-        """The 95 % percentile interval, of the resamples on which the number is defined, within what can be.
+        """The 95 % percentile interval of the resamples on which the number is defined, cut to its range.
 
-        It holds the number itself: an estimate that noise makes too large, such as a calibration error, may be beyond what the
-        resamples say of the truth.
+        It always holds the number itself. Noise makes some estimates too large, such as a calibration error. Such a number
+        may lie beyond what the resamples say of the truth.
         """
         resampled = self.resampled[self.resampled.isfinite()].clamp(*self.within)
         low, high = resampled.quantile(torch.tensor([0.025, 0.975], dtype=resampled.dtype)).tolist()
@@ -56,26 +56,27 @@ class Resampled:
         return Resampled(self.value / other.value, self.resampled / other.resampled)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Resampled:
-        """An elementwise function of it."""
+        """Apply an elementwise function to the number and its resamples."""
         return Resampled(float(function(torch.tensor(self.value, dtype=torch.float64))), function(self.resampled))
 
 
 def resampled_norm(norm: Callable[[Tensor], Tensor], gaps: Tensor, resampled: Tensor) -> Resampled:
     """Estimate a norm of gaps, such as a calibration error, which noise makes larger.
 
-    Resampling adds noise to what is noisy already, so the norms of resamples are too large by more than the norm is. Asked is
-    instead how large the gaps would have to be, were they in proportion as estimated, for a draw's noise to bring the norm to
-    what it is: the norm of ``s · gaps`` where ``‖s · gaps + noise‖ = ‖gaps‖``, or zero where the noise does that alone. The
-    percentiles of these are the ends of a test's inversion: sizes at which the norm found would not be an extreme one.
+    Resampling adds noise to what is noisy already, so the norms of resamples are too large by more than the norm is. So each
+    draw answers another question. Keep the proportions of the gaps as estimated: how large would they have to be, for this
+    draw's noise to give the norm that was found? The answer is the norm of ``s · gaps`` where
+    ``‖s · gaps + noise‖ = ‖gaps‖``. It is zero where the noise alone is that large. The percentiles of the answers are the
+    ends of a test's inversion: at sizes between them, the norm that was found is not extreme.
 
     Args:
-        norm: from ``[…, bins]`` to ``[…]``; at most 1 where it matters.
+        norm: a function from ``[…, bins]`` to ``[…]``; at most 1 where it matters.
         gaps: estimated, float64 ``[bins]``.
-        resampled: the same of each resample, ``[resamples, bins]``.
+        resampled: the gaps of each resample, ``[resamples, bins]``.
     """
     noise, value = resampled - gaps, norm(gaps)
     alone = norm(noise)
-    # Convex in s, below the norm found at zero, above it at the other end: there is one crossing.
+    # The norm is convex in s, below the norm found at zero and above it at the other end: there is one crossing.
     low, high = torch.zeros_like(alone), 1 + alone / value.clamp_min(torch.finfo(value.dtype).tiny)
     for _ in range(HALVINGS):
         middle = (low + high) / 2
@@ -128,26 +129,26 @@ class Blocks:
 
 
 class Change(NamedTuple):
-    """Change of a mean by an intervention; both sides are of the same tokens, so the interval is of pairs."""
+    """Change of a mean by an intervention. Both means are over the same tokens, so the interval is a paired one."""
 
     nats: Interval
     relative: Interval
-    """As a share of the mean without the intervention."""
+    """The change as a share of the mean without the intervention."""
 
     @classmethod
     def of(cls, difference: Tensor, before: Tensor, n: Tensor) -> Change:
-        """From sums per window of the differences, of the values before, and numbers of tokens, float64 ``[windows]`` each."""
+        """Make it from sums per window of differences, of values before and of tokens, float64 ``[windows]`` each."""
         return cls(ratio_interval(difference, n), ratio_interval(difference, before))
 
 
 def ratio_interval(numerator: Tensor, denominator: Tensor) -> Interval:
-    """``Σ numerator / Σ denominator`` over blocks (float64 ``[blocks]`` each); with numbers of tokens below it is a mean."""
+    """Estimate ``Σ numerator / Σ denominator`` over blocks, float64 ``[blocks]`` each. Over numbers of tokens it is a mean."""
     weights = bootstrap_weights(len(numerator))
     return Resampled(float(numerator.sum() / denominator.sum()), (weights @ numerator) / (weights @ denominator)).interval
 
 
 def bootstrap_weights(blocks: int, *, seed: int = 0) -> Tensor:
-    """How often each block is drawn in each of `RESAMPLES` resamples, float64 ``[RESAMPLES, blocks]``."""
+    """Count how often each block is drawn in each of `RESAMPLES` resamples, float64 ``[RESAMPLES, blocks]``."""
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(0, blocks, (RESAMPLES, blocks), generator=generator)
     return torch.zeros(RESAMPLES, blocks, dtype=torch.float64).scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))

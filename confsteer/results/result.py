@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Result(BaseModel):
-    """A frozen record; `confsteer eval --json` and its like write it, `confsteer report` reads it."""
+    """A frozen record. `confsteer eval --json` and its like write it, and `confsteer report` reads it."""
 
     model_config = ConfigDict(frozen=True)
 

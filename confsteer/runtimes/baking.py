@@ -30,58 +30,58 @@ from confsteer.runtimes.transformers import Request
 from confsteer.steering import Steering
 
 RECORD_NAME = "confsteer.json"
-"""File in a baked checkpoint that says what it was made of; nothing reads it."""
+"""File in a baked checkpoint that says what it was made from. Nothing reads it."""
 
 
 class Baked(NamedTuple):
     """The changes that `bake` made."""
 
     steering: Steering
-    """With its preset written out."""
+    """The steering, with its preset written out."""
     neurons: tuple[int, ...]
     """Indices of the neurons that are steered."""
     weight: str | None
-    """Name of the parameter with their output weights (``NAME and NAME`` where shared experts' are others); None where those are
-    as they were."""
+    """Name of the parameter with their output weights; None if those are unchanged. With another in shared experts it is
+    ``NAME and NAME``."""
     bias: str | None
-    """Name of the parameter that took up the constant part; None where there is none."""
+    """Name of the parameter that holds the constant part now. None if there is none."""
     mlp_bias_added: bool
-    """Whether ``mlp_bias`` was off in the model's config: all its MLPs have biases now, zero but for this one."""
+    """Whether ``mlp_bias`` was off in the model's config. Then all its MLPs have biases now, and all but this one are zero."""
 
 
 def bake(model: nn.Module, profile: Profile | str | os.PathLike[str], steering: Request) -> Baked:
-    """Fold `steering` into the weights of `model`, which then computes by itself what it would under `confsteer.steer`.
+    """Fold `steering` into the weights of `model`. The model then computes by itself what it would under `confsteer.steer`.
 
-    **The model is changed in place, for good**; if an error is raised it is as it was. ``model.save_pretrained`` saves an
+    **The model is changed in place, for good.** If an error is raised, it is unchanged. ``model.save_pretrained`` saves an
     ordinary checkpoint.
 
         confsteer.bake(model, profile, {"entropy": 0.3})
 
-    A neuron's output weights are multiplied by its gain, and the constant part, Σ bias · (original output weights), goes to
-    the projection's bias. A projection without one gets one where the config can say so (``mlp_bias``: Llama, Granite,
-    SmolLM3); elsewhere only steerings without a constant part can be baked. The constant of a null direction goes there too,
-    where no norm stands between the projection and the residual.
+    A neuron's output weights are multiplied by its gain. The constant part, Σ bias · (original output weights), is added to the
+    projection's bias. A projection without a bias gets one if the config can say so (``mlp_bias``: Llama, Granite, SmolLM3).
+    Elsewhere only steerings without a constant part can be baked. The constant of a null direction is added there too, if no
+    norm stands between the projection and the residual.
 
-    In a mixture of experts only gains can be baked: the routing weight multiplies all that an expert adds.
+    In a mixture of experts only gains can be baked, because the routing weight multiplies everything that an expert adds.
 
-    The arithmetic is float64, rounded once to the weights' precision. In bfloat16 that is up to 0.2 % of each weight, and
-    up to 0.2 % of each entry of the *sum* of the projection's own bias and the constant, so that a constant much smaller than
-    that bias is lost; `confsteer.steer` rounds each steered activation instead. Load the model in float32 to keep all digits.
+    The arithmetic is float64, rounded once to the weights' precision. In bfloat16 that is up to 0.2 % of each weight. It is also
+    up to 0.2 % of each entry of the *sum* of the projection's own bias and the constant. So a constant much smaller than that
+    bias is lost. `confsteer.steer` rounds each steered activation instead. Load the model in float32 to keep all digits.
 
-    Once output weights have changed the profile does not fit the model. A steering that only adds (dials, shifts) changes
-    nothing but a bias, and the profile still fits: what it steers then is added to what was baked.
+    After output weights have changed, the profile does not fit the model. A steering that only adds (dials, shifts) changes only
+    a bias, and the profile still fits. A later steering is then added to the baked one.
 
     Args:
         model: a transformers causal language model with ordinary weights, all in memory.
-        profile: the model's profile, or what `Profile.load` takes.
-        steering: a `Steering`, or what `Steering.parse` takes.
+        profile: the model's profile, or a source that `Profile.load` takes.
+        steering: a `Steering`, or a request that `Steering.parse` takes.
 
     Raises:
         SteeringError: the request is malformed, out of reach, changes nothing, or is not linear in the activations at all
-            positions; or it has a constant part and the projection has no bias, or a norm that the constant belongs after.
+            positions. Or it has a constant part, and the projection has no bias, or a norm that the constant belongs after.
         NoNeuronsError: the profile has no neurons to turn.
         ProfileMismatchError: the profile is of another model.
-        UnsupportedModelError: see `confsteer.model.dissect`; or weights are quantised, shared, offloaded or under adapters.
+        UnsupportedModelError: see `confsteer.model.dissect`. Or weights are quantised, shared, offloaded or under adapters.
     """
     if not isinstance(profile, Profile):
         profile = Profile.load(profile)
@@ -105,7 +105,7 @@ def bake(model: nn.Module, profile: Profile | str | os.PathLike[str], steering: 
     projection: Any = anatomy.down_proj
     index = edit.neurons
     with torch.no_grad():
-        # A view: what is written into it is written into the weight.
+        # Take a view: writing into it changes the weight.
         w_out = output_weights(projection)
         rows = w_out[index.to(w_out.device)].cpu()
         constant = edit.constant(rows) + edit.residual / anatomy.residual_multiplier
@@ -115,7 +115,7 @@ def bake(model: nn.Module, profile: Profile | str | os.PathLike[str], steering: 
         weight_changes, bias_changes = not torch.equal(baked_rows, rows), not torch.equal(baked_bias, bias)
         _check_changes(steering, rows.dtype, weight_changes or bias_changes, baked_rows, baked_bias)
 
-        # Change the model, which gets a bias first where it has a place for one.
+        # Change the model, and first give it a bias if it has a place for one.
         without_bias: list[nn.Linear] = []
         if projection.bias is None and bias_changes:
             without_bias = _layers_of_mlp_bias(base)
@@ -143,7 +143,7 @@ def _bake_experts(
 ) -> Baked:
     """Multiply the output weights of experts' neurons by their gains.
 
-    The routing weight multiplies all that an expert adds, a bias too: no weight of an expert adds a constant.
+    The routing weight multiplies everything that an expert adds, also a bias. So no weight of an expert adds a constant.
 
     Raises:
         SteeringError: there is a constant, or nothing changes.
@@ -185,7 +185,7 @@ def _check_changes(steering: Steering, dtype: torch.dtype, changes: bool, *baked
 def _check_weights(base: PreTrainedModel, anatomy: Anatomy) -> None:
     """
     Raises:
-        UnsupportedModelError: the last projection cannot be changed, or not without changing something else.
+        UnsupportedModelError: the last projection cannot be changed, or a change would also change something else.
     """
     model_type = base.config.model_type
     if anatomy.quantised:
@@ -207,7 +207,7 @@ def _check_weights(base: PreTrainedModel, anatomy: Anatomy) -> None:
 
 
 def _layers_of_mlp_bias(base: PreTrainedModel) -> list[nn.Linear]:
-    """The layers that the model's class would give a bias if ``mlp_bias`` were on in its config; none if it has no such flag."""
+    """List the layers that would have a bias if ``mlp_bias`` were on in the model's config. Empty if it has no such flag."""
     config = copy.deepcopy(base.config)
     text_config = config.get_text_config()
     if getattr(text_config, "mlp_bias", None) is not False:
@@ -246,10 +246,10 @@ def _without_a_constant(neuron: Neuron) -> str:
 
 @contextlib.contextmanager
 def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A folder to write into that becomes `path` when the context is left, and is removed if that is by an exception.
+    """Make a folder to write into. It becomes `path` at the end of the context, or is removed after an exception.
 
-    Whenever the process dies, `path` is the whole folder or what it was before; what a killed process leaves beside it is
-    removed by the next one that writes there.
+    Whenever the process dies, `path` is the whole folder or what it was before. A killed process leaves a folder beside it,
+    which the next one that writes there removes.
 
     Raises:
         ResultError: there is something at `path` already, or it cannot be written to.
@@ -261,7 +261,7 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with temporary_sibling(folder, folder=True) as written:
             yield written
-            # safetensors writes files for the owner's eyes alone, and servers run as someone else.
+            # Let others read the files: safetensors writes them for their owner only, and servers run as someone else.
             written.chmod(0o755)
             for file in written.iterdir():
                 file.chmod(0o644)
@@ -275,10 +275,10 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def save(loaded: LoadedModel, baked: Baked, profile: Profile, folder: Path) -> None:
-    """Write a baked model with its tokenizer as a checkpoint of safetensors and JSON, and beside it what it was made of.
+    """Write a baked model with its tokenizer as a checkpoint of safetensors and JSON, with a record of what it was made from.
 
     Raises:
-        UnsupportedModelError: the model or its tokenizer brings code of its own.
+        UnsupportedModelError: the model or its tokenizer has code of its own.
         ResultError: it cannot be written.
     """
     record = {

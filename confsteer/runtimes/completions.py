@@ -1,6 +1,6 @@
 """Completions of a steered transformers model, token by token, for several clients at once.
 
-Clients take turns step by step: each has a cache of its own, and the model is steered anew before each step.
+Clients take turns step by step. Each has a cache of its own, and the model is steered anew before each step.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from confsteer.text.windows import check_ids, prompt_ids
 
 MAX_TOKENS = 4096
 MAX_LOGPROBS = 20
-"""Alternatives to a token that a client may ask for, as vLLM's default is."""
+"""Most alternatives to a token that a client may ask for: vLLM's default."""
 MAX_PROMPT = 200_000
-"""Characters."""
+"""Most characters of a prompt."""
 CONTEXT = 4
-"""Tokens of the prompt that are decoded before what is generated: some tokenizers leave out a text's first space."""
+"""Tokens of the prompt that are decoded before the answer, because some tokenizers leave out a text's first space."""
 
 
 class Extra(BaseModel):
-    """Arguments beyond OpenAI's, as vLLM takes them."""
+    """Arguments beyond OpenAI's, in vLLM's form."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     confsteer: Annotated[str, Field(max_length=MAX_CHARACTERS)] = "neutral"
-    """Steering, as text or as JSON in text."""
+    """The steering, as text or as JSON in text."""
 
 
 class CompletionRequest(BaseModel):
-    """The part of OpenAI's completions that is answered here; anything else is an error."""
+    """The part of OpenAI's completions API that is answered here. Anything else is an error."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -58,26 +58,26 @@ class Token(NamedTuple):
     """A token that was generated."""
 
     text: str
-    """Letters that it adds to the answer; none while a character is incomplete."""
+    """Text that it adds to the answer. Empty while a character is incomplete."""
     name: str
-    """Token by itself."""
+    """Text of the token alone."""
     logprob: float
-    """Before the temperature of sampling, in nats."""
+    """Log-probability before the sampling temperature, in nats."""
     top: dict[str, float]
     """Log-probabilities of the likeliest tokens, by their names."""
     entropy: float
     """Entropy of the prediction, in nats."""
     ends: Literal["length"] | None
-    """Whether it is the last that was asked for."""
+    """Whether it is the last token of the answer."""
 
 
 class Completions:
     """A steered model that answers requests.
 
     Args:
-        model: within the context of `steerer`.
+        model: the model, within the context of `steerer`.
         tokenizer: its tokenizer.
-        steerer: of the model, for one steering.
+        steerer: the model's steerer, for one steering.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, steerer: Steerer) -> None:
@@ -92,7 +92,7 @@ class Completions:
         self.name_of = self._spelling.text_of
 
     def start(self, request: CompletionRequest) -> Iterator[Token]:
-        """Check a request, and answer it as the iterator is read.
+        """Check a request now, and answer it as the iterator is read.
 
         Raises:
             SteeringError, NoNeuronsError: the steering is malformed or out of reach.
@@ -100,8 +100,8 @@ class Completions:
         """
         steering = self._steerer.profile.resolve(Steering.parse(request.vllm_xargs.confsteer))
         window = Window(steering.positions, marker_of(steering.positions, lambda: self._spelling))
-        # An answer uses the last position's prediction alone, and no cache remembers the last layer's MLP: a pass is steered
-        # everywhere, or nowhere.
+        # Steer a pass everywhere or nowhere: an answer uses the last position's prediction alone, and no cache remembers the
+        # last layer's MLP.
         steering = steering.model_copy(update={"positions": "all"})
         with self._turn:
             self._steerer.update(steering)
@@ -151,14 +151,14 @@ class Completions:
 
 
 def _draw(log_p: Tensor, temperature: float, generator: torch.Generator) -> int:
-    """Sample a token by the largest of log-probabilities with Gumbel noise.
+    """Sample a token: the largest of the log-probabilities with Gumbel noise.
 
-    The noise is of the step and the seed alone: two steerings draw another token only where they disagree enough.
+    The noise depends only on the step and the seed. So two steerings draw different tokens only where they disagree enough.
 
     Args:
         log_p: ``[vocab]``.
-        temperature: 0 for the likeliest.
-        generator: of the noise.
+        temperature: sampling temperature; 0 for the likeliest token.
+        generator: random generator of the noise.
     """
     noise = -(-torch.rand(log_p.shape, generator=generator).log()).log()
     return int((log_p / temperature + noise if temperature else log_p).argmax())

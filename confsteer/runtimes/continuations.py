@@ -1,6 +1,6 @@
 """Continuations of many prompts under each of several steerings, greedy and sampled, in batches.
 
-Steering acts after the last layer's keys and values. So a prompt runs once, and all of its continuations go on from there.
+Steering acts after the last layer's keys and values. So a prompt runs once, and all of its continuations start from its cache.
 """
 
 from __future__ import annotations
@@ -32,26 +32,26 @@ from confsteer.steering import Steering
 from confsteer.text.windows import check_ids
 
 BATCH_ROWS, BATCH_TOKENS = 64, 4096
-"""Continuations that are written at a time, and tokens of their prompts, at most; a prompt with its continuations is not cut."""
+"""Most continuations at a time, and most tokens of their prompts. All continuations of a prompt are in one batch."""
 
 
 class Ends(NamedTuple):
-    """Where a continuation ends at the latest."""
+    """Limits of a continuation."""
 
     max_new_tokens: int
     until: tuple[str, ...] = ()
-    """Strings that end it, white space at its beginning left out; a token that ends texts does as well."""
+    """Strings that end it, unless they are in the white space at its beginning. A token that ends texts ends it too."""
 
 
 class Written(NamedTuple):
     """The greedy continuation of a prompt, and samples of others."""
 
     text: str
-    """Without what ended it, special tokens and white space around it."""
+    """Text without the string or token that ended it, special tokens, and white space around it."""
     log_probability: Tensor
-    """Log-probability of each of its tokens at each temperature, that which ended it among them, ``[temperatures, tokens]``."""
+    """Log-probability of each of its tokens, the one that ended it included, ``[temperatures, tokens]``."""
     ended: bool
-    """Whether it came to an end before it was cut off."""
+    """Whether it ended before it was cut off."""
     samples: tuple[str, ...]
     """Continuations sampled at temperature 1."""
 
@@ -70,18 +70,18 @@ def write(
 ) -> list[list[Written]]:
     """Continue prompts under each of several steerings.
 
-    Probabilities and samples are of the steered model itself: nothing that comes with it for generation (a temperature, top-k,
-    a penalty) applies. Random numbers are seeded once for all prompts, and torch's own state is left as it was.
+    Probabilities and samples are those of the steered model itself. Its own generation settings (a temperature, top-k, a
+    penalty) do not apply. Random numbers are seeded once for all prompts, and torch's own state is left alone.
 
     Args:
-        model: the profile's model, in evaluation mode; it is steered in place, and restored.
+        model: the profile's model, in evaluation mode. It is steered in place, and restored.
         tokenizer: its tokenizer.
         profile: see `confsteer.steer`.
-        prompts: token ids, one or more, and where the continuation ends.
-        steerings: `Steering()` is the unsteered model.
-        samples: how many to draw beside each greedy continuation.
-        temperatures: at which the greedy continuation's tokens are scored.
-        on_prompts: called with a number of prompts after these were continued.
+        prompts: token ids, one or more, and the limits of the continuation.
+        steerings: the steerings. `Steering()` is the unsteered model.
+        samples: number of samples beside each greedy continuation.
+        temperatures: temperatures at which the greedy continuation's tokens are scored.
+        on_prompts: function called with the number of prompts that were continued.
 
     Returns:
         Continuations of each prompt, in the order of `steerings`.
@@ -105,10 +105,10 @@ def write(
 
 
 def _batches(lengths: Sequence[int], rows: int) -> Iterator[list[int]]:
-    """Group prompts of like length; `rows` is how many continuations each has."""
+    """Group prompts of similar length. `rows` is the number of continuations of each."""
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        # Lengths rise: this one is what all of the batch are padded to.
+        # Count padding: lengths rise, so all of the batch are padded to this one.
         if batch and ((len(batch) + 1) * rows > BATCH_ROWS or (len(batch) + 1) * lengths[i] > BATCH_TOKENS):
             yield batch
             batch = []
@@ -118,7 +118,7 @@ def _batches(lengths: Sequence[int], rows: int) -> Iterator[list[int]]:
 
 
 def _plain_sampling(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """Make settings that know the tokens that end a text, and nothing else of the model's own."""
+    """Make generation settings with the model's tokens that end a text, and none of its other settings."""
     ends = model.generation_config.eos_token_id if model.generation_config else None
     end_ids = sorted({*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None})
     padding = next((i for i in (tokenizer.pad_token_id, *end_ids) if i is not None), 0)
@@ -144,7 +144,7 @@ def _continue(
     samples: int,
     temperatures: Sequence[float],
 ) -> list[list[Written]]:
-    """Continue a batch. Its rows are by steering, then by prompt; then the greedy one comes before the samples."""
+    """Continue a batch. Rows are ordered by steering, then by prompt, with the greedy one before the samples."""
     device, each = input_device(model), 1 + samples
     lengths = torch.tensor([len(ids) for ids, _ in prompts])
     longest = int(lengths.max())
@@ -179,17 +179,17 @@ def _continue(
 
 
 def _read(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Any:
-    """Run the body over the beginning of prompts, padded on the left; its cache, None where there is no beginning."""
+    """Run the body over the beginning of prompts, padded on the left. Return its cache; None if there is no beginning."""
     if ids.shape[1] == 0:
         return None
-    # Models that take no positions have none of their own, and read distances off the mask.
+    # Give positions only to models that take them: others read distances from the mask.
     knows = "position_ids" in inspect.signature(model.base_model.forward).parameters
     positions = {"position_ids": (mask.cumsum(dim=1) - 1).clamp_min(0)} if knows else {}
     return model.base_model(input_ids=ids, attention_mask=mask, use_cache=True, **positions).past_key_values
 
 
 class _Greedy(LogitsProcessor):
-    """Lets the first of each group of rows take the likeliest token, and notes what its log-probabilities follow from."""
+    """Processor that makes the first row of each group greedy, and notes the values behind its log-probabilities."""
 
     def __init__(self, each: int, temperatures: Sequence[float]) -> None:
         self._each, self._temperatures = each, temperatures
@@ -213,12 +213,12 @@ class _Greedy(LogitsProcessor):
 
 
 class _Stops(StoppingCriteria):
-    """Notes where each row ends: at a token that ends texts, with a string of its own, or when it is full."""
+    """Criteria that note the end of each row: a token that ends texts, a string of its own, or its limit."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, start: int, ends: Sequence[Ends], end_ids: Sequence[int]) -> None:
         self._tokenizer, self._start, self._ends, self._end_ids = tokenizer, start, ends, torch.tensor([*end_ids])
         self.length = torch.zeros(len(ends), dtype=torch.long)
-        """Tokens of each row, with that which ended it."""
+        """Number of tokens of each row, the one that ended it included."""
         self.ended = torch.zeros(len(ends), dtype=torch.bool)
         self._full = torch.zeros(len(ends), dtype=torch.bool)
 

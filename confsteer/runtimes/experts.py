@@ -1,12 +1,12 @@
-"""Steering the neurons of a mixture of experts in a transformers model, whatever kernel runs the experts.
+"""Steering the neurons of a mixture of experts in a transformers model, with any kernel that runs the experts.
 
-The rule acts on what multiplies a neuron's write: its own activation times the routing weight, as in discovery. So a dial pushes
-the residual by as much on every token that is routed to the neuron, and bounds and shifts are in the units that the profile has.
-Tokens that are not routed to a neuron are left alone: there is nothing of it to change.
+The rule acts on the factor of a neuron's write: its own activation times the routing weight, as in discovery. So a dial pushes
+the residual by the same amount on every token that is routed to the neuron. Bounds and shifts are in the profile's units. On
+tokens that are not routed to a neuron, it adds nothing and is not changed.
 
     output' = output + Σ (a'_i − a_i) w_i        a_i = routing weight · own activation
 
-The output is that of the routed experts' module. A shared expert without a gate is steered as a dense MLP is.
+The output is that of the routed experts' module. A shared expert without a gate is steered as a dense MLP.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from confsteer.profile.profile import Profile
 
 
 class Steerer(Protocol):
-    """The part of `confsteer.runtimes.transformers.Steerer` that steering experts takes."""
+    """The part of `confsteer.runtimes.transformers.Steerer` that steering experts needs."""
 
     profile: Profile
     _table: Tensor
@@ -39,7 +39,7 @@ def steer_experts(anatomy: MixtureAnatomy, steerer: Steerer, stack: contextlib.E
     Args:
         anatomy: of the model.
         steerer: what it is asked for.
-        stack: takes the hooks away.
+        stack: the stack that removes the hooks.
     """
     n_routed = anatomy.experts.n_routed
     indices = [neuron.index for neuron in steerer.profile.steerable]
@@ -60,8 +60,8 @@ class SharedEdit:
         """
         Args:
             steerer: what is asked for.
-            columns: of the neurons in its table.
-            units: the neurons.
+            columns: columns of the neurons in its table.
+            units: numbers of the neurons in the expert.
         """
         self._steerer = steerer
         self._columns, self._units = torch.tensor(columns), torch.tensor(units)
@@ -76,7 +76,7 @@ class SharedEdit:
 
 
 class ExpertEdit:
-    """The edit of routed experts' neurons, and of those of a shared expert with a gate, after the routed experts."""
+    """The edit of neurons in routed experts, and in a shared expert with a gate, added after the routed experts."""
 
     def __init__(self, anatomy: MixtureAnatomy, steerer: Steerer, routed: list[int], shared: list[int]) -> None:
         """
@@ -84,19 +84,19 @@ class ExpertEdit:
             anatomy: of the model.
             steerer: what is asked for.
             routed: columns of the routed experts' neurons in its table.
-            shared: columns of the shared expert's.
+            shared: columns of the shared expert's neurons.
         """
         self._anatomy, self._steerer = anatomy, steerer
         experts, neurons = anatomy.experts, [neuron.index for neuron in steerer.profile.steerable]
         self._pairs = [divmod(neurons[column], experts.units) for column in routed]
-        # Tensors made in inference mode could not be used outside of it.
+        # Leave inference mode: tensors made in it could not be used outside.
         with torch.inference_mode(False):
             self._columns = torch.tensor([*routed, *shared], dtype=torch.long)
             self._experts, self._units = torch.tensor(self._pairs, dtype=torch.long).reshape(-1, 2).T
             self._shared = torch.tensor([neurons[column] - experts.n_routed for column in shared], dtype=torch.long)
 
     def of_output(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        """Add what the edit changes to the output of the experts' module."""
+        """Add the effect of the edit to the output of the experts' module."""
         self._steerer._watch.reach()
         if not len(self._columns):
             return output
@@ -112,7 +112,7 @@ class ExpertEdit:
         return add_to_output(module, output, change @ writes.to(change))
 
     def _activations(self, module: nn.Module, routed: Routed) -> tuple[Tensor, Tensor]:
-        """Compute what multiplies the writes, float32 ``[tokens, n]``, and where it does, bool ``[tokens, n]``."""
+        """Compute the factors of the writes, float32 ``[tokens, n]``, and where they are active, bool ``[tokens, n]``."""
         before, active = [], []
         if self._pairs:
             own = neuron_activations(module, routed, self._pairs)

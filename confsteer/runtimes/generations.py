@@ -1,4 +1,4 @@
-"""Continuations of one prompt, the same seed for each of several steerings."""
+"""Continuations of one prompt under several steerings, with the same seed for each."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class Generation(NamedTuple):
     """A continuation of a prompt."""
 
     steering: Steering
-    """Steering it was generated with, as it was asked for."""
+    """Steering that it was generated with, as it was asked for."""
     text: str
-    """Continuation alone, without special tokens."""
+    """Text of the continuation alone, without special tokens."""
     entropy: float
-    """Mean entropy of the predictions of its tokens, nats; before any temperature of sampling."""
+    """Mean entropy of the predictions of its tokens, in nats, before any sampling temperature."""
     n_tokens: int
-    """That were generated, special ones included."""
+    """Number of generated tokens, special ones included."""
 
 
 def generations(
@@ -44,20 +44,20 @@ def generations(
     """Continue a prompt with each of several steerings.
 
     Args:
-        model: the profile's model; it is steered in place, and restored.
+        model: the profile's model. It is steered in place, and restored.
         tokenizer: its tokenizer.
         profile: see `confsteer.steer`.
-        prompt: text, as `confsteer.text.windows.prompt_ids` reads it, or token ids.
-        steerings: one continuation each; `Steering()` is the unsteered model.
-        max_new_tokens: tokens that a continuation has at most, 1 or more.
-        temperature: to sample at; 0 is greedy.
-        seed: of torch's random numbers, set anew before each continuation.
+        prompt: token ids, or a text that `confsteer.text.windows.prompt_ids` reads.
+        steerings: steerings, with one continuation each. `Steering()` is the unsteered model.
+        max_new_tokens: most tokens of a continuation, 1 or more.
+        temperature: sampling temperature; 0 is greedy.
+        seed: seed of torch's random numbers, set before each continuation.
 
     Returns:
         The continuations, in the order of `steerings`.
 
     Raises:
-        CorpusError: the prompt has no tokens, or some that the model does not know; or see `confsteer.text.windows.prompt_ids`.
+        CorpusError: the prompt has no tokens, or unknown ones, or see `confsteer.text.windows.prompt_ids`.
         SteeringError, NoNeuronsError, ProfileMismatchError: see `confsteer.steer`.
     """
     given = prompt_ids(prompt, tokenizer) if isinstance(prompt, str) else prompt
@@ -86,7 +86,7 @@ def generations(
         return Generation(steering, text, entropy, len(output.logits))
 
     found = []
-    # Stay in a context while the positions are the same: entering one checks the whole model.
+    # Stay in a context while the positions are the same: each entry checks the whole model.
     for _, alike in itertools.groupby(steerings, lambda steering: profile.resolve(steering).positions):
         group = [*alike]
         with steer(model, profile, group[0], tokenizer=tokenizer) as steerer:

@@ -1,7 +1,7 @@
 """The steerings that weights can hold: ``a' = gain · a + bias`` before a linear layer makes another linear layer.
 
-A neuron's output weights times its gain, and its original output weights times its bias in the constant that the layer adds. A
-null direction adds a constant of its own, to the residual after the layer.
+The new layer has a neuron's output weights times its gain. Its original output weights times its bias join the constant that the
+layer adds. A null direction adds a constant of its own, to the residual after the layer.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from confsteer.steering import Steering
 
 
 class LinearEdit(NamedTuple):
-    """A steering that multiplies activations and adds to them, and does nothing else."""
+    """A steering that only multiplies activations and adds to them."""
 
     neurons: Tensor
     """Indices of the profile's neurons, ``[neurons]``."""
@@ -27,10 +27,10 @@ class LinearEdit(NamedTuple):
     bias: Tensor
     """float64 ``[neurons]``"""
     residual: Tensor
-    """Added to the residual before the final norm, after a norm on the MLP's output, float64 ``[d_model]``."""
+    """Constant added to the residual before the final norm, after a norm on the MLP's output, float64 ``[d_model]``."""
 
     def constant(self, writes: Tensor) -> Tensor:
-        """Add up what the neurons write without being active.
+        """Add up what the neurons write at zero activation.
 
         Args:
             writes: original output weights of these neurons, ``[neurons, d_model]``.
@@ -50,7 +50,7 @@ def linear_edit(steering: Steering, profile: Profile) -> LinearEdit:
     """Translate a steering into gain and bias of each of the profile's neurons.
 
     Raises:
-        SteeringError: there is more to the steering than these, or see `Profile.edit`.
+        SteeringError: the steering is not linear, or see `Profile.edit`.
         NoNeuronsError: see `Profile.edit`.
     """
     steering = profile.resolve(steering)
@@ -64,7 +64,7 @@ def linear_edit(steering: Steering, profile: Profile) -> LinearEdit:
             )
         )
     gain, bias, low, high = (torch.from_numpy(column).double() for column in profile.edit(steering))
-    # A clamp to one value is linear.
+    # Take a clamp to one value as linear.
     fixed = low == high
     gain, bias = torch.where(fixed, 0.0, gain), torch.where(fixed, low, bias)
     ranged = ~fixed & (low.isfinite() | high.isfinite())
@@ -82,7 +82,7 @@ def linear_edit(steering: Steering, profile: Profile) -> LinearEdit:
 
 
 def no_weight(steering: Steering, profile: Profile) -> SteeringError:
-    """The error that says why a null direction has no place in the weights of a model."""
+    """Make the error that says why a null direction has no place in a model's weights."""
     return SteeringError(
         f"{steering}: the null direction of {profile.model.id} ({profile.model.model_type}) is written to the residual, and no "
         "weight adds a constant there: a norm on the MLP's output, or an expert's routing weight, would change it. Steer while "

@@ -1,7 +1,8 @@
 """A small server of one steered transformers model, for one person: the page, and the completions that it asks for.
 
-It listens on this machine alone. A browser may have pages of strangers open beside it: they cannot send JSON here without asking
-first, which nothing answers, and a name of theirs that leads to this machine is not one the server goes by.
+It listens only on this machine. A browser may have pages of other sites open beside it. They cannot send JSON here: the browser
+asks first, and the server does not answer. Nor can they use a name of their own for this machine: the server accepts only its
+own names.
 """
 
 from __future__ import annotations
@@ -22,19 +23,19 @@ from confsteer.runtimes.completions import CompletionRequest, Completions, Token
 
 HOST = "127.0.0.1"
 MAX_BODY = 1_000_000
-"""Bytes of a request."""
+"""Most bytes of a request."""
 
 
 class LocalServer(ThreadingHTTPServer):
-    """The server; `serve_forever` answers until `shutdown` or an interrupt.
+    """The server. `serve_forever` answers until `shutdown` or an interrupt.
 
     Args:
         completions: the model.
-        profile: the model's.
-        port: to listen on; 0 for a free one.
+        profile: the model's profile.
+        port: port to listen on; 0 for a free one.
 
     Raises:
-        SettingError: the port cannot be had.
+        SettingError: the server cannot listen on the port.
     """
 
     daemon_threads = True
@@ -59,7 +60,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: LocalServer
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
-        """Say nothing: the terminal belongs to the one who uses the page."""
+        """Write no log: the terminal belongs to the user of the page."""
 
     def do_GET(self) -> None:
         if not self._is_for_us():
@@ -98,7 +99,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send_json(HTTPStatus.OK, self._answer([*tokens]))
 
     def _is_for_us(self) -> bool:
-        """Whether the request is one that a page of another site could not have sent; else it is refused."""
+        """Whether no page of another site could have sent the request. Otherwise it is refused."""
         if self.headers.get("Host") not in self.server.hosts:
             self._refuse(HTTPStatus.FORBIDDEN, f"this server is {self.server.url}, and answers to no other name")
         elif self.command == "POST" and self.headers.get_content_type() != "application/json":
@@ -108,14 +109,14 @@ class _Handler(BaseHTTPRequestHandler):
         return False
 
     def _body(self) -> bytes:
-        """Read what was sent.
+        """Read the body of the request.
 
         Raises:
-            SettingError: it does not say how long it is, or is too long.
+            SettingError: it does not give its length, or is too long.
         """
         length = self.headers.get("Content-Length", "")
         if not (length.isascii() and length.isdigit() and int(length) <= MAX_BODY):
-            raise SettingError(f"a request says its length, and has {MAX_BODY:,} bytes at most")
+            raise SettingError(f"a request needs a Content-Length, of at most {MAX_BODY:,} bytes")
         return self.rfile.read(int(length))
 
     def _stream(self, tokens: Iterator[Token]) -> None:
@@ -132,7 +133,7 @@ class _Handler(BaseHTTPRequestHandler):
             return  # who has gone wants no more
 
     def _answer(self, tokens: list[Token]) -> dict[str, Any]:
-        """Write tokens down as a completion of OpenAI's, with their entropies beside."""
+        """Write tokens as an OpenAI completion, with their entropies added."""
         choice = {
             "index": 0,
             "text": "".join(token.text for token in tokens),

@@ -1,4 +1,4 @@
-"""A forward pass of a causal language model: the positions that generate, and a watch over it."""
+"""Forward passes of a causal language model: the positions that generate, and a check that passes are steered."""
 
 from __future__ import annotations
 
@@ -15,36 +15,37 @@ from transformers import Cache, PreTrainedModel
 from confsteer.errors import SteeringError
 
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", bool)
-"""Whether torch.export runs the model; no release before 2.7 can tell, and there the answer is no."""
+"""Whether torch.export runs the model. Releases before 2.7 cannot tell, and there it is False."""
 
 
 class Asked(NamedTuple):
-    """Arguments of a language model that say which positions generate; its layers are not told of them all."""
+    """Arguments of a language model that decide which positions generate. Its layers are not given all of them."""
 
     logits_to_keep: int | Tensor = 0
-    """Last positions whose logits are kept, or those positions themselves; 0 for all."""
+    """Number of last positions whose logits are kept, or those positions themselves. 0 for all."""
     attention_mask: Any = None
     position_ids: Tensor | None = None
     continues: bool | Tensor = False
-    """Whether the pass continues a cached text; a static cache has a tensor, and reading it would wait for the device."""
+    """Whether the pass continues a cached text. A static cache gives a tensor, and reading it would wait for the device."""
 
 
 def generating(asked: Asked, length: int, device: torch.device) -> Tensor | None:
     """Mark the positions of a pass whose logits choose a token.
 
-    Logits that are kept are those positions: a prompt's last one, drafted tokens, the last token of each packed request.
-    Where all are kept, a pass that continues a cached text is steered everywhere, and elsewhere the last token of each text.
+    If only some logits are kept, theirs are the positions: a prompt's last one, drafted tokens, the last token of each packed
+    request. If all are kept, a pass that continues a cached text is steered everywhere. Any other pass is steered at the last
+    token of each text.
 
     Args:
         asked: see `Asked`.
         length: positions of the pass.
-        device: of the mark.
+        device: device of the result.
 
     Returns:
         Booleans, ``[1 or rows, positions]``; None where all positions generate.
 
     Raises:
-        SteeringError: a mask that does not tell where the texts end.
+        SteeringError: the mask does not tell where the texts end.
     """
     kept, mask, position_ids, continues = asked
     if length == 1:
@@ -58,7 +59,7 @@ def generating(asked: Asked, length: int, device: torch.device) -> Tensor | None
     if mask is None:
         marked = (position == length - 1)[None]
     elif isinstance(mask, Tensor) and mask.dim() == 2:
-        # Positions after the last token are padding, which may be steered: no token looks at them.
+        # Steer the padding after the last token too: no token looks at it.
         marked = position >= ((mask[:, :length].to(device) != 0) * position).amax(-1, keepdim=True)
     else:
         raise SteeringError(
@@ -66,18 +67,19 @@ def generating(asked: Asked, length: int, device: torch.device) -> Tensor | None
             '(1 for tokens, 0 for padding), or logits_to_keep, or steer with positions="all"'
         )
     if position_ids is not None:
-        # Texts packed into one row: the next position begins another. Of several dimensions, an image is not at the start of all.
+        # Find the ends of texts packed into one row, where the next position begins another. Require a start in all dimensions
+        # of positions: an image is not at the start of all.
         begins = (position_ids == 0).all(dim=0) if position_ids.dim() == 3 else position_ids == 0
         marked = marked | nn.functional.pad(begins[..., 1:].to(device), (0, 1))
     return marked | continues.to(device) if isinstance(continues, Tensor) else marked
 
 
 def continues(values: Iterable[Any], layer: int = 0) -> bool | Tensor:
-    """Tell whether a cache is among the arguments of a pass and holds a text, as `Asked` says.
+    """Find whether the arguments of a pass have a cache that holds a text; see `Asked`.
 
     Args:
         values: the arguments.
-        layer: index of one whose part of the cache is not yet written in this pass.
+        layer: index of a layer whose part of the cache is not yet written in this pass.
     """
     cache = next((value for value in values if isinstance(value, Cache)), None)
     if cache is None:
@@ -87,7 +89,7 @@ def continues(values: Iterable[Any], layer: int = 0) -> bool | Tensor:
 
 
 def keeps_graphs(model: PreTrainedModel) -> bool:
-    """Tell whether a model keeps CUDA graphs of its passes for later: a persistent manager of continuous batching does."""
+    """Whether a model keeps CUDA graphs of its passes for later, as a persistent manager of continuous batching does."""
     manager: Any = getattr(model, "_cached_continuous_batching_manager", None)
     return manager is not None and any(manager.continuous_batching_config.cuda_graph_booleans)
 
@@ -97,21 +99,21 @@ def _depth(model: PreTrainedModel) -> int | None:
 
 
 class Watch:
-    """Notes of the passes of a language model: what each was asked for, and whether it reached the steering.
+    """Notes on the passes of a language model: the arguments of each, and whether it reached the steering.
 
     Args:
-        asks: whether to note what is asked for.
+        asks: whether to note the arguments.
     """
 
     def __init__(self, asks: bool) -> None:
         self.asks = asks
         self.asked: Asked | None = None
-        """Noted of the pass under way; None where inner modules are run by themselves."""
+        """Arguments of the pass under way. None if inner modules are run by themselves."""
         self._reached: list[None] = []
         self._over = False
 
     def reach(self) -> None:
-        """Note that the pass reaches the steering. A new object each time, so that threads do not miss their own."""
+        """Note that the pass reaches the steering, with a new object each time, so that threads do not miss their own."""
         self._reached = []
 
     @contextmanager
@@ -119,14 +121,14 @@ class Watch:
         """Watch the passes of `model` within the context.
 
         Raises:
-            SteeringError: in a pass that was not steered, or that would leave the model in another form.
+            SteeringError: within a pass, if it was not steered, or if it would export or trace the model.
         """
         forward, names = model.forward, tuple(inspect.signature(model.forward).parameters)
         depth = _depth(model)
 
         @functools.wraps(forward)
         def watched(*args: Any, **kwargs: Any) -> Any:
-            # Somebody else may have wrapped this function meanwhile, and keep it after the context.
+            # Do nothing after the context: somebody else may have wrapped this function meanwhile, and kept it.
             if self._over:
                 return forward(*args, **kwargs)
             if _is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
@@ -142,8 +144,8 @@ class Watch:
             before = self._reached
             output = forward(*args, **kwargs)
             self.asked = None
-            # Drafts of an early exit leave out the last layers for a while; the passes that verify them do not. And another
-            # thread may have left the context during the pass.
+            # Allow for two cases. Drafts of an early exit leave out the last layers, but the passes that verify them do not. And
+            # another thread may have left the context during the pass.
             if self._reached is before and _depth(model) == depth and not self._over:
                 raise SteeringError(
                     "the model ran without the module that carries the steering: nothing was steered. It was replaced, captured "
@@ -166,7 +168,7 @@ def replaced(module: nn.Module, name: str, attribute: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        # Whoever has set it meanwhile keeps it.
+        # Leave it if somebody else has set it meanwhile.
         if vars(module).get(name) is attribute:
             if before is None:
                 delattr(module, name)
@@ -175,10 +177,10 @@ def replaced(module: nn.Module, name: str, attribute: Any) -> Iterator[None]:
 
 
 def recompiled(module: nn.Module) -> AbstractContextManager[None]:
-    """Make torch.compile see that a module is another one within the context.
+    """Make torch.compile treat a module as another one within the context.
 
-    Compiled code is not guarded against hooks that come or go, but it is against another ``forward``. So code from before
-    the context is not used in it, and code from within not afterwards; each is found again when its time comes.
+    Compiled code is guarded against another ``forward``, but not against hooks that come or go. So code from before the context
+    is not used in it, and code from within is not used afterwards. Both are found again when they fit.
     """
     forward = module.forward
 

@@ -37,41 +37,41 @@ _entering = threading.Lock()
 
 
 class Steerer:
-    """A model's steering within the context of `steer`; change it while the context is open."""
+    """A model's steering within the context of `steer`. It can be changed while the context is open."""
 
     def __init__(self, profile: Profile, steerings: Sequence[Steering], tokenizer: Any = None) -> None:
         self.profile = profile
         self.steerings = _resolve(steerings, profile)
         self.positions = self.steerings[0].positions
         self.following: Following | None = None
-        """The calls of generate(), which a window of generated tokens goes by; None without one."""
+        """The calls of generate(), for a window of generated tokens. None without such a window."""
         if not isinstance(self.positions, str):
             marker = marker_of(self.positions, lambda: None if tokenizer is None else Spelling(tokenizer))
             self.following = Following(self.positions, marker)
         self.by_row = len(steerings) > 1 or self.positions != "all"
         """Whether edits depend on the row of the batch, or on where in the text a pass is."""
-        # Tensors made in inference mode could not be trained through or updated outside of it.
+        # Leave inference mode: tensors made in it could not be trained through, or updated outside of it.
         with torch.inference_mode(False):
-            # Wherever tensors are made by default: they go to the model's device later.
+            # Make them on the default device: they go to the model's device later.
             self._neurons = torch.tensor([neuron.index for neuron in profile.steerable], dtype=torch.long, device="cpu")
             self._table = self._build(self.steerings)  # [4, steerings, neurons]: gain, bias, low, high
             self._constant = self._build_constant(self.steerings)
-            """The same for the residual before the final norm, ``[4, steerings, d_model]``; None without a null direction."""
+            """The same for the residual before the final norm, ``[4, steerings, d_model]``. None without a null direction."""
         self._layer = profile.model.layer
         self._rows = 1
         self._marked: Tensor | None = None
-        """Positions to steer in this pass, ``[1 or rows, positions]``; None for all."""
+        """Positions to steer in this pass, ``[1 or rows, positions]``. None for all."""
         self._watch, self._norm_watch = Watch(asks=self.positions == "generated"), Watch(asks=False)
 
     def update(self, steering: Request | Sequence[Request] | None = None, /, **request: Unpack[SteeringFields]) -> None:
-        """Steer differently from the next forward pass on. Hooks stay in place, so compiled code stays valid.
+        """Change the steering from the next forward pass on. Hooks stay in place, so compiled code stays valid.
 
         Args:
-            steering: as many as the context was opened with; or give the keywords of `Steering`.
-            **request: see `Steering`; none of them: neutral.
+            steering: as many steerings as the context was opened with, or none if keywords of `Steering` are given.
+            **request: keywords of `Steering`. Without any: neutral.
 
         Raises:
-            SteeringError: malformed, out of reach, or of another number or other `positions` than the context has.
+            SteeringError: it is malformed or out of reach, or its number or `positions` are not those of the context.
         """
         steerings = _resolve(_as_steerings(steering, request), self.profile)
         if len(steerings) != len(self.steerings) or steerings[0].positions != self.positions:
@@ -86,9 +86,9 @@ class Steerer:
         self.steerings = steerings
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
-        """Refuse to be copied or pickled, and so does every module that holds the hooks."""
+        """Refuse to be copied or pickled. Every module that holds the hooks then refuses too."""
         raise SteeringError(
-            "a model cannot be copied or pickled while it is steered, for nothing would end the steering of the copy: leave the "
+            "a model cannot be copied or pickled while it is steered: nothing would end the steering of the copy. Leave the "
             "context first (state_dict() and save_pretrained() may be used in it: they hold the model's own weights)"
         )
 
@@ -105,15 +105,15 @@ class Steerer:
         return torch.stack([gain, bias, low, high])
 
     def _move(self, device: torch.device) -> None:
-        """Go where the activations are."""
+        """Move the tables to the activations' device."""
         with torch.inference_mode(False):
             self._neurons, self._table = self._neurons.to(device), self._table.to(device)
 
     def _note_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note, before the last layer, the batch size of this pass and its positions to steer.
 
-        The first argument is ``[rows, positions, d_model]``, and a cache is among the others: `dissect` ran the model, and
-        transformers hands its caches down.
+        The first argument is ``[rows, positions, d_model]``, because `dissect` ran the model. A cache is among the others,
+        because transformers hands it down.
         """
         hidden_states: Tensor = args[0] if args else kwargs["hidden_states"]
         self._rows = hidden_states.shape[0]
@@ -127,7 +127,7 @@ class Steerer:
         elif self.positions == "generated":
             asked = self._watch.asked
             if asked is None:
-                # Within backward(), which runs checkpointed layers again, and does not say of which pass.
+                # Refuse within backward(): it runs checkpointed layers again, and does not say of which pass.
                 if torch._C._current_graph_task_id() != -1:
                     raise SteeringError('gradient checkpointing forgets which positions generate: steer with positions="all"')
                 asked = Asked(continues=continues((*args, *kwargs.values()), self._layer))
@@ -154,19 +154,19 @@ class Steerer:
                 self._constant = self._constant.to(residual.device)
         after = self._after(residual, self._constant)
         if self.by_row:
-            # A pass that leaves out the last layer, a draft of an early exit, marks nothing itself.
+            # Mark the pass here if it leaves out the last layer, as a draft of an early exit does.
             self._marked = None
         return (after, *args[1:])
 
     def _after(self, before: Tensor, table: Tensor) -> Tensor:
         """Apply the rule to the activations of some neurons, ``[…, n]``, by their part of the table ``[4, steerings, n]``.
 
-        The residual is treated as ``d_model`` neurons that are all added to.
+        The residual is treated as ``d_model`` neurons, each with a shift.
         """
         gain, bias, low, high = table
         if not self.by_row:
             return edited(before, gain[0], bias[0], low[0], high[0])
-        # One row per sequence, whether the model keeps [rows, positions, n] or flattens it.
+        # Take one row per sequence, whether the model keeps [rows, positions, n] or flattens it.
         by_row = before.reshape(self._rows, -1, before.shape[-1])
         per_steering = self._rows // len(self.steerings)
         gain, bias, low, high = (t.repeat_interleave(per_steering, dim=0)[:, None] for t in (gain, bias, low, high))
@@ -176,7 +176,7 @@ class Steerer:
         return after.reshape(before.shape)
 
     def _refuse_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Stand for a model's continuous batching, which packs requests in an order of its own."""
+        """Replace a model's continuous batching, and refuse: it packs requests in an order of its own."""
         if self.following is not None:
             raise SteeringError(
                 f"positions={self.positions} goes by the tokens of one call of generate(), and continuous batching packs those "
@@ -200,29 +200,29 @@ def steer(
 ) -> Iterator[Steerer]:
     """Steer `model` within the context.
 
-    **The model is changed in place** (forward hooks, and functions around ``forward``) when the context is entered, and
-    restored when it is left, however it is left. Without ``with``, nothing happens.
+    **The model is changed in place** when the context is entered: forward hooks, and functions around ``forward``. It is
+    restored when the context is left, even by an exception. Without ``with``, nothing happens.
 
         with confsteer.steer(model, profile, entropy=+0.3):
             model.generate(**inputs)
 
-    The hooks change activations, not weights: ``state_dict()`` and ``save_pretrained()`` within the context give the model's own.
-    ``copy.deepcopy``, ``pickle`` and ``torch.save`` of the whole model are refused there. Every thread that runs the model is
-    steered while the context is open, and no longer when it is left; with a steering per row, or other ``positions`` than
-    all, one thread at a time may run it. A forked process has a steered model of its own.
+    The hooks change activations, not weights: ``state_dict()`` and ``save_pretrained()`` within the context give the model's
+    own. ``copy.deepcopy``, ``pickle`` and ``torch.save`` of the whole model are refused there. Every thread that runs the model
+    is steered while the context is open. With a steering per row, or other ``positions`` than all, only one thread at a time may
+    run it. A forked process has a steered model of its own.
 
-    Windows of generated tokens, ``positions={"first": N}`` and ``{"after": MARKER}``, are for ``generate()``. Any way of it that
-    prepares its passes as transformers' own do can be used: greedy, sampling, beams, assistants and caches that go on. Its tokens
-    count from the call on. Other passes are refused.
+    Windows of generated tokens, ``positions={"first": N}`` and ``{"after": MARKER}``, work in ``generate()``. They work with
+    greedy search, sampling, beams, assistants and continued caches: any method that prepares its passes as transformers does.
+    Tokens count from the call of ``generate()``. Other passes are refused.
 
     Args:
-        model: a transformers causal language model, PEFT-wrapped or compiled too. Code that was compiled before is compiled
-            anew in the context; `Steerer.update` changes the steering of compiled code without that.
-        profile: the model's profile, or what `Profile.load` takes.
-        steering: a `Steering` or what `Steering.parse` takes, or one per row of the batch; or give the keywords of one:
-        tokenizer: the model's; only ``positions={"after": TEXT}`` takes it.
-        **request: ``entropy``, ``unigram``, ``scale``, ``shift``, ``clamp``, ``positions``, ``preset``: see `Steering`. None of
-            them: neutral.
+        model: a transformers causal language model, which may be PEFT-wrapped or compiled. Code that was compiled before is
+            compiled again in the context. `Steerer.update` changes the steering of compiled code without that.
+        profile: the model's profile, or a source that `Profile.load` takes.
+        steering: a `Steering`, a request that `Steering.parse` takes, or a list of these with one per row of the batch.
+        tokenizer: the model's tokenizer. Only ``positions={"after": TEXT}`` needs it.
+        **request: keywords of a `Steering`, in place of `steering`: ``entropy``, ``unigram``, ``scale``, ``shift``, ``clamp``,
+            ``positions``, ``preset``. Without any: neutral.
 
     Raises:
         SteeringError: the request is malformed or out of reach, or the model is being steered already.
@@ -264,13 +264,13 @@ def steer(
             stack.enter_context(recompiled(anatomy.final_norm))
             stack.callback(anatomy.final_norm.register_forward_pre_hook(steerer._add_constant).remove)
             stack.enter_context(steerer._norm_watch.over(base))
-        # Watch last, and stop first: threads may run the model before and after.
+        # Start the watch last, and stop it first: threads may run the model before and after.
         stack.enter_context(steerer._watch.over(base))
         yield steerer
 
 
 def _drop_graphs(base: PreTrainedModel) -> None:
-    """Leave no CUDA graph that was captured with the steering in it."""
+    """Drop CUDA graphs that were captured with the steering in them."""
     model: Any = base
     if keeps_graphs(base):
         model.destroy_cached_continuous_batching_manager()

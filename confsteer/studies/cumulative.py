@@ -1,7 +1,8 @@
 """Entropy neurons ablated one after another, against random neurons (Stolfo et al. 2024, arXiv 2406.16254).
 
-Ablation sets neurons to their means: an edit of the last layer, so one forward pass and the closed form of the readout give
-every set of neurons, also of neurons that a profile does not name and steering therefore does not reach.
+Ablation sets neurons to their means. This is an edit of the last layer. So one forward pass and the closed form of the
+readout give the result for every set of neurons. That includes neurons that a profile does not name, which steering does not
+reach.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ from confsteer.results.result import Result
 from confsteer.text.windows import Windows, check_context
 
 CANDIDATES = 10
-"""A control is drawn from this many neurons nearest in norm."""
+"""Number of neurons nearest in norm from which a control is drawn."""
 
 
 class Controls(Result):
-    """Random neurons in the place of entropy neurons: the mean over draws, and the lowest and the highest draw, in nats."""
+    """Random neurons in place of entropy neurons: the mean over draws, and the lowest and the highest draw, in nats."""
 
     mean_norm: float
     """Mean norm of the writes, over neurons and draws."""
@@ -64,15 +65,15 @@ class CumulativeStudy(Result):
     model: str
     source: str
     tokens: int
-    """Tokens scored."""
+    """Number of tokens scored."""
     windows: int
-    """Windows they are in, the unit of the bootstrap."""
+    """Number of windows with these tokens. Windows are the unit of the bootstrap."""
     seed: int
     entropy: Interval
-    """Unsteered mean, in nats."""
+    """Mean of the unsteered model, in nats."""
     loss: Interval
     draws: tuple[tuple[int, ...], ...]
-    """Each draw of control neurons, in the order of the entropy neurons they stand for."""
+    """Each draw of control neurons, in the order of the entropy neurons that they replace."""
     steps: tuple[CumulativeStep, ...]
 
 
@@ -86,20 +87,20 @@ def cumulative(
     seed: int = SEED,
     progress: bool = False,
 ) -> CumulativeStudy:
-    """Set the 1, 2, … `k` strongest entropy neurons to their means together, and as many random neurons of like norm.
+    """Set the 1, 2, … `k` strongest entropy neurons to their means together, and as many random neurons of similar norm.
 
     Args:
-        model: the profile's model; it is put in evaluation mode.
+        model: the profile's model. It is put in evaluation mode.
         windows: the text.
-        profile: gives the order of the neurons, and norms and mean activations of all.
-        k: at most this many; all of the profile's if None.
-        repeats: draws of random neurons.
-        seed: of the draws.
+        profile: profile with the order of the neurons, and norms and mean activations of all.
+        k: most neurons to ablate; all of the profile's if None.
+        repeats: number of draws of random neurons.
+        seed: seed of the draws.
         progress: whether to show a progress bar.
 
     Raises:
         NoNeuronsError: the profile has no entropy neurons.
-        SettingError: `k` or `repeats` out of range, or the windows are longer than the model's context.
+        SettingError: `k` or `repeats` is out of range, or the windows are longer than the model's context.
         ProfileMismatchError, UnsupportedModelError: see `confsteer.steer`.
     """
     found = profile.found("entropy")
@@ -113,12 +114,12 @@ def cumulative(
     anatomy = dissect(model)
     anatomy.require_dense("the cumulative study")
     profile.check_model(anatomy)
-    # The order of ablation, and draws of random neurons of like norm in their place.
+    # List the order of ablation, and draws of random neurons of similar norm.
     neurons = found[:k]
     norm, rng = profile.columns["norm"].numpy(), np.random.default_rng(seed)
     draws = [draw_controls(norm, neurons, rng, excluding={*found}) for _ in range(repeats)]
 
-    # Run the model once: the closed form gives every set of neurons.
+    # Run the model once: the closed form gives the result for every set of neurons.
     with torch.no_grad():
         readout = anatomy.readout(profile.model.tokenizer_size)
         recording = Recording(model, anatomy, windows, readout.unembedding.device, readout=readout)
@@ -138,12 +139,12 @@ def cumulative(
 
 
 class _Sums(NamedTuple):
-    """Sums over the tokens of each window that has a token that counts, float64."""
+    """Sums over the tokens of each window, float64. Windows without a token that counts are left out."""
 
     n: Tensor
     """Tokens, ``[windows]``."""
     entropy: Tensor
-    """Entropy of the unsteered model, ``[windows]``, as the next."""
+    """Entropy of the unsteered model, ``[windows]``, as is the next."""
     loss: Tensor
     changes: Tensor
     """Δentropy, |Δentropy|, Δloss and |Δloss| with 1, 2, … neurons of each order ablated, ``[orders, k, 4, windows]``."""
@@ -155,7 +156,7 @@ def _measure(recording: Recording, readout: Readout, mean: Tensor, orders: Seque
     unsteered, changes = [], []
     with progress_bar("ablate", tokens, show=show) as bar:
         for batch in recording.read(bar.update):
-            # Windows without a kept token are not part of the sample.
+            # Leave out windows without a kept token.
             present, index = batch.window.unique(return_inverse=True)
 
             def per_window(values: Tensor, index: Tensor = index, n_windows: int = len(present)) -> Tensor:
@@ -185,7 +186,7 @@ def _ablated(readout: Readout, batch: TokenStates, mean: Tensor, order: Sequence
 
 
 def _step(sums: _Sums, norm: np.ndarray, neurons: Sequence[int], draws: Sequence[Sequence[int]]) -> CumulativeStep:
-    """Report what ablating `neurons` together does, beside as many random ones."""
+    """Report the effect of ablating `neurons` together, beside as many random ones."""
     at = len(neurons) - 1
     entropy, entropy_abs, loss, loss_abs = sums.changes[0, at]
     return CumulativeStep(
@@ -200,16 +201,16 @@ def _step(sums: _Sums, norm: np.ndarray, neurons: Sequence[int], draws: Sequence
 
 
 def draw_controls(norm: np.ndarray, neurons: Sequence[int], rng: np.random.Generator, *, excluding: set[int]) -> list[int]:
-    """One random neuron for each of `neurons`, each other, out of the `CANDIDATES` nearest in norm.
+    """Draw a different random neuron for each of `neurons`, out of the `CANDIDATES` nearest in norm.
 
     Args:
-        norm: of every neuron of the layer, ``[n_neurons]``.
-        neurons: to find controls for.
-        rng: draws.
-        excluding: neurons that are no controls.
+        norm: norm of every neuron of the layer, ``[n_neurons]``.
+        neurons: neurons to find controls for.
+        rng: random generator.
+        excluding: neurons that must not be controls.
 
     Raises:
-        SettingError: the layer has not as many others.
+        SettingError: the layer does not have enough others.
     """
     free = [index for index in range(len(norm)) if index not in excluding]
     if len(free) < len(neurons):
@@ -223,7 +224,7 @@ def draw_controls(norm: np.ndarray, neurons: Sequence[int], rng: np.random.Gener
 
 
 def _controls(means: Tensor, norms: np.ndarray) -> Controls:
-    """From means per draw ``[draws, 4]`` and the norms of its neurons ``[draws, neurons]``."""
+    """Make them from means per draw ``[draws, 4]`` and the norms of its neurons ``[draws, neurons]``."""
     entropy, entropy_abs, loss, loss_abs = (
         Interval(float(column.mean()), float(column.min()), float(column.max())) for column in means.T
     )

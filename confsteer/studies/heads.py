@@ -1,10 +1,10 @@
-"""Induction heads and the entropy neurons they drive (Stolfo et al. 2024, arXiv 2406.16254, section 5).
+"""Induction heads and the entropy neurons that they drive (Stolfo et al. 2024, arXiv 2406.16254, section 5).
 
-On a stretch of random tokens that is read twice, an induction head attends from a token to the one that came after it at the
-first reading. BOS ablation takes a head out: its attention row becomes one-hot on position 0. What that does to the entropy
-neurons' activations at the second reading is what they get from induction.
+A stretch of random tokens is read twice. At the second reading an induction head attends from a token to the one after its first
+occurrence. BOS ablation removes a head: its attention row becomes one-hot on position 0. The change of the entropy neurons'
+activations at the second reading is the part that comes from induction.
 
-At position 0 a causal head can attend to nothing else, so its output there is what a one-hot row gives at any position: the
+At position 0 a causal head can attend to nothing else. So its output there is the output of a one-hot row at any position. The
 ablation copies it, and needs no attention weights.
 """
 
@@ -34,25 +34,25 @@ from confsteer.studies.repetition import DEFAULT_REPETITION, Repetition, check_r
 from confsteer.text.windows import FIRST_POSITIONS, Windows
 
 INDUCTION_SCORE = 0.7
-"""Heads above it count as induction heads, as in the paper."""
+"""Score above which a head counts as an induction head, as in the paper."""
 Head = tuple[int, int]
 """Layer and number of an attention head."""
 
 
 class DrivenNeuron(Result):
-    """An entropy neuron's mean activation, and what the ablation changes of it."""
+    """An entropy neuron's mean activation, and its change by the ablation."""
 
     index: int
     first_mean: float
-    """First reading, unsteered."""
+    """Mean of the first reading, unsteered."""
     second_mean: float
-    """Second reading, unsteered."""
+    """Mean of the second reading, unsteered."""
     change: Interval
     """Change of the second reading's mean by the ablation."""
 
 
 class HeadStudy(Result):
-    """Induction heads, and BOS ablation of all of them together. Intervals are over sequences, of paired differences."""
+    """Induction heads, and BOS ablation of all of them together. Intervals are of paired differences, over sequences."""
 
     model: str
     half: int
@@ -61,7 +61,7 @@ class HeadStudy(Result):
     scores: tuple[tuple[float, ...], ...]
     """Score of every head, by layer: mean attention from a token of the second reading to the one after its first occurrence."""
     heads: tuple[Head, ...]
-    """Those that were ablated: score above `INDUCTION_SCORE`."""
+    """Heads that were ablated: those with a score above `INDUCTION_SCORE`."""
     neurons: tuple[DrivenNeuron, ...]
     entropy: Change
     """Change of the second reading's mean entropy."""
@@ -76,20 +76,20 @@ def bos_ablation(
     repeat: Repetition = DEFAULT_REPETITION,
     progress: bool = False,
 ) -> HeadStudy:
-    """Find the induction heads on repeated random tokens, ablate them, and see what the entropy neurons do.
+    """Find the induction heads on repeated random tokens, ablate them, and measure the change in the entropy neurons.
 
     Args:
         model: the profile's model; it is put in evaluation mode.
         tokenizer: its tokenizer.
-        profile: says which neurons are entropy neurons.
-        repeat: how many stretches of random tokens, how long, and their seed.
+        profile: profile with the entropy neurons.
+        repeat: number and length of the stretches of random tokens, and their seed.
         progress: whether to show a progress bar.
 
     Raises:
         NoNeuronsError: the profile has no entropy neurons.
         SettingError: `repeat` is out of range.
         ProfileMismatchError: the profile is of another model.
-        UnsupportedModelError: the model gives no attention weights, or its heads were not found; see also `confsteer.steer`.
+        UnsupportedModelError: the model gives no attention weights, or its heads were not found. See also `confsteer.steer`.
     """
     neurons = torch.tensor(profile.found("entropy"))
     check_repetition(model, tokenizer, repeat)
@@ -104,7 +104,7 @@ def bos_ablation(
         readout = anatomy.readout(profile.model.tokenizer_size)
 
         def read() -> _Sums:
-            # A new recording each time: the second pass runs another model.
+            # Make a new recording each time: the second pass runs another model.
             recording = Recording(model, anatomy, windows, readout.unembedding.device, readout=readout)
             return _read(recording, readout, neurons, repeat.half, progress)
 
@@ -147,7 +147,7 @@ class _Sums(NamedTuple):
 
 
 def _read(recording: Recording, readout: Readout, neurons: Tensor, half: int, show: bool) -> _Sums:
-    """Run the model as it is over every sequence."""
+    """Run the model, as it is now, over every sequence."""
     first, second, scored = [], [], []
     tokens = recording.windows.n_tokens
     with progress_bar("sequences", tokens, show=show) as bar:
@@ -164,10 +164,10 @@ def _read(recording: Recording, readout: Readout, neurons: Tensor, half: int, sh
 
 
 def induction_scores(model: PreTrainedModel, windows: Windows, half: int, *, progress: bool = False) -> Tensor:
-    """Mean attention of every head from a token of the second reading to the one after its first occurrence.
+    """Compute the mean attention of every head from a token of the second reading to the one after its first occurrence.
 
     Args:
-        model: in evaluation mode; its attention is computed eagerly for the time of the call.
+        model: the model, in evaluation mode. During the call its attention is computed eagerly.
         windows: stretches of `half` tokens read twice, see `read_twice`.
         half: tokens of a stretch.
         progress: whether to show a progress bar.
@@ -191,7 +191,7 @@ def induction_scores(model: PreTrainedModel, windows: Windows, half: int, *, pro
                 output = base.base_model(input_ids=batch.input_ids.to(device), use_cache=False, output_attentions=True)
                 if not output.attentions or any(weights is None for weights in output.attentions):
                     raise UnsupportedModelError(f"{base.config.model_type} gives no attention weights: its heads have no scores")
-                # Keys from the second token of the stretch on: what comes after a first occurrence.
+                # Take keys from the second token of the stretch on, which come after a first occurrence.
                 first_key = batch.input_ids.shape[1] - 2 * half + 1
                 diagonals = [w.diagonal(1 - half, dim1=2, dim2=3)[..., first_key:].double().cpu() for w in output.attentions]
                 total = total + torch.stack([diagonal.mean(dim=2).sum(dim=0) for diagonal in diagonals])
@@ -203,7 +203,7 @@ def induction_scores(model: PreTrainedModel, windows: Windows, half: int, *, pro
 
 @contextlib.contextmanager
 def ablated(model: PreTrainedModel, anatomy: Anatomy, heads: Iterable[Head]) -> Iterator[None]:
-    """Within the context the attention rows of `heads` are one-hot on position 0. Batches must not be padded on the left.
+    """Make the attention rows of `heads` one-hot on position 0 within the context. Batches must not be padded on the left.
 
     Raises:
         UnsupportedModelError: the output projections of the attention were not found.
@@ -228,7 +228,7 @@ def ablated(model: PreTrainedModel, anatomy: Anatomy, heads: Iterable[Head]) -> 
 
 
 def _output_projection(layer: nn.Module, model_type: str) -> nn.Module:
-    """The last linear map in the layer's attention."""
+    """Find the last linear map in the layer's attention."""
     attention = [m for name, m in layer.named_children() if "attn" in name or "attention" in name]
     linear = [m for module in attention for m in module.modules() if isinstance(m, nn.Linear | Conv1D)]
     if not linear:

@@ -1,11 +1,11 @@
 """Entropy neurons when a text repeats itself (Stolfo et al. 2024, arXiv 2406.16254, section 5).
 
 A stretch of tokens is read twice. At the second reading a model with induction heads knows what comes next: its loss and its
-entropy fall. Each entropy neuron is then clipped at its mean activation of the first reading, from above if its mean rises
-at the second reading and from below if it falls, so that it cannot take part in the change: what the entropy does then,
-against what it did before, is the neuron's share in it. As in the paper the clip holds at every position.
+entropy fall. Each entropy neuron is then clipped at its mean activation of the first reading. The clip is from above if the
+mean rises at the second reading, and from below if it falls. So the neuron cannot take part in the change. The difference
+that this makes to the entropy's change is the neuron's share in it. As in the paper the clip holds at every position.
 
-Clipping is an edit of the last layer, so one forward pass and the closed form of the readout give every clip.
+Clipping is an edit of the last layer. So one forward pass and the closed form of the readout give the result of every clip.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ class ClippedNeuron(Result):
 
     index: int
     activation: PositionCurve
-    """By position."""
+    """Activation by position."""
     first_mean: float
-    """Over the first reading: the bound of the clip."""
+    """Mean over the first reading, which is the bound of the clip."""
     second_mean: float
-    """Over the second reading."""
+    """Mean over the second reading."""
     clipped_from: Literal["above", "below"]
-    """Above if the mean rises from the first reading to the second."""
+    """Side of the clip: above if the mean rises from the first reading to the second."""
 
 
 class ClipEffect(Result):
@@ -66,35 +66,35 @@ class ClipEffect(Result):
 
     neurons: tuple[int, ...]
     entropy: PositionCurve
-    """By position, with the clip."""
+    """Entropy by position, with the clip."""
     loss: PositionCurve
     first_entropy: Change
-    """Change of the mean entropy of the first reading, clipped less unsteered."""
+    """Change of the mean entropy of the first reading by the clip: clipped less unsteered."""
     first_loss: Change
     second_entropy: Change
-    """The same of the second reading."""
+    """The same for the second reading."""
     second_loss: Change
 
 
 class RepeatedSequences(Result):
-    """Measurements on one kind of repeated sequences. Intervals and errors are over sequences, for the clips as they are."""
+    """Measurements on one kind of repeated sequences. Intervals and errors are over sequences, with the clips fixed."""
 
     kind: SequenceKind
     source: str
     sequences: int
     positions: tuple[int, ...]
-    """Positions of the sequence that the curves are of: without the first three and the last."""
+    """Positions of the sequence in the curves: all but the first three and the last."""
     repeats_from: int
     """Position at which the second reading starts."""
     entropy: PositionCurve
     """Entropy of the unsteered model, by position."""
     loss: PositionCurve
     first: PassMeans
-    """Unsteered, over the positions of the first reading that have a counterpart in the second: the same predictions."""
+    """Unsteered means over the positions of the first reading that predict the same tokens as positions of the second."""
     second: PassMeans
     neurons: tuple[ClippedNeuron, ...]
     clips: tuple[ClipEffect, ...]
-    """Each neuron alone, then, if there are several, all together."""
+    """Effects of each neuron alone, then, if there are several, of all together."""
 
 
 class InductionStudy(Result):
@@ -119,15 +119,15 @@ def induction(
 ) -> InductionStudy:
     """Measure entropy, loss and activations by position on stretches that are read twice, with and without clipping.
 
-    A sequence is a stretch of tokens, twice, after a BOS if the tokenizer starts texts with it.
+    A sequence is a stretch of tokens, twice. A BOS comes first if the tokenizer starts texts with it.
 
     Args:
         model: the profile's model; it is put in evaluation mode.
         tokenizer: its tokenizer.
         profile: says which neurons are entropy neurons.
-        text: windows that end in natural stretches; only random stretches if None.
-        repeat: how many stretches, how long, and the seed of the random ones.
-        neurons: of the last layer, to clip instead of the profile's entropy neurons.
+        text: windows that end in natural stretches. If None, only random stretches are used.
+        repeat: number and length of the stretches, and the seed of the random ones.
+        neurons: neurons of the last layer to clip, in place of the profile's entropy neurons.
         progress: whether to show a progress bar.
 
     Raises:
@@ -170,7 +170,7 @@ class _Sequences:
         self._recording, self._show = recording, show
         self.length = self.windows.n_tokens // len(self.windows)
         self.positions = range(FIRST_POSITIONS, self.length - 1)
-        # Pair a prediction of the second reading with the same one, `half` positions before, of the first.
+        # Pair a prediction of the second reading with the same one of the first, `half` positions before.
         self.first = slice(0, len(self.positions) - half)
         self.second = slice(half, len(self.positions))
 
@@ -190,7 +190,7 @@ class _Clips(NamedTuple):
 
     @property
     def together(self) -> list[list[int]]:
-        """Rows of the neurons that are clipped at a time: each alone, then, if there are several, all."""
+        """Rows of the neurons that are clipped together: each alone, then, if there are several, all."""
         every = list(range(len(self.rises)))
         return [[row] for row in every] + ([every] if len(every) > 1 else [])
 
@@ -220,7 +220,7 @@ def _clips_at_first_means(sequences: _Sequences, activations: Tensor) -> _Clips:
 
 
 def _measure_clipped_outputs(sequences: _Sequences, readout: Readout, neurons: Tensor, clips: _Clips) -> _Outputs:
-    """Measure what the model says of each token, unsteered and under each clip."""
+    """Measure entropy and loss of each token, unsteered and under each clip."""
     low, high = clips.bounds(readout.unembedding.device)
     few = readout.select(neurons.to(readout.unembedding.device))
     positions = len(sequences.positions)
@@ -250,7 +250,7 @@ def _describe(
     windows, (entropy, loss) = sequences.windows, outputs
     n = torch.full((len(windows),), float(len(sequences.positions) - sequences.half), dtype=torch.float64)
 
-    # Sums per sequence, whose ratios have intervals over sequences.
+    # Take sums per sequence: their ratios have intervals over sequences.
     def means(where: slice) -> PassMeans:
         return PassMeans(
             entropy=ratio_interval(entropy[0, :, where].sum(dim=1), n), loss=ratio_interval(loss[0, :, where].sum(dim=1), n)

@@ -13,10 +13,10 @@ from confsteer.text.windows import MIN_WINDOW, Windows, context_length, control_
 
 
 class Repetition(NamedTuple):
-    """How many stretches are read twice."""
+    """Number and length of the stretches that are read twice."""
 
     sequences: int = INDUCTION_SEQUENCES
-    """Number of stretches of each kind; there are fewer natural ones if the text is short."""
+    """Number of stretches of each kind. There are fewer natural ones if the text is short."""
     half: int = INDUCTION_HALF
     """Tokens of a stretch."""
     seed: int = SEED
@@ -27,22 +27,22 @@ DEFAULT_REPETITION = Repetition()
 
 
 def random_repeats(tokenizer: PreTrainedTokenizerBase, vocab_size: int, repeat: Repetition) -> Windows:
-    """Make windows of random stretches, see `random_stretches`."""
+    """Make windows of random stretches; see `random_stretches`."""
     stretches = random_stretches(tokenizer, vocab_size, repeat.sequences, repeat.half, seed=repeat.seed)
     return read_twice(tokenizer, stretches, "uniform tokens")
 
 
 def natural_cut(tokenizer: PreTrainedTokenizerBase, repeat: Repetition) -> tuple[int, int]:
-    """Say how to cut a text for `natural_repeats`: tokens per window, and tokens to read.
+    """Choose how to cut a text for `natural_repeats`: tokens per window, and tokens to read.
 
-    Twice as many windows as stretches are wanted, since some have control tokens.
+    There are twice as many windows as stretches, because some have control tokens.
     """
     window = len(leading_ids(tokenizer)) + repeat.half
     return window, 2 * repeat.sequences * window
 
 
 def natural_repeats(tokenizer: PreTrainedTokenizerBase, windows: Windows, repeat: Repetition) -> Windows:
-    """Make windows of natural stretches, see `natural_stretches`."""
+    """Make windows of natural stretches; see `natural_stretches`."""
     return read_twice(tokenizer, natural_stretches(windows, repeat.sequences, repeat.half), windows.source)
 
 
@@ -60,7 +60,7 @@ def check_repetition(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
 
 
 def read_twice(tokenizer: PreTrainedTokenizerBase, stretches: np.ndarray, source: str) -> Windows:
-    """A window for each of `stretches` ``[sequences, half]``: BOS if the tokenizer starts texts with it, the stretch, twice."""
+    """Make a window of each of `stretches` ``[sequences, half]``: BOS if the tokenizer uses it, then the stretch twice."""
     first_ids = np.tile(leading_ids(tokenizer), (len(stretches), 1))
     ids = np.concatenate([first_ids, stretches, stretches], axis=1).astype(np.int32)
     starts = np.arange(len(ids) + 1, dtype=np.int64) * ids.shape[1]
@@ -71,16 +71,17 @@ def random_stretches(
     tokenizer: PreTrainedTokenizerBase, vocab_size: int, sequences: int, half: int, *, seed: int = 0
 ) -> np.ndarray:
     """Draw tokens uniformly from the first `vocab_size` ids of the tokenizer without its special ones, ``[sequences, half]``."""
-    # Positions of control tokens do not count, and not all of these are special tokens by name: chat markers are not.
+    # Leave out all control tokens, whose positions do not count: some, such as chat markers, are not special tokens by name.
     special = {*tokenizer.all_special_ids, *control_ids(tokenizer)}
     ids = sorted(i for i in set(tokenizer.get_vocab().values()) if i < vocab_size and i not in special)
     return np.random.default_rng(seed).choice(ids, (sequences, half))
 
 
 def natural_stretches(windows: Windows, sequences: int, half: int) -> np.ndarray:
-    """The last `half` tokens of the first `sequences` full windows, ``[at most sequences, half]``.
+    """Take the last `half` tokens of the first `sequences` full windows, ``[at most sequences, half]``.
 
-    A stretch with a control token is left out: it would start a text anew. So is one of an image, which would not be seen.
+    A stretch with a control token is left out, because the token would start a new text. So is a stretch with an image, because
+    the model would not see it.
 
     Raises:
         CorpusError: there are fewer than two.

@@ -1,4 +1,4 @@
-"""How often each token occurs in a corpus, counted or from a file."""
+"""Token counts of a corpus, counted or from a file."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from confsteer.files import MAX_COUNTS_BYTES, read_at_most
 from confsteer.text.windows import Document, control_ids, token_ids_in_parts, vocabulary_size
 
 MAX_COUNTED = 1e18
-"""Tokens that counts add up to; more do not fit an int64."""
+"""Largest sum of counts. A larger one does not fit an int64."""
 
 
 def read_counts(path: str | os.PathLike[str]) -> NDArray[np.integer]:
     """Read token counts by id from a ``.npy`` file.
 
     Raises:
-        CorpusError: it is missing or no such file.
+        CorpusError: it is missing, or not a ``.npy`` file.
     """
     try:
         counts = np.load(io.BytesIO(read_at_most(path, MAX_COUNTS_BYTES)), allow_pickle=False)
@@ -43,18 +43,18 @@ def read_counts(path: str | os.PathLike[str]) -> NDArray[np.integer]:
 def count_tokens(
     documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, *, progress: bool = False
 ) -> NDArray[np.int64]:
-    """Count how often each token occurs in a corpus of any size, which is read once and not kept.
+    """Count how often each token occurs in a corpus of any size. The corpus is read once and not kept.
 
     Args:
-        documents: strings, or conversations, which go through the chat template.
-        tokenizer: the model's.
-        progress: whether to show how many tokens were counted.
+        documents: strings or conversations. The chat template is applied to conversations.
+        tokenizer: the model's tokenizer.
+        progress: whether to show the number of tokens counted so far.
 
     Returns:
-        Counts by id, those of control tokens 0, ``[vocab]``.
+        Counts by id, ``[vocab]``. Those of control tokens are 0.
 
     Raises:
-        CorpusError: no token was counted; or see `confsteer.text.windows.token_ids_in_parts`.
+        CorpusError: no token was counted, or see `confsteer.text.windows.token_ids_in_parts`.
     """
     counts = np.zeros(vocabulary_size(tokenizer), dtype=np.int64)
     control = np.array(control_ids(tokenizer), dtype=np.int64)
@@ -70,7 +70,7 @@ def count_tokens(
 
 
 def checked_counts(counts: NDArray[np.integer], tokenizer_size: int) -> Tensor:
-    """Counts ``[tokenizer_size]`` int64; longer arrays must have nothing in their padding."""
+    """Check counts, and return them as ``[tokenizer_size]`` int64. The padding of longer arrays must be zero."""
     if counts.ndim != 1 or not np.issubdtype(counts.dtype, np.integer) or (counts < 0).any():
         raise CorpusError(f"unigram counts must be a row of integers from 0 up, not {counts.dtype} of shape {counts.shape}")
     if len(counts) < tokenizer_size or counts[tokenizer_size:].any():

@@ -1,4 +1,4 @@
-"""Questions in the words a model is asked in: built-in wordings, templates of the user's, few-shot examples, chats."""
+"""Prompts made from questions: built-in wordings, the user's templates, few-shot examples, chats."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from confsteer.text.short_questions import ShortQuestion
 from confsteer.text.windows import apply_chat_template
 
 AnswerForm = Literal["text", "letters"]
-"""Whether a model answers with the text of a choice or with its letter."""
+"""Form of an answer: the text of a choice, or its letter."""
 TEXT = "{% if passage %}{{ passage }}\n{% endif %}Question: {{ question }}\nAnswer:"
 """lm-eval's wording of ARC, PIQA and SciQ."""
 LETTERS = (
@@ -28,7 +28,7 @@ SHORT_CHAT = (
     "{% else %}Answer with a few words, without a sentence around them.\n{% endif %}"
     "{% if passage %}{{ passage }}\n{% endif %}Question: {{ question }}"
 )
-"""A question to a chat model that is to be answered shortly, so that what it writes can be compared."""
+"""Wording that asks a chat model for a short answer, which can be compared."""
 BETWEEN_SHOTS = "\n\n"
 
 
@@ -38,29 +38,29 @@ class Asked(NamedTuple):
     contexts: tuple[str, ...]
     """Text before each choice."""
     continuations: tuple[str, ...]
-    """Text of each choice, whose likelihood counts."""
+    """Text of each choice. Its likelihood is what counts."""
     rendered: bool = False
-    """Whether a chat template has written the special tokens, so that the tokenizer adds none."""
+    """Whether a chat template has written the special tokens. Then the tokenizer adds none."""
 
     def verbatim(self, number: int = 0) -> str:
-        """Join a choice to what comes before it."""
+        """Join a choice to the text before it."""
         return self.contexts[number] + self.continuations[number]
 
 
 class Wording(NamedTuple):
     """Words for questions.
 
-    A template of the user's is jinja, and gets ``question``, ``passage``, ``choices``, ``letters``, ``lettered`` (pairs of both)
-    and the record's other fields by name. It writes all that comes before the answer.
+    The user's template is jinja. It is given ``question``, ``passage``, ``choices``, ``letters``, ``lettered`` (pairs of both)
+    and the record's other fields by name. It writes everything before the answer.
     """
 
     form: AnswerForm = "text"
     template: str | None = None
-    """Jinja; the built-in wording of the form if None."""
+    """Jinja source. None: the built-in wording of the form."""
     chat: bool = False
-    """Whether the question is a user's turn, and a choice the model's answer."""
+    """Whether the question is a user's turn in a chat, and a choice the model's answer."""
     shots: tuple[Question, ...] = ()
-    """Questions that stand before it with their right answers."""
+    """Example questions to put before it, with their right answers."""
 
     @property
     def title(self) -> str:
@@ -69,7 +69,7 @@ class Wording(NamedTuple):
 
     @property
     def plain(self) -> bool:
-        """Whether it is the built-in wording of the choices' text and nothing else."""
+        """Whether it is only the built-in wording of the choices' text."""
         return self == AS_TEXT
 
     def ask(self, question: Question, tokenizer: PreTrainedTokenizerBase, where: str = "question") -> Asked:
@@ -81,8 +81,8 @@ class Wording(NamedTuple):
             where: the question is from, for messages.
 
         Raises:
-            CorpusError: the template does not fit the question; or the tokenizer has no chat template, or it refuses the turns;
-                or the question was asked before, as lm-eval logged it, and is to be asked otherwise.
+            CorpusError: the template does not fit the question. Or the tokenizer has no chat template, or its template refuses
+                the turns. Or lm-eval logged the question, and this wording would ask it in another way.
         """
         if question.kind == "served":
             if not self.plain:
@@ -100,7 +100,7 @@ class Wording(NamedTuple):
         return Asked((context,) * len(answers), tuple(_joint(prompt) + answer for answer in answers))
 
     def _prompt(self, question: Question, render: Callable[..., str], where: str) -> str:
-        """Write what comes before the answer."""
+        """Write everything before the answer."""
         if question.kind == "completion" and self.form == "text" and self.template is None:
             return question.question
         letters = ascii_uppercase[: len(question.choices)]
@@ -124,15 +124,15 @@ AS_TEXT = Wording()
 class ShortWording(NamedTuple):
     """Words for questions to which the model writes the answer.
 
-    A template of the user's is jinja, and gets ``question``, ``passage``, ``kind`` and the record's other fields by name.
+    The user's template is jinja. It is given ``question``, ``passage``, ``kind`` and the record's other fields by name.
     """
 
     template: str | None = None
-    """Jinja; the built-in wording if None."""
+    """Jinja source. None: the built-in wording."""
     chat: bool = False
-    """Whether the question is a user's turn."""
+    """Whether the question is a user's turn in a chat."""
     shots: tuple[ShortQuestion, ...] = ()
-    """Questions that stand before it with their answers."""
+    """Example questions to put before it, with their answers."""
 
     @property
     def title(self) -> str:
@@ -140,7 +140,7 @@ class ShortWording(NamedTuple):
         return ", ".join(filter(None, ["own words", *_manner(self.template, self.chat, self.shots)]))
 
     def ask(self, question: ShortQuestion, tokenizer: PreTrainedTokenizerBase, where: str = "question") -> str:
-        """Put a question in words: all that the model reads before it writes, special tokens of a chat included.
+        """Put a question in words: everything that the model reads before it writes, special tokens of a chat included.
 
         Args:
             question: to be answered.
@@ -168,13 +168,13 @@ IN_WORDS = ShortWording()
 
 
 def _manner(template: str | None, chat: bool, shots: Sequence[object]) -> list[str]:
-    """Say how something is asked, in parts that are empty where there is nothing to say."""
+    """Describe how a question is asked, in parts that are empty if there is nothing to say."""
     examples = f"{len(shots)} example{'s' if len(shots) > 1 else ''}" if shots else ""
     return ["own template" if template else "", "chat" if chat else "", examples]
 
 
 def _rendered(render: Callable[..., str], known: Mapping[str, Any], where: str) -> str:
-    """Write a prompt from a template and what it may name."""
+    """Write a prompt from a template and the values that it may name."""
     from jinja2 import TemplateError
 
     try:
@@ -187,7 +187,7 @@ def _rendered(render: Callable[..., str], known: Mapping[str, Any], where: str) 
 
 
 def _after_shots(prompt: str, shots: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase | None, where: str) -> str:
-    """Put a prompt after examples and their answers: as text, or as turns of a chat if its tokenizer is given."""
+    """Put a prompt after examples and their answers: as text, or as turns of a chat if a tokenizer is given."""
     if tokenizer is None:
         return "".join(shot + _joint(shot) + answer + BETWEEN_SHOTS for shot, answer in shots) + prompt
     turns: list[dict[str, str]] = []
@@ -197,23 +197,23 @@ def _after_shots(prompt: str, shots: Sequence[tuple[str, str]], tokenizer: PreTr
 
 
 def _joint(prompt: str) -> str:
-    """Put a space between prompt and answer, where the prompt does not end in one."""
+    """Put a space between prompt and answer, unless the prompt ends in one."""
     return "" if prompt[-1:].isspace() else " "
 
 
 def _partial(question: Question) -> Asked:
-    """Fill the blank with each choice, and ask how likely the rest of the sentence then is, as lm-eval's WinoGrande does."""
+    """Fill the blank with each choice, and score the rest of the sentence after it, as lm-eval's WinoGrande does."""
     before, _, after = question.question.partition("_")
     rest = f" {after.strip()}"
     if not rest.strip():
-        # Nothing comes after the blank: the choices themselves are what differs.
+        # Score the choices themselves: nothing comes after the blank.
         before = before.rstrip()
         return Asked((before,) * len(question.choices), tuple(f" {choice}" for choice in question.choices))
     return Asked(tuple(before + choice for choice in question.choices), (rest,) * len(question.choices))
 
 
 def _template(text: str) -> Callable[..., str]:
-    """Compile a jinja template; it comes from a file that may be anyone's, and can reach nothing."""
+    """Compile a jinja template in a sandbox, because its file may come from anyone."""
     from jinja2 import StrictUndefined, TemplateSyntaxError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -224,10 +224,10 @@ def _template(text: str) -> Callable[..., str]:
 
 
 def read_template(given: str) -> str:
-    """Read a template from a file, or take the text itself, which has ``{{ … }}`` in it.
+    """Read a template from a file, or take the given text if it has ``{{ … }}`` in it.
 
     Raises:
-        SettingError: it is neither, cannot be read, or is no jinja.
+        SettingError: it is neither, cannot be read, or is not jinja.
     """
     text = given
     if "{{" not in given:

@@ -1,4 +1,4 @@
-"""Shapes of the records that benchmarks of multiple choice have, told apart by their fields.
+"""Shapes of the records of multiple-choice benchmarks, told apart by their fields.
 
 | shape | fields |
 |---|---|
@@ -11,7 +11,7 @@
 | WinoGrande | ``sentence`` with a ``_``, ``option1``, ``option2``, ``answer`` |
 | lm-eval's logged samples | ``doc``, ``arguments``, ``target`` |
 
-What is made of them is worded as in lm-eval's tasks of the same names.
+Their questions are worded as in lm-eval's tasks of the same names.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from confsteer.errors import CorpusError
 from confsteer.text.windows import json_kind
 
 Kind = Literal["question", "completion", "blank", "served"]
-"""Whether choices answer a question, continue a text, or fill its ``_``; or all was asked before, and logged."""
+"""Use of the choices: they answer a question, continue a text, or fill its ``_``. Or lm-eval asked before, and logged."""
 FIELDS = {
     "question": ("question",),
     "choices": ("choices", "options"),
     "answer": ("answer", "label"),
     "passage": ("passage", "context"),
 }
-"""Names that a plain record may give each part: the first that it has and that is not null."""
+"""Names for each part in a plain record. The first one that is there and not null is read."""
 
 
 class Shape(NamedTuple):
@@ -39,22 +39,22 @@ class Shape(NamedTuple):
 
     name: str
     needs: tuple[str, ...]
-    """Fields it is known by."""
+    """Fields by which it is recognised."""
     read: Callable[[dict[str, Any], str], dict[str, Any]]
-    """From a record, and where it is, to a plain one; of a logged one also the ``contexts``."""
+    """Function from a record, and its place in a file, to a plain record. A logged one also has ``contexts``."""
     kind: Kind = "question"
     """See `confsteer.text.questions.Question`."""
     lacks: tuple[str, ...] = ()
-    """Fields it does not have."""
+    """Fields that it must not have."""
 
     @property
     def fields(self) -> set[str]:
-        """Fields that take part in the question; the others are the record's own."""
+        """Fields that are part of the question. The others are the record's own."""
         return {*self.needs, "id", "ctx", "ctx_a", "ctx_b", *(name for names in FIELDS.values() for name in names)}
 
 
 def shape_of(record: Mapping[str, Any]) -> Shape | None:
-    """Recognise a record by its fields; None if it is no question."""
+    """Recognise a record by its fields. None if it is not a question."""
     for shape in SHAPES:
         if all(name in record for name in shape.needs) and not any(name in record for name in shape.lacks):
             return shape
@@ -95,7 +95,7 @@ def _hellaswag(record: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _unmarked(text: str) -> str:
-    """Leave out WikiHow's marks, as lm-eval does: ``[title]`` ends a sentence, other brackets go."""
+    """Leave out WikiHow's marks, as lm-eval does: ``[title]`` ends a sentence, and other brackets are removed."""
     text = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
@@ -136,9 +136,9 @@ def _logged(record: dict[str, Any], where: str) -> dict[str, Any]:
     arguments = record["arguments"]
     pairs = [[*pair.values()] if isinstance(pair, dict) else pair for pair in _values(arguments)]
     if not all(isinstance(pair, list) and len(pair) >= 2 and all(isinstance(text, str) for text in pair[:2]) for pair in pairs):
-        raise CorpusError(f"{where}: what lm-eval asked here is no multiple choice: no pair of strings in each of 'arguments'")
+        raise CorpusError(f"{where}: lm-eval did not ask multiple choice here: no pair of strings in each of 'arguments'")
     if "acc_mutual_info" in record.get("metrics", ()):
-        # After the choices given the question come the choices by themselves.
+        # Take the first half: after the choices given the question come the choices by themselves.
         pairs = pairs[: len(pairs) // 2]
     contexts, choices = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
     return {
@@ -153,7 +153,7 @@ def _logged_answer(record: dict[str, Any], contexts: Sequence[str], choices: Seq
     """Find the right choice of a logged sample, whose ``target`` is the text or the index of one, written as a string."""
     doc, target = record["doc"], str(record["target"])
     if len(set(contexts)) > 1 and isinstance(doc, dict) and (shape := shape_of(doc)):
-        # What follows each choice is the same: only the record itself says which is right.
+        # Read the record: the text after each choice is the same, so only the record says which is right.
         answer = shape.read(doc, where).get("answer")
         meant = {answer} if type(answer) is int else set()
     else:
@@ -162,8 +162,7 @@ def _logged_answer(record: dict[str, Any], contexts: Sequence[str], choices: Seq
     meant = {i for i in meant if 0 <= i < len(choices)}
     if len(meant) != 1:
         raise CorpusError(
-            f"{where}: which of the {len(choices)} choices is right is not to be told from the target {target[:40]!r}: leave the "
-            "sample out"
+            f"{where}: the target {target[:40]!r} does not say which of the {len(choices)} choices is right: leave the sample out"
         )
     return int(meant.pop())
 
@@ -173,7 +172,7 @@ def _values(arguments: Any) -> list[Any]:
 
 
 def _index(label: Any) -> Any:
-    """Turn a digit in quotes into a number; HellaSwag's and WinoGrande's labels are such."""
+    """Turn a digit in quotes into a number. HellaSwag's and WinoGrande's labels are such digits."""
     return int(label) if isinstance(label, str) and label.isdecimal() else label
 
 

@@ -1,4 +1,4 @@
-"""Multiple-choice questions from JSON and CSV files and from datasets, of the shapes that benchmarks have."""
+"""Multiple-choice questions from JSON and CSV files and from datasets, in the shapes of benchmarks."""
 
 from __future__ import annotations
 
@@ -26,29 +26,29 @@ class Question(NamedTuple):
 
     question: str
     choices: tuple[str, ...]
-    """Two or more."""
+    """Texts of the choices: two or more."""
     answer: int
     """Index of the right choice."""
     passage: str = ""
-    """Text that the question is about; empty if it stands alone."""
+    """Text that the question is about. Empty if there is none."""
     kind: Kind = "question"
-    """Whether choices answer it, continue it, or fill its ``_``; or it is asked as it was before, see `contexts`."""
+    """Use of the choices: they answer it, continue it, or fill its ``_``. Or it is asked as before, see `contexts`."""
     contexts: tuple[str, ...] = ()
-    """Text before each choice, where the question was asked before and logged; the choices then are what was scored."""
+    """Text before each choice, if lm-eval asked and logged the question. The choices are then the texts that it scored."""
     id: str = ""
     record: Mapping[str, Scalar] = MappingProxyType({})
     """Other fields of its record that are strings, numbers or truth values."""
 
 
 class QuestionSource(BaseModel):
-    """Where questions come from, in the words of the command line's options."""
+    """Source of questions, in the words of the command line's options."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     path: Path | None = None
     """File or folder, see `read_questions`."""
     dataset: str | None = None
-    """Instead of a file: hub id or local folder, streamed."""
+    """Hub id or local folder of a dataset, in place of a file. It is streamed."""
     config: str | None = None
     split: str | None = None
 
@@ -74,17 +74,17 @@ class QuestionSource(BaseModel):
         return dataset_title(self.dataset, self.config, self.split)
 
     def read(self) -> list[Question]:
-        """Read its questions.
+        """Read the questions of this source.
 
         Raises:
-            CorpusError: see `read_questions`; or there is no such dataset.
+            CorpusError: see `read_questions`, or there is no such dataset.
         """
         if self.path is not None:
             return read_questions([self.path])
         return _questions(self._records())
 
     def looks_like_questions(self) -> bool:
-        """Say whether the first record has the fields of a question."""
+        """Whether the first record has the fields of a question."""
         first = next(iter(self._records()), ("", None))[1]
         return isinstance(first, dict) and shape_of(first) is not None
 
@@ -93,21 +93,21 @@ class QuestionSource(BaseModel):
 
 
 def read_questions(paths: Sequence[Path]) -> list[Question]:
-    """Read questions of files and folders: JSON lines, a JSON list, or MMLU's CSV.
+    """Read questions from files and folders: JSON lines, a JSON list, or MMLU's CSV.
 
-    A record is ``{"question": "…", "choices": ["…", …], "answer": …}``, the answer being the text of a choice, its letter (A
-    for the first) or its index (0 for the first), and may have a ``"passage"``. The names that
-    `confsteer.text.question_shapes.FIELDS` lists do as well, so that AGIEval's files are read as they are, and so do the shapes
-    that `confsteer.text.question_shapes.SHAPES` names. White space around texts is left out.
+    A record is ``{"question": "…", "choices": ["…", …], "answer": …}``, and may have a ``"passage"``. The answer is the text of
+    a choice, its letter (A for the first) or its index (0 for the first). The names in `confsteer.text.question_shapes.FIELDS`
+    are read too, so AGIEval's files need no change. So are the shapes in `confsteer.text.question_shapes.SHAPES`. White space
+    around texts is left out.
 
-    Letters that every choice begins with, as in ``(A)``, are left out too: whether choices have letters is for the prompt to
-    say. lm-eval's ARC has its choices without them as well.
+    Letters that every choice begins with, as in ``(A)``, are left out too. The prompt decides whether choices have letters. The
+    choices of lm-eval's ARC have none either.
 
     Args:
         paths: see `confsteer.text.sources.read_texts`.
 
     Raises:
-        CorpusError: a file is missing or no JSON, or a record is not a question; it says which and why.
+        CorpusError: a file is missing or not JSON, or a record is not a question. The message says which and why.
     """
     found = read_records(paths, "questions", (*JSON_SUFFIXES, ".csv"))
     return _questions((place, record) for where, content in found for place, record in _rows(content, where))
@@ -118,7 +118,7 @@ def _rows(content: Any, where: str) -> Iterator[tuple[str, Any]]:
     if not (isinstance(content, str) and where.lower().removesuffix(".gz").endswith(".csv")):
         yield where, content
         return
-    # MMLU's files are called anatomy_test.csv.
+    # Take the subject from the name: MMLU's files are called anatomy_test.csv.
     subject = re.sub(r"(_test|_val|_dev)?\.csv(\.gz)?$", "", Path(where).name)
     header: list[str] | None = None
     for number, row in enumerate(csv.reader(io.StringIO(content)), start=1):
@@ -139,9 +139,9 @@ def _rows(content: Any, where: str) -> Iterator[tuple[str, Any]]:
 
 
 def _questions(records: Iterable[tuple[str, Any]]) -> list[Question]:
-    """Make questions of records, each with where it is from.
+    """Make questions from records, each with its place in a file.
 
-    Repetitions of logged questions are left out: each filter of an lm-eval task logs all of them.
+    Repeated logged questions are left out, because each filter of an lm-eval task logs all of them.
     """
     known = [*records]
     by_letter = _answers_are_letters([record for _, record in known])
@@ -157,9 +157,9 @@ def _questions(records: Iterable[tuple[str, Any]]) -> list[Question]:
 
 
 def _answers_are_letters(records: Sequence[Any]) -> bool:
-    """Say whether some answers are letters that are no choice, and none is a choice that is no letter.
+    """Whether answers are letters: some are letters that are not choices, and none is a choice that is not a letter.
 
-    Then a letter that is the text of another choice is meant as a letter, as in a question about the grades A to D.
+    Then a letter that is also the text of another choice is read as a letter, as in questions about grades A to D.
     """
     letters = texts = False
     for record in records:
@@ -186,7 +186,7 @@ def _question(record: Any, where: str, by_letter: bool) -> Question:
     kind: Kind = shape.kind
     texts = [_text(choice, f"choice {number}", where, strip=kind != "served") for number, choice in enumerate(choices, start=1)]
     passage = next((plain[name] for name in FIELDS["passage"] if plain.get(name)), None)
-    # A logged question's record is what the task's data set has.
+    # Take the record of the task's dataset for a logged question.
     own = record["doc"] if kind == "served" and isinstance(record["doc"], dict) else record
     return Question(
         _text(question, "the question", where),
@@ -208,7 +208,7 @@ def _without_letters(texts: list[str]) -> list[str]:
 
 
 def record_id(record: dict[str, Any], where: str) -> str:
-    """Take the record's own id, or the last number of where it is from."""
+    """Take the record's own id, or the last number in the name of its place."""
     for name in ("id", "question_id", "doc_id", "ind", "idx"):
         if isinstance(record.get(name), str | int) and record[name] != "":
             return str(record[name])
@@ -232,7 +232,7 @@ def _text(value: Any, what: str, where: str, *, empty: bool = False, strip: bool
 
 
 def _answer(answer: Any, choices: Sequence[str], where: str, by_letter: bool) -> int:
-    """Find the choice that is meant, by index; see `_answers_are_letters`."""
+    """Find the index of the choice that an answer means; see `_answers_are_letters`."""
     letters = ascii_uppercase[: len(choices)]
     if answer in ("", "-1", -1):
         raise CorpusError(f"{where}: the answer is {answer!r}, which stands for none: take a split that has answers")

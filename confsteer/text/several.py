@@ -18,17 +18,17 @@ Texts = Documents | Windows | Mapping[str, Documents | Windows]
 def named_windows(
     texts: Texts, tokenizer: PreTrainedTokenizerBase, *, tokens: int | None, window: int, source: str
 ) -> Iterator[tuple[str, Windows]]:
-    """Cut each text into windows, whichever way the texts were given; windows bring a name of their own.
+    """Cut each text into windows, in whatever form the texts are given. Ready-made windows have a name of their own.
 
     Args:
         texts: see `Texts`.
-        tokenizer: the model's.
-        tokens: of each text to read at most; all if None. Windows already made are left as they are.
+        tokenizer: the model's tokenizer.
+        tokens: most tokens to read of each text; all if None. Ready-made windows stay as they are.
         window: tokens per window.
         source: name of a text that has none.
 
     Yields:
-        The name of a text and its windows. They are made when they are asked for: one text is in memory at a time.
+        The name of a text and its windows. They are made one text at a time, so that only one is in memory.
 
     Raises:
         CorpusError: a text is too short.
@@ -40,13 +40,13 @@ def named_windows(
 
 
 def join_windows(by_name: Mapping[str, Windows]) -> Windows:
-    """Put the windows of several texts after each other. They stay apart: no batch has windows of two texts.
+    """Put the windows of several texts after each other. No batch has windows of two texts.
 
     Args:
-        by_name: of the same tokenizer.
+        by_name: windows by the name of their text, all of the same tokenizer.
 
     Raises:
-        CorpusError: there is no text, or one in which no token counts, or they are not of one tokenizer.
+        CorpusError: there is no text, no token counts in one of them, or their tokenizers differ.
     """
     if not by_name:
         raise CorpusError("there is no text: give one, or several by name")

@@ -1,4 +1,4 @@
-"""Questions whose answer is a few words or a number, and when an answer in a model's own words is right.
+"""Questions whose answer is a few words or a number, and the test whether a model's own words answer them.
 
 | shape | fields |
 |---|---|
@@ -9,8 +9,8 @@
 | GSM8K | ``question``, and an ``answer`` that ends in ``#### 42`` |
 | lm-eval's logged samples | ``doc``, ``arguments``, ``target`` of a task that generates: asked as they were there |
 
-Words are right if they are an accepted answer after SQuAD's normalisation; see `normalised`. Of a question with a number the last
-number counts; see `final_number`.
+Words are right if they are an accepted answer after SQuAD's normalisation; see `normalised`. If the answer is a number, the last
+number that the model wrote counts; see `final_number`.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from confsteer.text.windows import json_kind
 
 AnswerKind = Literal["words", "number"]
 FINAL = "####"
-"""Mark before the final number, as GSM8K has it."""
+"""Mark before the final number, as in GSM8K."""
 NUMBER = re.compile(r"(?:(?<!\w)-)?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)")
 PARTS = ("question", "answer", "answers", "context", "passage", "id")
-"""Fields that take part in a question; the others are the record's own."""
+"""Fields that are part of a question. The others are the record's own."""
 CHOICES = {"choices", "options", "endings"}
-"""Fields of questions of multiple choice."""
+"""Fields of multiple-choice questions."""
 
 
 class ShortQuestion(NamedTuple):
@@ -43,26 +43,26 @@ class ShortQuestion(NamedTuple):
 
     question: str
     answers: tuple[str, ...]
-    """Accepted: one or more."""
+    """Accepted answers: one or more."""
     kind: AnswerKind = "words"
     passage: str = ""
-    """Text that the question is about; empty if it stands alone."""
+    """Text that the question is about. Empty if there is none."""
     worked: str = ""
-    """Answer as an example shows it; empty if that is the first accepted one."""
+    """Answer to show in an example. Empty if that is the first accepted one."""
     context: str = ""
-    """Whole prompt, where the question was asked before and logged."""
+    """Whole prompt, if lm-eval asked and logged the question."""
     until: tuple[str, ...] = ()
-    """Strings that ended an answer there."""
+    """Strings that ended an answer in lm-eval."""
     id: str = ""
     record: Mapping[str, Scalar] = MappingProxyType({})
     """Other fields of its record that are strings, numbers or truth values."""
 
     def key(self, text: str) -> str:
-        """Reduce an answer to what is compared; empty if there is nothing to compare."""
+        """Reduce an answer to the part that is compared. It is empty if there is nothing to compare."""
         return normalised(text) if self.kind == "words" else final_number(text)
 
     def accepts(self, text: str) -> bool:
-        """Say whether an answer is right."""
+        """Whether an answer is right."""
         key = self.key(text)
         return bool(key) and key in {self.key(answer) for answer in self.answers}
 
@@ -75,18 +75,18 @@ class ShortQuestion(NamedTuple):
 
 
 class ShortQuestionSource(QuestionSource):
-    """Where short questions come from."""
+    """Source of short questions."""
 
     def read(self) -> list[ShortQuestion]:  # type: ignore[override]
-        """Read its questions.
+        """Read the questions of this source.
 
         Raises:
-            CorpusError: see `read_short_questions`; or there is no such dataset.
+            CorpusError: see `read_short_questions`, or there is no such dataset.
         """
         return read_short_questions([self.path]) if self.path is not None else _all(self._records())
 
     def looks_like_questions(self) -> bool:
-        """Say whether the first record has the fields of a short question."""
+        """Whether the first record has the fields of a short question."""
         first = next(iter(self._records()), ("", None))[1]
         if not isinstance(first, dict) or "question" not in first:
             return False
@@ -96,7 +96,7 @@ class ShortQuestionSource(QuestionSource):
 def normalised(text: str) -> str:
     """Normalise as SQuAD's evaluation does: lower case, no punctuation, no articles, single spaces.
 
-    What would leave nothing is not done: the answers "A" and "+" stay themselves.
+    A step that would leave nothing is skipped: the answers "A" and "+" stay themselves.
     """
     lowered = text.lower()
     bare = "".join(letter for letter in lowered if letter not in string.punctuation)
@@ -105,7 +105,7 @@ def normalised(text: str) -> str:
 
 
 def final_number(text: str) -> str:
-    """Find the number after the last ``####``, or where there is none the last number, in one way of writing; empty if none."""
+    """Find the number after the last ``####``, or else the last number, in a fixed notation. Empty if there is no number."""
     _, mark, after = text.rpartition(FINAL)
     found = NUMBER.findall(after)[:1] if mark else []
     number = next(iter(found or reversed(NUMBER.findall(text))), "")
@@ -114,19 +114,19 @@ def final_number(text: str) -> str:
 
 
 def read_short_questions(paths: Sequence[Path]) -> list[ShortQuestion]:
-    """Read short questions of files and folders: JSON lines or a JSON list, of the shapes that this module lists.
+    """Read short questions from files and folders: JSON lines or a JSON list, in the shapes that this module lists.
 
     Args:
         paths: see `confsteer.text.sources.read_texts`.
 
     Raises:
-        CorpusError: a file is missing or no JSON, or a record is not a short question; it says which and why.
+        CorpusError: a file is missing or not JSON, or a record is not a short question. The message says which and why.
     """
     return _all(read_records(paths, "questions"))
 
 
 def _all(records: Iterable[tuple[str, Any]]) -> list[ShortQuestion]:
-    """Make questions of records, each with where it is from; each filter of an lm-eval task logs all of them."""
+    """Make questions from records, each with its place in a file. Leave out repeats: each filter of an lm-eval task logs all."""
     found = [_question(record, where) for where, record in records]
     first = {question.context: i for i, question in reversed([*enumerate(found)]) if question.context}
     return [question for i, question in enumerate(found) if first.get(question.context, i) == i]
@@ -138,7 +138,7 @@ def _question(record: Any, where: str) -> ShortQuestion:
     if {"doc", "arguments", "target"} <= record.keys():
         return _logged(record, where)
     if with_choices := CHOICES & record.keys():
-        raise CorpusError(f"{where} has {with_choices.pop()!r}: it is a question of multiple choice, which --choices asks")
+        raise CorpusError(f"{where} has {with_choices.pop()!r}: it is a multiple-choice question, which --choices asks")
     question, passage = record.get("question"), record.get("passage", record.get("context"))
     if not isinstance(question, str) or not question.strip():
         raise CorpusError(f"{where} has no string 'question'; it has {', '.join(map(repr, record)) or 'no fields'}")
@@ -151,7 +151,7 @@ def _question(record: Any, where: str) -> ShortQuestion:
 
 
 def _checked(question: ShortQuestion, where: str) -> ShortQuestion:
-    """Take the final number of an answer that marks one, and make sure that something is accepted."""
+    """Take the final number of an answer that marks one, and check that there is an accepted answer."""
     if all(FINAL in answer for answer in question.answers):
         worked = question.answers[0]
         question = question._replace(kind="number", answers=tuple(map(final_number, question.answers)), worked=worked)
@@ -161,9 +161,9 @@ def _checked(question: ShortQuestion, where: str) -> ShortQuestion:
 
 
 def _accepted(answer: Any, where: str) -> tuple[str, ...]:
-    """List the accepted answers of any shape."""
+    """List the accepted answers, whatever their shape."""
     if isinstance(answer, dict):
-        # SQuAD's are in `text`; TriviaQA's are one value and its aliases.
+        # Read SQuAD's from `text`, and TriviaQA's from one value and its aliases.
         answer = answer.get("text", [answer.get("value"), *(answer.get("aliases") or [])])
     given = answer if isinstance(answer, list) else [answer]
     texts = [str(one) if isinstance(one, int | float) and not isinstance(one, bool) else one for one in given]
@@ -176,18 +176,16 @@ def _accepted(answer: Any, where: str) -> tuple[str, ...]:
 
 
 def _logged(record: dict[str, Any], where: str) -> ShortQuestion:
-    """Read a question as lm-eval asked it, from a line of the files that ``--log_samples`` writes of a task that generates.
+    """Read a question of a generating task as lm-eval asked it, from a line of the files that ``--log_samples`` writes.
 
-    Accepted is what the task's own record says, and only where that says nothing the target.
+    The accepted answers are those of the task's own record. Only if it has none, the target is accepted.
     """
     arguments, doc = record["arguments"], record["doc"] if isinstance(record["doc"], dict) else {}
     requests = [*arguments.values()] if isinstance(arguments, dict) else arguments
     first = requests[0] if isinstance(requests, list) and requests else None
     pair = [*first.values()] if isinstance(first, dict) else first
     if not (isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], dict)):
-        raise CorpusError(
-            f"{where}: what lm-eval asked here was not for the model to write: no prompt and settings in 'arguments'"
-        )
+        raise CorpusError(f"{where}: lm-eval did not ask the model to write here: no prompt and settings in 'arguments'")
     until = pair[1].get("until") or ()
     question = ShortQuestion(
         str(doc.get("question", pair[0])).strip(),

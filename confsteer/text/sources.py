@@ -1,4 +1,4 @@
-"""Where documents come from: files and folders, datasets, the Python documentation."""
+"""Sources of documents: files and folders, datasets, the Python documentation."""
 
 from __future__ import annotations
 
@@ -28,32 +28,32 @@ JSON_LINES_SUFFIXES = (".jsonl", ".ndjson")
 JSON_SUFFIXES = (".json", *JSON_LINES_SUFFIXES)
 DEFAULT_SPLIT = "train"
 PART_BYTES = 10_000_000
-"""A long text file that may be read in parts is cut at the first end of a line after so many."""
+"""Bytes after which a long text file is cut at the next end of a line, if it may be read in parts."""
 SHORT_PARAGRAPH = 60
-"""Characters below which a repeated paragraph is a phrase such as "Example:"."""
+"""Characters below which a repeated paragraph counts as a phrase, such as "Example:"."""
 
 
 class TextSource(BaseModel):
-    """Where a text comes from, in the words of the command line's options."""
+    """Source of a text, in the words of the command line's options."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str | None = None
-    """Name in reports; made of the rest if None."""
+    """Name in reports. None: it is made from the other fields."""
     text: tuple[Path, ...] = ()
     """Files and folders, see `read_texts`."""
     bundled: Literal["calibration", "held-out"] | None = None
-    """Instead of files: half of the Python documentation, see `python_docs`."""
+    """Half of the Python documentation, in place of files; see `python_docs`."""
     dataset: str | None = None
-    """Instead of files: see `read_dataset`."""
+    """A dataset, in place of files; see `read_dataset`."""
     config: str | None = None
     split: str | None = None
     field: str | None = None
-    """Name of the text in a JSON object."""
+    """Field of a JSON object that holds the text."""
     chat: bool = False
     """Whether documents are conversations."""
     join: bool = False
-    """Whether windows cross documents."""
+    """Whether windows may cross documents."""
 
     @model_validator(mode="after")
     def _is_one_thing(self) -> TextSource:
@@ -65,7 +65,7 @@ class TextSource(BaseModel):
 
     @property
     def title(self) -> str:
-        """Take its name, or make one of where it comes from."""
+        """Take its name, or make one from the source."""
         if self.name:
             return self.name
         if self.dataset:
@@ -74,11 +74,11 @@ class TextSource(BaseModel):
             where = f"Python documentation ({self.bundled} half)"
         else:
             where = ", ".join(path.name or str(path) for path in self.text)
-        # A file's name need not be UTF-8.
+        # Replace what is not UTF-8: a file may have any name.
         return where.encode(errors="replace").decode() + (" (conversations)" if self.chat else "")
 
     def documents(self, *, in_parts: bool = False) -> Iterable[Document]:
-        """Read its documents; see `read_texts` for `in_parts`.
+        """Read its documents. For `in_parts` see `read_texts`.
 
         Raises:
             CorpusError: see `read_texts` and `read_dataset`.
@@ -97,13 +97,13 @@ class TextSource(BaseModel):
         tokens: int | None,
         load_processor: Callable[[], ProcessorMixin] | None = None,
     ) -> Windows:
-        """Cut its windows; see `confsteer.text.windows.make_windows`.
+        """Cut it into windows; see `confsteer.text.windows.make_windows`.
 
         Args:
-            tokenizer: the model's.
+            tokenizer: the model's tokenizer.
             window: tokens per window.
-            tokens: to read at most; all if None.
-            load_processor: called if a conversation has an image; images are refused if None.
+            tokens: number of tokens to read at most; all if None.
+            load_processor: function that is called if a conversation has an image. Without one images are refused.
         """
         documents = self.documents()
         return make_windows(
@@ -117,13 +117,13 @@ class TextSource(BaseModel):
 
 
 def dataset_title(dataset: str, config: str | None, split: str | None) -> str:
-    """Name a dataset of the hub as the hub does, and one in a local folder without the path, which is nobody else's affair."""
+    """Name a dataset as the hub does. Name one in a local folder without its path, which is private."""
     called = Path(dataset).resolve().name if Path(dataset).exists() else dataset
     return " ".join(filter(None, [called, config, split or DEFAULT_SPLIT]))
 
 
 def by_title(sources: Sequence[TextSource]) -> dict[str, TextSource]:
-    """Order texts by what reports call them.
+    """Give texts by their names in reports.
 
     Raises:
         CorpusError: two have the same title.
@@ -139,21 +139,21 @@ def read_texts(
 ) -> Iterator[Document]:
     """Read the documents of UTF-8 files and folders, one at a time.
 
-    ``.json`` holds a list of documents and ``.jsonl`` or ``.ndjson`` one per line; a document is a string (of a chat: a list
-    of messages) or an object that has it in `field`. Any other file is one document. All of them may be gzipped (``.gz``). Of
-    a folder, everything below it that ends like these or in ``.txt`` or ``.md``, in the order of the paths, hidden files and
-    folders left out.
+    ``.json`` holds a list of documents, and ``.jsonl`` or ``.ndjson`` one per line. A document is a string, or in a chat a list
+    of messages, or an object that has it in `field`. Any other file is one document. All of them may be gzipped (``.gz``). A
+    folder is read with all that is below it, in the order of the paths: files with these endings, ``.txt`` and ``.md``. Hidden
+    files and folders are left out.
 
     Args:
         paths: files and folders, or one of them.
-        field: where an object has its document; ``text`` if None, ``messages`` of a chat.
+        field: field of an object that holds its document. None: ``text``, or ``messages`` for a chat.
         chat: whether documents are conversations.
-        in_parts: whether a long text file is several documents, so that its size has no bound; parts end where lines do.
+        in_parts: whether a long text file is read as several documents, which end where lines do. Then its size has no bound.
 
     Raises:
-        CorpusError: at once if a path is missing or a device, or a folder has no such file; while reading if
-            a file is not what its name says, has no document, or one of more than `MAX_DOCUMENT_BYTES` (a list in ``.json``
-            counts as one), or a record has no such field.
+        CorpusError: at once if a path is missing or a device, or a folder has no such file. While reading: if a file is not what
+            its name says, or has no document. Also if a document has more than `MAX_DOCUMENT_BYTES` (a list in ``.json`` counts
+            as one), or a record has no such field.
     """
     found = [Path(path) for path in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
     if chat:
@@ -168,25 +168,25 @@ def read_texts(
 def read_dataset(
     name: str, *, config: str | None = None, split: str = DEFAULT_SPLIT, field: str | None = None, chat: bool = False
 ) -> Iterator[Document]:
-    """Read documents of a dataset on the hub or in a local folder, streamed.
+    """Read documents from a dataset on the hub or in a local folder, streamed.
 
     Args:
         name: hub id or folder.
-        config: the dataset's configuration, where it has several.
-        split: which part.
-        field: which column; ``text`` if None, ``messages`` of a chat.
+        config: the dataset's configuration, if it has several.
+        split: name of the split.
+        field: name of the column. None: ``text``, or ``messages`` for a chat.
         chat: whether documents are conversations.
 
     Raises:
-        CorpusError: at once if there is no such dataset, configuration or split; while reading if a record has no such field, or
-            cannot be read.
+        CorpusError: at once if there is no such dataset, configuration or split. While reading: if a record has no such field,
+            or cannot be read.
     """
     found = read_dataset_records(name, config=config, split=split)
     return (_document(record, where, field, chat) for where, record in found)
 
 
 def read_dataset_records(name: str, *, config: str | None, split: str) -> Iterator[tuple[str, Any]]:
-    """Read records of a dataset, streamed, each with where it is from; see `read_dataset`."""
+    """Read records from a dataset, streamed, each with its place; see `read_dataset`."""
     from datasets import load_dataset
 
     try:
@@ -204,12 +204,12 @@ def read_dataset_records(name: str, *, config: str | None, split: str) -> Iterat
 
 
 def read_records(paths: Sequence[Path], what: str, suffixes: Sequence[str] = JSON_SUFFIXES) -> Iterator[tuple[str, Any]]:
-    """Read what JSON files and folders hold, one record at a time, each with the file and the line it is from.
+    """Read the records of JSON files and folders, one at a time, each with its file and line.
 
     Args:
-        paths: files and folders as of `read_texts`.
-        what: the records are, for the messages.
-        suffixes: of the files that may hold them; a file that is no JSON is one record, its text.
+        paths: files and folders, as for `read_texts`.
+        what: plural name of the records, for messages.
+        suffixes: suffixes of the files that may hold them. A file that is not JSON is one record, its text.
 
     Raises:
         CorpusError: see `read_texts`.
@@ -220,8 +220,9 @@ def read_records(paths: Sequence[Path], what: str, suffixes: Sequence[str] = JSO
 def python_docs(part: Literal["calibration", "held-out"]) -> list[str]:
     """Read half of the language reference that ships with CPython (`pydoc_data.topics`), one document per topic.
 
-    English prose that is on every machine: the text of the demonstration. Its topics go to the two parts in turn. Topics
-    repeat each other, so a paragraph stays only where it comes first: the parts share no text beyond short phrases.
+    It is English prose that is on every machine, and serves as the text of the demonstration. Its topics go to the two parts in
+    turn. Topics repeat each other, so a paragraph stays only where it comes first. The parts then share no text beyond short
+    phrases.
     """
     from pydoc_data.topics import topics
 
@@ -235,7 +236,7 @@ def python_docs(part: Literal["calibration", "held-out"]) -> list[str]:
 
 
 def _files(path: Path, suffixes: Sequence[str]) -> list[Path]:
-    """List the path itself, or what is below it."""
+    """List the path itself, or the files below it."""
     try:
         mode = path.stat().st_mode
     except OSError as error:
@@ -260,7 +261,7 @@ def _record_files(paths: Sequence[Path], what: str, suffixes: Sequence[str]) -> 
 
 
 def _suffix(file: Path) -> str:
-    """Tell what the file is, under the compression."""
+    """Find the file's suffix, without that of compression."""
     name = file.name.lower()
     return Path(name.removesuffix(".gz")).suffix
 
@@ -281,7 +282,7 @@ def _read_file(file: Path, what: str, *, in_parts: bool = False) -> Iterator[tup
 
 
 def _records(stream: BufferedIOBase, file: Path, in_parts: bool) -> Iterator[tuple[str, Any]]:
-    """Read what the file holds, each with where that is. Of JSON lines and parts no more is read than is asked for."""
+    """Read the records of a file, each with its place. JSON lines and parts are read only as far as they are asked for."""
     suffix = _suffix(file)
     if suffix in JSON_LINES_SUFFIXES:
         for number in count(start=1):
@@ -308,7 +309,7 @@ def _records(stream: BufferedIOBase, file: Path, in_parts: bool) -> Iterator[tup
 
 
 def _read(read: Callable[[int], bytes], where: str) -> bytes:
-    """Read a file or a line of one, which goes into memory as a whole, however few tokens are asked for."""
+    """Read a file, or a line of one. It is held in memory as a whole, even if few tokens are asked for."""
     content = read(MAX_DOCUMENT_BYTES + 1)
     if len(content) > MAX_DOCUMENT_BYTES:
         raise CorpusError(

@@ -163,8 +163,8 @@ class Windows:
     def batch_ranges(self, batch_size: int) -> Iterator[tuple[int, range]]:
         """Yield the number of the text and the numbers of the windows of each batch.
 
-        The last batch of a text may have fewer than `batch_size`, and so has the one before a window with images, which is a
-        batch by itself: tensors of images differ in shape.
+        A window with images is a batch by itself, because tensors of images differ in shape. The batch before it may have fewer
+        windows than `batch_size`, as may the last of a text.
         """
         for text, (start, end) in enumerate(pairwise([*self.text_starts, len(self)])):
             ends = {end, *(i for window in self.inputs if start <= window < end for i in (window, window + 1))} - {start}

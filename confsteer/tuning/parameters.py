@@ -1,4 +1,4 @@
-"""Parameters of tuning: numbers that are zero where nothing is steered, as an intervention and as a steering."""
+"""Parameters of tuning, as an intervention and as a steering. Zero is neutral."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from confsteer.steering import DIALS, Dial, Steering
 
 
 class NeuronParameters:
-    """A gain about the mean and a shift, in units of half its dial's reach, of each neuron: ``2 · neurons`` parameters."""
+    """A gain about the mean and a shift of each neuron, ``2 · neurons`` parameters.
+
+    The unit of a shift is half of its dial's reach.
+    """
 
     def __init__(self, profile: Profile) -> None:
         self.neurons = profile.steerable
@@ -26,12 +29,12 @@ class NeuronParameters:
         )
 
     def intervention(self, at: Tensor) -> Intervention:
-        """Turn parameters ``[number, …]`` into an intervention; zero is neutral, what comes after them is not read."""
+        """Turn parameters ``[number, …]`` into an intervention. Zero is neutral, and further numbers are not read."""
         gain, shift = self._gain_and_shift(at)
         return Intervention.neutral(len(self.neurons))._replace(gain=gain, bias=(1 - gain) * self._mean + shift)
 
     def steering(self, at: Tensor) -> Steering:
-        """Turn parameters into a request, rounded as it is stored."""
+        """Turn parameters into a steering, rounded as it is stored."""
         gain, shift = self._gain_and_shift(at)
         return Steering(
             scale={neuron.key: _short(value) for neuron, value in zip(self.neurons, gain, strict=True)},
@@ -54,21 +57,21 @@ def _half_reach(profile: Profile, dial: Dial) -> float:
 
 
 class DialParameters:
-    """The positions of the profile's dials, in units of half their reach and within it."""
+    """Positions of the profile's dials, in units of half their reach, and kept within it."""
 
     def __init__(self, profile: Profile) -> None:
         self.profile = profile
         self.dials: list[Dial] = [dial for dial in DIALS if dial in profile.response]
         self.number = len(self.dials)
         neurons = profile.steerable
-        # Position 1 of each dial adds this to each activation, [dials, neurons].
+        # Find what position 1 of each dial adds to each activation, [dials, neurons].
         self._push = torch.tensor(
             [
                 [neuron.sign * neuron.std_activation * (neuron in profile.pushed(dial)) for neuron in neurons]
                 for dial in self.dials
             ]
         )
-        # And this along the null direction, [dials].
+        # Find what it adds along the null direction, [dials].
         direction = profile.null_direction
         self._null_push: Tensor | None = None
         if direction is not None:
@@ -93,16 +96,16 @@ class DialParameters:
             low, high = self.profile.reach(dial)
             curve = self.profile.response[dial]
             change = _short(float(np.interp(position, curve.position, curve.change(dial))))
-            # Clip after rounding, which may go beyond.
+            # Clip after rounding, because rounding may exceed the reach.
             changes[dial] = min(max(change, low), high)
         return Steering.parse(changes)
 
 
 def parameters_of(profile: Profile, parameters: Literal["neurons", "dials"]) -> NeuronParameters | DialParameters:
-    """Choose what to tune.
+    """Choose the parameters to tune.
 
     Raises:
-        SettingError: neurons, and the profile's entropy dial turns none.
+        SettingError: neurons are asked for, but the profile's entropy dial turns none.
     """
     if parameters == "dials":
         return DialParameters(profile)
@@ -115,5 +118,5 @@ def parameters_of(profile: Profile, parameters: Literal["neurons", "dials"]) -> 
 
 
 def _short(value: float | Tensor) -> float:
-    """Round to six digits, which are more than the text can tell apart."""
+    """Round to six digits, which are more than a text can distinguish."""
     return float(f"{float(value):.6g}")

@@ -16,9 +16,9 @@ from confsteer.text.windows import Windows
 SPLITS = (0.5, 0.15, 0.15, 0.2)
 """Shares of a text to tune on, to stop by, to validate and to report on.
 
-The part that chose when to stop would find a gain where there is none."""
+Validation needs a part of its own: the part that chose when to stop would show a gain where there is none."""
 MIN_BLOCKS = 20
-"""Documents or windows that can be shared out in this way."""
+"""Fewest documents or windows that can be split in this way."""
 
 
 class Split(NamedTuple):
@@ -26,16 +26,16 @@ class Split(NamedTuple):
 
     train: Sample
     stop: Sample
-    """Part that says when to stop."""
+    """Part that decides when to stop."""
     validation: Sample
-    """Part that says whether anything was gained."""
+    """Part that decides whether anything was gained."""
     test: Sample
     unigram: Unigram
     """Unigram distribution of the whole text."""
 
 
 def split(sample: Sample, windows: Windows, profile: Profile, seed: int) -> Split:
-    """Cut a text into four parts that share no document; a text of few documents into four stretches.
+    """Cut a text into four parts that share no document. A text of few documents is cut into four stretches.
 
     Raises:
         CorpusError: it is too short.
@@ -45,13 +45,13 @@ def split(sample: Sample, windows: Windows, profile: Profile, seed: int) -> Spli
 
 
 def share_out(sample: Sample, shares: Sequence[float], window: int, seed: int) -> list[Sample]:
-    """Cut a text into parts that share no document; a text of few documents into stretches.
+    """Cut a text into parts that share no document. A text of few documents is cut into stretches.
 
     Args:
         sample: the text.
-        shares: of the parts, which are together 1.
+        shares: sizes of the parts, which add up to 1.
         window: tokens per window, for the message.
-        seed: of the order in which documents are shared out.
+        seed: seed of the order in which documents are assigned.
 
     Raises:
         CorpusError: it is too short.
@@ -65,7 +65,7 @@ def share_out(sample: Sample, shares: Sequence[float], window: int, seed: int) -
     if sample.unit == "documents":
         ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))]
     numbers = torch.bincount(sample.block, minlength=int(ids.max()) + 1)[ids]
-    # The part of the text that comes before the middle of each block says which part the block is in.
+    # Assign each block by the share of the text before its middle.
     middle = (numbers.cumsum(dim=0) - numbers / 2) / numbers.sum()
     part = torch.bucketize(middle, torch.tensor(shares[:-1]).cumsum(dim=0))
     part[-1] = len(shares) - 1  # however long the last document is

@@ -1,4 +1,4 @@
-"""Steering chosen by data: the gains and shifts of a profile's neurons that make held-out text likeliest, or best calibrated."""
+"""Tuning on text: the gains and shifts of a profile's neurons that make held-out text likeliest, or best calibrated."""
 
 from __future__ import annotations
 
@@ -39,37 +39,37 @@ Parameters = Literal["neurons", "dials"]
 
 
 class Tuning(ModelResult):
-    """Outcome of a tuning, and its effect on text that it has not seen."""
+    """Result of a tuning, and its effect on unseen text."""
 
     profile: str
-    """Checksum of the profile tuning started from."""
+    """Checksum of the profile that tuning started from."""
     versions: dict[str, str]
     parameters: Parameters
     objective: Objective
     steering: Steering
     temperature: float | None
-    """Tuned together with the steering, to be used with it; None if only the steering was tuned."""
+    """Temperature that was tuned with the steering, to use with it. None if only the steering was tuned."""
     tokens: dict[str, int]
     """Number of tokens in each split, over all texts."""
     validation: Interval
     """Paired difference of the objective to neutral on the validation split, the mean over texts.
 
-    It is of the steering alone, without the temperature, since the steering is what is stored."""
+    It is for the steering alone, without the temperature, because only the steering is stored."""
     texts: tuple[TextComparison, ...]
-    """Each text's test split."""
+    """Comparison on each text's test split."""
     left_out: tuple[TextComparison, ...]
-    """Each text's test split with everything fitted on the other texts alone; empty for a single text."""
+    """Comparison on each text's test split, with everything fitted only on the other texts. Empty for a single text."""
     steps: int
     seconds: float
 
     @property
     def gained(self) -> bool:
-        """Whether it beats neutral on the validation split beyond the interval."""
+        """Whether it beats neutral on the validation split by more than the interval."""
         return self.validation.high < 0
 
 
 class Tuned(NamedTuple):
-    """A steering found, with its temperature."""
+    """A steering that was found, with its temperature."""
 
     steering: Steering
     temperature: float | None
@@ -79,7 +79,7 @@ class Tuned(NamedTuple):
 
 
 class TuningSettings(TypedDict, total=False):
-    """Keywords of `tune`; those left out are as in `confsteer.defaults.TUNING`."""
+    """Keywords of `tune`. Their defaults are in `confsteer.defaults.TUNING`."""
 
     parameters: Parameters
     """Numbers to tune: ``neurons`` or ``dials``."""
@@ -88,17 +88,17 @@ class TuningSettings(TypedDict, total=False):
     objective: Objective
     """Quantity to minimise."""
     ridge: float
-    """Pull towards neutral, as a part of the unsteered objective."""
+    """Pull towards neutral, as a share of the unsteered objective."""
     leave_one_out: bool
-    """Whether to tune on all texts but one too, where there are several."""
+    """Whether to tune also on all texts but one, if there are several."""
     tokens: int | None
-    """Tokens of each text to read at most; all if None."""
+    """Most tokens to read of each text; all if None."""
     window: int
     """Tokens per window."""
     seed: int
-    """Seed of the order in which documents are shared out."""
+    """Seed of the order in which documents are assigned."""
     source: str
-    """Name of a text that has none, for the report."""
+    """Name for the report of a text without one."""
     progress: bool
     """Whether to show progress bars."""
 
@@ -110,39 +110,40 @@ def tune(
     profile: Profile,
     **settings: Unpack[TuningSettings],
 ) -> Tuning:
-    """Find the steering that does best on text like `texts`, and say what it does on parts of them that it was not tuned on.
+    """Find the best steering for text like `texts`, and measure its effect on parts that it was not tuned on.
 
-    The model runs once over each text. The search is gradient descent on the closed form of the last layer, on a sample of the
-    vocabulary (see `confsteer.last_layer.sample`); all that is reported is of the whole.
-    Each text is cut in four, whole documents together, and texts count equally:
+    The model runs once over each text. The search is gradient descent on the closed form of the last layer. It uses a sample of
+    the vocabulary (see `confsteer.last_layer.sample`), but all reported numbers are of the whole. Each text is cut into four
+    parts by whole documents, and texts count equally:
 
-    - the parameters are fitted to the first part, pulled towards neutral;
-    - the second part says when to stop;
-    - the third says whether anything was gained;
-    - the fourth is reported on.
+    - the first part is for the fit, which is pulled towards neutral;
+    - the second decides when to stop;
+    - the third decides whether anything was gained;
+    - the fourth is for the report.
 
-    The result is held against a temperature and a constant in the null space. Both are fitted to the loss of the same first
+    The result is compared with a temperature and a constant in the null space. Both are fitted to the loss on the same first
     parts, whatever the objective.
 
-    Store what was found with ``profile.with_preset("calibrated", tuning.steering)``, if it `Tuning.gained` anything.
+    Store the steering with ``profile.with_preset("calibrated", tuning.steering)``, if it `Tuning.gained` anything.
 
     Args:
         model: the profile's model.
         tokenizer: its tokenizer.
-        texts: as `confsteer.evaluation.evaluate.evaluate` takes them; several by name count equally. What is tuned on one kind
+        texts: texts as for `confsteer.evaluation.evaluate.evaluate`. Several by name count equally. A steering tuned on one kind
             of text can do harm on another, so give all kinds that the model will see.
-        profile: whose neurons to tune.
+        profile: profile with the neurons to tune.
         **settings: see `TuningSettings`:
-        parameters: ``neurons``: a gain and a shift of each of the profile's neurons; ``dials``: the positions of its dials.
-        with_temperature: whether to fit a temperature beside them, to sample with.
-        objective: what to minimise: ``nll``, ``brier`` (of the top prediction) or ``ece``.
-        ridge: pull towards neutral: part of the unsteered objective that is the penalty for a gain that is one off, or a shift by
-            half of what its dial can do.
-        leave_one_out: of several texts: whether to estimate what happens on a text of another kind, by tuning on all but one.
-        tokens: read at most this many of each text; all if None.
+        parameters: ``neurons`` for a gain and a shift of each of the profile's neurons, or ``dials`` for the positions of its
+            dials.
+        with_temperature: whether to fit a temperature with them, to use in sampling.
+        objective: quantity to minimise: ``nll``, ``brier`` (of the top prediction) or ``ece``.
+        ridge: pull towards neutral. It is a share of the unsteered objective: the penalty for a gain off by one, or a shift
+            by half of its dial's reach.
+        leave_one_out: whether to estimate the effect on another kind of text, by tuning on all of several texts but one.
+        tokens: most tokens to read of each text; all if None.
         window: tokens per window.
-        seed: of the order in which documents are shared out.
-        source: what the text is, for the report, if it has no name.
+        seed: seed of the order in which documents are assigned.
+        source: name for the report of a text without one.
         progress: whether to show progress bars.
 
     Raises:
@@ -259,7 +260,7 @@ def search(
     ridge: float = defaults.RIDGE,
     on_step: Callable[[int, float], object] = lambda step, score: None,
 ) -> Tuned:
-    """Find the steering that does best on texts that are read already.
+    """Find the best steering for texts that are read already.
 
     Args:
         profile: see `tune`.
@@ -268,7 +269,7 @@ def search(
         with_temperature: see `tune`.
         objective: see `tune`.
         ridge: see `tune`.
-        on_step: called after each step with its number and the best score so far.
+        on_step: function called after each step with its number and the best score so far.
     """
     ways = parameters_of(profile, parameters)
 
@@ -286,7 +287,7 @@ def search(
         on_step=on_step,
     )
     steering = ways.steering(found.parameters)
-    # Report what the stored steering does, digits and all.
+    # Report the stored steering, as rounded.
     intervention = profile.intervention(steering)._replace(temperature=found.intervention.temperature)
     return Tuned(steering, float(intervention.temperature) if with_temperature else None, intervention, found.steps)
 
@@ -304,7 +305,7 @@ def _gain(objective: Objective, intervention: Intervention, samples: Sequence[Sa
 
 
 def _fit_baselines(splits: Sequence[Split]) -> tuple[Intervention, Intervention]:
-    """Fit the temperature and the constant in the null space that a steering tuned on these texts is held against."""
+    """Fit the baselines of a steering tuned on these texts: a temperature, and a constant in the null space."""
     train = [one.train.reading for one in splits]
     return fit_temperature(train), fit_null_write(train)
 
@@ -326,6 +327,6 @@ def _report(on: Split, fits: Sequence[_Fitted], on_tokens: OnTokens) -> list[Tex
         others.append(Candidate("fitted temperature", "temperature", sample.everywhere(one.temperature)))
         others.append(Candidate("constant in the null space", "null write", sample.everywhere(one.null_write)))
     neutral, *rest = sample.predict([*others, *steered], on.unigram, on_tokens=on_tokens)
-    # Two baselines for each fit, then each steering with its temperature.
+    # List two baselines for each fit, then each steering with its temperature.
     pairs = [rest[i : i + 2] for i in range(0, len(rest), 2)]
     return [compare(sample, [neutral, *pairs[i], *pairs[i + len(fits)]], on.unigram) for i in range(len(fits))]

@@ -1,4 +1,4 @@
-"""Steering tuned on answers to multiple-choice questions, and whether it gains anything over a temperature on them."""
+"""Tuning on answers to multiple-choice questions, and its gain over a temperature on them."""
 
 from __future__ import annotations
 
@@ -34,50 +34,50 @@ from confsteer.tuning.tune import Parameters
 
 
 class AnswerTuning(ModelResult):
-    """Outcome of a tuning on answers, and its effect on questions that it has not seen.
+    """Result of a tuning on answers, and its effect on unseen questions.
 
     In the rows of `choices` the tuned steering is judged together with its temperature on answers.
     """
 
     profile: str
-    """Checksum of the profile tuning started from."""
+    """Checksum of the profile that tuning started from."""
     versions: dict[str, str]
     parameters: Parameters
     steering: Steering
     temperature: float
-    """Temperature on answers that was fitted along with the steering."""
+    """Temperature on answers that was fitted with the steering."""
     alone: float
-    """The one fitted to the same questions without steering."""
+    """Temperature on answers that was fitted to the same questions without steering."""
     questions: dict[str, int]
     """Number of questions in each part, over all sets."""
     validation: Interval
     """Paired difference of the loss, the mean over sets: the steering with its temperature, less the temperature alone."""
     choices: tuple[ChoiceComparison, ...]
-    """Each set's test part."""
+    """Comparison on each set's test part."""
     steps: int
     seconds: float
 
     @property
     def gained(self) -> bool:
-        """Whether it beats the temperature on the validation part beyond the interval."""
+        """Whether it beats the temperature on the validation part by more than the interval."""
         return self.validation.high < 0
 
 
 class AnswerTuningSettings(TypedDict, total=False):
-    """Keywords of `tune_answers`; those left out are as in `confsteer.defaults.TUNING`."""
+    """Keywords of `tune_answers`. Their defaults are in `confsteer.defaults.TUNING`."""
 
     parameters: Parameters
     """Numbers to tune: ``neurons`` or ``dials``."""
     ridge: float
-    """Pull towards neutral, as a part of the unsteered loss."""
+    """Pull towards neutral, as a share of the unsteered loss."""
     seed: int
-    """Seed of the order in which questions are shared out."""
+    """Seed of the order in which questions are assigned."""
     progress: bool
     """Whether to show progress bars."""
 
 
 class AnswerSplit(NamedTuple):
-    """Questions in four parts, see `confsteer.tuning.splits.SPLITS`."""
+    """Questions in four parts; see `confsteer.tuning.splits.SPLITS`."""
 
     train: ChoiceSample
     stop: ChoiceSample
@@ -97,20 +97,20 @@ def tune_answers(
 ) -> AnswerTuning:
     """Find the steering with which answers have the lowest loss, together with a temperature on whole choices.
 
-    Every set of questions is cut in four, passages together, as `confsteer.tuning.tune.tune` cuts texts. What was found has to
-    beat, on the third part, the temperature fitted to the first part alone: a temperature is on both sides, so that what is
-    gained is the neurons'.
+    Every set of questions is cut into four parts by whole passages, as `confsteer.tuning.tune.tune` cuts texts. On the third
+    part the steering has to beat a temperature alone, fitted to the first part. Both sides have a temperature, so a gain comes
+    from the neurons.
 
     Args:
         model: the profile's model.
         tokenizer: its tokenizer.
-        questions: by the name of where they are from; sets count equally.
-        profile: whose neurons to tune.
-        wordings: words to put them in; each makes a set of its own.
+        questions: questions by the name of their source. Sets count equally.
+        profile: profile with the neurons to tune.
+        wordings: their wordings. Each makes a set of its own.
         **settings: see `AnswerTuningSettings` and `confsteer.tuning.tune.tune`.
 
     Raises:
-        CorpusError: there are too few questions; see `confsteer.evaluation.choices.evaluate_choices`.
+        CorpusError: there are too few questions, or see `confsteer.evaluation.choices.evaluate_choices`.
         SettingError: see `confsteer.tuning.parameters.parameters_of`.
         NoNeuronsError, ProfileMismatchError: see `confsteer.steer`.
         TypeError: a keyword is not in `AnswerTuningSettings`.
@@ -132,7 +132,7 @@ def tune_answers(
             part.reading.draw_sample()
     steering, steps = _search(ways, splits, given["ridge"], progress)
 
-    # Judge what is stored, digits and all, over the whole vocabulary; fit both temperatures to the parts that were tuned on.
+    # Judge the stored steering, as rounded, over the whole vocabulary. Fit both temperatures to the parts that were tuned on.
     steered = profile.intervention(steering)
     temperatures = [_fit_temperature([one.train for one in splits], which) for which in (steered, _neutral(reader))]
     gains = [_gain(one.validation, steered, *temperatures, seed=number) for number, one in enumerate(splits)]
@@ -176,7 +176,7 @@ def split_questions(sample: ChoiceSample, wording: Wording, seed: int) -> Answer
 def _search(
     ways: NeuronParameters | DialParameters, splits: Sequence[AnswerSplit], ridge: float, progress: bool
 ) -> tuple[Steering, int]:
-    """Look for the parameters, the logarithm of a temperature last, that answers of the first parts like best."""
+    """Find the parameters, the logarithm of a temperature last, with the least loss on answers of the first parts."""
 
     def value_and_gradient(at: Tensor) -> tuple[Tensor, Tensor]:
         found = [answer_loss_and_gradient(one.train, ways, at) for one in splits]
@@ -190,7 +190,7 @@ def _search(
             losses.append(_loss(one.stop.summed(-nll) / float(temperature(at[-1])), one.stop.gold))
         return sum(losses) / len(losses)
 
-    # Begin with the temperature alone: what comes is the neurons'.
+    # Begin with the temperature alone, so that the further gain is the neurons'.
     start = torch.zeros(ways.number + 1)
     start[-1] = math.log(_fit_temperature([one.train for one in splits], None))
     start[-1].clamp_(-4.6, 4.6)
@@ -207,12 +207,12 @@ def _search(
 def answer_loss_and_gradient(sample: ChoiceSample, ways: NeuronParameters | DialParameters, at: Tensor) -> tuple[Tensor, Tensor]:
     """Compute the loss of answers on the sample of the vocabulary, and its gradient.
 
-    The loss depends on a token through its log-probability alone, and of the log-likelihood of choice c its slope is
+    The loss depends on a token only through its log-probability. Its slope by the log-likelihood of choice c is
     ``(p_c − [c is right]) / T`` over the number of questions.
 
     Args:
-        sample: questions, their vocabulary sampled.
-        ways: turns parameters into an intervention.
+        sample: questions, with their vocabulary sampled.
+        ways: parameters, which become an intervention.
         at: parameters, the logarithm of the temperature last, ``[ways.number + 1]``.
     """
     heat = temperature(at[-1]).double()
@@ -227,7 +227,7 @@ def answer_loss_and_gradient(sample: ChoiceSample, ways: NeuronParameters | Dial
         return weight[rows].to(part.logits.device) * (part.log_sum - part.of_target)
 
     _, gradient = sum_and_gradient(ways.intervention, at, sample.reading, per_token)
-    # The slope by log T, where T = exp(log T) divides all scores.
+    # Take the slope by log T, where T = exp(log T) divides all scores.
     gradient[-1] = -(surplus * score.masked_fill(~sample.inside, 0)).sum()
     return torch.tensor(_loss(score, sample.gold)), gradient
 
@@ -246,7 +246,7 @@ def _log_likelihood(sample: ChoiceSample, intervention: Intervention) -> Tensor:
 
 
 def _fit_temperature(samples: Sequence[ChoiceSample], intervention: Intervention | None) -> float:
-    """Fit one temperature to the answers of several sets; without an intervention to the unsteered model's."""
+    """Fit one temperature to the answers of several sets. Without an intervention, fit it to the unsteered model's."""
     which = Intervention.neutral(samples[0].reading.readout.n_neurons) if intervention is None else intervention
     scores = [_log_likelihood(sample, which) for sample in samples]
     most = max(score.shape[1] for score in scores)

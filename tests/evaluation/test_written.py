@@ -404,7 +404,7 @@ def test_options_that_do_not_go_together_are_a_sentence(folder: Path) -> None:
     command = ["eval", str(folder / "model"), "-p", str(folder / "profile"), "--questions", str(folder / "one.jsonl")]
     ran = CliRunner().invoke(main, [*command, "--format", "letters"])
     assert ran.exit_code == 2
-    assert "--format is of multiple choice" in ran.output
+    assert "--format is for multiple-choice questions" in ran.output
     ran = CliRunner().invoke(main, [*command, "--choices", "c.jsonl", "--shots", str(folder / "two.jsonl")])
     assert "ask one of them at a time" in ran.output
     run_file = folder / "run.yaml"

@@ -234,10 +234,10 @@ def test_a_sample_that_lm_eval_logged_says_which_choice_is_right(tmp_path: Path)
     filled = {f"gen_args_{i}": {"arg_0": f"It fell as {text}", "arg_1": " was wet."} for i, text in enumerate(("the cup", "it"))}
     assert read(tmp_path, LOGGED | {"doc": doc, "arguments": filled, "target": "was wet."})[0].answer == 1
     for wrong, says in (
-        ({"arguments": arguments, "target": "blue"}, "which of the 3 choices is right is not to be told from the target 'blue'"),
+        ({"arguments": arguments, "target": "blue"}, "the target 'blue' does not say which of the 3 choices is right"),
         (
             {"arguments": {"gen_args_0": {"arg_0": "Which?", "arg_1": {"until": ["\n"]}}}},
-            "what lm-eval asked here is no multiple",
+            "lm-eval did not ask multiple choice here",
         ),
     ):
         with pytest.raises(CorpusError, match=says):

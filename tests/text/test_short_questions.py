@@ -69,7 +69,7 @@ def test_what_lm_eval_logged_is_asked_as_it_was_there(tmp_path: Path) -> None:
         ({"question": "Who?", "answer": True}, "has no accepted answer"),
         ({"question": "Who?", "answer": "much #### none"}, "has nothing to compare"),
         ({"question": "Who?", "answer": "Ada", "context": 3}, "the passage is a number, not a string"),
-        ({"doc": {}, "arguments": [["Who?", " Ada"]], "target": 0}, "was not for the model to write"),
+        ({"doc": {}, "arguments": [["Who?", " Ada"]], "target": 0}, "did not ask the model to write"),
     ],
 )
 def test_what_is_no_short_question_is_refused(tmp_path: Path, record: Any, sentence: str) -> None:

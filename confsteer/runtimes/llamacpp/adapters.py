@@ -1,7 +1,7 @@
 """Files that stock llama.cpp reads beside a model: a control vector and a LoRA.
 
-llama.cpp reads no metadata of a control vector, and of a LoRA kind, architecture and alpha alone. The rest is for people: which
-model, which steering, how far the dials go.
+llama.cpp reads no metadata of a control vector. Of a LoRA it reads only kind, architecture and alpha. The rest is for people:
+the model, the steering, and the reach of the dials.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from confsteer.runtimes.llamacpp.per_nat import per_nat, the_dial
 from confsteer.steering import Steering
 
 SEPARATORS = ",:"
-"""llama.cpp cuts a list of files at the first and takes what follows the second for a scale."""
+"""Characters that a file's name must not have: llama.cpp splits lists at the first, and reads a scale after the second."""
 
 
 class Exported(NamedTuple):
-    """Files that a steering was written to."""
+    """The files of a steering."""
 
     parts: Parts
     """Contents of the files."""
     control_vector: Path | None
-    """File of the constant; None if there is none."""
+    """File of the constant. None if there is none."""
     lora: Path | None
-    """File of the gains; None if there are none."""
+    """File of the gains. None if there are none."""
     scale: float | None
-    """Scale that the control vector is to be used at; None for 1."""
+    """Scale for the control vector. None for 1."""
     halves: tuple[float, float] | None = None
-    """Change of the mean entropy on either half of a text, in nats, where the constant was measured on one."""
+    """Change of the mean entropy on each half of a text, in nats, if the constant was measured on one."""
 
     @property
     def options(self) -> str:
@@ -64,21 +64,21 @@ def export(
     scale_per_nat: bool = False,
     after_norm: DialAfterNorm | None = None,
 ) -> Exported:
-    """Write a steering as files that llama.cpp takes as they are.
+    """Write a steering as files that llama.cpp reads without conversion.
 
     Args:
-        steering: whatever is linear.
-        profile: of the model.
+        steering: a linear steering.
+        profile: the model's profile.
         last: the model's last layer, as it is on disk.
-        control_vector: file for what adds a constant.
-        lora: file for what multiplies activations, a rank for each neuron. A scale of s makes a gain 1 + s · (gain − 1).
-        scale_per_nat: whether a scale of the control vector is to be read as nats of the one dial that is turned.
-        after_norm: the entropy dial of a model with a norm on the MLP's output; no other constant has a place there.
+        control_vector: file for the constant part.
+        lora: file for the gains, with a rank per neuron. A scale of s makes a gain 1 + s · (gain − 1).
+        scale_per_nat: whether the control vector's scale is in nats of the one dial that is turned.
+        after_norm: the entropy dial of a model with a norm on the MLP's output. No other constant has a place there.
 
     Raises:
-        SteeringError: see `confsteer.runtimes.llamacpp.parts.split`; or the steering has a part with no file to go to, or none
-            for a file; or it adds a constant before a norm; or llama.cpp would not find a file of this name.
-        UnsupportedModelError: see there; or llama.cpp has no control vector for the only layer.
+        SteeringError: see `confsteer.runtimes.llamacpp.parts.split`. Or a part of the steering has no file, or a file has no
+            part. Or it adds a constant before a norm. Or llama.cpp would not find a file with this name.
+        UnsupportedModelError: see there. Or the model has a single layer, for which llama.cpp has no control vector.
         NoNeuronsError, ProfileMismatchError: see there.
         ResultError: a file cannot be written.
     """
@@ -107,7 +107,7 @@ def export(
         rank = len(parts.neurons)
         chosen = torch.zeros(rank, parts.n_neurons)
         chosen[range(rank), parts.neurons] = 1
-        # llama.cpp multiplies by alpha over rank.
+        # Set alpha to the rank: llama.cpp multiplies by alpha over rank.
         about = {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": float(rank)}
         tensors = {f"{parts.projection}.lora_a": chosen, f"{parts.projection}.lora_b": parts.changes.T}
         _write(lora, parts.architecture, about | says, tensors)
@@ -117,7 +117,7 @@ def export(
 def _check_files(parts: Parts, control_vector: Path | None, lora: Path | None) -> None:
     """
     Raises:
-        SteeringError: a part of the steering has no file to go to, or a file no part; or llama.cpp would not find it.
+        SteeringError: a part of the steering has no file, or a file has no part. Or llama.cpp would not find a file.
     """
     for kind, file, there, does in (
         ("control-vector", control_vector, parts.constant is not None, "adds a constant"),
@@ -132,7 +132,7 @@ def _check_files(parts: Parts, control_vector: Path | None, lora: Path | None) -
 
 
 def _origin(parts: Parts, profile: Profile) -> dict[str, Any]:
-    """Say of a file what it was made of. It may be passed on, so without the paths of this machine."""
+    """Describe what a file was made from, without the paths of this machine, because it may be passed on."""
     name = public_name(profile.model.id)
     says: dict[str, Any] = {
         "general.name": f"{parts.steering} of {name}",

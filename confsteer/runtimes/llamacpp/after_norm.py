@@ -1,9 +1,9 @@
 """The entropy dial as a constant after the norm on the MLP's output, for models that have one (Gemma 2 and 3).
 
-The neurons push before that norm, and llama.cpp adds control vectors after it. What the norm makes of the push is another vector
-for each token. The same direction, ``Σ sign · std · g ⊙ w`` with the norm's gain ``g``, as a constant after the norm is a dial
-too: most of what it does goes through the final norm, as with the neurons. But it is another dial, so its curve is measured
-here, on a text, by the closed form.
+The neurons push before that norm, and llama.cpp adds control vectors after it. The norm turns one push into a different vector
+for each token. The same direction after the norm is ``Σ sign · std · g ⊙ w`` with the norm's gain ``g``. As a constant it is a
+dial too: most of its effect goes through the final norm, as with the neurons. But it is another dial. So its curve is measured
+here on a text, by the closed form.
 """
 
 from __future__ import annotations
@@ -27,34 +27,34 @@ from confsteer.profile.profile import Profile
 from confsteer.text.windows import Windows, check_context
 
 CHOSEN_ON = 128
-"""Tokens that the positions of the curve are chosen on."""
+"""Tokens on which the positions of the curve are chosen."""
 
 
 class Setting(NamedTuple):
     """A setting of the dial after the norm."""
 
     constant: Tensor
-    """Added to the residual, float64 ``[d_model]``."""
+    """Constant added to the residual, float64 ``[d_model]``."""
     halves: tuple[float, float]
-    """Change of the mean entropy that it makes on either half of the text, in nats; it was asked for their mean."""
+    """Change of the mean entropy that it makes on each half of the text, in nats. Their mean is what was asked for."""
 
 
 class DialAfterNorm(NamedTuple):
     """A dial that adds a constant after the norm, with its curve."""
 
     unit: Tensor
-    """Added to the residual at position 1, float64 ``[d_model]``."""
+    """Constant added to the residual at position 1, float64 ``[d_model]``."""
     position: tuple[float, ...]
     """Positions that were measured, ascending, with 0 among them."""
     changes: tuple[tuple[float, ...], tuple[float, ...]]
-    """Change of the mean entropy at each on either half of the text, in nats."""
+    """Change of the mean entropy at each position on each half of the text, in nats."""
     source: str
     """Text that it was measured on."""
     tokens: int
-    """Tokens of it that count."""
+    """Number of its tokens that count."""
 
     def at(self, change: float) -> Setting:
-        """Look up the setting that makes a change on the mean of the halves.
+        """Look up the setting that makes a given mean change over the halves.
 
         Raises:
             SteeringError: it is out of reach.
@@ -73,16 +73,16 @@ class DialAfterNorm(NamedTuple):
 
 @torch.no_grad()
 def dial_after_norm(model: PreTrainedModel, windows: Windows, profile: Profile) -> DialAfterNorm:
-    """Measure what the entropy dial does as a constant after the norm.
+    """Measure the effect of the entropy dial as a constant after the norm.
 
     Args:
-        model: the profile's; it is put in evaluation mode.
-        windows: a text like the one that will be generated.
-        profile: of a model with a norm on the MLP's output.
+        model: the profile's model. It is put in evaluation mode.
+        windows: a text like those that will be generated.
+        profile: profile of a model with a norm on the MLP's output.
 
     Raises:
         NoNeuronsError: the profile has no entropy dial.
-        UnsupportedModelError: the model has no such norm, and the constant is exact without a measurement.
+        UnsupportedModelError: the model has no such norm, so the constant is exact without a measurement.
         CorpusError: the text has fewer than two windows.
         ProfileMismatchError: the profile is of another model.
     """
@@ -98,7 +98,7 @@ def dial_after_norm(model: PreTrainedModel, windows: Windows, profile: Profile) 
     if len(windows) < 2:
         raise CorpusError(f"{windows.source} is a single window: there is no second half to compare with. Give more text")
     readout = anatomy.readout(profile.model.tokenizer_size)
-    # Without the norm the neurons write what the constant is to be.
+    # Drop the norm from the readout: the neurons' writes without it are the constant.
     constant = dataclasses.replace(readout, write_norm=None)
     device = readout.unembedding.device
     push = torch.zeros(readout.n_neurons, device=device)

@@ -1,8 +1,8 @@
 """A GGUF file with a steering in its weights: llama.cpp runs it without any option.
 
-All but two tensors, and all the metadata, stay byte for byte. The constant goes to the last output projection's bias, and gains
-multiply columns of its weight. A quantised weight is stored in float32 then: one number of each of its blocks changes, and to
-quantise the block anew would change its neighbours.
+All but two tensors, and all the metadata, stay the same byte for byte. The constant is added to the last output projection's
+bias. Gains multiply columns of its weight. A quantised weight is then stored in float32. One number in each of its blocks
+changes, and quantising the block again would change its neighbours.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from confsteer.runtimes.llamacpp.parts import Parts, no_constant, split
 from confsteer.steering import Steering
 
 READ_A_BIAS = ("gpt2", "llama", "starcoder2")
-"""Architectures whose last output projection llama.cpp gives a bias; it does not load files of others that have one."""
+"""Architectures whose last output projection can have a bias in llama.cpp. It does not load files of others with a bias."""
 COUNTS = struct.Struct("<4sIQQ")
 """Head of a file: magic, version, tensors, entries of metadata."""
 FLOAT16 = 1
 IN_PLACE: dict[int, torch.dtype] = {FLOAT32: torch.float32, FLOAT16: torch.float16, 30: torch.bfloat16}
-"""Type of a tensor whose numbers are changed where they are -> the same in torch."""
+"""Type of a tensor whose numbers can be changed in place -> its dtype in torch."""
 COPIED_AT_ONCE = 1 << 24
 
 
@@ -45,11 +45,11 @@ class BakedFile(NamedTuple):
     parts: Parts
     """Steering that was baked."""
     weight: str | None
-    """Tensor with the output weights; None where those are as they were."""
+    """Tensor with the output weights. None if those are unchanged."""
     bias: str | None
-    """Tensor that took up the constant; None where there is none."""
+    """Tensor that holds the constant now. None if there is none."""
     was_quantised: bool
-    """Whether the weight is in float32 now and was not."""
+    """Whether the weight is in float32 now, and was not before."""
 
 
 def bake_file(steering: Steering, profile: Profile, last: LastLayer, out: Path) -> BakedFile:
@@ -57,16 +57,16 @@ def bake_file(steering: Steering, profile: Profile, last: LastLayer, out: Path) 
 
     Args:
         steering: whatever is linear.
-        profile: of the model in the file.
+        profile: profile of the model in the file.
         last: the file's last layer.
-        out: file to write; it must not be there yet.
+        out: file to write. It must not exist yet.
 
     Raises:
-        SteeringError: see `confsteer.runtimes.llamacpp.parts.split`; or the steering adds a constant, and llama.cpp knows no
-            bias to hold it.
+        SteeringError: see `confsteer.runtimes.llamacpp.parts.split`. Or the steering adds a constant, and llama.cpp has no bias
+            to hold it.
         NoNeuronsError, ProfileMismatchError: see `confsteer.runtimes.llamacpp.parts.split`.
         LoadError: the file is not laid out as its header says.
-        ResultError: `out` is there already, or cannot be written.
+        ResultError: `out` exists already, or cannot be written.
     """
     assert last.file is not None
     parts, file = split(steering, profile, last), last.file
@@ -89,7 +89,7 @@ def bake_file(steering: Steering, profile: Profile, last: LastLayer, out: Path) 
         changed[parts.projection] = weight.to(IN_PLACE.get(file.tensors[parts.projection].kind, torch.float32))
     if not all(tensor.isfinite().all() for tensor in changed.values()):
         raise SteeringError(f"{parts.steering}: makes weights that the file's precision cannot hold. Ask for less")
-    # A file may be baked again.
+    # Allow a record to be there already: a file may be baked again.
     nth = sum(re.fullmatch(r"confsteer\.\d+\.steering", key) is not None for key in file.metadata)
     said = {"steering": str(parts.steering), "model": public_name(profile.model.id), "profile": profile.checksum}
     record = {f"confsteer.{nth}.{key}": value for key, value in said.items()}
@@ -102,7 +102,7 @@ def _write(file: GgufFile, changed: Mapping[str, Tensor], record: Mapping[str, s
     """Write a copy of a file with some tensors changed or added, whole or not at all.
 
     Args:
-        file: to copy.
+        file: the file to copy.
         changed: tensors, float32 or as the file stores them.
         record: entries to add to the metadata.
         out: file to write.
@@ -138,7 +138,7 @@ def _write(file: GgufFile, changed: Mapping[str, Tensor], record: Mapping[str, s
 
 
 def _metadata(blob: mmap.mmap, file: GgufFile) -> tuple[bytes, int]:
-    """Cut the metadata out of a file as it stands there, and count its entries.
+    """Copy the metadata's bytes out of a file, and count its entries.
 
     It ends where the list of tensors begins, which is known to the byte.
     """
@@ -146,12 +146,12 @@ def _metadata(blob: mmap.mmap, file: GgufFile) -> tuple[bytes, int]:
     listed = _infos({name: info._replace(offset=info.offset - first) for name, info in file.tensors.items()})
     end = blob.rfind(listed, COUNTS.size, first)
     if end < 0:
-        raise LoadError(f"{file.name}: the list of tensors is not where it should be. Convert the model anew")
+        raise LoadError(f"{file.name}: the list of tensors is not where it should be. Convert the model again")
     return blob[COUNTS.size : end], COUNTS.unpack_from(blob)[3]
 
 
 def _place(file: GgufFile, changed: Mapping[str, Tensor], alignment: int) -> dict[str, TensorInfo]:
-    """Lay out the tensors in the file's order, as llama.cpp wants them, new ones last; offsets are from the first."""
+    """Lay out the tensors in the file's order, as llama.cpp requires, new ones last. Offsets count from the first tensor."""
     kinds = {dtype: kind for kind, dtype in IN_PLACE.items()}
     placed, offset = dict[str, TensorInfo](), 0
     for name in (*file.tensors, *(name for name in changed if name not in file.tensors)):
@@ -165,7 +165,7 @@ def _place(file: GgufFile, changed: Mapping[str, Tensor], alignment: int) -> dic
 
 
 def _contents(blob: mmap.mmap, file: GgufFile, name: str, changed: Mapping[str, Tensor]) -> Iterator[bytes]:
-    """Give the bytes of a tensor, some at a time."""
+    """Yield the bytes of a tensor, some at a time."""
     if name in changed:
         yield changed[name].contiguous().view(torch.uint8).numpy().tobytes()
         return
@@ -175,7 +175,7 @@ def _contents(blob: mmap.mmap, file: GgufFile, name: str, changed: Mapping[str, 
 
 
 def _infos(tensors: Mapping[str, TensorInfo]) -> bytes:
-    """Write down names, shapes, types and offsets as a file lists them."""
+    """Write names, shapes, types and offsets as a file lists them."""
     parts = []
     for name, (shape, kind, offset) in tensors.items():
         parts.append(_string(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape[::-1], kind, offset))

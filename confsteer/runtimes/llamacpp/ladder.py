@@ -13,18 +13,18 @@ NUMBER = r"([+-]?\d+(?:\.\d+)?)"
 LADDER = re.compile(rf"({'|'.join(DIALS)})={NUMBER}:{NUMBER}:(\d+)")
 MAX_STEPS = 100
 DIGITS = 3
-"""Decimals of a nat that a step is rounded to, and that its file is named with."""
+"""Decimals of a nat in a step, and in its file's name."""
 
 
 def ladder(text: str, base: Steering) -> dict[str, Steering]:
-    """Give a steering at evenly spaced settings of a dial, by a suffix for the names of their files.
+    """Make a steering at evenly spaced settings of a dial, by a suffix for the names of their files.
 
     Args:
-        text: ``entropy=-0.3:1:8``, eight settings from −0.3 to 1. Neutral, if it is one, is left out: it needs no file.
-        base: what else is asked for.
+        text: such as ``entropy=-0.3:1:8``, eight settings from −0.3 to 1. Neutral is left out, because it needs no file.
+        base: the rest of the steering.
 
     Raises:
-        SteeringError: it is no such text, or the base turns the dial already.
+        SteeringError: the text is malformed, or the base turns the dial already.
     """
     found = LADDER.fullmatch(text)
     if found is None:

@@ -4,10 +4,10 @@
 
     Σ (gain − 1) · a · w  +  Σ bias · w
 
-The second sum is a constant. llama.cpp adds a control vector of the last layer right before the final norm, so it is one. The
-first is a change of the output projection: a row each of a LoRA. A norm on the MLP's output (Gemma 2 and 3, OLMo 2) stands
-between the two places: gains before it are still a LoRA, a constant before it is no constant after it. A null
-direction is a constant after it.
+The second sum is a constant, and so it can be a control vector: llama.cpp adds that of the last layer right before the final
+norm. The first is a change of the output projection: a LoRA with a rank per neuron. A norm on the MLP's output (Gemma 2 and 3,
+OLMo 2) stands between the two places. Gains before it are still a LoRA. But a constant before it is not a constant after it. A
+null direction is a constant after it.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ OWN_NAMES = {
     "mistral": "llama",
     "phi": "phi2",
 }
-"""Model type -> architecture in GGUF files, where the two names differ."""
+"""Model type -> architecture in GGUF files, if the two names differ."""
 
 
 class Parts(NamedTuple):
-    """A steering of one model as llama.cpp can hold it."""
+    """A steering of one model, in the parts that llama.cpp can hold."""
 
     steering: Steering
     """With its preset written out."""
     architecture: str
-    """Name of the model's in GGUF files."""
+    """Name of the model's architecture in GGUF files."""
     layer: int
     """Index of the last layer."""
     constant: Tensor | None
-    """Added to the residual after that layer, float64 ``[d_model]``; None if nothing is."""
+    """Constant added to the residual after that layer, float64 ``[d_model]``. None if there is none."""
     normed: bool
-    """Whether a norm on the MLP's output stands behind a part of it, which is no constant then."""
+    """Whether a part of it comes before a norm on the MLP's output. Then it is not a constant."""
     neurons: tuple[int, ...]
-    """Indices of those whose gain is not 1."""
+    """Indices of the neurons whose gain is not 1."""
     changes: Tensor
     """Changes of their output weights, ``(gain − 1) · w``, float64 ``[neurons, d_model]``."""
     n_neurons: int
-    """Neurons of the layer."""
+    """Number of neurons in the layer."""
 
     @property
     def projection(self) -> str:
@@ -59,7 +59,7 @@ class Parts(NamedTuple):
 
 
 def split(steering: Steering, profile: Profile, last: LastLayer) -> Parts:
-    """Split a steering into a constant and gains, by the output weights of the model at hand.
+    """Split a steering into a constant and gains, with the output weights of the model at hand.
 
     Args:
         steering: whatever is linear.
@@ -70,7 +70,7 @@ def split(steering: Steering, profile: Profile, last: LastLayer) -> Parts:
         SteeringError: the steering is malformed, out of reach, changes nothing, or is not linear.
         NoNeuronsError: the profile has no neurons to turn.
         ProfileMismatchError: the profile is of another model.
-        UnsupportedModelError: llama.cpp has no name for this kind of model that is known here.
+        UnsupportedModelError: llama.cpp's name for this kind of model is not known here.
     """
     steering = profile.resolve(steering)
     edit = linear_edit(steering, profile)
@@ -95,10 +95,10 @@ def split(steering: Steering, profile: Profile, last: LastLayer) -> Parts:
 
 
 def _architecture(last: LastLayer) -> str:
-    """Say what GGUF files call this kind of model.
+    """Find the name of this kind of model in GGUF files.
 
     Raises:
-        UnsupportedModelError: nothing that is known here.
+        UnsupportedModelError: it is not known here.
     """
     if last.file is not None:
         return last.file.architecture
@@ -108,14 +108,14 @@ def _architecture(last: LastLayer) -> str:
     name = OWN_NAMES.get(model_type, model_type)
     if name not in MODEL_ARCH_NAMES.values():
         raise UnsupportedModelError(
-            f"{model_type}: what llama.cpp calls this kind of model is not known here. Give the GGUF file in place of the "
+            f"{model_type}: llama.cpp's name for this kind of model is not known here. Give the GGUF file in place of the "
             "checkpoint"
         )
     return str(name)
 
 
 def no_constant(steering: Steering, profile: Profile) -> SteeringError:
-    """The error that says why a constant has no place in a model with a norm on the MLP's output."""
+    """Make the error that says why a constant has no place in a model with a norm on the MLP's output."""
     model, neuron = profile.model, profile.steerable[0]
     cancelling = f"scale.{neuron.index}=0.5 shift.{neuron.index}={-0.5 * neuron.mean_activation!r}"
     return SteeringError(

@@ -1,6 +1,6 @@
-"""A dial as a control vector whose scale is read in nats, and how wrong that reading is.
+"""A dial as a control vector whose scale is read in nats, and the error of that reading.
 
-A control vector is scaled linearly, and so is the position of a dial; what the dial does to the entropy is a curve. Near
+A control vector is scaled linearly, and so is the position of a dial. But the entropy's response to a dial is a curve. Near
 neutral the curve is a line.
 """
 
@@ -16,23 +16,23 @@ from confsteer.runtimes.llamacpp.parts import Parts
 from confsteer.steering import DIALS, Dial, Steering
 
 STEPS = 4
-"""Scales on each side of neutral that a reading is given at."""
+"""Number of scales on each side of neutral with a reading."""
 
 
 class Reading(NamedTuple):
-    """A scale read as nats, beside what the profile's curve says of it."""
+    """A scale read as nats, beside the value of the profile's curve."""
 
     scale: float
-    """Nats that the reading says."""
+    """Nats by the reading."""
     change: float | None
-    """Nats that the curve says; None beyond what was measured."""
+    """Nats by the curve. None out of the measured range."""
 
 
 def per_nat(parts: Parts, profile: Profile) -> Parts:
-    """Make the constant of a dial the one for a nat near neutral, by the slope of the profile's curve there.
+    """Scale the constant of a dial to one nat near neutral, by the slope of the profile's curve there.
 
     Raises:
-        SteeringError: the steering turns more than one dial, or something else than a dial.
+        SteeringError: the steering turns more than one dial, or changes something else.
     """
     dial = the_dial(parts.steering)
     assert parts.constant is not None
@@ -44,7 +44,7 @@ def the_dial(steering: Steering) -> Dial:
     """Name the one dial that a steering turns.
 
     Raises:
-        SteeringError: it turns none or both, or does something else.
+        SteeringError: it turns none or both, or changes something else.
     """
     turned = [dial for dial in DIALS if getattr(steering, dial)]
     if len(turned) != 1 or steering != Steering.parse({turned[0]: getattr(steering, turned[0])}):
@@ -53,7 +53,7 @@ def the_dial(steering: Steering) -> Dial:
 
 
 def readings(profile: Profile, dial: Dial) -> list[Reading]:
-    """List what scales within the dial's reach do, by the profile's curve, in the units of the dial.
+    """List the effects of scales within the dial's reach, by the profile's curve, in the units of the dial.
 
     Raises:
         NoNeuronsError: see `Profile.require_neurons`.
@@ -72,6 +72,6 @@ def readings(profile: Profile, dial: Dial) -> list[Reading]:
 
 
 def _slope(profile: Profile, dial: Dial) -> float:
-    """Nats that a dial does per position, at neutral."""
+    """Compute a dial's change in nats per position, at neutral."""
     curve = profile.require_neurons(dial)
     return float(np.gradient(curve.change(dial), curve.position)[curve.zero])

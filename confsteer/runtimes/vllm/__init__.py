@@ -1,7 +1,7 @@
 """Steering inside vLLM, per request, in the compiled graph.
 
 vLLM calls `register` in each of its processes (entry-point group ``vllm.general_plugins``). Nothing more happens until an engine
-is configured with ``additional_config={"confsteer": {"profile": ...}}``. Then, in the order of things:
+is configured with ``additional_config={"confsteer": {"profile": ...}}``. Then these come into play, in this order:
 
 release.py               which vLLM this is, and which of its features steering does not go together with
 arguments.py             what a command line says of ``additional_config``
@@ -42,7 +42,7 @@ import sys
 
 @functools.cache
 def register() -> None:
-    """Entry point of ``vllm.general_plugins``: look at each engine's configuration when it is made."""
+    """Watch for each engine's configuration as it is made: the entry point of ``vllm.general_plugins``."""
     from vllm.config import VllmConfig
 
     complete = VllmConfig.__post_init__
@@ -61,7 +61,7 @@ def register() -> None:
             from confsteer.runtimes.vllm.release import check_release
 
             try:
-                # Before anything that relies on vLLM's internals is imported.
+                # Check the release before anything that relies on vLLM's internals is imported.
                 check_release(vllm.__version__)
                 from confsteer.runtimes.vllm.front.startup import prepare
 

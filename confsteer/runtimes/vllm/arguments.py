@@ -1,4 +1,4 @@
-"""The words of vLLM's command line that configure confsteer. Light: every process of every vLLM may ask."""
+"""The words of vLLM's command line that configure confsteer. It imports little, because every process of vLLM may ask."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ class Given(NamedTuple):
     """Words that give ``additional_config`` or a part of it."""
 
     at: int
-    """Index of the first word; -1 in a file."""
+    """Index of the first word; −1 for a file."""
     words: int
-    """How many words they are; 0 in a file."""
+    """Number of words; 0 for a file."""
     key: str
-    """The part, ``confsteer.profile`` of ``--additional-config.confsteer.profile``; empty for the whole."""
+    """The part, such as ``confsteer.profile`` in ``--additional-config.confsteer.profile``. Empty for the whole."""
     value: str
 
 
 def given_configs(words: Sequence[str]) -> Iterator[Given]:
-    """All that `words` give of ``additional_config``, the configuration file first, as vLLM reads it first."""
+    """List all parts of ``additional_config`` in `words`. The configuration file comes first, because vLLM reads it first."""
     for name, value in config_file(words).items():
         option, _, key = f"--{name}".replace("_", "-").partition(".")
         if option == CONFIG_OPTION:
@@ -37,7 +37,7 @@ def given_configs(words: Sequence[str]) -> Iterator[Given]:
 
 
 def config_file(words: Sequence[str]) -> dict[str, Any]:
-    """The options in the file of ``--config``; none where there is no such file, about which vLLM has a sentence of its own."""
+    """Read the options in the file of ``--config``. Empty if there is no such file: vLLM has an error of its own for that."""
     if "--config" not in words[:-1]:
         return {}
     import yaml  # vLLM has it
@@ -51,7 +51,7 @@ def config_file(words: Sequence[str]) -> dict[str, Any]:
 
 
 def ask_for_confsteer(words: Sequence[str]) -> bool:
-    """Whether a command line names confsteer in ``additional_config``, be it in a word that a later one replaces."""
+    """Whether a command line names confsteer in ``additional_config``, even in a word that a later one replaces."""
     return any(
         given.key.partition(".")[0] == CONFIG_KEY or (not given.key and f'"{CONFIG_KEY}"' in given.value)
         for given in given_configs(words)

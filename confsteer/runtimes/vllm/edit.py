@@ -1,4 +1,4 @@
-"""A steering as numbers, as vLLM's worker has them on the device."""
+"""A steering as numbers, in the form that vLLM's worker has on the device."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from confsteer.steering import Steering
 def edit_of(profile: Profile, steering: Steering) -> NDArray[np.float32]:
     """Translate a steering into gain, bias, low and high, ``[4, columns]``.
 
-    Columns are those of `Profile.steerable`. A null direction is one more, the last: an imaginary neuron, never active, that
-    writes right before the final norm.
+    Columns are those of `Profile.steerable`. A null direction is one more, the last. It is an imaginary neuron, never active,
+    that writes right before the final norm.
 
     Raises:
         SteeringError, NoNeuronsError: see `Profile.edit`.

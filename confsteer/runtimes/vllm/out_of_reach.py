@@ -11,18 +11,18 @@ from confsteer.errors import NoNeuronsError, SteeringError, UnsupportedModelErro
 from confsteer.profile.profile import Profile
 
 OLDEST_WITH_EXPERTS = "0.32"
-"""The first release whose experts are steered."""
+"""First release of vLLM whose experts are steered."""
 
 
 def out_of_reach(profile: Profile, config: Any, version: str) -> str | None:
-    """Tell from an engine's configuration why the profile's neurons of experts cannot be steered; None if nothing tells.
+    """Find in an engine's configuration a reason why the profile's neurons of experts cannot be steered. None if it has none.
 
-    What only the loaded model tells is looked at by `confsteer.runtimes.vllm.worker.experts.find_experts`.
+    `confsteer.runtimes.vllm.worker.experts.find_experts` looks for reasons in the loaded model.
 
     Args:
         profile: to steer with.
         config: the engine's ``VllmConfig``.
-        version: of vLLM.
+        version: version of vLLM.
     """
     if profile.model.experts is None or not profile.steerable:
         return None
@@ -39,10 +39,10 @@ def out_of_reach(profile: Profile, config: Any, version: str) -> str | None:
 
 
 def experts_out_of_reach(profile: Profile, reason: str) -> UnsupportedModelError:
-    """The error of a mixture whose experts cannot be steered.
+    """Make the error for a mixture whose experts cannot be steered.
 
     Args:
-        profile: of a mixture of experts.
+        profile: profile of a mixture of experts.
         reason: why, in words that follow "because".
     """
     return UnsupportedModelError(
@@ -52,7 +52,7 @@ def experts_out_of_reach(profile: Profile, reason: str) -> UnsupportedModelError
 
 
 def direction_alone(profile: Profile) -> Profile:
-    """A profile's null direction, without its neurons: with the dial and the presets that need none of them."""
+    """Reduce a profile to its null direction, with the dial and the presets that need no neurons."""
     dials = {"entropy": profile.response["entropy"]}
     texts = {text: {"entropy": curves["entropy"]} for text, curves in profile.responses_by_text.items()}
     none: dict[str, Any] = {"entropy_neurons": (), "frequency_neurons": (), "response": dials, "responses_by_text": texts}

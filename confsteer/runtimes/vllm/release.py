@@ -1,4 +1,4 @@
-"""The releases of vLLM that are known, and the features that steering does not go together with."""
+"""The known releases of vLLM, and its features that do not go together with steering."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from confsteer.errors import UnsupportedServerError
 OLDEST = "0.27.1"
 NEWEST = "0.32.0"
 NEXT = "0.33"
-"""The releases whose internals are known: from the oldest up to, and without, the next. The first two are tested by CI.
+"""Known releases: from the oldest up to, but not including, the next. CI tests the first two of these three.
 
-The Makefile reads these lines, and a test holds pyproject.toml and the documentation to them.
+The Makefile reads these lines. A test checks pyproject.toml and the documentation against them.
 """
 
 WORKERS = {
@@ -27,7 +27,7 @@ WORKERS = {
 def check_release(version: str) -> None:
     """
     Raises:
-        UnsupportedServerError: this vLLM's internals are not known.
+        UnsupportedServerError: this release of vLLM is not known.
     """
     if not Version(OLDEST) <= Version(Version(version).base_version) < Version(NEXT):
         raise UnsupportedServerError(
@@ -42,7 +42,7 @@ def check_features(config: Any) -> None:
         config: the engine's ``VllmConfig``.
 
     Raises:
-        UnsupportedServerError: the engine is set up in a way that steering would be wrong or absent in, with the option's name.
+        UnsupportedServerError: with this set-up steering would be wrong or absent. The message names the option.
     """
     model, parallel, speculative = config.model_config, config.parallel_config, config.speculative_config
     factor = getattr(model.hf_text_config, "routed_scaling_factor", None)

@@ -23,19 +23,19 @@ class Settings(BaseModel):
     profile: str
     """Folder, shipped name or hub repository."""
     default: dict[str, Any] | str = "{}"
-    """The steering of requests that ask for none; canonical text after start-up."""
+    """Steering of requests that ask for none. It is canonical text after start-up."""
     checksum: str | None = None
-    """Checksum of the profile; filled in at start-up, for every process to compare with."""
+    """Checksum of the profile. It is filled in at start-up, for every process to compare with."""
     version: str | None = None
-    """Version of confsteer; filled in at start-up."""
+    """Version of confsteer. It is filled in at start-up."""
     direction_alone: bool = False
-    """Whether the null direction is all that is steered, where experts are out of reach; filled in at start-up."""
+    """Whether only the null direction is steered, because experts are out of reach. It is filled in at start-up."""
     slots: int | None = None
-    """Rows of the table besides the neutral one, a shape in the compiled graph; filled in at start-up."""
+    """Rows of the table besides the neutral one, a shape in the compiled graph. It is filled in at start-up."""
 
     @classmethod
     def of(cls, additional_config: Any) -> Settings | None:
-        """The settings in an engine's ``additional_config``; None if it has none.
+        """Read the settings in an engine's ``additional_config``. None if it has none.
 
         Raises:
             SettingError: they are malformed.

@@ -9,9 +9,9 @@ from confsteer.text.spelling import Spelling
 
 
 def spelling_of(config: Any) -> Spelling | None:
-    """Spell the tokens of the model that an engine's ``VllmConfig`` is of; None where it has no tokenizer."""
+    """Make the spelling of the tokens of an engine's model, by its ``VllmConfig``. None if it has no tokenizer."""
     from vllm.tokenizers import cached_tokenizer_from_config
 
     tokenizer = cached_tokenizer_from_config(config.model_config)
-    # Other threads encode with vLLM's own, which cannot be asked meanwhile.
+    # Copy the tokenizer: other threads encode with vLLM's own, which cannot be used at the same time.
     return None if tokenizer is None else Spelling(copy.deepcopy(tokenizer))

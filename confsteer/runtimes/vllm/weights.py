@@ -1,4 +1,4 @@
-"""Whether a model that vLLM loads has the weights that the profile is of, as far as its checkpoint tells."""
+"""The check that a model for vLLM has the profile's weights, as far as its checkpoint tells."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from confsteer.model.checkpoint import read_last_layer
 from confsteer.profile.profile import Profile
 
 logger = logging.getLogger("vllm.confsteer")
-"""Below vLLM's own, so that its handlers and levels apply."""
+"""Logger below vLLM's own, so that its handlers and levels apply."""
 
 OTHER_WEIGHTS = (
     "weights were loaded while the server ran, and they are not those of its profile: it no longer steers. Load the former "

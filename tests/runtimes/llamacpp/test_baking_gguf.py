@@ -137,7 +137,7 @@ def test_the_command_copies_a_file_and_writes_over_none(tmp_path: Path) -> None:
     assert "blk.1.ffn_down.bias. All else is byte for byte what it was." in output
     assert f"llama-server -m {tmp_path / 'new.gguf'}" in output
     assert "nothing is written over" in run(*asked, code=1).output
-    assert "are of checkpoints" in run(*asked, "--dtype", "float16", code=2).output
+    assert "are for checkpoints" in run(*asked, "--dtype", "float16", code=2).output
     assert "is a checkpoint; give a folder" in run("-p", "confsteer-demo", *asked[3:], code=2).output
     with pytest.raises(ResultError, match="cannot write"):
         bake_file(Steering(entropy=0.1), found.profile, read_last_layer(str(path)), tmp_path / "none" / "new.gguf")

@@ -1,1 +1,1 @@
-"""vLLM's front process: what is configured, what a request may ask for, what an operator can see."""
+"""vLLM's front process: its configuration, the check of requests, and what an operator can see."""

@@ -1,4 +1,4 @@
-"""The front process: what a request asks for is checked here, once, so that nothing a client sends reaches a worker unchecked."""
+"""The check of every request, once, in the front process. Nothing from a client reaches a worker unchecked."""
 
 from __future__ import annotations
 
@@ -30,26 +30,26 @@ class Admission:
     def __init__(self, profile: Profile, default: Any, config: Any) -> None:
         """
         Args:
-            profile: to steer with.
-            default: the steering of requests that ask for none.
+            profile: profile to steer with.
+            default: steering of requests that ask for none.
             config: the engine's ``VllmConfig``.
 
         Raises:
-            SteeringError: the default is wrong, as `canonical`.
-            NoNeuronsError: as `canonical`.
+            SteeringError: the default is wrong; see `canonical`.
+            NoNeuronsError: see `canonical`.
         """
         self._profile = profile
         self._spelling_of = functools.cache(functools.partial(spelling_of, config))
         self.weights_fit = True
         """Whether the engine's weights are the profile's, as far as this process knows."""
         self.weights_unchecked = False
-        """Whether something ran in the workers, while they slept, that may have changed the weights."""
-        # Clients send the same few over and over.
+        """Whether the weights may have changed while the workers slept."""
+        # Cache the results: clients send the same few steerings over and over.
         self._canonical_text = functools.lru_cache(maxsize=4096)(self._canonical)
         self.default = self.canonical(default)
 
     def canonical(self, asked: Any) -> str | None:
-        """The one way to write what is asked for, in JSON and with presets written out; None if it changes nothing.
+        """Write a steering in its one canonical form: JSON, with presets written out. None if it changes nothing.
 
         Raises:
             SteeringError: it is malformed or out of reach.
@@ -67,10 +67,10 @@ class Admission:
         return canonical
 
     def asked_in(self, body: Any) -> Any:
-        """The steering that a client's body asks for, as it was sent; None if it asks for none.
+        """Find the steering that a client's body asks for, as it was sent. None if it asks for none.
 
         Raises:
-            VLLMValidationError: it is wrong or in a wrong place, or nothing can be steered; the server answers 400 with the
+            VLLMValidationError: it is wrong or in a wrong place, or nothing can be steered. The server answers 400 with the
                 sentence.
         """
         with _refusals():
@@ -80,7 +80,7 @@ class Admission:
             return asked
 
     def check(self, params: Any) -> str | None:
-        """The canonical steering that a request's ``SamplingParams`` ask for, or the default.
+        """Find the canonical steering that a request's ``SamplingParams`` ask for, or the default.
 
         Raises:
             VLLMValidationError: see `asked_in`.
@@ -89,7 +89,7 @@ class Admission:
             return self._steering_of(steering_in({"sampling_params": {"extra_args": params.extra_args}}))
 
     def refuse_beams(self, asked: Any) -> None:
-        """Refuse a steering by a window for a search of beams, whose every step is a request of its own to vLLM.
+        """Refuse a steering by a window in beam search: each step of a beam is a request of its own to vLLM.
 
         Raises:
             VLLMValidationError: the steering has one.
@@ -110,7 +110,7 @@ class Admission:
         return steering
 
     def admit(self, params: Any) -> None:
-        """Write into a request's ``SamplingParams`` what the workers are to do.
+        """Write the canonical steering into a request's ``SamplingParams``, for the workers.
 
         Raises:
             VLLMValidationError: see `asked_in`.
@@ -124,7 +124,7 @@ class Admission:
 
 @contextlib.contextmanager
 def _refusals() -> Iterator[None]:
-    """Count what is refused, and have the server answer it with the sentence."""
+    """Count refused requests, and make the server answer them with the sentence."""
     try:
         yield
     except (SteeringError, NoNeuronsError, ProfileMismatchError) as error:
@@ -133,25 +133,25 @@ def _refusals() -> Iterator[None]:
 
 
 admissions: dict[Settings, Admission] = {}
-"""Those of this process's engines."""
+"""The admissions of this process's engines."""
 
 
 def admission_of(settings: Settings, config: Any) -> Admission:
-    """That of an engine, by its settings as they are after start-up, and its ``VllmConfig``."""
+    """Find the admission of an engine, by its settings after start-up and its ``VllmConfig``."""
     if settings not in admissions:
         admissions[settings] = Admission(settings.load_profile(), settings.default, config)
     return admissions[settings]
 
 
 def admission_to(engine: Any) -> Admission | None:
-    """That of whatever has the ``vllm_config`` of an engine; None if it is not configured to steer."""
+    """Find the admission of an object with an engine's ``vllm_config``. None if the engine is not configured to steer."""
     config = getattr(engine, "vllm_config", None)
     settings = Settings.of(getattr(config, "additional_config", None))
     return None if settings is None else admission_of(settings, config)
 
 
 def install() -> None:
-    """Check every request of this process's engines, however it came."""
+    """Check every request to this process's engines, whatever its route."""
     process = InputProcessor.process_inputs
 
     @functools.wraps(process)

@@ -1,4 +1,4 @@
-"""Weights that change while an engine runs: steered requests are refused here, with a sentence.
+"""Weights that change while an engine runs: then steered requests are refused here, with a sentence.
 
 In the workers they would end the engine.
 """
@@ -14,13 +14,13 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from confsteer.runtimes.vllm.front.admission import Admission, admission_to
 
 LOADERS = ("reload_weights", "finish_weight_update")
-"""Methods of our workers that end in an error if the weights that they bring are not the profile's."""
+"""Methods of our workers that raise an error if they load weights that are not the profile's."""
 CHECK = "weights_fit_profile"
-"""A method of our workers, to call after any other: an extension of the worker may load weights by whatever name."""
+"""Method of our workers to call after any other, because an extension of the worker may load weights under any name."""
 
 
 def install() -> None:
-    """Follow what is called in the workers of this process's engines."""
+    """Follow the calls to the workers of this process's engines."""
     _follow(LLMEngine)
     _follow_async(AsyncLLM)
 
@@ -29,7 +29,7 @@ def _follow(engine: Any) -> None:
     call, wake = engine.collective_rpc, engine.wake_up
 
     def check(self: Any, admission: Admission) -> None:
-        # Whoever sleeps may have no weights to look at.
+        # Wait until they wake up: sleeping workers may have no weights to look at.
         admission.weights_unchecked = self.is_sleeping()
         if not admission.weights_unchecked:
             admission.weights_fit = all(call(self, CHECK))
@@ -60,7 +60,7 @@ def _follow(engine: Any) -> None:
 
 
 def _follow_async(engine: Any) -> None:
-    """The same of an engine that is awaited."""
+    """Do the same for an engine with async methods."""
     call, wake = engine.collective_rpc, engine.wake_up
 
     async def check(self: Any, admission: Admission) -> None:

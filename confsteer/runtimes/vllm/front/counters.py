@@ -23,7 +23,7 @@ def install() -> None:
     def add_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> None:
         add(self, request, *args, **kwargs)
         params = request.sampling_params
-        # A streamed input that ends after the engine has finished leaves no state behind.
+        # Allow for no state: a streamed input that ends after the engine has finished leaves none.
         state = self.request_states.get(request.request_id)
         if state is not None and params is not None and params.extra_args and CONFIG_KEY in params.extra_args:
             state.confsteer_steered = True

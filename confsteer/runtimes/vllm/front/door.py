@@ -1,7 +1,8 @@
-"""The door of the server: a steering is found in what a client sends, checked, and kept for all that the engine is then asked.
+"""The door of the server: a client's steering is found, checked, and kept for everything that its request leads to.
 
-vLLM has many routes, and each release has more. Some hand ``vllm_xargs`` on. Others drop it and make parameters of their own:
-beams, batches of chats, scores. So no route is relied on: whatever a client's request leads to in the engine has its steering.
+vLLM has many routes, and each release has more. Some pass ``vllm_xargs`` on. Others drop it and make parameters of their own:
+beams, batches of chats, scores. So confsteer relies on no route. Everything in the engine that comes from a client's request has
+its steering.
 """
 
 from __future__ import annotations
@@ -28,17 +29,17 @@ from confsteer.runtimes.vllm.arguments import CONFIG_KEY
 from confsteer.runtimes.vllm.front.admission import admission_to
 
 _asked: ContextVar[Any] = ContextVar("confsteer_asked")
-"""The steering that the client asked for whose request is being answered, or None; not set where no client is at the door."""
+"""The steering, or None, that the client asked for in the request being answered. Not set if there is no client."""
 
 
 class Door:
-    """Middleware, the innermost: who may not ask at all is turned away before."""
+    """The innermost middleware: others refuse unauthorised clients before it."""
 
     def __init__(self, app: Any) -> None:
         self._app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        # Ask now: there was no engine yet when the application was put together.
+        # Ask now: there was no engine yet when the application was made.
         admission = admission_to(scope["app"].state) if scope["type"] == "http" and scope["method"] == "POST" else None
         if admission is None:
             await self._app(scope, receive, send)
@@ -47,7 +48,7 @@ class Door:
         try:
             asked = admission.asked_in(await _parsed(scope, body))
         except VLLMValidationError as error:
-            # JSON has halves of characters, as escapes, which no answer can have.
+            # Replace lone surrogates: JSON can have them as escapes, but no answer can.
             sentence = str(error).encode(errors="backslashreplace").decode()
             said = {"message": sentence, "type": "BadRequestError", "param": CONFIG_KEY, "code": 400}
             await JSONResponse({"error": said}, 400)(scope, receive, send)
@@ -60,7 +61,7 @@ class Door:
 
 
 def install() -> None:
-    """Put the door into the servers of this process, and have its engines ask what came through it."""
+    """Put the door into the servers of this process, and make its engines use the steering found there."""
     build, generate = FastAPI.build_middleware_stack, AsyncLLM.generate
 
     @functools.wraps(build)
@@ -71,7 +72,7 @@ def install() -> None:
 
     @functools.wraps(generate)
     def generate_steered(self: Any, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
-        """Refuse when called, not at the first step of the generator: a stream would already have said 200."""
+        """Refuse when called, not at the generator's first step: by then a stream would have sent 200."""
         admission = admission_to(self)
         if admission is not None:
             sampling_params = _with_asked(sampling_params)
@@ -86,7 +87,7 @@ def install() -> None:
 
 
 def _with_asked(params: Any) -> Any:
-    """A request's ``SamplingParams`` with the client's steering, if they have none."""
+    """Add the client's steering to a request's ``SamplingParams``, if they have none."""
     asked, given = _asked.get(None), params.extra_args or {}
     if asked is None or CONFIG_KEY in given:
         return params
@@ -96,7 +97,7 @@ def _with_asked(params: Any) -> Any:
 
 
 def _refuse_beams_of_files(protocol: Any) -> None:
-    """Refuse a steering that vLLM would not pass on to the beams, where no client is at the door: in ``vllm run-batch``."""
+    """Refuse a steering that vLLM would not pass on to beams without a client at the door: in ``vllm run-batch``."""
     convert = protocol.to_beam_search_params
 
     @functools.wraps(convert)
@@ -113,7 +114,7 @@ def _refuse_beams_of_files(protocol: Any) -> None:
 
 
 def _refuse_windows_of_beams(searcher: Any, engine: str) -> None:
-    """Refuse the steering of a search of beams that is by a window, its own or the default, when the search is called."""
+    """Refuse beam search with a steering by a window, its own or the default, when the search is called."""
     search = searcher.beam_search
 
     @functools.wraps(search)
@@ -127,14 +128,14 @@ def _refuse_windows_of_beams(searcher: Any, engine: str) -> None:
 
 
 async def _read(receive: Any) -> tuple[bytes, Any]:
-    """The whole body of a request, and a `receive` that gives it once more."""
+    """Read the whole body of a request, and make a `receive` that gives it once more."""
     parts = []
     while (message := await receive())["type"] == "http.request":
         parts.append(message.get("body", b""))
         if not message.get("more_body", False):
             break
     body = b"".join(parts)
-    # Who has gone stays gone.
+    # Keep the message of a client that has disconnected.
     left = [message if message["type"] != "http.request" else {"type": "http.request", "body": body, "more_body": False}]
 
     async def again() -> Any:
@@ -144,8 +145,8 @@ async def _read(receive: Any) -> tuple[bytes, Any]:
 
 
 async def _parsed(scope: Any, body: bytes) -> Any:
-    """Read what a body says, as vLLM does; None if it is nothing that can name a steering, or that anyone can read."""
-    # JSON may have any character as an escape, and may come in UTF-16 or 32.
+    """Read a body as vLLM does. None if it cannot be read, or cannot name a steering."""
+    # Parse it before searching: JSON may have any character as an escape, and may be in UTF-16 or UTF-32.
     if CONFIG_KEY.encode() not in body and b"\\u00" not in body and b"\0" not in body[:4]:
         return None
     request = Request(scope, _replay(body))

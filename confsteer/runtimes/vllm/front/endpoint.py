@@ -1,4 +1,4 @@
-"""``GET /confsteer``: what this server can steer; ``GET /confsteer/play``: a page to feel it.
+"""Routes of the server: ``GET /confsteer`` says what it can steer, and ``GET /confsteer/play`` is a page to try it.
 
 vLLM adds a plugin's routes only if ``VLLM_PLUGINS`` names the plugin.
 """
@@ -40,7 +40,7 @@ class Endpoint:
             return app.state.confsteer
 
         def play() -> Any:
-            """Show the page; it asks this server as any client does."""
+            """Show the page. It asks this server as any client does."""
             confsteer()
             return HTMLResponse(page())
 

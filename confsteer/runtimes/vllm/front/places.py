@@ -1,4 +1,4 @@
-"""Where a steering stands in what a client sends. Nothing here knows vLLM."""
+"""Places of a steering in a client's request. Nothing here knows vLLM."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from confsteer.runtimes.vllm.arguments import CONFIG_KEY
 
 XARGS = ("vllm_xargs", CONFIG_KEY)
 PLACES = (XARGS, ("sampling_params", "extra_args", CONFIG_KEY))
-"""Right places: of most clients, and of a client that sends tokens and whole ``SamplingParams``, as Python does."""
+"""Right places: for most clients, and for a client that sends tokens and whole ``SamplingParams``, as Python does."""
 WRAPPERS = ("vllm_xargs", "extra_args", "extra_body", "sampling_params")
-"""Fields that a steering is looked for in: a right place, or one that is easily taken for it."""
+"""Fields to search for a steering: the right place, or one that is easily confused with it."""
 HOW = (
     f'send "vllm_xargs": {{"{CONFIG_KEY}": "entropy=0.3"}} at the top of the body (the OpenAI client: extra_body={{"vllm_xargs": '
     f'...}}; in Python: SamplingParams(extra_args={{"{CONFIG_KEY}": ...}}))'
@@ -21,10 +21,10 @@ HOW = (
 
 
 def steering_in(body: Any) -> Any:
-    """The steering that a request's body names; None if it names none.
+    """Find the steering that a request's body names. None if it names none.
 
     Raises:
-        SteeringError: it stands where vLLM would drop it, there are two, or it is an object where vLLM takes text.
+        SteeringError: it is where vLLM would drop it, there are two, or it is an object where vLLM takes text.
     """
     named = dict(_named(body, ()))
     for path, value in named.items():
@@ -42,7 +42,7 @@ def steering_in(body: Any) -> Any:
 
 
 def _named(body: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Every steering in a body, with the names that lead to it; no deeper than clients err."""
+    """Find every steering in a body, with the names that lead to it, as deep as clients misplace it."""
     if isinstance(body, str) and path:
         body = _from_json(body)  # as a form has it
     if not isinstance(body, dict) or len(path) > len(WRAPPERS):

@@ -1,4 +1,4 @@
-"""The front process: when an engine is configured with a profile, check everything that can be known before weights load."""
+"""Start-up in the front process: check everything about an engine with a profile that can be known before weights load."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ logger = logging.getLogger("vllm.confsteer")
 
 
 def prepare(config: Any) -> None:
-    """Make the engine that `config` (a ``VllmConfig``) describes one that steers.
+    """Make the engine of `config` (a ``VllmConfig``) steer.
 
     Raises:
-        ConfsteerError: it cannot be, with the reason.
+        ConfsteerError: it cannot steer; the message gives the reason.
     """
     settings = Settings.of(config.additional_config)
     if settings is None or settings.checksum is not None:
@@ -43,10 +43,10 @@ def prepare(config: Any) -> None:
         checksum=whole.checksum,
         version=importlib.metadata.version("confsteer"),
         direction_alone=profile is not whole,
-        # No step has more requests, so no step needs more rows.
+        # Take as many rows as a step has requests: no step needs more.
         slots=config.scheduler_config.max_num_seqs,
     )
-    # vLLM hashes this dictionary into the name of its compile cache.
+    # Write the settings back: vLLM hashes this dictionary into the name of its compile cache.
     config.additional_config = {**config.additional_config, CONFIG_KEY: settings.model_dump()}
     parallel = config.parallel_config
     parallel.worker_cls = WORKERS.get(parallel.worker_cls, parallel.worker_cls)
@@ -56,6 +56,6 @@ def prepare(config: Any) -> None:
 
 @functools.cache
 def _install() -> None:
-    """Change how this process's engines and servers work, as far as they are configured to steer."""
+    """Change this process's engines and servers, if they are configured to steer."""
     for part in (admission, door, changes, counters):
         part.install()

@@ -1,4 +1,4 @@
-"""The edits themselves, at each place in the model: what becomes part of the compiled graph. They know nothing of vLLM."""
+"""The edits at each place in the model, which become part of the compiled graph. They know nothing of vLLM."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from confsteer.runtimes.vllm.worker.table import SteeringTable
 
 
 def _swiglu_oai(gate: Tensor, up: Tensor) -> Tensor:
-    """The activation function of gpt-oss, with the constants that vLLM's kernels have."""
+    """The activation function of gpt-oss, with the constants of vLLM's kernels."""
     gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
     return (up + 1) * gate * torch.sigmoid(1.702 * gate)
 
@@ -24,24 +24,24 @@ ACTIVATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "gelu_tanh": lambda gate, up: gelu(gate, approximate="tanh") * up,
     "swigluoai": _swiglu_oai,
 }
-"""Activation functions of gated MLPs by vLLM's names for them."""
+"""Activation functions of gated MLPs, by vLLM's names."""
 
 
 class Rows(NamedTuple):
     """Weights of some neurons of a gated MLP."""
 
     gate: Tensor
-    """``[neurons, d_model]``, as the next."""
+    """``[neurons, d_model]``, as is the next."""
     up: Tensor
     gate_bias: Tensor | None
-    """``[neurons]``, as the next."""
+    """``[neurons]``, as is the next."""
     up_bias: Tensor | None
     writes: Tensor
-    """To the MLP's output, ``[neurons, d_model]``."""
+    """Writes to the MLP's output, ``[neurons, d_model]``."""
 
 
 class ProjectionEdit(nn.Module):
-    """The edit of the neurons whose activations go into a projection."""
+    """The edit of neurons whose activations go into a projection."""
 
     units: Tensor
     """Columns of the activations, int64 ``[neurons]``."""
@@ -50,7 +50,7 @@ class ProjectionEdit(nn.Module):
         """
         Args:
             table: steerings to follow.
-            first: column of the table that the first of the neurons has; the others follow it.
+            first: column of the first neuron in the table. The others follow it.
             units: see above.
         """
         super().__init__()
@@ -58,17 +58,17 @@ class ProjectionEdit(nn.Module):
         self.register_buffer("units", units, persistent=False)
 
     def forward(self, activations: Tensor) -> Tensor:
-        """Activations ``[..., tokens, n]`` with those of the neurons steered, each token by its row."""
+        """Edit activations ``[..., tokens, n]``: the neurons of each token by its row."""
         selected = activations.index_select(-1, self.units)
         return activations.index_copy(-1, self.units, self.table.steer(selected, self.first))
 
 
 class OutputEdit(nn.Module):
-    """The edit of neurons inside a kernel that cannot be opened, by what goes into it and what comes out.
+    """The edit of neurons inside a kernel that cannot be opened, by its input and output.
 
-    Their activations are computed again from the input, and what the rule changes of them is added to the output. The rule acts
-    on what multiplies a neuron's write: its own activation times a weight, of the router or of a gate. Where a neuron is not
-    active, nothing of it is changed.
+    Their activations are computed again from the input. The effect of the rule on them is added to the output. The rule acts on
+    the factor of a neuron's write: its own activation times a weight of the router or of a gate. Where a neuron is not active,
+    it is not changed.
     """
 
     gate: Tensor
@@ -95,8 +95,8 @@ class OutputEdit(nn.Module):
         """Compute what is added to the output, float32 ``[tokens, d_model]``.
 
         Args:
-            inputs: of the kernel, ``[tokens, d_model]``.
-            weights: of each neuron's own activation, float32 ``[tokens, neurons]``.
+            inputs: inputs of the kernel, ``[tokens, d_model]``.
+            weights: weights of each neuron's own activation, float32 ``[tokens, neurons]``.
             active: where neurons are active, bool ``[tokens, neurons]``; None for everywhere.
         """
         gate, up = linear(inputs, self.gate, self.gate_bias), linear(inputs, self.up, self.up_bias)
@@ -111,19 +111,19 @@ class RoutedEdit(OutputEdit):
     experts: Tensor
     """Expert of each neuron, int64 ``[neurons]``."""
     everywhere: Tensor
-    """Whether all neurons count as active on every token, a bool scalar: for the proof, whose tokens may be routed elsewhere."""
+    """Whether all neurons count as active on every token, a bool scalar. The proof needs it: routing may pass them by."""
 
     def __init__(
         self, table: SteeringTable, first: int, rows: Rows, activation: str, *, experts: Tensor, output_scale: float
     ) -> None:
         """
         Args:
-            table: see `OutputEdit`, as the next three.
+            table: see `OutputEdit`, as for the next three.
             first: see table.
             rows: see table.
             activation: see table.
             experts: see above.
-            output_scale: what the experts' output is multiplied by later, beyond the routing weights.
+            output_scale: factor of the experts' output that is applied later, beyond the routing weights.
         """
         super().__init__(table, first, rows, activation)
         self._output_scale = output_scale
@@ -131,10 +131,10 @@ class RoutedEdit(OutputEdit):
         self.register_buffer("everywhere", torch.zeros((), dtype=torch.bool, device=experts.device), persistent=False)
 
     def forward(self, inputs: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
-        """Compute what is added to the experts' output, as it is before it is scaled, float32 ``[tokens, d_model]``.
+        """Compute what is added to the experts' output before it is scaled, float32 ``[tokens, d_model]``.
 
         Args:
-            inputs: of the experts, ``[tokens, d_model]``.
+            inputs: inputs of the experts, ``[tokens, d_model]``.
             weights: routing weights, ``[tokens, slots]``.
             chosen: experts that each token is routed to, ``[tokens, slots]``.
         """
@@ -144,7 +144,7 @@ class RoutedEdit(OutputEdit):
 
 
 class DirectionEdit(nn.Module):
-    """The constant along a null direction: an imaginary neuron, never active, that writes right before the final norm."""
+    """The edit along a null direction: an imaginary neuron, never active, that writes right before the final norm."""
 
     direction: Tensor
     """float32 ``[d_model]``."""
@@ -161,6 +161,6 @@ class DirectionEdit(nn.Module):
         self.register_buffer("direction", direction, persistent=False)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Input of the final norm ``[..., tokens, d_model]`` with the constant of each token's row."""
+        """Add the constant of each token's row to the input of the final norm, ``[..., tokens, d_model]``."""
         length = self.table.steer(torch.zeros_like(hidden_states[..., :1], dtype=torch.float32), self.first)
         return (hidden_states.float() + length * self.direction).to(hidden_states.dtype)

@@ -1,8 +1,8 @@
-"""The last layer as a mixture of experts in vLLM's model: where its experts are, what they weigh, and the check of both.
+"""A mixture of experts as the last layer of vLLM's model: its experts, their weights, and the check of both.
 
 vLLM's kernels cannot be opened, and pack the experts' weights in ways of their own. So the weights are kept as they were loaded,
-until the rows of the profile's neurons are read. The kernel itself is then asked for the output of every expert. It must be what
-follows from the weights that were kept, and later answers, after other weights may have come, must be the first.
+until the rows of the profile's neurons are read. Then the kernel itself is asked for the output of every expert. The output must
+be what the kept weights give. Later, after weights may have changed, it must be the same again.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ from confsteer.runtimes.vllm.worker.find import (
 from confsteer.runtimes.vllm.worker.table import SteeringTable
 
 INTERLEAVED = ("swigluoai",)
-"""Activation functions whose gate and up projection have their rows in turn, and not one behind the other."""
+"""Activation functions whose gate and up projections alternate their rows, and do not follow each other."""
 ANSWER_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Relative error of an expert's output that rounding in each precision explains."""
+"""Largest relative error of an expert's output that rounding explains, in each precision."""
 SAME_ANSWERS = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}
-"""Relative difference of an expert's outputs to one input that the order of sums explains."""
+"""Largest relative difference between an expert's outputs for one input that the order of sums explains."""
 
 
 class Loaded(NamedTuple):
-    """Weights of a layer's experts as they were loaded, on the CPU; of this rank's part of each expert."""
+    """Weights of a layer's experts as they were loaded, on the CPU: this rank's part of each expert."""
 
     w13: Tensor
     """Gate and up projection, ``[experts, 2 · units, d_model]``."""
@@ -75,7 +75,7 @@ class Loaded(NamedTuple):
         return Rows(gate_row, up_row, gate_bias, up_bias, writes)
 
     def answer(self, inputs: Tensor, activation: str) -> Tensor:
-        """Compute the output of every expert, float32 ``[experts, d_model]``, to an input of its own ``[experts, d_model]``."""
+        """Compute the output of every expert, float32 ``[experts, d_model]``, for an input of its own ``[experts, d_model]``."""
         units, answers = range(self.w2.shape[2]), []
         for expert in range(len(self.w13)):
             rows = self.rows([expert] * len(units), units, activation, self.w13.float()[:0])
@@ -88,7 +88,7 @@ class Loaded(NamedTuple):
 def keeping_experts(profile: Profile) -> Iterator[list[Loaded]]:
     """Keep the weights of the last layer's experts that are loaded within the context, before a kernel packs them.
 
-    None are kept where the profile has no neurons in them.
+    Nothing is kept if the profile has no neurons in them.
     """
     kept: list[Loaded] = []
     if profile.model.experts is None or not profile.steerable:
@@ -132,10 +132,10 @@ class Experts(NamedTuple):
         return asked.to(dtype).float()
 
     def answers(self) -> Tensor:
-        """Ask the kernel for the output of every expert to an input of its own, ``[experts, d_model]`` on the CPU."""
+        """Ask the kernel for the output of every expert for an input of its own, ``[experts, d_model]`` on the CPU."""
         routed, count = self.routed, self.routed.local_num_experts
         device = routed.w2_weight.device
-        # The first of each token's experts is the one that is asked; the others have no weight.
+        # Give weight only to the first of each token's experts, which is the one that is asked.
         chosen = (torch.arange(count)[:, None] + torch.arange(routed.top_k)) % count
         weights = torch.zeros(count, routed.top_k)
         weights[:, 0] = 1
@@ -152,7 +152,7 @@ class Experts(NamedTuple):
 
 
 def answers_error(answers: Tensor, expected: Tensor) -> float:
-    """Compare outputs of experts, ``[experts, d_model]``: the largest relative error of one."""
+    """Compare outputs of experts, ``[experts, d_model]``, by the largest relative error of any expert."""
     error = (answers.float() - expected.float()).norm(dim=1) / expected.float().norm(dim=1).clamp_min(1e-12)
     return float(error.max())
 
@@ -160,7 +160,7 @@ def answers_error(answers: Tensor, expected: Tensor) -> float:
 def find_experts(model: nn.Module, profile: Profile) -> Experts:
     """
     Raises:
-        UnsupportedModelError: the last layer has no experts, or they cannot be steered, with the reason.
+        UnsupportedModelError: the last layer has no experts, or they cannot be steered. The message gives the reason.
     """
     identity = profile.model
     found = [
@@ -180,7 +180,7 @@ def find_experts(model: nn.Module, profile: Profile) -> Experts:
 
 
 def _reason(experts: Experts, profile: Profile) -> str | None:
-    """Tell why these experts cannot be steered; None if they can. What the configuration tells was looked at before."""
+    """Find the reason why these experts cannot be steered; None if they can. The configuration was checked before."""
     runner, routed, sizes = experts.runner, experts.routed, profile.model.experts
     config, method = runner.moe_config, routed.quant_method
     assert sizes is not None
@@ -205,7 +205,7 @@ class RoutedNeurons(NamedTuple):
 
     experts: Experts
     positions: list[int]
-    """In `Profile.steerable`."""
+    """Their positions in `Profile.steerable`."""
     of_expert: list[int]
     """Expert of each."""
     rows: Rows
@@ -213,7 +213,7 @@ class RoutedNeurons(NamedTuple):
     """See `Experts.answers`."""
 
     def steer(self, table: SteeringTable, first: int) -> RoutedEdit:
-        """Have them steered from now on, from column `first` of the table on; before compilation."""
+        """Steer them from now on, by the table's columns from `first` on. Call it before compilation."""
         routed = self.experts.routed
         of_expert = torch.tensor(self.of_expert, device=self.rows.writes.device)
         scale = float(self.experts.runner.routed_scaling_factor)
@@ -223,32 +223,32 @@ class RoutedNeurons(NamedTuple):
 
         @functools.wraps(run)
         def forward_modular(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            # Kernels may write into their input.
+            # Copy the input: kernels may write into it.
             change = edit(x, topk_weights, topk_ids)
             output = run(x, topk_weights, topk_ids, *args, **kwargs)
             if not isinstance(output, Tensor):
                 raise UnsupportedModelError("vLLM's kernel leaves the experts' outputs unsummed: choose another --moe-backend")
             return _sum(output, change)
 
-        # It is called by this name, inside the operator where there is one, and is not a module that could be hooked.
+        # Replace the method: it is called by this name, inside the operator if there is one, and is no module to hook.
         routed.forward_modular = forward_modular
         return edit
 
 
 MODULE = "confsteer"
-"""Name of an edit among the modules of the place that it is at."""
+"""Name of an edit among the modules where it is attached."""
 
 
 def find_routed(model: nn.Module, profile: Profile, loaded: Sequence[Loaded]) -> RoutedNeurons:
-    """Find the profile's neurons among the experts of `model`, and check that the kernel computes what they are taken to.
+    """Find the profile's neurons among the experts of `model`, and check that the kernel computes what it should.
 
     Args:
-        model: as vLLM loaded it.
-        profile: of this model, a mixture of experts.
-        loaded: what `keeping_experts` kept.
+        model: the model as vLLM loaded it.
+        profile: profile of this model, a mixture of experts.
+        loaded: weights that `keeping_experts` kept.
 
     Raises:
-        UnsupportedModelError: its experts cannot be steered, with the reason.
+        UnsupportedModelError: its experts cannot be steered. The message gives the reason.
         ProfileMismatchError: it has other weights.
     """
     experts, sizes = find_experts(model, profile), profile.model.experts
@@ -281,7 +281,7 @@ def find_routed(model: nn.Module, profile: Profile, loaded: Sequence[Loaded]) ->
 
 
 def _sum(output: Tensor, change: Tensor) -> Tensor:
-    """Add a change to an output, which may be without the padding that the change has."""
+    """Add a change to an output. The output may lack the padding that the change has."""
     both = output.float() + change[:, : output.shape[1]]
     return both.to(output.dtype)
 
@@ -294,7 +294,7 @@ class GatedNeurons(NamedTuple):
     rows: Rows
 
     def steer(self, table: SteeringTable) -> None:
-        """Have them steered from now on, from the first column of the table on; before compilation."""
+        """Steer them from now on, by the table's columns from the first on. Call it before compilation."""
         self.mlp.add_module(MODULE, OutputEdit(table, 0, self.rows, "silu"))
 
         def add_change(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -305,10 +305,10 @@ class GatedNeurons(NamedTuple):
 
 
 def find_gated(model: nn.Module, projection: Projection, profile: Profile) -> GatedNeurons | None:
-    """Find the profile's neurons of a shared expert if it has a gate; None if it has none.
+    """Find the profile's neurons of a shared expert with a gate. None if it has no gate.
 
     Raises:
-        UnsupportedModelError: there is a gate of a form that is not known.
+        UnsupportedModelError: it has a gate of an unknown form.
     """
     mlp: Any = model.get_submodule(projection.name.rpartition(".")[0])
     if getattr(mlp, "expert_gate", None) is None:

@@ -1,7 +1,7 @@
-"""Where things are in vLLM's model.
+"""Search for the modules at the end of vLLM's model.
 
-vLLM's models are not transformers'. Things are found by sizes and confirmed by weights: the neurons of the profile's layer are
-those whose writes have the norms that calibration found, each of thousands of them.
+vLLM's models are not transformers'. Modules are found by their sizes and confirmed by their weights. The right layer is the one
+whose neurons' writes have the norms that calibration found. There are thousands of neurons, and each must fit.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from confsteer.profile.profile import Profile
 from confsteer.profile.store import DIRECTION_COLUMN
 
 WRITE_NORM = re.compile(r"post_(feedforward|mlp)_layernorm")
-"""A norm on the MLP's output, by the names that it has in vLLM's models."""
+"""Names of a norm on the MLP's output in vLLM's models."""
 NORM_TOLERANCE, QUANTISED_TOLERANCE = 2e-3, 5e-2
-"""Relative error of the norms: of every neuron, and, where weights are quantised, of the median neuron."""
+"""Largest relative error of the norms: for every neuron, and, if weights are quantised, for the median neuron."""
 
 
 class Norms(NamedTuple):
@@ -39,24 +39,24 @@ class Norms(NamedTuple):
     write_gain: Tensor | None
     """Gain of a norm on the MLP's output, ``[d_model]``."""
     multiplier: float
-    """Factor on the MLP's output when it is added to the residual."""
+    """Factor of the MLP's output as it is added to the residual."""
 
     def seen(self, writes: Tensor) -> Tensor:
-        """Compute the norms ``[n]`` that a profile has of neurons with these writes ``[n, d_model]``."""
+        """Compute the norms ``[n]`` that a profile would have for neurons with these writes ``[n, d_model]``."""
         seen = writes if self.write_gain is None else writes * self.write_gain.to(writes)
         seen = seen - seen.mean(dim=1, keepdim=True) if self.final.centred else seen
         return (seen * self.multiplier).square().sum(dim=1).sqrt()
 
 
 class Projection(NamedTuple):
-    """An output projection whose neurons write what those of the profile do."""
+    """An output projection whose neurons have the profile's writes."""
 
     name: str
     layer: LinearBase
     writes: Tensor
     """Writes of the neurons that this rank holds, float32 ``[local neurons, d_model]``."""
     first: int
-    """Index in the profile of the first of them."""
+    """Index of the first of them in the profile."""
     norms: Norms
 
     def held(self, profile: Profile) -> list[int]:
@@ -72,7 +72,7 @@ def find_projection(model: nn.Module, profile: Profile) -> Projection:
     """Find the output projection of the last MLP, or of the shared expert of a mixture.
 
     Raises:
-        UnsupportedModelError: there is no such layer, or no norm after it that is understood.
+        UnsupportedModelError: there is no such layer, or no known norm after it.
         ProfileMismatchError: it has other weights.
     """
     identity = profile.model
@@ -105,13 +105,13 @@ def find_projection(model: nn.Module, profile: Profile) -> Projection:
 
 
 def norm_errors(profile: Profile, norms: Tensor, first: int) -> Tensor:
-    """Relative errors ``[n]`` of the norms of neurons' writes, from the profile's neuron `first` on."""
+    """Compute relative errors ``[n]`` of the norms of neurons' writes, from the profile's neuron `first` on."""
     expected = profile.columns["norm"][first : first + len(norms)].to(norms.device)
     return (norms - expected).abs() / expected.clamp_min(1e-12)
 
 
 def other_weights(profile: Profile, errors: str) -> ProfileMismatchError:
-    """The error of a model whose neurons do not write what those of the profile do."""
+    """Make the error for a model whose neurons do not have the profile's writes."""
     return ProfileMismatchError(
         f"the profile is of {profile.model.id}; the model that vLLM loaded has other weights (relative error of the norms of the "
         f"median neuron's write in {errors}). Calibrate it: confsteer calibrate MODEL"
@@ -119,9 +119,9 @@ def other_weights(profile: Profile, errors: str) -> ProfileMismatchError:
 
 
 def writes_of(layer: LinearBase) -> Tensor:
-    """Ask the layer what a unit of each of this rank's inputs adds to the output, float32 ``[inputs, outputs]``.
+    """Ask the layer how much a unit of each of this rank's inputs adds to the output, float32 ``[inputs, outputs]``.
 
-    However the weights are quantised or packed, the layer can be asked.
+    This works however the weights are quantised or packed.
     """
     device, inputs = next(layer.parameters()).device, getattr(layer, "input_size_per_partition", layer.input_size)
     answers = []
@@ -135,15 +135,15 @@ def writes_of(layer: LinearBase) -> Tensor:
 
 
 def find_norms(model: nn.Module, within: str, profile: Profile) -> Norms:
-    """Find the final norm of the language model that a module of the last layer is in, and a norm on the MLP's output.
+    """Find the final norm of the language model around a module of the last layer, and a norm on the MLP's output.
 
     Raises:
-        UnsupportedModelError: there is no final norm that is understood.
+        UnsupportedModelError: there is no known final norm.
     """
     layer, d_model = layer_of(within, profile.model.layer), profile.model.d_model
     norms = dict(_norm_modules(model, d_model))
     final, parent = None, layer.rpartition(".")[0]
-    # The nearest above the layers: what sees or hears has norms of its own.
+    # Take the nearest above the layers: encoders of images and sound have norms of their own.
     while final is None and parent:
         parent = parent.rpartition(".")[0]
         inside = (
@@ -160,12 +160,12 @@ def find_norms(model: nn.Module, within: str, profile: Profile) -> Norms:
 
 
 def check_direction(model: nn.Module, profile: Profile) -> Norms:
-    """Check that the unembedding of `model` reads the null direction, and random ones, as calibration found; its norms.
+    """Check that the unembedding of `model` reads the null direction, and random ones, as in calibration. Return its norms.
 
-    For mixtures whose experts are not looked at, so that nothing else tells that they have the profile's weights.
+    This is for mixtures whose experts are not looked at. Nothing else would tell whether they have the profile's weights.
 
     Raises:
-        UnsupportedModelError: there is no unembedding or no final norm that is found.
+        UnsupportedModelError: no unembedding or no final norm was found.
         ProfileMismatchError: it has other weights.
     """
     identity, direction = profile.model, profile.null_direction
@@ -175,7 +175,7 @@ def check_direction(model: nn.Module, profile: Profile) -> Norms:
     ]
     if within is None or not heads or direction is None:
         raise UnsupportedModelError(f"vLLM's {type(model).__name__} has no layer {identity.layer} or no unembedding")
-    # An unembedding of its own comes after the embedding.
+    # Take the last: an unembedding of its own comes after the embedding.
     norms, head = find_norms(model, within, profile), heads[-1]
     random = torch.randn(32, identity.d_model, generator=torch.Generator().manual_seed(0))
     vectors = torch.cat([profile.columns[DIRECTION_COLUMN].float()[None], random / random.norm(dim=1, keepdim=True)])

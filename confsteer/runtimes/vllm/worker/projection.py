@@ -1,4 +1,4 @@
-"""The last layer of vLLM's model, steered: before an output projection, at the output of experts, before the final norm."""
+"""Steering of the last layer of vLLM's model: before an output projection, after experts, before the final norm."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ class SteeredProjection(NamedTuple):
     neurons: list[int]
     """Columns of `confsteer.runtimes.vllm.edit.edit_of` that this rank holds, in the order of the table's."""
     writes: Tensor
-    """Writes of the profile's neurons to the residual, zero for those of other ranks; float32 ``[neurons, d_model]``."""
+    """Writes of the profile's neurons to the residual, float32 ``[neurons, d_model]``. Those of other ranks are zero."""
     direction: Tensor | None
-    """The null direction, float32 ``[d_model]``; None in a profile without one."""
+    """The null direction, float32 ``[d_model]``. None in a profile without one."""
     norms: Norms
     routed: RoutedEdit | None
     """The edit of the neurons of routed experts."""
     known: tuple[Tensor, ...]
-    """Tensors that were read of the weights."""
+    """Tensors that were read from the weights."""
     answers: Tensor | None
     """Outputs of the experts, see `confsteer.runtimes.vllm.worker.experts.Experts.answers`."""
 
@@ -50,14 +50,14 @@ class SteeredProjection(NamedTuple):
 def attach(
     model: nn.Module, profile: Profile, *, max_tokens: int, slots: int, loaded: Sequence[Loaded] = ()
 ) -> SteeredProjection:
-    """Find the last layer in `model` and have it steered from now on; before compilation.
+    """Find the last layer in `model`, and steer it from now on. Call it before compilation.
 
     Args:
-        model: as vLLM loaded it, LoRA wrappers included.
+        model: the model as vLLM loaded it, LoRA wrappers included.
         profile: of this model.
-        max_tokens: of a step, padding included.
+        max_tokens: most tokens of a step, padding included.
         slots: rows of the table besides the neutral one.
-        loaded: what `confsteer.runtimes.vllm.worker.experts.keeping_experts` kept while it was loaded.
+        loaded: weights that `confsteer.runtimes.vllm.worker.experts.keeping_experts` kept while it was loaded.
 
     Raises:
         UnsupportedModelError: there is no such layer, or no norm after it that is understood.
@@ -92,7 +92,7 @@ def attach(
 def check_unchanged(model: nn.Module, profile: Profile, projection: SteeredProjection) -> None:
     """
     Raises:
-        ProfileMismatchError: the last layer of `model` has other weights than when `projection` was attached to it.
+        ProfileMismatchError: the weights of the last layer of `model` have changed since `projection` was attached to it.
         UnsupportedModelError: it has none that is understood.
     """
     now = _find(model, profile, None)
@@ -118,7 +118,7 @@ class _Found(NamedTuple):
     """See `confsteer.runtimes.vllm.worker.experts.Experts.answers`."""
 
     def known(self, profile: Profile) -> tuple[Tensor, ...]:
-        """Tensors that tell whether weights are still the same."""
+        """Tensors that show whether weights are still the same."""
         known = [self.norms.final.gain, self.norms.write_gain]
         if self.projection is not None:
             writes = self.projection.writes
@@ -151,9 +151,9 @@ def _find(model: nn.Module, profile: Profile, loaded: Sequence[Loaded] | None) -
 
 
 def _steer_projection(model: nn.Module, projection: Projection, edit: ProjectionEdit) -> None:
-    """Have the neurons before an output projection steered."""
+    """Steer the neurons before an output projection."""
     if hasattr(projection.layer, "requires_unquantized_input"):
-        # Without this flag a fused activation may pass already-quantised inputs.
+        # Set this flag: without it a fused activation may pass inputs that are quantised already.
         projection.layer.requires_unquantized_input = True
     # The model calls the LoRA wrapper, never the layer inside it: hook the wrapper.
     module = model.get_submodule(projection.name.removesuffix(".base_layer"))
@@ -162,11 +162,11 @@ def _steer_projection(model: nn.Module, projection: Projection, edit: Projection
 
 
 def _steer_norm(norm: nn.Module, edit: DirectionEdit) -> None:
-    """Have a constant added to what goes into the final norm, with or without a residual that the norm adds."""
+    """Add a constant to the input of the final norm, with or without a residual that the norm adds."""
     norm.add_module(MODULE, edit)
     norm.register_forward_pre_hook(_steer)
 
 
 def _steer(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Before a module. Its input is ``[tokens, n]``, or ``[1, tokens, n]`` in vLLM's Transformers backend."""
+    """Edit the input of a module: ``[tokens, n]``, or ``[1, tokens, n]`` in vLLM's Transformers backend."""
     return (module.get_submodule(MODULE)(args[0]), *args[1:])

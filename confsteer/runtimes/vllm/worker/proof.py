@@ -1,10 +1,10 @@
 """The numerical proof that a model is steered, from the output of its final norm. Pure functions of tensors.
 
 The output is ``y = γ ⊙ x/σ + β`` for a residual ``x``, centred first if the norm is a LayerNorm. Neither ``x`` nor ``σ`` can be
-seen from outside a compiled graph. But if the activations of some neurons are pushed so that they write ``w`` more, the new
-residual is ``x + w``, so ``γ ⊙ w`` lies in the plane of the two outputs without their bias. Where a norm with gain ``g`` stands
-on the MLP's output ``m``, the residual moves in the span of ``g ⊙ m`` and ``g ⊙ w``, and ``γ ⊙ g ⊙ w`` lies in the span of three
-outputs: not pushed, and pushed by two different amounts. A vector that has nothing to do with them does neither.
+seen from outside a compiled graph. But some neurons can be pushed so that they write ``w`` more. The new residual is then
+``x + w``, so ``γ ⊙ w`` lies in the plane of the two outputs without their bias. With a norm of gain ``g`` on the MLP's output
+``m``, the residual moves in the span of ``g ⊙ m`` and ``g ⊙ w``. Then ``γ ⊙ g ⊙ w`` lies in the span of three outputs: not
+pushed, and pushed by two different amounts. An unrelated vector lies in neither span.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from confsteer.errors import UnsupportedModelError
 from confsteer.last_layer.readout import NormParameters
 
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 1e-1, torch.float16: 5e-2}
-"""Relative error that rounding in each precision explains."""
+"""Largest relative error that rounding explains, in each precision."""
 
 
 PUSHES = {torch.float32: (4.0, 64.0, 1024.0), torch.bfloat16: (4.0, 64.0, 1024.0), torch.float16: (4.0, 16.0, 64.0)}
 """Pushes of the neurons, in their standard deviations.
 
-The first is about as large as an ordinary residual, the last can be seen beside any; float16 overflows."""
+The first is about as large as an ordinary residual. The last can be seen beside any. In float16 larger ones overflow."""
 
 
 class ProofOutputs(NamedTuple):
@@ -32,11 +32,11 @@ class ProofOutputs(NamedTuple):
 
     neutral: Tensor
     again: Tensor
-    """Neutral once more."""
+    """Neutral steering once more."""
     pushed: tuple[Tensor, ...]
     """Every neuron pushed, by different amounts along the same write."""
     mixed: Tensor
-    """Every other token, from the second on, as in the last of `pushed`; the others neutral."""
+    """Every other token, from the second on, pushed as in the last of `pushed`. The others are neutral."""
     replaced: Tensor
     """Activations set by gain 0 and a bias."""
     clamped: Tensor
@@ -44,17 +44,17 @@ class ProofOutputs(NamedTuple):
 
 
 def prove(outputs: ProofOutputs, write: Tensor, norm: NormParameters, write_gain: Tensor | None, dtype: torch.dtype) -> float:
-    """How much of the pushed neurons' write the outputs leave unexplained, relative to the write, if all is well.
+    """Check the outputs. Return the share of the pushed neurons' write that they leave unexplained.
 
     Args:
-        outputs: what was seen.
-        write: what the pushed neurons write more, up to a factor, ``[d_model]``.
+        outputs: outputs of the proof's steps.
+        write: additional write of the pushed neurons, up to a factor, ``[d_model]``.
         norm: the final norm.
         write_gain: gain of the norm on the MLP's output, if there is one, ``[d_model]``.
         dtype: the model's precision.
 
     Raises:
-        UnsupportedModelError: the outputs are not those of a model that is steered, with what is wrong with them.
+        UnsupportedModelError: the outputs are not those of a steered model. The message says what is wrong with them.
     """
     tolerance = TOLERANCE[dtype]
     pushed = outputs.pushed[-1]
@@ -78,7 +78,7 @@ def prove(outputs: ProofOutputs, write: Tensor, norm: NormParameters, write_gain
 
 
 def unexplained(write: Tensor, outputs: Tensor, norm: NormParameters, write_gain: Tensor | None) -> float:
-    """How much of `write` is not in the span of the outputs, relative to it; the median over tokens.
+    """Compute the share of `write` that is outside the span of the outputs, the median over tokens.
 
     Args:
         write: ``[d_model]``.
@@ -90,7 +90,7 @@ def unexplained(write: Tensor, outputs: Tensor, norm: NormParameters, write_gain
     write = write - write.mean() if norm.centred else write
     target = (write * norm.gain).double()
     seen = outputs.double() if norm.bias is None else outputs.double() - norm.bias.double()
-    # The ranks behind the first of a pipeline are fed zeros, and a model without biases answers with zeros.
+    # Allow for zeros: later ranks of a pipeline are fed zeros, and a model without biases answers with zeros.
     unit = seen / seen.norm(dim=-1, keepdim=True).clamp_min(1e-12)
     span, _ = torch.linalg.qr(unit.permute(1, 2, 0))  # [tokens, d_model, pushes]
     left = target - (span @ (span.transpose(1, 2) @ target)[..., None])[..., 0]

@@ -1,4 +1,4 @@
-"""A table of steerings: which row holds which. Rows belong to steerings and not to requests, so requests that are preempted,
+"""Rows of the table, and the steering in each. Rows belong to steerings, not to requests. So requests that are preempted,
 aborted or forgotten leave nothing to clean up.
 """
 
@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 NEUTRAL = 0
-"""The row that changes nothing."""
+"""Number of the row that changes nothing."""
 
 
 class Slots:
-    """Rows 1 to `capacity`, least recently used first out.
+    """Rows 1 to `capacity`. The least recently used one is replaced first.
 
     A batch of at most `capacity` requests always fits, whatever else was in use before.
     """
@@ -25,7 +25,7 @@ class Slots:
         self._row_of: OrderedDict[str, int] = OrderedDict()
 
     def assign(self, steerings: Iterable[str]) -> dict[str, int]:
-        """Give each of a batch's steerings a row; those that were not in the table, with their new rows.
+        """Give each of a batch's steerings a row. Return those that were not in the table, with their new rows.
 
         Raises:
             ValueError: there are more different steerings than rows.
@@ -51,10 +51,10 @@ class Slots:
 def token_rows(
     rows: Sequence[int], counts: NDArray[np.integer], computed: NDArray[np.integer], spans: Sequence[tuple[float, float]]
 ) -> NDArray[np.int64]:
-    """The row of each token of a batch in which the requests' tokens follow each other.
+    """Find the row of each token of a batch in which the requests' tokens follow each other.
 
     Args:
-        rows: of each request.
+        rows: row of each request.
         counts: tokens of each request in this step.
         computed: tokens of each request before this step.
         spans: position of each request at which its steering begins, and the one at which it has ended.

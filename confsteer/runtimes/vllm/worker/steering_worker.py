@@ -44,7 +44,7 @@ class SteeringWorker:
             super().load_model(*args, **kwargs)  # type: ignore[misc]
         if not get_pp_group().is_last_rank:
             return  # the last layer is elsewhere
-        # Padding may go beyond the largest step by less than the ranks that share it.
+        # Add room for padding: it exceeds the largest step by less than the number of ranks that share it.
         max_tokens = self.model_runner.max_num_tokens + self.vllm_config.parallel_config.tensor_parallel_size
         model = self.model_runner.get_model()
         self._projection = attach(model, self._profile, max_tokens=max_tokens, slots=settings.slots, loaded=loaded)
@@ -68,13 +68,13 @@ class SteeringWorker:
             super().finish_weight_update(*args, **kwargs)  # type: ignore[misc]
 
     def weights_fit_profile(self) -> bool:
-        """Look at the weights after something that may have changed them; steer no more if they are not the profile's.
+        """Check the weights after something that may have changed them. Stop steering if they are not the profile's.
 
         The front process calls it by this name.
         """
         if self._projection is None:
             return True  # the last layer is elsewhere
-        # Once they do not fit, only those who bring whole weights can mend it: more than the last layer may be another's.
+        # Once they do not fit, wait for whole weights: more than the last layer may be another model's.
         if self._steered_requests.weights_fit:
             with contextlib.suppress(ProfileMismatchError, UnsupportedModelError), self._weights_change():
                 pass
@@ -84,10 +84,10 @@ class SteeringWorker:
 
     @contextlib.contextmanager
     def _weights_change(self) -> Iterator[None]:
-        """Steer no more until the weights that have come are found to be the profile's.
+        """Stop steering until the new weights are found to be the profile's.
 
         Raises:
-            ProfileMismatchError: they are not. The engine lives on: requests without a steering are answered.
+            ProfileMismatchError: they are not. The engine goes on, and answers requests without a steering.
         """
         if self._projection is None:
             yield
@@ -101,12 +101,12 @@ class SteeringWorker:
         self._steered_requests.weights_fit = True
 
     def _prove(self) -> None:
-        """Steer dummy steps through the model as it will serve, compiled and captured, and look at what comes out.
+        """Run steered dummy steps through the model as it will serve, compiled and captured, and check the output.
 
         Every rank makes the same steps, because steps of one rank wait for those of the others.
 
         Raises:
-            UnsupportedModelError: it is not what steering should do.
+            UnsupportedModelError: the output is not that of a steered model.
         """
         dtype, errors = self.vllm_config.model_config.dtype, []
         for decode in self._kinds_of_step():
@@ -119,7 +119,7 @@ class SteeringWorker:
             logger.info("confsteer: %s; proved on every rank, relative error %.0e", start_up_line(self._profile), max(errors))
 
     def _pushes(self) -> list[Tensor]:
-        """Say what to push one after the other, each in the order of `edit_of`: the neurons, and the null direction."""
+        """List the pushes to try one after the other, in the order of `edit_of`: the neurons, and the null direction."""
         profile, pushes = self._profile, []
         constant = [] if profile.null_direction is None else [profile.null_direction.push]
         if profile.steerable:
@@ -134,7 +134,7 @@ class SteeringWorker:
     def _outputs(self, step: Callable[..., Tensor], push: Tensor, sizes: Sequence[float]) -> ProofOutputs:
         """Make the steps of a proof, with every neuron active on every token."""
         one, zero, free = torch.ones_like(push), torch.zeros_like(push), torch.full_like(push, torch.inf)
-        # What is not pushed stays as it is.
+        # Leave the rest neutral.
         none = push == 0
         gain, low, high = torch.where(none, one, zero), torch.where(none, -free, push), torch.where(none, free, push)
         routed = None if self._projection is None else self._projection.routed
@@ -154,34 +154,34 @@ class SteeringWorker:
                 routed.everywhere.fill_(False)
 
     def _written(self, push: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Compute what a push writes ``[d_model]``, on all ranks together, and the gain of a norm that it goes through."""
+        """Compute the write of a push ``[d_model]``, over all ranks, and the gain of a norm that it goes through."""
         assert self._projection is not None
         steered, count = self._projection, len(self._profile.steerable)
         if steered.direction is not None and push[count:].any():
             return steered.direction, None  # after such a norm
-        # Each rank knows what its own neurons write.
+        # Add up over ranks: each knows only its own neurons' writes.
         write: Tensor = get_tp_group().all_reduce(push[:count].to(steered.writes.device) @ steered.writes)
         return write, steered.norms.write_gain
 
     def _kinds_of_step(self) -> list[bool]:
-        """Whether to try steps that decode requests, where so many fit, and steps that read prompts: their graphs differ."""
+        """List the kinds of steps to try, because their graphs differ: decoding requests (if they fit), and reading prompts."""
         fit = min(self.vllm_config.scheduler_config.max_num_seqs, self.model_runner.max_num_tokens) >= PROOF_TOKENS
         return [False, True] if fit else [False]
 
     def _dummy_step(
         self, decode: bool, gain: Tensor, bias: Tensor, low: Tensor, high: Tensor, *, every_other: bool = False
     ) -> Tensor:
-        """Output of the final norm ``[tokens, d_model]``, float32, where this rank has it; empty elsewhere.
+        """Run a dummy step. Return the final norm's output ``[tokens, d_model]``, float32, empty if this rank does not have it.
 
         Args:
-            decode: as a step that decodes requests, else as one that reads prompts.
-            gain: as the next three, of each column of `edit_of`.
+            decode: whether the step decodes requests, or reads prompts.
+            gain: gain of each column of `edit_of`, as for the next three.
             bias: see gain.
             low: see gain.
             high: see gain.
             every_other: steer every other token, from the second on, and leave the others neutral.
         """
-        # With drafts, the tokens of each request are verified together.
+        # Use longer requests with drafts: their tokens are verified together.
         together = getattr(self.model_runner, "uniform_decode_query_len", 0) or getattr(self.model_runner, "decode_query_len", 1)
         tokens = PROOF_TOKENS * together if decode else min(PROOF_TOKENS, self.model_runner.max_num_tokens)
         if self._projection is not None:
@@ -197,7 +197,7 @@ class SteeringWorker:
 
 
 def start_up_line(profile: Profile) -> str:
-    """Layer, neurons and dials of a profile, in a line."""
+    """Write layer, neurons and dials of a profile on one line."""
     dials = [
         f"{dial} {low:+.2f} to {high:+.2f} nats ({', '.join(str(n.index) for n in profile.neurons(dial))})"
         for dial in profile.response

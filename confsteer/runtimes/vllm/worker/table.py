@@ -1,4 +1,4 @@
-"""The steerings of a step on the device: which token follows which, and what each asks of every neuron."""
+"""The steerings of a step on the device: the edit of every neuron in each, and the steering of each token."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from confsteer.runtimes.vllm.worker.slots import NEUTRAL
 
 
 class SteeringTable(nn.Module):
-    """Part of the model, so that whatever moves, saves or captures a model does it to these buffers too.
+    """Table of steerings. It is a part of the model, so these buffers are moved, saved and captured with it.
 
-    Shapes and addresses never change, only what the buffers hold.
+    Shapes and addresses never change; only the contents of the buffers do.
     """
 
     edits: Tensor
@@ -27,8 +27,8 @@ class SteeringTable(nn.Module):
         Args:
             neurons: how many.
             slots: rows besides the neutral one.
-            max_tokens: of a step.
-            device: of the model.
+            max_tokens: most tokens of a step.
+            device: device of the model.
         """
         super().__init__()
         edit = torch.tensor(NEUTRAL_EDIT, device=device)
@@ -36,7 +36,7 @@ class SteeringTable(nn.Module):
         self.register_buffer("rows", torch.full((max_tokens,), NEUTRAL, device=device), persistent=False)
 
     def steer(self, activations: Tensor, first: int) -> Tensor:
-        """Activations ``[..., tokens, n]`` of the `n` neurons from `first` on, each token's by its row."""
+        """Edit activations ``[..., tokens, n]`` of the `n` neurons from `first` on, each token by its row."""
         rows = self.rows.narrow(0, 0, activations.shape[-2])
         gain, bias, low, high = self.edits.narrow(2, first, activations.shape[-1])[:, rows]
         return edited(activations, gain, bias, low, high)
@@ -46,16 +46,16 @@ class SteeringTable(nn.Module):
         self.edits.index_copy_(1, self._sent(torch.tensor(list(slots))), self._sent(edits))
 
     def point(self, rows: Tensor) -> None:
-        """Have the next step's tokens follow `rows`, int64 ``[tokens]`` on the CPU."""
+        """Make the next step's tokens follow `rows`, int64 ``[tokens]`` on the CPU."""
         self.rows[: len(rows)] = self._sent(rows)
 
     def clear(self) -> None:
-        """Have every token of any step follow the neutral row."""
+        """Make every token of any step follow the neutral row."""
         self.rows.fill_(NEUTRAL)
 
     def _sent(self, values: Tensor) -> Tensor:
-        """On the device, without waiting for it.
+        """Copy to the device, without waiting for it.
 
-        A fresh pinned buffer each time: the copy may still be under way when the step after is prepared.
+        Each call takes a fresh pinned buffer, because the copy may still be under way when the next step is prepared.
         """
         return values.pin_memory().to(self.rows.device, non_blocking=True) if self.rows.is_cuda else values
