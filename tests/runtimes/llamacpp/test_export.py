@@ -245,7 +245,7 @@ def test_other_refusals(tmp_path: Path) -> None:
     with pytest.raises(ProfileMismatchError):
         export(steering, planted("gpt2").profile, last, control_vector=tmp_path / "v.gguf")
     unknown = last._replace(config=SimpleNamespace(model_type="gpt_neo"))
-    with pytest.raises(UnsupportedModelError, match=r"gpt_neo: what llama\.cpp calls this kind of model is not known"):
+    with pytest.raises(UnsupportedModelError, match=r"gpt_neo: llama\.cpp's name for this kind of model is not known"):
         export(steering, llama.profile, unknown, control_vector=tmp_path / "v.gguf")
     with pytest.raises(SteeringError, match="commas and colons"):
         export(steering, llama.profile, last, control_vector=tmp_path / "a,b.gguf")
