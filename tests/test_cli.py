@@ -126,10 +126,23 @@ def test_calibrate_says_so_when_there_is_nothing(tmp_path: Path, folder: Path) -
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     arguments = ("calibrate", tmp_path / "model", "--text", folder / "text.txt", "--window", 64, "--out", tmp_path / "p")
     result = run(*arguments, code=EXIT_NO_NEURONS)
-    assert "Entropy neurons: none found." in result.output
+    assert "Entropy neurons: none found. An entropy dial is then made by hand: confsteer calibrate --null-direction." in " ".join(
+        result.output.split()
+    )
     assert Profile.load(tmp_path / "p").entropy_neurons == ()
     steered = run("generate", "t1 t2", tmp_path / "model", "-p", tmp_path / "p", "-s", "entropy=0.1", code=1)
-    assert "there is nothing to steer" in steered.output
+    assert "there is nothing to steer. confsteer calibrate --null-direction makes an entropy dial by hand" in steered.output
+
+
+@pytest.mark.parametrize(
+    ("cliff", "said"),
+    [(1.004, "has no clear end: the next singular value is 1.00"), (1170.3, "ends at a cliff: the next singular value is 1,170")],
+)
+def test_a_cliff_is_read_without_an_exponent(folder: Path, cliff: float, said: str) -> None:
+    profile = Profile.load(folder / "profile")
+    layer = profile.layer.model_copy(update={"cliff": cliff})
+    profile.model_copy(update={"layer": layer}).save(folder / "cliff")
+    assert f"The null space {said} times as large." in " ".join(run("show", folder / "cliff").output.split())
 
 
 def test_show_prints_and_draws(folder: Path, tmp_path: Path) -> None:

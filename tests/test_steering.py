@@ -196,6 +196,15 @@ def test_a_neuron_outside_the_profile_is_refused_with_those_inside(profile: Prof
         edit_of(profile, scale={4: 0.0})
 
 
+def test_a_neuron_named_as_in_tables_is_refused_with_its_name(profile: Profile) -> None:
+    layer = profile.model.layer
+    with pytest.raises(SteeringError, match=r"which has 11, 5, 20\. A request names a neuron without its layer: 5$"):
+        edit_of(profile, scale={f"{layer}.5": 0.0})
+    for key in (f"{layer + 1}.5", f"{layer}.4"):
+        with pytest.raises(SteeringError, match=r"which has 11, 5, 20$"):
+            edit_of(profile, scale={key: 0.0})
+
+
 @pytest.mark.parametrize(
     ("request_", "sentence"),
     [

@@ -213,9 +213,10 @@ class Profile(Sparse):
                 "on the calibration text, so that no dial can turn them: scale, shift or clamp them by index"
             )
         missing = " and ".join(f"no {DIALS[dial].neurons} neurons" for dial in dials)
+        by_hand = ". confsteer calibrate --null-direction makes an entropy dial by hand" if "entropy" in dials else ""
         return NoNeuronsError(
             f"{self.model.id} has {missing} (profile from {self.corpus.kept_tokens:,} tokens of "
-            f"{self.corpus.source}): there is nothing to steer"
+            f"{self.corpus.source}): there is nothing to steer{by_hand}"
         )
 
     def reach(self, dial: Dial) -> tuple[float, float]:
@@ -362,8 +363,15 @@ class Profile(Sparse):
         if not rows:
             what = f"{key} neurons" if key in groups else f"neuron {key}"
             has = ", ".join(map(str, keys)) or "none, but a null direction for its entropy dial, which is no neuron"
-            raise SteeringError(f"{what}: not in the profile of {self.model.id}, which has {has}")
+            hint = "" if self.model.experts else self._without_layer(key, keys)
+            raise SteeringError(f"{what}: not in the profile of {self.model.id}, which has {has}{hint}")
         return rows
+
+    def _without_layer(self, key: NeuronKey, keys: list[NeuronKey]) -> str:
+        """Name the neuron that a key means which begins with the layer, as tables name neurons; empty if it means none."""
+        layer, _, neuron = str(key).partition(".")
+        meant = [str(own) for own in keys if str(own) == neuron]
+        return f". A request names a neuron without its layer: {meant[0]}" if meant and layer == str(self.model.layer) else ""
 
     def check_model(self, anatomy: Anatomy) -> None:
         """

@@ -71,7 +71,9 @@ def print_profile(console: TableConsole, profile: Profile) -> None:
                 console.table(_neuron_table(f"{kind} neurons (found, but not on the {dial} dial)", neurons, dial))
                 continue
         if not neurons:
-            console.print(f"[bold]{kind} neurons: none found.[/bold]")
+            by_hand = " An entropy dial is then made by hand: confsteer calibrate --null-direction."
+            made = dial == "unigram" or profile.turns_direction(dial)
+            console.print(f"[bold]{kind} neurons: none found.[/bold]{'' if made else by_hand}")
             continue
         if dial not in profile.response:
             console.table(_neuron_table(f"{kind} neurons (none has a clear sign: no {dial} dial)", neurons, dial))
@@ -143,9 +145,9 @@ def _null_space_sentence(profile: Profile) -> str:
     if layer.cliff is None:
         cliff = "The null space is exact"
     elif layer.cliff >= CLEAR_CLIFF:
-        cliff = f"The null space ends at a cliff: the next singular value is {layer.cliff:.3g} times as large"
+        cliff = f"The null space ends at a cliff: the next singular value is {_ratio(layer.cliff)} times as large"
     else:
-        cliff = f"The null space has no clear end: the next singular value is {layer.cliff:.3g} times as large"
+        cliff = f"The null space has no clear end: the next singular value is {_ratio(layer.cliff)} times as large"
     others = []
     for other in layer.other_null_spaces:
         more, fewer = sorted({*other.entropy_neurons} - found), sorted(found - {*other.entropy_neurons})
@@ -156,6 +158,11 @@ def _null_space_sentence(profile: Profile) -> str:
         ]
         others.append(f"with {other.null_dims}, {' and '.join(changes) or 'the same'}")
     return f"{cliff}. Entropy neurons: {'; '.join(others)}."
+
+
+def _ratio(value: float) -> str:
+    """Format a ratio in three digits, without an exponent."""
+    return f"{value:,.0f}" if value >= 999.5 else f"{value:#.3g}".removesuffix(".")
 
 
 def print_near_misses(console: TableConsole, profile: Profile) -> None:

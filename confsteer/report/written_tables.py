@@ -18,12 +18,13 @@ SHOWN = ("ece", "brier", "auroc", "coverage_area")
 
 def fitting_in_words(name: ConfidenceName, row: ComparedRow) -> str:
     """Write what was fitted to a confidence, for both halves; empty where nothing was."""
-    from confsteer.evaluation.confidences import OF_TOKENS
+    from confsteer.evaluation.confidences import OF_TOKENS, TEMPERATURES
 
     if not row.values:
         return ""
     if name in OF_TOKENS:
-        said = [f"T = {value:.2f}" for value in row.values]
+        ends = {TEMPERATURES[0]: ", the lowest tried", TEMPERATURES[-1]: ", the highest tried"}
+        said = [f"T = {value:.2f}{ends.get(value, '')}" for value in row.values]
     else:
         said = [f"logit × {row.values[i]:.2f} {row.values[i + 1]:+.2f}" for i in (0, 2)]
     return "; ".join(dict.fromkeys(said)).replace("-", "−")
@@ -80,7 +81,7 @@ def print_written(console: TableConsole, model: str, compared: WrittenComparison
     for one in compared.confidences:
         label = CONFIDENCES[one.confidence]
         sections.append([row.model_copy(update={"name": f"{label}, {row.name}"}) for row in one.rows])
-        fitted += [f"{label} {said}" for row in one.rows if (said := fitting_in_words(one.confidence, row))]
+        fitted += [f"{label}: {said}" for row in one.rows if (said := fitting_in_words(one.confidence, row))]
         fewer += [f"{label}, {escape(row.name)}: {one.stated(row):,}" for row in one.rows if one.stated(row) < compared.questions]
     console.table(Table(f"{compared.title}: confidence in the answers", compared_columns(SHOWN, digits=3), sections))
     if compared.answers[0].mentioned:
@@ -92,12 +93,12 @@ def print_written(console: TableConsole, model: str, compared: WrittenComparison
     missing = f" Questions with that confidence, where not all have it: {'; '.join(fewer)}." if fewer else ""
     console.print(
         f"Fitted, to one half of the questions and used on the other, a temperature of tokens, or a slope and a constant of the "
-        f"confidence's logit: {'. '.join(fitted)}.{missing}"
+        f"confidence's logit ({' | '.join(fitted)}).{missing}"
     )
     console.print(
         f"{escape(model)} on {escape(compared.source)}: {compared.questions:,} questions{truncated}. Answers are the likeliest "
         f"token by token; {compared.samples} samples of each for self-consistency. Coverage area: 1 less the area under risk and "
-        "coverage. AUROC has no value where no answer is right or all are. ECE of 15 bins; ± half of the 95 % bootstrap interval "
-        f"over {compared.blocks} {compared.unit}; * differs from neutral by the interval of the paired difference (green: "
-        "better, red: worse)."
+        "coverage. AUROC has no value where no answer is right or all are; ECE then says little. ECE of 15 bins; "
+        f"± half of the 95 % bootstrap interval over {compared.blocks} {compared.unit}; * differs from neutral by the interval "
+        "of the paired difference (green: better, red: worse)."
     )

@@ -315,6 +315,18 @@ def test_risk_does_not_depend_on_the_order_of_equal_confidences() -> None:
     assert found[-1] == pytest.approx(float(correct.double().mean()))
 
 
+def test_a_temperature_at_an_end_of_the_search_is_said_to_be_one() -> None:
+    row = compare_written(overconfident(60)).confidences[0].rows[1]
+    low, inner, high = TEMPERATURES[0], TEMPERATURES[3], TEMPERATURES[-1]
+    said = {
+        (low, high): "T = 0.10, the lowest tried; T = 31.62, the highest tried",
+        (inner, high): "T = 0.20; T = 31.62, the highest tried",
+        (inner, inner): "T = 0.20",
+    }
+    for values, words in said.items():
+        assert fitting_in_words("sequence", row.model_copy(update={"values": values})) == words
+
+
 def test_the_report_and_the_table_have_every_way_and_every_prompt() -> None:
 
     compared = compare_written(overconfident(60))
