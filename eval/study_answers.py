@@ -21,7 +21,6 @@ from confsteer.evaluation.metrics import METRICS
 from confsteer.evaluation.reader import Reader
 from confsteer.evaluation.run_file import Run
 from confsteer.model.loading import load_model
-from confsteer.profile.schema import library_versions
 from confsteer.report.answer_findings import answer_findings
 from confsteer.report.answer_tables import fitted_in_words
 from confsteer.report.page import write_report
@@ -46,13 +45,7 @@ def main(model: str, profile: str, choices: tuple[Path, ...], limit: int | None,
     loaded_profile, loaded = Profile.load(profile), load_model(model)
     reader = Reader(loaded.model, loaded_profile)
     OUT.mkdir(exist_ok=True)
-    result = Evaluation(
-        model=loaded_profile.model.id,
-        given=Path(model).name,
-        profile=loaded_profile.checksum,
-        versions=library_versions(),
-        texts=(),
-    )
+    result = Evaluation.begin(loaded_profile, Path(model).name)
     if (OUT / "results.json").exists():
         written = read_result(OUT / "results.json")
         assert isinstance(written, Evaluation)

@@ -25,7 +25,6 @@ from confsteer.evaluation.metrics import METRICS
 from confsteer.evaluation.reader import Reader
 from confsteer.evaluation.written import WrittenAnswered, WrittenComparison, answer_in_words
 from confsteer.model.loading import load_model
-from confsteer.profile.schema import library_versions
 from confsteer.report.page import write_report
 from confsteer.report.written_findings import written_findings
 from confsteer.report.written_tables import fitting_in_words
@@ -96,13 +95,7 @@ def main(model: str, profile: str, mmlu: Path, number: int, steers: tuple[str, .
     loaded_profile, loaded = Profile.load(profile), load_model(model)
     reader, steerings = Reader(loaded.model, loaded_profile), [Steering.parse(text) for text in steers]
     OUT.mkdir(exist_ok=True)
-    result = Evaluation(
-        model=loaded_profile.model.id,
-        given=Path(model).name,
-        profile=loaded_profile.checksum,
-        versions=library_versions(),
-        texts=(),
-    )
+    result = Evaluation.begin(loaded_profile, Path(model).name)
     lines: list[str] = []
     began = time.process_time()
     sets = {"facts": facts(), "mmlu": open_ended(mmlu, number)}

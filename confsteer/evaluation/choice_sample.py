@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from confsteer.last_layer.intervention import Intervention
 from confsteer.last_layer.text_states import OnTokens, TextStates, unnoticed
 from confsteer.model.states import record_continuations
 from confsteer.text.prompts import AS_TEXT, Asked, Wording
-from confsteer.text.questions import Question
+from confsteer.text.questions import Question, Scalar
 from confsteer.text.short_questions import ShortQuestion
 from confsteer.text.windows import context_length, surrounding_ids
 
@@ -222,3 +222,8 @@ def question_blocks(questions: Sequence[Question | ShortQuestion]) -> tuple[Tens
     keys = [question.passage or i for i, question in enumerate(questions)]
     block = torch.tensor([number.setdefault(key, len(number)) for key in keys])
     return block, "questions" if len(number) == len(questions) else "passages"
+
+
+def with_own_fields(record: dict[str, Any], own: Mapping[str, Scalar]) -> dict[str, Any]:
+    """Add the fields of a question's own record to what is written of it. A name that is taken gets ``record_`` before it."""
+    return record | {f"record_{name}" if name in record else name: value for name, value in own.items()}

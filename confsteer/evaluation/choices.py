@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from confsteer.bars import progress_bar
 from confsteer.errors import CorpusError
 from confsteer.evaluation.answers import AnswerCandidate, answer_entropy, baselines, match_answer_entropy
-from confsteer.evaluation.choice_sample import BlockUnit, ChoiceSample, read_choices
+from confsteer.evaluation.choice_sample import BlockUnit, ChoiceSample, read_choices, with_own_fields
 from confsteer.evaluation.comparison import ComparedRow, RowKind, accuracy_at_coverages, paired_differences, reliability_bins
 from confsteer.evaluation.metrics import Estimates, answer_metrics, chance_metrics
 from confsteer.evaluation.reader import Reader, interventions_of
@@ -117,7 +117,7 @@ class Answered(NamedTuple):
                     "correct": prediction == question.answer,
                     "block": int(self.sample.block[i]),
                 }
-                yield record | {f"record_{k}" if k in record else k: value for k, value in question.record.items()}
+                yield with_own_fields(record, question.record)
 
 
 def evaluate_choices(

@@ -44,6 +44,18 @@ class Evaluation(ModelResult):
     written: tuple[WrittenComparison, ...] = ()
     induction: InductionStudy | None = None
 
+    @classmethod
+    def begin(cls, profile: Profile, given: str = "", texts: tuple[TextComparison, ...] = ()) -> Evaluation:
+        """Make one with a profile and the libraries that are installed.
+
+        Args:
+            profile: profile of the model.
+            given: see `ModelResult`.
+            texts: comparisons that there are already.
+        """
+        model, versions = profile.model.id, library_versions()
+        return cls(model=model, given=given, profile=profile.checksum, versions=versions, texts=texts)
+
 
 class EvaluationSettings(TypedDict, total=False):
     """Keywords of `evaluate`. Their defaults are in `confsteer.defaults.EVALUATION`."""
@@ -111,7 +123,7 @@ def evaluate(
     defaults.with_defaults("evaluate", settings, defaults.EVALUATION)
     interventions_of(steerings, profile)
     compared = tuple(compare_texts(Reader(model, profile), tokenizer, texts, steerings, **settings))
-    return Evaluation(model=profile.model.id, profile=profile.checksum, versions=library_versions(), texts=compared)
+    return Evaluation.begin(profile, texts=compared)
 
 
 def compare_texts(

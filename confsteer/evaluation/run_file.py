@@ -20,7 +20,6 @@ from confsteer.evaluation.written import WrittenAnswered, answer_in_words
 from confsteer.files import MAX_RUN_FILE_BYTES, read_at_most
 from confsteer.model.loading import DEMO_UNIGRAM, LoadedModel
 from confsteer.profile.profile import Profile
-from confsteer.profile.schema import library_versions
 from confsteer.steering import Steering
 from confsteer.studies.induction import InductionStudy, induction
 from confsteer.studies.repetition import DEFAULT_REPETITION, check_repetition, natural_cut
@@ -230,9 +229,7 @@ def run(
         for title, source in sources.items()
     }
     reader = Reader(loaded.model, profile)
-    result = Evaluation(
-        model=profile.model.id, given=settings.model or "", profile=profile.checksum, versions=library_versions(), texts=()
-    )
+    result = Evaluation.begin(profile, settings.model or "")
     for answered in answer(reader, tokenizer, questions, steerings, wordings=wordings, by=settings.by, progress=progress):
         result = result.model_copy(update={"choices": (*result.choices, answered.comparison)})
         yield Stage(result, answered)

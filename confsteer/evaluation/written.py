@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from confsteer.defaults import SAMPLES
-from confsteer.evaluation.choice_sample import BlockUnit
+from confsteer.evaluation.choice_sample import BlockUnit, with_own_fields
 from confsteer.evaluation.comparison import ComparedRow, accuracy_at_coverages, reliability_bins
 from confsteer.evaluation.confidences import CONFIDENCES, ConfidenceName, PromptName
 from confsteer.evaluation.metrics import METRICS, Estimates, calibration_metrics
@@ -110,7 +110,7 @@ class WrittenAnswered(NamedTuple):
                     **{name: value if value == value else None for name, value in stated.items()},
                     "block": int(self.sample.block[i]),
                 }
-                yield record | {f"record_{k}" if k in record else k: value for k, value in question.record.items()}
+                yield with_own_fields(record, question.record)
 
 
 def answer_in_words(
