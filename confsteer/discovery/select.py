@@ -81,8 +81,8 @@ def _largest_first(eligible: Tensor, effect: Tensor) -> list[int]:
 def _unread_writes(weights: WeightStatistics) -> dict[str, Tensor]:
     """Whether each write has a low logit variance, and a null fraction above the largest of as many random writes."""
     return {
-        f"logit var %ile ≤ {LOW_PERCENTILE:.0f}": (percentile(weights.logit_variance) <= LOW_PERCENTILE),
-        f"null fraction > {weights.chance_null_fraction:.3f}": (weights.null_fraction > weights.chance_null_fraction),
+        f"logit var %ile ≤ {LOW_PERCENTILE:.0f}": percentile(weights.logit_variance) <= LOW_PERCENTILE,
+        f"null fraction > {weights.chance_null_fraction:.3f}": weights.null_fraction > weights.chance_null_fraction,
     }
 
 
@@ -117,7 +117,7 @@ def contenders(weights: WeightStatistics, sample: NeuronEffects, cosine: Tensor,
 def _entropy_criteria(weights: WeightStatistics, effects: NeuronEffects, errors: float) -> dict[str, Tensor]:
     """Whether each neuron meets each criterion of an entropy neuron, with so many standard errors added to its effects."""
     return _unread_writes(weights) | {
-        f"effect %ile ≥ {HIGH_PERCENTILE:.0f}": (_at_high_percentile(effects.entropy_abs, max(errors, 0))),
+        f"effect %ile ≥ {HIGH_PERCENTILE:.0f}": _at_high_percentile(effects.entropy_abs, max(errors, 0)),
         f"share > {MIN_NORM_SHARE:.2f}": _above(effects.norm_share, MIN_NORM_SHARE, errors),
     }
 
@@ -126,7 +126,7 @@ def _frequency_criteria(effects: NeuronEffects, cosine: Tensor, chance_cosine: f
     """The same for a token-frequency neuron."""
     return {
         f"|cosine| > {chance_cosine:.3f}": cosine.abs() > chance_cosine,
-        f"effect %ile ≥ {HIGH_PERCENTILE:.0f}": (_at_high_percentile(effects.frequency, max(errors, 0))),
+        f"effect %ile ≥ {HIGH_PERCENTILE:.0f}": _at_high_percentile(effects.frequency, max(errors, 0)),
         f"share > {MIN_UNIGRAM_SHARE:.2f}": (_above(effects.frequency_mediation, MIN_UNIGRAM_SHARE, errors)),
     }
 

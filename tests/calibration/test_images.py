@@ -42,7 +42,7 @@ def conversations(model_type: str) -> list[SeenConversation | str]:
 
 
 def whole_model(found: Planted, windows: Windows, steering: Steering | None = None) -> dict[str, Tensor]:
-    """What the whole model computes at the positions that count: each window alone, found by hooks that name their place."""
+    """Run the whole model on each window alone. Hooks that name their place give its states at the positions that count."""
     body = found.model.model
     language_model = body.text_model if found.model.config.model_type == "smolvlm" else body.language_model
     seen: dict[str, Tensor] = {}
@@ -176,7 +176,7 @@ def test_inputs_that_the_model_does_not_take_are_refused() -> None:
 
 
 def test_a_body_that_sees_otherwise_than_the_model_is_refused() -> None:
-    """Of the images too, not only of the text before them."""
+    """The check covers positions of images too, not only the text before them."""
     found = planted("llava")
     windows = make_windows(conversations("llava"), found.tokenizer, window=48)
     anatomy = dissect(found.model)
