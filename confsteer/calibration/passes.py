@@ -34,6 +34,11 @@ class Passes:
         """Count the texts that are recorded."""
         return len(self._recording.windows.text_starts)
 
+    @property
+    def sample_tokens(self) -> int:
+        """Count the tokens of the recording's sample, about: a window may have one more or less."""
+        return self._recording.sample_tokens
+
     def over(
         self, name: str, *into: Accumulator, label: str, at_least: int = 0, sample: bool = False, text: int | None = None
     ) -> Iterator[tuple[TokenStates, Callable[[float], None]]]:

@@ -28,12 +28,13 @@ from confsteer.profile.schema import ModelIdentity
 from confsteer.steering import DIALS, Dial
 
 SAMPLE_TOKENS = 4096
-"""Approximate number of tokens in each text's sample, spread evenly. It tells which neurons could be selected, and the dials'
-responses.
+"""Approximate number of tokens in each text's sample, spread evenly. It tells the dials' responses.
 
-The neurons that could be selected are then measured on all tokens. A dial's response differs more between texts than between
-this sample and its text.
+A dial's response differs more between texts than between this sample and its text.
 """
+EFFECT_TOKENS = 2048
+"""Approximate number of the sample's tokens, a text, on which all neurons are measured. Those that could be selected by them are
+then measured on all tokens."""
 POSITION_SAMPLE = 64
 """Tokens of each text on which the range of each response curve is found."""
 DIRECTION_SAMPLE = 1024
@@ -132,7 +133,10 @@ def measure_activations(passes: Passes, layer: FoldedLayer, identity: ModelIdent
 def measure_sample(passes: Passes, layer: FoldedLayer, moments: GroupMoments) -> Sample:
     """Measure the effect of setting each neuron of the layer to its mean, on the sample."""
     mean, means = moments.mean.to(layer.device), GroupEffectMeans(layer.experts, layer.readout.n_neurons)
-    for batch, move_to in passes.over("effects", means, label="2/4 all neurons", at_least=layer.at_once, sample=True):
+    stride = max(1, passes.sample_tokens // (EFFECT_TOKENS * passes.texts))
+    at_least = layer.at_once * stride
+    for batch, move_to in passes.over("effects", means, label="2/4 all neurons", at_least=at_least, sample=True):
+        batch = batch.at(torch.arange(0, len(batch.targets), stride, device=layer.device))
         for number, part in enumerate(parts(layer.experts, batch)):
 
             def done(share: float, number: int = number, move_to: Callable[[float], None] = move_to) -> None:

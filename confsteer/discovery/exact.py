@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from confsteer.last_layer.cores import exponential, on_all_cores
+from confsteer.last_layer.cores import Scratch, exponential, on_all_cores
 from confsteer.last_layer.readout import FullOutputs, Move, Readout
 from confsteer.last_layer.states import rows_of
 from confsteer.last_layer.unigram import Unigram
@@ -63,11 +63,11 @@ class ExactEffects(NamedTuple):
     """Loss of the unsteered output, in nats, ``[tokens]``."""
 
     @classmethod
-    def empty(cls, delta: Tensor) -> ExactEffects:
-        """Make room for the effects of adding ``delta`` ``[tokens, n_neurons]``."""
-        effects = TokenEffects(*(torch.empty_like(delta) for _ in TokenEffects._fields))
-        slopes = TokenSlopes(*(torch.empty_like(delta) for _ in TokenSlopes._fields))
-        return cls(effects, slopes, torch.empty_like(delta, dtype=torch.bool), *delta.new_empty(2, len(delta)))
+    def of_no_tokens(cls, n_neurons: int, device: torch.device) -> ExactEffects:
+        """Make the effects of some neurons at no token."""
+        none = torch.empty(0, n_neurons, device=device)
+        effects, slopes = TokenEffects(*[none] * len(TokenEffects._fields)), TokenSlopes(*[none] * len(TokenSlopes._fields))
+        return cls(effects, slopes, none.bool(), none[:, 0], none[:, 0])
 
 
 def exact_effects(readout: Readout, outputs: FullOutputs, delta: Tensor, unigram: Unigram) -> ExactEffects:
@@ -75,97 +75,145 @@ def exact_effects(readout: Readout, outputs: FullOutputs, delta: Tensor, unigram
 
     It is meant for a few neurons: pass a readout of these only.
     """
-    effects, slopes, changed, entropy, loss = whole = ExactEffects.empty(delta)
     u = readout.w_out @ readout.unembedding.T
-    moves = readout.move(outputs.state, delta)
+    moves, scratch = readout.move(outputs.state, delta), Scratch(delta)
+    sums, slopes = _Sums.empty(delta, len(moves.write)), TokenSlopes(torch.empty_like(delta), torch.empty_like(delta))
 
     def evaluate(rows: slice) -> None:
-        here = ExactEffects(rows_of(effects, rows), rows_of(slopes, rows), changed[rows], entropy[rows], loss[rows])
-        _evaluate(readout, outputs.at(rows), u, unigram, moves.at(slice(None), rows), here)
+        here = moves.at(slice(None), rows)
+        _evaluate(readout, outputs.at(rows), u, unigram, here, rows_of(sums, rows), rows_of(slopes, rows), scratch)
 
     # Take few tokens, so that they by the vocabulary stay in the cache.
     on_all_cores(evaluate, readout.blocks(len(delta), readout.vocab_size), delta.device)
-    return whole
+    effects = sums.effects(unigram.direction[outputs.targets, None])
+    return ExactEffects(effects, slopes, sums.of_whole[:, 3] > sums.of_whole[:, 4], *sums.of_output.unbind(dim=1))
 
 
-def _evaluate(readout: Readout, outputs: FullOutputs, u: Tensor, unigram: Unigram, moves: Move, into: ExactEffects) -> None:
+class _Sums(NamedTuple):
+    """Sums over the vocabulary, from which all effects follow. To work on them at each block would take longer than to sum."""
+
+    of_moves: Tensor
+    """``Σ q``, ``Σ q l``, ``Σ q Δ`` and ``Δ`` at the target, of each move: ``[tokens, moves, 4, n_neurons]``."""
+    of_whole: Tensor
+    """Values of the whole move, ``[tokens, 5, n_neurons]``.
+
+    They are ``Δ`` under the unigram distribution and along the unigram direction ``v``; ``Σ q`` of the move held along ``v``; the
+    largest of the moved logits, and the one that was the largest before.
+    """
+    of_output: Tensor
+    """Entropy and loss of the unsteered output, ``[tokens, 2]``."""
+
+    @classmethod
+    def empty(cls, delta: Tensor, n_moves: int) -> _Sums:
+        tokens, n = delta.shape
+        return cls(delta.new_empty(tokens, n_moves, 4, n), delta.new_empty(tokens, 5, n), delta.new_empty(tokens, 2))
+
+    def effects(self, v_target: Tensor) -> TokenEffects:
+        """Compute the effects. `v_target` is ``v`` at the targets, ``[tokens, 1]``."""
+        growth, of_l, of_change, at_target = self.of_moves.movedim((1, 2), (1, 0))
+        under_frequency, along_v, held, *_ = self.of_whole.unbind(dim=1)
+        log_mean = growth.log1p()
+        return TokenEffects.of_moves(
+            loss=log_mean - at_target,
+            entropy=log_mean - (of_l + of_change) / (1 + growth),
+            frequency_kl=log_mean[0] - under_frequency,
+            loss_without_frequency=held.log1p() - (at_target[0] - along_v * v_target),
+        )
+
+
+def _evaluate(
+    readout: Readout,
+    outputs: FullOutputs,
+    u: Tensor,
+    unigram: Unigram,
+    moves: Move,
+    into: _Sums,
+    slopes: TokenSlopes,
+    scratch: Scratch,
+) -> None:
     """Evaluate a few tokens; ``u`` ``[n_neurons, vocab]``."""
-    z = readout.cap(outputs.y)
-    log_p = z.log_softmax(dim=-1)
-    torch.neg(log_p.gather(1, outputs.targets[:, None])[:, 0], out=into.loss)
-    p = exponential(log_p)
-    pl = p * log_p
-    torch.neg(pl.sum(dim=-1), out=into.entropy)
-    pl.addcmul_(p, into.entropy[:, None])  # log p centred
-    for slope, values in zip(into.slopes, _slopes(readout, outputs, z, p, pl, u, unigram), strict=True):
+    z, (entropy, loss) = readout.cap(outputs.y), into.of_output.unbind(dim=1)
+    log_p, weights = scratch.empty("log p", *z.shape), scratch.empty("weights", len(z), 2, readout.vocab_size)
+    p, pl = weights.unbind(dim=1)
+    torch.sub(z, z.amax(dim=-1, keepdim=True), out=log_p)
+    total = exponential(log_p, out=p).sum(dim=-1, keepdim=True)
+    p /= total
+    log_p -= total.log()
+    torch.neg(log_p.gather(1, outputs.targets[:, None])[:, 0], out=loss)
+    torch.mul(p, log_p, out=pl)
+    torch.neg(pl.sum(dim=-1), out=entropy)
+    pl.addcmul_(p, entropy[:, None])  # log p centred
+    for slope, values in zip(slopes, _slopes(readout, outputs, z, p, pl, u, unigram), strict=True):
         slope.copy_(values)
     step = max(1, readout.at_once // readout.vocab_size)
     for first in range(0, len(u), step):
         neurons = slice(first, first + step)
         for tokens in readout.blocks(len(z), readout.vocab_size * len(u[neurons])):
-            some = _Unsteered(*(field[..., tokens, :] for field in (outputs.x, outputs.y, z, p, pl)))
+            some = _Unsteered.at(outputs, z, weights, tokens)
             move = moves.at(slice(None), tokens, neurons, None)
-            at = outputs.targets[tokens], outputs.argmax[tokens]
-            effects, changed = _ablate(readout, some, at, u[neurons], unigram, move)
-            into.argmax_changed[tokens, neurons] = changed
-            for whole, part in zip(into.effects, effects, strict=True):
-                whole[tokens, neurons] = part
+            here = into.of_moves[tokens, ..., neurons], into.of_whole[tokens, :, neurons]
+            _ablate(readout, some, u[neurons], unigram, move, *here, scratch)
 
 
 class _Unsteered(NamedTuple):
-    """The unsteered output at a few tokens, ``[tokens, vocab]``."""
+    """The unsteered output at a few tokens."""
 
-    x: Tensor  # [K, tokens, vocab]
-    y: Tensor
-    z: Tensor
-    p: Tensor
-    pl: Tensor  # p log p, with log p centred
+    x: Tensor  # [K, tokens, 1, vocab]
+    y: Tensor  # [tokens, 1, vocab]
+    z: Tensor  # [tokens, 1, vocab]
+    weights: Tensor  # p, and p log p with log p centred: [tokens, 2, vocab]
+    target: Tensor  # ids of the tokens that follow, [tokens, 1, 1]
+    top: Tensor  # ids of the likeliest tokens, [tokens, 1, 1]
+
+    @classmethod
+    def at(cls, outputs: FullOutputs, z: Tensor, weights: Tensor, rows: slice) -> _Unsteered:
+        x, targets, top = outputs.x[:, rows, None], outputs.targets[rows], outputs.argmax[rows]
+        return cls(x, outputs.y[rows, None], z[rows, None], weights[rows], targets[:, None, None], top[:, None, None])
 
 
 def _ablate(
-    readout: Readout, before: _Unsteered, at: tuple[Tensor, Tensor], u: Tensor, unigram: Unigram, moves: Move
-) -> tuple[TokenEffects, Tensor]:
-    """Evaluate some neurons at a few tokens, with moves ``[moves, tokens, n, 1]``, and whether the argmax changes.
-
-    `at` are the ids of the tokens that follow and of the likeliest ones, ``[tokens]`` each.
-    """
-    at_target, at_top = (ids[:, None, None].expand(-1, len(u), 1) for ids in at)
-    p, pl, f, v = before.p, before.pl, unigram.frequency, unigram.direction
-    loss, entropy = [], []
-    for number in range(len(moves.write)):
+    readout: Readout,
+    before: _Unsteered,
+    u: Tensor,
+    unigram: Unigram,
+    moves: Move,
+    of_moves: Tensor,
+    of_whole: Tensor,
+    scratch: Scratch,
+) -> None:
+    """Sum up some neurons at a few tokens, with moves ``[moves, tokens, n, 1]``, into fields of `_Sums`."""
+    at_target, at_top = (ids.expand(-1, len(u), 1) for ids in (before.target, before.top))
+    weights, shape = before.weights, (len(before.z), *u.shape)
+    p, delta, growth = weights[:, :1], scratch.empty("delta", *shape), scratch.empty("growth", *shape)
+    for number, into in enumerate(of_moves.unbind(dim=1)):
         move = moves.at(number)
-        delta_z = move.write * u
+        torch.mul(move.write, u, out=delta)
         # Leave out one more of the token's own directions in each move, from the last.
         for along, direction in zip(move.along[: len(before.x) - number], before.x, strict=False):
-            delta_z.addcmul_(along, direction[:, None])
+            delta.addcmul_(along, direction)
         if readout.softcap is not None:
-            delta_z = readout.cap(delta_z.add_(before.y[:, None])).sub_(before.z[:, None])
-        delta_z.sub_(_dot(p, delta_z)[..., None])  # a constant that no probability notices, and that keeps it small
-        growth = exponential(delta_z).sub_(1)
-        log_mean = _dot(p, growth).log1p()
-        loss.append(log_mean - delta_z.gather(-1, at_target)[..., 0])
-        of_p = _dot(pl, growth) + _dot(p, growth.mul_(delta_z))
-        entropy.append(log_mean - of_p / log_mean.exp())
+            delta.copy_(readout.cap(delta.add_(before.y))).sub_(before.z)
+        # Take off a constant that no probability notices: it keeps the move small.
+        delta.sub_(_dots(p, delta).mT)
+        exponential(delta, out=growth).sub_(1)
+        into[:, :2] = _dots(weights, growth)
+        into[:, 2:3] = _dots(p, growth.mul_(delta))
+        into[:, 3] = delta.gather(-1, at_target)[..., 0]
         if number == 0:
-            frequency_kl = log_mean - delta_z @ f
-            moved = torch.add(delta_z, before.z[:, None], out=growth)
-            changed = moved.amax(dim=-1) > moved.gather(-1, at_top)[..., 0]
-            held = delta_z.addcmul_((delta_z @ v)[..., None], v, value=-1)
-            at_target_held = held.gather(-1, at_target)[..., 0]
-            without_frequency = _dot(p, exponential(held, out=held).sub_(1)).log1p() - at_target_held
-    effects = TokenEffects.of_moves(
-        loss=torch.stack(loss),
-        entropy=torch.stack(entropy),
-        frequency_kl=frequency_kl,
-        loss_without_frequency=without_frequency,
-    )
-    return effects, changed
+            of_whole[:, 0] = delta @ unigram.frequency
+            along_v = delta @ unigram.direction
+            of_whole[:, 1] = along_v
+            moved = torch.add(delta, before.z, out=growth)
+            of_whole[:, 3] = moved.amax(dim=-1)
+            of_whole[:, 4] = moved.gather(-1, at_top)[..., 0]
+            held = delta.addcmul_(along_v[..., None], unigram.direction, value=-1)
+            of_whole[:, 2:3] = _dots(p, exponential(held, out=held).sub_(1))
 
 
-def _dot(weights: Tensor, values: Tensor) -> Tensor:
-    """Sums of `values` ``[tokens, n, vocab]`` with each token's `weights` ``[tokens, vocab]``: ``[tokens, n]``."""
+def _dots(weights: Tensor, values: Tensor) -> Tensor:
+    """Sums of `values` ``[tokens, n, vocab]`` with each token's `weights` ``[tokens, k, vocab]``: ``[tokens, k, n]``."""
     # Multiply this way round: as a product with columns it takes thirty times as long on a CPU.
-    return torch.bmm(weights[:, None], values.transpose(1, 2))[:, 0]
+    return torch.bmm(weights, values.mT)
 
 
 def _slopes(readout: Readout, outputs: FullOutputs, z: Tensor, p: Tensor, pl: Tensor, u: Tensor, unigram: Unigram) -> TokenSlopes:
@@ -179,7 +227,7 @@ def _slopes(readout: Readout, outputs: FullOutputs, z: Tensor, p: Tensor, pl: Te
         """Covariance of the quantity behind `weights` with the slope of the logits, ``[tokens, n_neurons]``."""
         if readout.softcap is not None:
             weights = weights * readout.cap_slope(z)
-        of_x = torch.stack([(weights * x).sum(dim=-1, keepdim=True) for x in outputs.x])
+        of_x = torch.stack([torch.linalg.vecdot(weights, x)[:, None] for x in outputs.x])
         return slope.linear(of_x, weights @ u.T)
 
     entropy = -along(pl)

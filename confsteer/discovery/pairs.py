@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding
 
 from confsteer.discovery.exact import TokenEffects
 from confsteer.discovery.moments import Moments, Tokens
@@ -185,7 +186,7 @@ def _remainders(readout: Readout, tokens: Tokens, unigram: Unigram, points: Poin
         makes it differ from zero.
     """
     token, everything = pairs.token[:, 0], points.ids.shape[1] == readout.vocab_size
-    W = readout.unembedding if everything else readout.unembedding[points.ids]
+    W = readout.unembedding if everything else embedding(points.ids, readout.unembedding)
     # [K, tokens, points] and [tokens, pairs, points].
     y = (tokens.directions[:, token].movedim(1, 0) @ W.mT).movedim(1, 0)
     u = readout.w_out[pairs.neuron] @ W.mT

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from confsteer.discovery.temperature import EntropyMeans
-from confsteer.last_layer.cores import exponential, on_all_cores
+from confsteer.last_layer.cores import Scratch, exponential, on_all_cores
 from confsteer.last_layer.readout import FullOutputs, Readout
 from confsteer.last_layer.states import TokenStates
 from confsteer.last_layer.unigram import Unigram
@@ -78,17 +78,19 @@ class ResponseCurve:
         sums = u.new_empty(len(self._QUANTITIES), *delta.shape)
         # Work on a block of tokens and positions by the vocabulary at once.
         tokens = max(1, readout.at_once // (len(self.positions) * readout.vocab_size))
-        columns = max(1, readout.at_once // readout.vocab_size)
+        columns, scratch = max(1, readout.at_once // readout.vocab_size), Scratch(u)
 
         def measure(first: int) -> None:
             rows = slice(first, first + tokens)
             for at in range(0, len(self.positions), columns):
                 here = slice(at, at + columns)
-                y = torch.addcmul(outputs.y[rows, None], move.write[rows, here, None], u if active is None else u[rows])
+                write, of = move.write[rows, here, None], u if active is None else u[rows]
+                y = scratch.empty("y", *write.shape[:2], readout.vocab_size)
+                torch.addcmul(outputs.y[rows, None], write, of, out=y)
                 # Keep the last direction, the residual: a write after the MLP's norm moves along no other.
                 for along, direction in zip(move.along, outputs.x[-len(move.along) :], strict=True):
                     y.addcmul_(along[rows, here, None], direction[rows, None])
-                self._measure(readout.cap(y), ids[rows], sums[:, rows, here])
+                self._measure(readout.cap(y), ids[rows], sums[:, rows, here], scratch.empty("e", *y.shape))
 
         on_all_cores(measure, range(0, len(delta), tokens), sums.device)
         self._add(*sums)
@@ -96,8 +98,8 @@ class ResponseCurve:
 
     _QUANTITIES = ("largest", "at_target", "at_top", "z_frequency", "total", "total_z", "total_log_frequency")
 
-    def _measure(self, z: Tensor, ids: Tensor, sums: Tensor) -> None:
-        """Take the sums behind all quantities, from logits ``[tokens, positions, vocab]``, which are overwritten.
+    def _measure(self, z: Tensor, ids: Tensor, sums: Tensor, e: Tensor) -> None:
+        """Take the sums behind all quantities, from logits ``[tokens, positions, vocab]``. They and `e` are overwritten.
 
         Small results go to `sums` as they come. Work on them waits until there are many.
         """
@@ -105,7 +107,7 @@ class ResponseCurve:
         torch.amax(z, dim=-1, out=largest)
         at_ids.copy_(z.gather(2, ids[:, None].expand(-1, z.shape[1], -1)).movedim(-1, 0))
         z_frequency.copy_(z @ self._frequency)
-        e = exponential(z.sub_(largest[..., None]))
+        exponential(z.sub_(largest[..., None]), out=e)
         total.copy_(e.sum(dim=-1))
         total_log_frequency.copy_(e @ self.unigram.log_frequency)
         total_z.copy_(z.mul_(e).sum(dim=-1))

@@ -294,8 +294,7 @@ class ExactEffectMeans:
     def update(self, window: Tensor, *, among: Tensor | None = None) -> None:
         """Add the tokens evaluated since the last call. `window` and `among` are as in `EffectMeans.update`."""
         if not self._waiting:
-            nothing = torch.zeros(0, len(self._neurons), device=window.device)
-            self._waiting = [ExactEffects.empty(nothing)]
+            self._waiting = [ExactEffects.of_no_tokens(len(self._neurons), window.device)]
             self._waiting_uncapped = [] if self._before_cap is None else [self._waiting[0].effects]
         effects, slopes, changed, *_ = zip(*self._waiting, strict=True)
         self._means.update(join_rows(effects), window, join_rows(slopes), among=among)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from confsteer.last_layer.cores import exponential, on_all_cores
+from confsteer.last_layer.cores import Scratch, exponential, on_all_cores
 from confsteer.last_layer.readout import FullOutputs, Readout
 
 OCTAVES, PER_OCTAVE = 2, 5
@@ -66,15 +66,16 @@ class EntropyByTemperature:
         betas = (-self._log_temperature).exp().tolist()
         sums = outputs.y.new_empty(3, len(betas), len(outputs.y))
         # Take blocks of tokens that, by the vocabulary, stay in the cache.
-        at_once = max(1, self._readout.at_once // self._readout.vocab_size)
+        at_once, scratch = max(1, self._readout.at_once // self._readout.vocab_size), Scratch(outputs.y)
 
         def measure(first: int) -> None:
             rows = slice(first, first + at_once)
-            z = self._readout.cap(outputs.y[rows])
-            z = z - z.amax(dim=-1, keepdim=True)
-            squared = z.square()
+            capped = self._readout.cap(outputs.y[rows])
+            z, squared, e = (scratch.empty(name, *capped.shape) for name in ("z", "squared", "e"))
+            torch.sub(capped, capped.amax(dim=-1, keepdim=True), out=z)
+            torch.square(z, out=squared)
             for highest in range(len(betas) - PER_OCTAVE, len(betas)):
-                e = exponential(z * betas[highest])
+                exponential(torch.mul(z, betas[highest], out=e), out=e)
                 for row in range(highest, -1, -PER_OCTAVE):
                     sums[0, row, rows] = e.sum(dim=-1)
                     sums[1, row, rows] = torch.linalg.vecdot(e, z)

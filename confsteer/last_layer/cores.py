@@ -1,4 +1,4 @@
-"""Fast work on a processor's cores: blocks side by side, and exponentials.
+"""Fast work on a processor's cores: blocks side by side, memory that is used again, and exponentials.
 
 An operation on a block that fits a core's cache takes a tenth of a millisecond. Sharing it between cores does not make it
 faster. If another program uses one of them, it takes ten times longer: all wait for the last.
@@ -7,6 +7,7 @@ faster. If another program uses one of them, it takes ten times longer: all wait
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -42,6 +43,27 @@ def on_all_cores(work: Callable[[Block], object], blocks: Iterable[Block], devic
     finally:
         # Restore the number: new threads take the one that was set last, in any thread.
         torch.set_num_threads(n_threads)
+
+
+class Scratch(threading.local):
+    """Memory for temporary tensors, which each thread keeps for its next block.
+
+    A new tensor of a block's size takes as long as several operations on it: the system clears its pages first.
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        """
+        Args:
+            like: a tensor of the same type, on the same device.
+        """
+        self._like, self._memory = like, dict[str, Tensor]()
+
+    def empty(self, name: str, *shape: int) -> Tensor:
+        """Give the thread's memory of a name, whatever is in it, ``[*shape]``. The tensor it gave before is overwritten."""
+        size, memory = math.prod(shape), self._memory.get(name)
+        if memory is None or len(memory) < size:
+            memory = self._memory[name] = self._like.new_empty(size)
+        return memory[:size].view(shape)
 
 
 def exponential(x: Tensor, out: Tensor | None = None) -> Tensor:

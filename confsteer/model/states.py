@@ -85,6 +85,11 @@ class Recording:
         self._strides = [1 if sample_tokens is None else max(1, tokens // sample_tokens) for tokens in windows.text_tokens]
         self._sampled: dict[int, TokenStates] = {}
 
+    @property
+    def sample_tokens(self) -> int:
+        """Count the tokens of the sample, about: a window may have one more or less."""
+        return sum(tokens // stride for tokens, stride in zip(self.windows.text_tokens, self._strides, strict=True))
+
     def read(
         self,
         on_read: Callable[[int], object] = lambda tokens: None,

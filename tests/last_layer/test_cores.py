@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from confsteer.last_layer.cores import exponential, on_all_cores
+from confsteer.last_layer.cores import Scratch, exponential, on_all_cores
 
 CPU = torch.device("cpu")
 
@@ -48,6 +48,25 @@ def test_an_error_reaches_the_caller_and_the_number_of_threads_is_as_before(bloc
     thread.start()
     thread.join()
     assert [torch.get_num_threads(), *later] == [2, 2]
+
+
+def test_each_thread_gets_its_own_memory_again() -> None:
+    scratch, both, seen = Scratch(torch.empty(0, dtype=torch.float64)), threading.Barrier(2, timeout=30), []
+
+    def work(block: int) -> None:
+        first = scratch.empty("a", 3, 4).fill_(block)
+        both.wait()
+        other, again = scratch.empty("b", 12), scratch.empty("a", 6)
+        # Compare the places while both threads hold them.
+        seen.append((first.data_ptr(), other.data_ptr(), again.data_ptr(), first.dtype, bool((again == block).all())))
+        both.wait()
+
+    on_all_cores(work, range(2), CPU)
+    (first, other, again, dtype, untouched), theirs = seen
+    assert first == again and untouched and dtype == torch.float64
+    assert len({first, other, *theirs[:2]}) == 4
+    large = scratch.empty("a", 2, 50)
+    assert large.shape == (2, 50) and large.data_ptr() == scratch.empty("a", 100).data_ptr()
 
 
 def test_exponentials_are_as_exact_as_their_argument() -> None:
