@@ -63,10 +63,13 @@ def test_each_thread_gets_its_own_memory_again() -> None:
 
     on_all_cores(work, range(2), CPU)
     (first, other, again, dtype, untouched), theirs = seen
-    assert first == again and untouched and dtype == torch.float64
+    assert first == again
+    assert untouched
+    assert dtype == torch.float64
     assert len({first, other, *theirs[:2]}) == 4
     large = scratch.empty("a", 2, 50)
-    assert large.shape == (2, 50) and large.data_ptr() == scratch.empty("a", 100).data_ptr()
+    assert large.shape == (2, 50)
+    assert large.data_ptr() == scratch.empty("a", 100).data_ptr()
 
 
 def test_exponentials_are_as_exact_as_their_argument() -> None:
