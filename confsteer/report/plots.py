@@ -8,6 +8,8 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation
+from matplotlib.transforms import Bbox
 
 from confsteer.discovery.response import monotone_range
 from confsteer.discovery.select import candidates
@@ -27,6 +29,8 @@ STEERINGS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)))
 AnyRow = TypeVar("AnyRow", bound=ComparedRow)
 Measure = Literal["entropy", "loss", "activation"]
+LABELS = 6
+"""Neurons with a label, at most."""
 
 
 def plot_neurons(profile: Profile) -> Figure:
@@ -42,6 +46,7 @@ def plot_neurons(profile: Profile) -> Figure:
     if scanned:
         draw_spectrum(rest[0], profile)
     figure.suptitle(f"{_label(profile.model.id)}, layer {profile.model.layer}: {profile.model.n_neurons:,} neurons")
+    _part_labels(figure)
     return figure
 
 
@@ -84,8 +89,20 @@ def _scatter(axes: Axes, profile: Profile, x: np.ndarray, y: np.ndarray) -> None
     for index, colour, label in kinds:
         if index:
             axes.scatter(x[index], y[index], s=30, color=colour, label=label, zorder=3)
-    for i in entropy[:6]:
+    for i in entropy[:LABELS]:
         axes.annotate(str(profile.model.key(i)), (x[i], y[i]), fontsize="x-small", xytext=(4, 3), textcoords="offset points")
+
+
+def _part_labels(figure: Figure) -> None:
+    """Move labels of neurons that lie on each other below one another."""
+    figure.draw_without_rendering()  # places are known only after the layout
+    for axes in figure.axes:
+        placed: list[Bbox] = []
+        for label in (text for text in axes.texts if isinstance(text, Annotation)):
+            while any(label.get_window_extent().overlaps(other) for other in placed):
+                right, up = label.xyann
+                label.xyann = right, up - 1
+            placed.append(label.get_window_extent())
 
 
 def draw_spectrum(axes: Axes, profile: Profile) -> None:
@@ -113,6 +130,7 @@ def plot_frequency_neurons(profile: Profile) -> Figure:
     )
     axes.legend(fontsize="small")
     figure.suptitle(f"{_label(profile.model.id)}, layer {profile.model.layer}: {profile.model.n_neurons:,} neurons")
+    _part_labels(figure)
     return figure
 
 

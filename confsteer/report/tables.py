@@ -78,8 +78,7 @@ def print_profile(console: TableConsole, profile: Profile) -> None:
         if dial not in profile.response:
             console.table(_neuron_table(f"{kind} neurons (none has a clear sign: no {dial} dial)", neurons, dial))
             continue
-        low, high = profile.reach(dial)
-        console.table(_neuron_table(f"{kind} neurons ({dial} dial: {low:+.2f} to {high:+.2f} nats)", neurons, dial))
+        console.table(_neuron_table(f"{kind} neurons ({dial} dial: {_reach(profile, dial)})", neurons, dial))
         print_dial_effects(console, {dial: example_effects(profile, dial)})
     if layer.other_null_spaces:
         console.print(_null_space_sentence(profile))
@@ -97,6 +96,13 @@ def print_profile(console: TableConsole, profile: Profile) -> None:
         )
 
 
+def _reach(profile: Profile, dial: Dial) -> str:
+    """Write how far a dial reaches; with as many digits as a dial that hardly moves needs."""
+    low, high = profile.reach(dial)
+    form = "+.2f" if max(-low, high) >= 0.05 else "+.1g"
+    return f"{low:{form}} to {high:{form}} nats"
+
+
 def _count(model: ModelIdentity) -> str:
     experts = "" if model.experts is None else f" ({model.experts})"
     return f"{model.n_neurons:,} neurons{experts}"
@@ -106,9 +112,8 @@ def _print_null_direction(console: Console, profile: Profile) -> None:
     """Say of the entropy dial that no neurons are on it, and what it does."""
     from confsteer.profile.dials import example_effects
 
-    low, high = profile.reach("entropy")
     console.print(
-        f"[bold]{MADE_BY_HAND.capitalize()}[/bold] (entropy dial: {low:+.2f} to {high:+.2f} nats). {profile.null_direction}"
+        f"[bold]{MADE_BY_HAND.capitalize()}[/bold] (entropy dial: {_reach(profile, 'entropy')}). {profile.null_direction}"
     )
     print_dial_effects(console, {"entropy": example_effects(profile, "entropy")})
 

@@ -97,7 +97,8 @@ def print_written(console: TableConsole, model: str, compared: WrittenComparison
     )
     console.print(
         f"{escape(model)} on {escape(compared.source)}: {compared.questions:,} questions{truncated}. Answers are the likeliest "
-        f"token by token; {compared.samples} samples of each for self-consistency. Coverage area: 1 less the area under risk and "
+        f"token by token; {compared.samples} samples of each for self-consistency. Cut off: no end within the tokens allowed. "
+        "Empty: nothing in it to compare. Coverage area: 1 less the area under risk and "
         "coverage. AUROC has no value where no answer is right or all are; ECE then says little. ECE of 15 bins; "
         f"± half of the 95 % bootstrap interval over {compared.blocks} {compared.unit}; * differs from neutral by the interval "
         "of the paired difference (green: better, red: worse)."
