@@ -35,8 +35,8 @@ A dial's response differs more between texts than between this sample and its te
 EFFECT_TOKENS = 2048
 """Approximate number of the sample's tokens, a text, on which all neurons are measured. Those that could be selected by them are
 then measured on all tokens."""
-POSITION_SAMPLE = 64
-"""Tokens of each text on which the range of each response curve is found."""
+POSITION_SAMPLE = 256
+"""Tokens of each text on which the range of each response curve is found. By 64, ranges differed by a factor of √2."""
 DIRECTION_SAMPLE = 1024
 """The same for a null direction and its sign. The entropy may be nearly flat along it, and few tokens give the wrong sign."""
 
