@@ -101,4 +101,4 @@ def first_problem(error: ValidationError, *, whole: str, prefix: str = "") -> st
     """
     first = error.errors()[0]
     keys = [prefix, *(str(part) for part in first["loc"] if part != "[key]")]
-    return f"{'.'.join(filter(None, keys))[:80] or whole}: {first['msg']}"
+    return f"{'.'.join(filter(None, keys))[:80] or whole}: {first['msg'].removeprefix('Value error, ')}"

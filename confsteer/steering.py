@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Annotated, Any, Literal, NamedTuple, TypedDict
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator
@@ -283,5 +284,7 @@ def _read_positions(text: str) -> Any:
 
 def _sentence(error: ValidationError) -> str:
     """Say the first problem of a validation error, with the key it is about."""
-    given = repr(error.errors()[0]["input"])
-    return f"{first_problem(error, whole='steering')} (given {given[:60]})"
+    given, problem = repr(error.errors()[0]["input"]), first_problem(error, whole="steering")
+    # Take out the name of the kind of positions, which pydantic puts before the key of the same name.
+    problem = re.sub(r"^positions\.(first|after)\.\1\b", r"positions.\1", problem)
+    return f"{problem} (given {given[:60]})"

@@ -222,7 +222,7 @@ def test_a_neuron_named_as_in_tables_is_refused_with_its_name(profile: Profile) 
         ({"clamp": {"5": [1.0]}}, "clamp.5"),
         ({"positions": "some"}, 'positions: should be all, generated, {"first": N} or {"after": TEXT or token ids}'),
         ({"positions": {"before": "x"}}, "positions: should be all, generated"),
-        ({"positions": {"first": 0}}, "positions.first.first: Input should be greater than or equal to 1"),
+        ({"positions": {"first": 0}}, "positions.first: Input should be greater than or equal to 1"),
         ({"positions": {"first": 1, "after": "x"}}, "positions.first.after: Extra inputs are not permitted"),
         ({"positions": {"after": ""}}, "a marker is 1 to 200 characters, or as many token ids; this one is 0"),
         ({"positions": {"after": [5, -1]}}, "-1 is no token id"),
