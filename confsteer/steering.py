@@ -186,7 +186,7 @@ class Steering(BaseModel):
 
     @classmethod
     def parse(cls, request: Steering | dict[str, Any] | str) -> Steering:
-        """Read a steering from keywords, from JSON, or from the text that `str` gives: ``entropy=0.3 scale.757=0 clamp.760=:2``.
+        """Read a steering from keywords, from JSON, or from the text that `str` gives: ``entropy=0.3 scale.767=0 clamp.760=:2``.
 
         Raises:
             SteeringError: it is malformed. The sentence names the key and what is wrong with it.
@@ -209,7 +209,7 @@ class Steering(BaseModel):
             raise SteeringError(_sentence(error)) from error
 
     def __str__(self) -> str:
-        """Write it as on the command line: ``entropy=+0.3 scale.757=0``, or ``neutral`` if it changes nothing."""
+        """Write it as on the command line: ``entropy=+0.3 scale.767=0``, or ``neutral`` if it changes nothing."""
         parts = [] if self.preset is None else [f"preset={self.preset}"]
         parts += [f"{dial}={getattr(self, dial):+g}" for dial in DIALS if getattr(self, dial) is not None]
         parts += [f"scale.{key}={value:g}" for key, value in self.scale.items()]

@@ -91,7 +91,7 @@ def export(
     if len(files) != len(targets):
         raise click.UsageError("give --to once for each of control-vector and lora")
     if len(steers) > 1 or not (steers or rungs):
-        raise click.UsageError('give --steer once, such as "entropy=0.1 scale.757=0", or --ladder')
+        raise click.UsageError('give --steer once, such as "entropy=0.1 scale.767=0", or --ladder')
     if rungs and (scale_per_nat or "control-vector" not in files):
         raise click.UsageError(
             "--ladder goes with --to control-vector, and without --scale-per-nat, which needs one file for all"

@@ -110,7 +110,7 @@ def bake(chosen: ModelOptions, profile: str, steers: tuple[str, ...], out: Path)
     from confsteer.steering import Steering
 
     if len(steers) != 1:
-        raise click.UsageError('a checkpoint has one steering: give --steer once, such as "entropy=0.1 scale.757=0"')
+        raise click.UsageError('a checkpoint has one steering: give --steer once, such as "entropy=0.1 scale.767=0"')
     steering, found = Steering.parse(steers[0]), confsteer.Profile.load(profile)
     (_bake_gguf if out.suffix.lower() == ".gguf" else _bake_checkpoint)(chosen, found, steering, out)
 

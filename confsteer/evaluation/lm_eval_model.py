@@ -63,7 +63,7 @@ class SteeredLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
                 repository or a folder is named by ``gguf_file=FILE``; its weights are dequantised.
             profile: the model's profile, or a source that `Profile.load` takes. None for an unsteered model.
             steering: a request that `Steering.parse` takes. lm-eval splits ``--model_args`` at commas outside brackets, and the
-                text form (``entropy=0.3 scale.757=0``) has none.
+                text form (``entropy=0.3 scale.767=0``) has none.
             **settings: settings of lm-eval's ``hf`` model.
 
         Raises:
