@@ -86,7 +86,7 @@ def exact_effects(readout: Readout, outputs: FullOutputs, delta: Tensor, unigram
     # Take few tokens, so that they by the vocabulary stay in the cache.
     on_all_cores(evaluate, readout.blocks(len(delta), readout.vocab_size), delta.device)
     effects = sums.effects(unigram.direction[outputs.targets, None])
-    return ExactEffects(effects, slopes, sums.of_whole[:, 3] > sums.of_whole[:, 4], *sums.of_output.unbind(dim=1))
+    return ExactEffects(effects, slopes, sums.argmax_changed, *sums.of_output.unbind(dim=1))
 
 
 class _Sums(NamedTuple):
@@ -107,6 +107,12 @@ class _Sums(NamedTuple):
     def empty(cls, delta: Tensor, n_moves: int) -> _Sums:
         tokens, n = delta.shape
         return cls(delta.new_empty(tokens, n_moves, 4, n), delta.new_empty(tokens, 5, n), delta.new_empty(tokens, 2))
+
+    @property
+    def argmax_changed(self) -> Tensor:
+        """Whether another logit than before is the largest, bool ``[tokens, n_neurons]``."""
+        *_, largest, before = self.of_whole.unbind(dim=1)
+        return largest > before
 
     def effects(self, v_target: Tensor) -> TokenEffects:
         """Compute the effects. `v_target` is ``v`` at the targets, ``[tokens, 1]``."""
