@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from confsteer.model.loading import DEMO_NAME, DEMO_UNIGRAM, load_model
 from confsteer.profile.profile import Profile
@@ -24,7 +25,13 @@ class Demo(NamedTuple):
 
 def load() -> Demo:
     """Load the demonstration model on the CPU, its tokenizer and its shipped profile."""
-    model, tokenizer = load_model(None, device="cpu")
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # nobody waits for so few weights
+    try:
+        model, tokenizer = load_model(None, device="cpu")
+    finally:
+        if shown:
+            logging.enable_progress_bar()
     assert isinstance(model, GPT2LMHeadModel)
     return Demo(model, tokenizer, Profile.load(DEMO_NAME))
 
