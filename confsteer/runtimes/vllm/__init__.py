@@ -53,9 +53,10 @@ def register() -> None:
         if self.model_config is None:
             return  # of no engine, but of a part of vLLM that asks for defaults
         from confsteer.errors import ConfsteerError
-        from confsteer.runtimes.vllm.arguments import ask_for_confsteer
+        from confsteer.runtimes.vllm.arguments import ask_for_confsteer, resembles
 
-        if isinstance(self.additional_config, dict) and "confsteer" in self.additional_config:
+        settings = self.additional_config if isinstance(self.additional_config, dict) else {}
+        if "confsteer" in settings:
             import vllm
 
             from confsteer.runtimes.vllm.release import check_release
@@ -68,6 +69,8 @@ def register() -> None:
                 prepare(self)
             except ValueError as error:  # pydantic would wrap the sentence in one of its own
                 raise ConfsteerError(str(error)) from error
+        elif misspelt := [name for name in settings if resembles(name, "confsteer")]:
+            raise ConfsteerError(f"additional_config: nothing reads {misspelt[0]!r}: write 'confsteer'")
         elif ask_for_confsteer(sys.argv):
             raise ConfsteerError(
                 "the command line asks for confsteer, and the engine's additional_config has come out without it: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -9,6 +10,11 @@ from typing import Any, NamedTuple
 CONFIG_KEY = "confsteer"
 """Key of vLLM's ``additional_config``, and of a request's ``vllm_xargs`` or ``extra_args``."""
 CONFIG_OPTION = "--additional-config"
+
+
+def resembles(name: Any, word: str) -> bool:
+    """Whether a name is `word`, or that misspelt: vLLM takes unknown names and says nothing."""
+    return isinstance(name, str) and bool(difflib.get_close_matches(name.lower(), [word], cutoff=0.8))
 
 
 class Given(NamedTuple):

@@ -113,7 +113,7 @@ def test_a_command_line_that_asks_for_confsteer_is_known_by_its_words(words: lis
 def test_plugins_that_were_chosen_stay_chosen_and_ours_joins_them() -> None:
     chosen = server_command("m", "confsteer-demo", None, [], {"VLLM_PLUGINS": "a,b", "X": "y"}).environment
     assert chosen == {"VLLM_PLUGINS": "a,b,confsteer", "X": "y"}
-    assert server_command("m", "confsteer-demo", None, [], {}).environment["VLLM_PLUGINS"].split(",")[-1] == "confsteer"
+    assert "confsteer" in server_command("m", "confsteer-demo", None, [], {}).environment["VLLM_PLUGINS"].split(",")
 
 
 @pytest.mark.usefixtures("distribution")

@@ -360,6 +360,9 @@ def test_what_cannot_work_is_refused_before_weights_are_loaded(make: Make, tmp_p
         config(subject.model_folder, {"profil": "x"})
     with pytest.raises(ConfsteerError, match=r"additional_config: confsteer\.profile: Input should be a valid string"):
         config(subject.model_folder, {"profile": 3})
+    args = EngineArgs(model=str(subject.model_folder), additional_config={"confster": {"profile": "x"}}, max_model_len=64)
+    with pytest.raises(ConfsteerError, match=r"nothing reads 'confster': write 'confsteer'"):
+        args.create_engine_config()
     with pytest.raises(UnsupportedServerError, match="worker class"):
         config(subject.model_folder, subject.profile_folder, worker_cls="mine.Worker")
 

@@ -60,6 +60,22 @@ def test_anything_else_asks_for_nothing(body: Any) -> None:
     assert steering_in({"vllm_xargs": json.dumps(body)}) is None
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"vllm_xargs": {"confster": "entropy=0.3"}},
+        {"vllm_xargs": {"Confsteer": "entropy=0.3"}},
+        {"vllm_xargs": {"conf_steer": "entropy=0.3", "other": 1}},
+        {"vllm_xarg": {"confsteer": "entropy=0.3"}},
+        {"vllm_args": {"confsteer": "entropy=0.3"}},
+        {"sampling_params": {"extra_args": {"confsteers": "entropy=0.3"}}},
+    ],
+)
+def test_a_misspelt_name_is_refused_because_vllm_would_drop_it(body: Any) -> None:
+    with pytest.raises(SteeringError, match=r"nothing reads a steering in \w+\..*: send \"vllm_xargs\": {\"confsteer\""):
+        steering_in(body)
+
+
 def test_two_steerings_are_refused() -> None:
     two = {"vllm_xargs": {"confsteer": "{}"}, "sampling_params": {"extra_args": {"confsteer": "entropy=0.1"}}}
     with pytest.raises(SteeringError, match=r"two steerings, in vllm_xargs\.confsteer and sampling_params\."):

@@ -88,6 +88,13 @@ def test_what_is_left_unexplained_is_rounding_for_the_right_write_and_most_of_a_
     assert unexplained(model.write + 0.05 * wrong / 20**0.5, seen, model.norm, model.write_gain) > 1e-2
 
 
+@pytest.mark.filterwarnings("error")
+def test_norms_whose_gains_are_parameters_bring_no_warning_to_the_log() -> None:
+    model = Model(centred=True, normed=False)
+    norm = model.norm._replace(gain=torch.nn.Parameter(model.norm.gain))
+    prove(model.outputs(), model.write, norm, None, torch.float32)
+
+
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_whatever_is_wrong_is_said(model: Model, dtype: torch.dtype) -> None:

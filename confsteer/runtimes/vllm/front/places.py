@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from confsteer.errors import SteeringError
-from confsteer.runtimes.vllm.arguments import CONFIG_KEY
+from confsteer.runtimes.vllm.arguments import CONFIG_KEY, resembles
 
 XARGS = ("vllm_xargs", CONFIG_KEY)
 PLACES = (XARGS, ("sampling_params", "extra_args", CONFIG_KEY))
@@ -24,7 +24,7 @@ def steering_in(body: Any) -> Any:
     """Find the steering that a request's body names. None if it names none.
 
     Raises:
-        SteeringError: it is where vLLM would drop it, there are two, or it is an object where vLLM takes text.
+        SteeringError: it is where vLLM would drop it, or misspelt, there are two, or it is an object where vLLM takes text.
     """
     named = dict(_named(body, ()))
     for path, value in named.items():
@@ -48,9 +48,9 @@ def _named(body: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], 
     if not isinstance(body, dict) or len(path) > len(WRAPPERS):
         return
     for name, value in body.items():
-        if name == CONFIG_KEY and value is not None:
+        if resembles(name, CONFIG_KEY) and value is not None:
             yield (*path, name), value
-        elif name in WRAPPERS:
+        elif name in WRAPPERS or resembles(name, XARGS[0]):
             yield from _named(value, (*path, name))
 
 

@@ -77,6 +77,7 @@ def prove(outputs: ProofOutputs, write: Tensor, norm: NormParameters, write_gain
     return left
 
 
+@torch.no_grad()
 def unexplained(write: Tensor, outputs: Tensor, norm: NormParameters, write_gain: Tensor | None) -> float:
     """Compute the share of `write` that is outside the span of the outputs, the median over tokens.
 
