@@ -64,6 +64,8 @@ def test_anything_else_asks_for_nothing(body: Any) -> None:
     "body",
     [
         {"vllm_xargs": {"confster": "entropy=0.3"}},
+        {"vllm_xargs": {"entropy": 0.3}},
+        {"sampling_params": {"extra_args": {"unigram": "0.3"}}},
         {"vllm_xargs": {"Confsteer": "entropy=0.3"}},
         {"vllm_xargs": {"conf_steer": "entropy=0.3", "other": 1}},
         {"vllm_xarg": {"confsteer": "entropy=0.3"}},
@@ -71,7 +73,7 @@ def test_anything_else_asks_for_nothing(body: Any) -> None:
         {"sampling_params": {"extra_args": {"confsteers": "entropy=0.3"}}},
     ],
 )
-def test_a_misspelt_name_is_refused_because_vllm_would_drop_it(body: Any) -> None:
+def test_a_misspelt_or_misplaced_name_is_refused_because_vllm_would_drop_it(body: Any) -> None:
     with pytest.raises(SteeringError, match=r"nothing reads a steering in \w+\..*: send \"vllm_xargs\": {\"confsteer\""):
         steering_in(body)
 

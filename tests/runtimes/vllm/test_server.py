@@ -351,6 +351,7 @@ def test_a_window_is_kept_and_refused_of_beams(server: Server) -> None:
         ({"extra_args": {"confsteer": "entropy=0.3"}}, "in extra_args.confsteer:"),
         ({"extra_body": {"vllm_xargs": {"confsteer": "entropy=0.3"}}}, "in extra_body.vllm_xargs.confsteer:"),
         ({"vllm_xargs": {"confster": "entropy=0.3"}}, "in vllm_xargs.confster:"),
+        ({"vllm_xargs": {"entropy": 0.3}}, "in vllm_xargs.entropy:"),
         ({"vllm_xarg": {"confsteer": "entropy=0.3"}}, "in vllm_xarg.confsteer:"),
         ({"vllm_xargs": {"confsteer": {"entropy": 0.3}}}, r'send "confsteer": "{\"entropy\": 0.3}"'),
     ],

@@ -8,6 +8,7 @@ from typing import Any
 
 from confsteer.errors import SteeringError
 from confsteer.runtimes.vllm.arguments import CONFIG_KEY, resembles
+from confsteer.steering import DIALS
 
 XARGS = ("vllm_xargs", CONFIG_KEY)
 PLACES = (XARGS, ("sampling_params", "extra_args", CONFIG_KEY))
@@ -48,7 +49,9 @@ def _named(body: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], 
     if not isinstance(body, dict) or len(path) > len(WRAPPERS):
         return
     for name, value in body.items():
-        if resembles(name, CONFIG_KEY) and value is not None:
+        # A dial beside our key is one that was meant to be within it.
+        misplaced = name in DIALS and path[-1:] in (("vllm_xargs",), ("extra_args",))
+        if (resembles(name, CONFIG_KEY) or misplaced) and value is not None:
             yield (*path, name), value
         elif name in WRAPPERS or resembles(name, XARGS[0]):
             yield from _named(value, (*path, name))
