@@ -343,6 +343,8 @@ def main(only: tuple[str, ...]) -> None:
     """Dissect a tiny model of every type, or of those named."""
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
+    if unknown := sorted(set(only) - {model_type for _, model_type, _ in types()}):
+        raise click.BadParameter(f"transformers {transformers.__version__} has no language model of type {', '.join(unknown)}")
     rows = []
     for kind, model_type, auto in types():
         if not only or model_type in only:

@@ -53,7 +53,10 @@ def read_norm(norm: nn.Module, d_model: int) -> NormParameters:
     if nearest is not None:
         gain, centred = nearest
         return NormParameters(gain.clone(), None if bias is None else bias.float().clone(), epsilon, centred)
-    raise UnsupportedModelError(f"the final norm {type(norm).__name__} is neither a LayerNorm nor an RMSNorm")
+    raise UnsupportedModelError(
+        f"the norm {type(norm).__name__} computes neither a LayerNorm nor an RMSNorm of its weight, its bias and its eps (or "
+        "variance_epsilon)"
+    )
 
 
 def output_weights(projection: nn.Module) -> Tensor:

@@ -174,7 +174,9 @@ def _search(base: PreTrainedModel, unembedding: nn.Module) -> Places:
     if experts := find_experts(last_layer, name):
         norms = [call.path for call in calls if _is_norm(call.module) and not call.path.startswith(f"{element}.")]
         if not norms:
-            raise UnsupportedModelError(f"{name} has no final norm: there is none between its last layer and its unembedding")
+            raise UnsupportedModelError(
+                f"{name} has no final norm: no module whose class has norm in its name runs before its unembedding"
+            )
         return Places(layers, int(layer), len(stack), experts, norms[-1], norm_after(last_layer))
     down_proj, final_norm, write_norm = _around_mlp(base, element, calls)
     return Places(layers, int(layer), len(stack), down_proj, final_norm, write_norm)
@@ -195,7 +197,8 @@ def _around_mlp(base: PreTrainedModel, element: str, calls: Sequence[_Call]) -> 
     norms = [call for call in after if _is_norm(call.module)]
     if not norms:
         raise UnsupportedModelError(
-            f"{base.config.model_type} has no final norm: there is none between its last MLP and its unembedding"
+            f"{base.config.model_type} has no final norm: no module whose class has norm in its name runs between its last MLP "
+            "and its unembedding"
         )
     _refuse_more(base, element, projection, [call for call in after if _is_linear(call.module)])
     write_norm = next((norm for norm in norms[:-1] if norm.path.startswith(f"{element}.") and _same(norm, projection)), None)

@@ -174,8 +174,13 @@ def _forward(
     """
     check_ids(input_ids, anatomy.vocab_size)
     with _unsteered(anatomy):
-        # The body alone: the unembedding of every position is not needed here.
-        return _pass(model.base_model, model, anatomy, input_ids, attention_mask, **further)
+        return _pass(_body(model, anatomy), model, anatomy, input_ids, attention_mask, **further)
+
+
+def _body(model: PreTrainedModel, anatomy: Anatomy) -> nn.Module:
+    """Find the least of a model that runs its final norm: without the unembedding, which not every position needs."""
+    body: nn.Module = model.base_model
+    return body if anatomy.final_norm in set(body.modules()) else without_compiler(model)
 
 
 def _pass(
@@ -272,7 +277,7 @@ def check_closed_form(
     mask, device, further = torch.ones_like(ids), readout.unembedding.device, {**inputs, "use_cache": False}
     check_ids(ids, anatomy.vocab_size)
     with eagerly(), _unsteered(anatomy):
-        states, _ = _pass(model.base_model, model, anatomy, ids, mask, **further)
+        states, _ = _pass(_body(model, anatomy), model, anatomy, ids, mask, **further)
         # Of a long window with images all logits would be gigabytes.
         few = inputs and "logits_to_keep" in signature(unwrap(model).forward).parameters
         last = {"logits_to_keep": CHECKED_TOKENS} if few else {}
@@ -305,7 +310,7 @@ def check_closed_form(
             "weights and calibrate those"
         )
     if isinstance(anatomy, MixtureAnatomy):
-        error = writes_error(anatomy, lambda: _run(model.base_model, model, ids, mask, **further), counted)
+        error = writes_error(anatomy, lambda: _run(_body(model, anatomy), model, ids, mask, **further), counted)
     else:
         error = relative_error(*_push(model, anatomy, states, counted, ids, mask, **further))
     if not error < tolerance:
@@ -331,7 +336,7 @@ def _check_seen(
     """
     # Neither black nor white: padding may be known by that.
     other = {name: 0.5 * value + 0.3 if value.is_floating_point() else value for name, value in inputs.items()}
-    changed, _ = _pass(model.base_model, model, anatomy, ids, mask, **other, use_cache=False)
+    changed, _ = _pass(_body(model, anatomy), model, anatomy, ids, mask, **other, use_cache=False)
     if torch.equal(changed.residual, states.residual):
         raise UnsupportedModelError(
             f"{unwrap(model).config.model_type} does not take what the processor gives it with an image ({', '.join(inputs)}): "
@@ -359,7 +364,7 @@ def _push(
 
     handle = projection.register_forward_pre_hook(push, prepend=True)
     try:
-        after, _ = _pass(model.base_model, model, anatomy, ids, mask, **further)
+        after, _ = _pass(_body(model, anatomy), model, anatomy, ids, mask, **further)
     finally:
         handle.remove()
     moved = (after.residual.float() - states.residual.float())[counted]

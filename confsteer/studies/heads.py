@@ -232,5 +232,8 @@ def _output_projection(layer: nn.Module, model_type: str) -> nn.Module:
     attention = [m for name, m in layer.named_children() if "attn" in name or "attention" in name]
     linear = [m for module in attention for m in module.modules() if isinstance(m, nn.Linear | Conv1D)]
     if not linear:
-        raise UnsupportedModelError(f"{model_type}: no attention was found in its layers ({type(layer).__name__})")
+        raise UnsupportedModelError(
+            f"{model_type}: no attention was found in its layers ({type(layer).__name__}): no part with attn or attention in its "
+            "name has a linear layer"
+        )
     return linear[-1]

@@ -221,8 +221,15 @@ def test_norms_are_read_by_what_they_compute() -> None:
     torch.testing.assert_close(read.gain, layer_norm.weight)
     rms_norm = nn.RMSNorm(16, eps=1e-5)
     assert not read_norm(rms_norm, 16).centred
-    with pytest.raises(UnsupportedModelError, match="OddNorm"):
+    with pytest.raises(UnsupportedModelError, match=r"OddNorm .* of its weight, its bias and its eps \(or variance_epsilon\)"):
         read_norm(OddNorm(), 16)
+
+
+def test_a_norm_is_known_by_the_name_of_its_class() -> None:
+    model = tiny_model("llama", config_of("llama"))
+    model.model.norm.__class__ = type("Scaled", (LlamaRMSNorm,), {})
+    with pytest.raises(UnsupportedModelError, match="no module whose class has norm in its name runs between its last MLP"):
+        dissect(model)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -9,6 +9,7 @@ import logging
 import os
 from types import ModuleType
 
+import click
 import pytest
 import transformers
 
@@ -35,6 +36,11 @@ def test_the_readme_and_the_page_say_what_the_table_says(census: ModuleType) -> 
     assert census.page(rows, versions) == (ROOT / "eval" / "census.md").read_text()
     assert not [row for row in rows if row.verdict == "crash"]
     assert sum(row.verdict == "unbuilt" for row in rows) < 15
+
+
+def test_a_type_that_transformers_does_not_have_is_refused(census: ModuleType) -> None:
+    with pytest.raises(click.BadParameter, match="no language model of type lama"):
+        census.main(["lama", "llama"], standalone_mode=False)
 
 
 def test_architectures_are_dissected_as_the_table_says(census: ModuleType, caplog: pytest.LogCaptureFixture) -> None:

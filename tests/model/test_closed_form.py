@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import confsteer
 from confsteer import Steering, SteeringError, UnsupportedModelError
@@ -88,6 +90,28 @@ def test_a_hook_that_writes_into_the_activations_is_noticed(mode: Any) -> None:
         check_closed_form(found.model, anatomy, IDS)
     handle.remove()
     check_closed_form(found.model, anatomy, IDS)
+
+
+class NormInHead(LlamaForCausalLM):
+    """A Llama whose body ends before its final norm."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)  # type: ignore[no-untyped-call]
+        self.final_norm, self.model.norm = self.model.norm, nn.Identity()
+
+    def forward(self, **inputs: Any) -> CausalLMOutputWithPast:
+        body = self.model(**inputs)
+        logits = self.lm_head(self.final_norm(body.last_hidden_state))
+        return CausalLMOutputWithPast(logits=logits, past_key_values=body.past_key_values)
+
+
+@pytest.mark.parametrize("measure", ["calibrate", "evaluate", "choices"])
+def test_a_final_norm_outside_the_body_is_run(measure: str) -> None:
+    found = copied()
+    model: Any = NormInHead(found.model.config)
+    names = {"model.norm.weight": "final_norm.weight"}
+    model.load_state_dict({names.get(name, name): weight for name, weight in found.model.state_dict().items()})
+    assert MEASURED[measure](found._replace(model=model.eval())) == MEASURED[measure](found)
 
 
 def adapted(model: Any, targets: Sequence[str], **settings: Any) -> Any:
