@@ -37,7 +37,8 @@ ROWS_PER_CHUNK = 8192
 WORKING_SET = 2**23
 """Elements of the largest temporary tensors over the vocabulary (32 MiB in float32). There are about twenty such tensors."""
 CACHED_SET = 2**19
-"""Elements of temporary tensors in elementwise work (1 MiB in float32). Work in a core's cache is ten times faster."""
+"""Elements of temporary tensors in elementwise work (2 MiB in float32). Work in a core's cache is ten times faster. But each call
+of torch takes Python's lock, for which other cores wait: smaller blocks cost more in calls than they save."""
 CACHED_ROWS = 1024
 """Rows of the unembedding in a product, on a CPU."""
 LAUNCHED_SET = 2**24

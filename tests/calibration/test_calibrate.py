@@ -105,6 +105,18 @@ def test_a_sample_decides_what_is_looked_at_and_all_tokens_what_is_reported(monk
             assert sampled.dial_position(dial, change) == pytest.approx(found.profile.dial_position(dial, change), rel=0.1)
 
 
+def test_effects_of_all_neurons_are_of_every_so_manyth_token_of_the_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = planted("llama")
+    assert found.profile.corpus is not None
+    tokens = found.profile.corpus.kept_tokens
+    monkeypatch.setattr("confsteer.calibration.stages.EFFECT_TOKENS", tokens // 3)
+    sampled = confsteer.calibrate(found.model, found.tokenizer, found.texts, window=64, source="zipf")
+    counts = sampled.columns["effect_tokens"]
+    assert {int(count) for count in counts.unique()} == {-(-tokens // 3), tokens}
+    assert sampled.entropy_neurons == found.profile.entropy_neurons
+    assert sampled.response == found.profile.response  # which is of the whole sample
+
+
 @pytest.mark.parametrize("dial", DIALS)
 def test_a_dial_does_what_it_was_asked_when_the_model_runs(found: Planted, dial: Dial) -> None:
     """On the calibration text itself the only error is interpolation: within 3 % of the change asked for."""
