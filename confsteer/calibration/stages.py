@@ -133,7 +133,7 @@ def measure_activations(passes: Passes, layer: FoldedLayer, identity: ModelIdent
 def measure_sample(passes: Passes, layer: FoldedLayer, moments: GroupMoments) -> Sample:
     """Measure the effect of setting each neuron of the layer to its mean, on the sample."""
     mean, means = moments.mean.to(layer.device), GroupEffectMeans(layer.experts, layer.readout.n_neurons)
-    stride = max(1, passes.sample_tokens // (EFFECT_TOKENS * passes.texts))
+    stride = max(1, round(passes.sample_tokens / (EFFECT_TOKENS * passes.texts)))
     at_least = layer.at_once * stride
     for batch, move_to in passes.over("effects", means, label="2/4 all neurons", at_least=at_least, sample=True):
         batch = batch.at(torch.arange(0, len(batch.targets), stride, device=layer.device))
