@@ -352,6 +352,7 @@ def test_a_window_is_kept_and_refused_of_beams(server: Server) -> None:
         ({"extra_body": {"vllm_xargs": {"confsteer": "entropy=0.3"}}}, "in extra_body.vllm_xargs.confsteer:"),
         ({"vllm_xargs": {"confster": "entropy=0.3"}}, "in vllm_xargs.confster:"),
         ({"vllm_xargs": {"entropy": 0.3}}, "in vllm_xargs.entropy:"),
+        ({"sampling_params": {"extra_args": {"confster": "entropy=0.3"}}}, "in sampling_params.extra_args.confster:"),
         ({"vllm_xarg": {"confsteer": "entropy=0.3"}}, "in vllm_xarg.confsteer:"),
         ({"vllm_xargs": {"confsteer": {"entropy": 0.3}}}, r'send "confsteer": "{\"entropy\": 0.3}"'),
     ],

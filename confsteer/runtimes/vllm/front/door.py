@@ -27,7 +27,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from confsteer.runtimes.vllm.arguments import CONFIG_KEY
 from confsteer.runtimes.vllm.front.admission import admission_to
-from confsteer.runtimes.vllm.front.places import XARGS
+from confsteer.runtimes.vllm.front.places import HOLDERS
 
 _asked: ContextVar[Any] = ContextVar("confsteer_asked")
 """The steering, or None, that the client asked for in the request being answered. Not set if there is no client."""
@@ -148,7 +148,7 @@ async def _read(receive: Any) -> tuple[bytes, Any]:
 async def _parsed(scope: Any, body: bytes) -> Any:
     """Read a body as vLLM does. None if it cannot be read, or cannot name a steering."""
     # Parse it before searching: JSON may have any character as an escape, and may be in UTF-16 or UTF-32.
-    words = (CONFIG_KEY.encode(), XARGS[0].encode(), b"\\u00")
+    words = (CONFIG_KEY.encode(), *(name.encode() for name in HOLDERS), b"\\u00")
     if all(word not in body for word in words) and b"\0" not in body[:4]:
         return None
     request = Request(scope, _replay(body))

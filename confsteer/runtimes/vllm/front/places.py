@@ -13,6 +13,8 @@ from confsteer.steering import DIALS
 XARGS = ("vllm_xargs", CONFIG_KEY)
 PLACES = (XARGS, ("sampling_params", "extra_args", CONFIG_KEY))
 """Right places: for most clients, and for a client that sends tokens and whole ``SamplingParams``, as Python does."""
+HOLDERS = tuple(place[-2] for place in PLACES)
+"""Fields that hold our key in its right places."""
 WRAPPERS = ("vllm_xargs", "extra_args", "extra_body", "sampling_params")
 """Fields to search for a steering: the right place, or one that is easily confused with it."""
 HOW = (
@@ -50,7 +52,7 @@ def _named(body: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], 
         return
     for name, value in body.items():
         # A dial beside our key is one that was meant to be within it.
-        misplaced = name in DIALS and path[-1:] in (("vllm_xargs",), ("extra_args",))
+        misplaced = name in DIALS and bool(path) and path[-1] in HOLDERS
         if (resembles(name, CONFIG_KEY) or misplaced) and value is not None:
             yield (*path, name), value
         elif name in WRAPPERS or resembles(name, XARGS[0]):
