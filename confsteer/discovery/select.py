@@ -127,7 +127,7 @@ def _frequency_criteria(effects: NeuronEffects, cosine: Tensor, chance_cosine: f
     return {
         f"|cosine| > {chance_cosine:.3f}": cosine.abs() > chance_cosine,
         f"effect %ile ≥ {HIGH_PERCENTILE:.0f}": _at_high_percentile(effects.frequency, max(errors, 0)),
-        f"share > {MIN_UNIGRAM_SHARE:.2f}": (_above(effects.frequency_mediation, MIN_UNIGRAM_SHARE, errors)),
+        f"share > {MIN_UNIGRAM_SHARE:.2f}": _above(effects.frequency_mediation, MIN_UNIGRAM_SHARE, errors),
     }
 
 
