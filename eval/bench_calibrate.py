@@ -27,7 +27,8 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from confsteer.discovery.effects import PAIRS_ABOVE, ablation_effects
-from confsteer.discovery.exact import TokenEffects, exact_effects
+from confsteer.discovery.exact import ExactAblation
+from confsteer.discovery.token_effects import TokenEffects
 from confsteer.last_layer.readout import FullOutputs, Readout
 from confsteer.last_layer.states import TokenStates
 from confsteer.last_layer.unigram import Unigram
@@ -204,8 +205,8 @@ def compare(shape: Shape, model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizer
         direct_seconds = (time.perf_counter() - start) / len(slow) * readout.n_neurons
         few = states._replace(activations=states.activations[:, chosen])
         start = time.perf_counter()
-        delta, some = mean[chosen] - few.activations, readout.select(chosen)
-        parts = [exact_effects(some, out, delta[rows], unigram).effects for out, rows in FullOutputs.stream(readout, few)]
+        delta, ablation = mean[chosen] - few.activations, ExactAblation(readout.select(chosen), unigram)
+        parts = [ablation.effects(out, delta[rows]).effects for out, rows in FullOutputs.stream(readout, few)]
         closed = TokenEffects(*map(torch.cat, zip(*parts, strict=True)))
         closed_seconds = (time.perf_counter() - start) / len(chosen) * readout.n_neurons
         wide = double(*arguments)

@@ -34,9 +34,9 @@ from confsteer import Profile, demo
 from confsteer.calibration import stages
 from confsteer.calibration.calibrate import calibrate
 from confsteer.discovery import groups, streaming
-from confsteer.discovery.exact import TokenEffects, TokenSlopes
 from confsteer.discovery.response import ResponseCurve
 from confsteer.discovery.streaming import ActivationMoments, EffectMeans, ExactEffectMeans, NeuronEffects
+from confsteer.discovery.token_effects import TokenEffects, TokenSlopes
 from confsteer.last_layer.readout import FullOutputs
 from confsteer.model.loading import DEMO_UNIGRAM, load_model
 from confsteer.text.counts import read_counts

@@ -247,7 +247,7 @@ def test_bad_input_is_a_sentence_and_a_code(folder: Path, tmp_path: Path, argume
     assert not (tmp_path / "p").exists(), "nothing is written when something is wrong"
 
 
-@pytest.mark.parametrize("stage", ["discovery.streaming.exact_effects", "calibration.stages.ablation_effects"])
+@pytest.mark.parametrize("stage", ["discovery.exact.ExactAblation.effects", "calibration.stages.ablation_effects"])
 def test_interrupted_calibration_leaves_nothing_behind(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:

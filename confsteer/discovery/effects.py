@@ -36,10 +36,10 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from confsteer.discovery.exact import TokenEffects, TokenSlopes
 from confsteer.discovery.moments import Moments, Tokens, tokens_at_once
 from confsteer.discovery.pairs import evaluate_pairs
 from confsteer.discovery.second_order import AtTarget, SecondOrder
+from confsteer.discovery.token_effects import TokenEffects, TokenSlopes
 from confsteer.last_layer.readout import Readout
 from confsteer.last_layer.states import TokenStates
 from confsteer.last_layer.unigram import Unigram

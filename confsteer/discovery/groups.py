@@ -18,7 +18,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from confsteer.discovery.exact import TokenEffects, TokenSlopes
 from confsteer.discovery.streaming import (
     ActivationMoments,
     EffectMeans,
@@ -27,6 +26,7 @@ from confsteer.discovery.streaming import (
     ReportedEffects,
     WithError,
 )
+from confsteer.discovery.token_effects import TokenEffects, TokenSlopes
 from confsteer.last_layer.experts import Experts, Part, parts
 from confsteer.last_layer.readout import FullOutputs, Readout
 from confsteer.last_layer.states import TokenStates

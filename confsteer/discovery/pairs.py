@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from confsteer.discovery.exact import TokenEffects
 from confsteer.discovery.moments import Moments, Tokens
 from confsteer.discovery.second_order import AtTarget, SecondOrder
+from confsteer.discovery.token_effects import TokenEffects
 from confsteer.last_layer.cores import on_all_cores
 from confsteer.last_layer.readout import WORKING_SET, Move, Readout
 from confsteer.last_layer.unigram import Unigram

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from confsteer.discovery.exact import TokenEffects
 from confsteer.discovery.moments import Moments
+from confsteer.discovery.token_effects import TokenEffects
 from confsteer.last_layer.readout import Move, Readout
 
 

@@ -9,7 +9,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from confsteer.discovery.exact import ExactEffects, TokenEffects, TokenSlopes, exact_effects
+from confsteer.discovery.exact import ExactAblation, ExactEffects
+from confsteer.discovery.token_effects import TokenEffects, TokenSlopes
 from confsteer.last_layer.readout import FullOutputs, Readout
 from confsteer.last_layer.states import join_rows
 from confsteer.last_layer.unigram import Unigram
@@ -273,9 +274,11 @@ class ExactEffectMeans:
             mean: activations that ablation sets neurons to, for all neurons, ``[n_neurons]``.
             unigram: the corpus's unigram distribution.
         """
-        self._neurons, self._mean, self._unigram = neurons, mean[neurons], unigram
-        self._readout = readout.select(neurons)
-        self._before_cap = None if readout.softcap is None else dataclasses.replace(self._readout, softcap=None)
+        self._neurons, self._mean, own = neurons, mean[neurons], readout.select(neurons)
+        self._ablation = ExactAblation(own, unigram)
+        self._uncapped = None
+        if own.softcap is not None:
+            self._uncapped = ExactAblation(dataclasses.replace(own, softcap=None), unigram)
         self._means, self._uncapped_means = EffectMeans(len(neurons)), EffectMeans(len(neurons))
         self._changed = torch.zeros(len(neurons), dtype=torch.float64)
         self._unsteered = torch.zeros(2, dtype=torch.float64)
@@ -285,17 +288,17 @@ class ExactEffectMeans:
     def evaluate(self, outputs: FullOutputs, activations: Tensor) -> None:
         """Evaluate the next tokens of a batch, with activations ``[tokens, n_neurons]`` of all neurons."""
         delta = self._mean.float() - activations[:, self._neurons].float()
-        exact = exact_effects(self._readout, outputs, delta, self._unigram)
+        exact = self._ablation.effects(outputs, delta)
         self._waiting.append(exact)
         self._unsteered += torch.stack([exact.entropy, exact.loss]).double().sum(dim=1).cpu()
-        if self._before_cap is not None:
-            self._waiting_uncapped.append(exact_effects(self._before_cap, outputs, delta, self._unigram).effects)
+        if self._uncapped is not None:
+            self._waiting_uncapped.append(self._uncapped.effects(outputs, delta).effects)
 
     def update(self, window: Tensor, *, among: Tensor | None = None) -> None:
         """Add the tokens evaluated since the last call. `window` and `among` are as in `EffectMeans.update`."""
         if not self._waiting:
             self._waiting = [ExactEffects.of_no_tokens(len(self._neurons), window.device)]
-            self._waiting_uncapped = [] if self._before_cap is None else [self._waiting[0].effects]
+            self._waiting_uncapped = [] if self._uncapped is None else [self._waiting[0].effects]
         effects, slopes, changed, *_ = zip(*self._waiting, strict=True)
         self._means.update(join_rows(effects), window, join_rows(slopes), among=among)
         if self._waiting_uncapped:
@@ -317,7 +320,7 @@ class ExactEffectMeans:
         """The averages over all tokens so far."""
         return ReportedEffects(
             effects=self._means.result(),
-            uncapped=None if self._before_cap is None else self._uncapped_means.result(),
+            uncapped=None if self._uncapped is None else self._uncapped_means.result(),
             argmax_changed=self._changed / self._means.count,
             entropy=float(self._unsteered[0]) / self._means.count,
             loss=float(self._unsteered[1]) / self._means.count,

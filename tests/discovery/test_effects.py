@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from confsteer.discovery.effects import ablation_effects
-from confsteer.discovery.exact import TokenEffects, exact_effects
+from confsteer.discovery.exact import ExactAblation
 from confsteer.discovery.frequency import frequency_cosine
 from confsteer.discovery.streaming import ActivationMoments, EffectMeans
+from confsteer.discovery.token_effects import TokenEffects
 from confsteer.last_layer.readout import FullOutputs, NormParameters, Readout
 from confsteer.last_layer.states import TokenStates
 from confsteer.last_layer.unigram import Unigram
@@ -150,7 +151,7 @@ def test_exact_effects_equal_the_definition(kind: dict[str, Any]) -> None:
     readout = random_readout(**kind)
     states, mean, unigram = random_states(readout, tokens=20), random_mean(readout), random_unigram(readout.vocab_size)
     ((outputs, _),) = FullOutputs.stream(readout, states)
-    effects = exact_effects(readout, outputs, mean - states.activations, unigram)
+    effects = ExactAblation(readout, unigram).effects(outputs, mean - states.activations)
     for ours, theirs in zip(effects.effects, by_definition(readout, states, mean, unigram), strict=True):
         torch.testing.assert_close(ours.double(), theirs, atol=5e-6, rtol=1e-5)
 
@@ -242,7 +243,7 @@ def test_chunking_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     states, mean, unigram = random_states(readout), random_mean(readout), random_unigram(readout.vocab_size)
     whole, _ = ablation_effects(readout, states, mean, unigram)
     ((outputs, _),) = FullOutputs.stream(readout, states)
-    exact = exact_effects(readout, outputs, mean - states.activations, unigram)
+    exact = ExactAblation(readout, unigram).effects(outputs, mean - states.activations)
     for module in ("last_layer.readout", "discovery.moments"):
         monkeypatch.setattr(f"confsteer.{module}.WORKING_SET", 7 * readout.vocab_size)
     monkeypatch.setattr("confsteer.last_layer.readout.CACHED_SET", 5 * 64)
@@ -251,7 +252,7 @@ def test_chunking_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
     chunks = list(FullOutputs.stream(readout, states))
     assert len(chunks) > 1
-    in_chunks = [exact_effects(readout, out, mean - states.activations[rows], unigram) for out, rows in chunks]
+    in_chunks = [ExactAblation(readout, unigram).effects(out, mean - states.activations[rows]) for out, rows in chunks]
     for one, parts_of_it in zip(exact.effects, zip(*(part.effects for part in in_chunks), strict=True), strict=True):
         # Sums over the vocabulary are taken in another order.
         torch.testing.assert_close(one, torch.cat(parts_of_it), atol=5e-6, rtol=1e-5)
@@ -285,7 +286,7 @@ def test_effects_equal_running_the_model_with_the_neuron_replaced(family: TinyFa
     unigram = random_unigram(VOCAB)
     effects, _ = ablation_effects(readout, states, mean, unigram, pairs_above=-1.0)
     ((outputs, _),) = FullOutputs.stream(readout, states)
-    changed = exact_effects(readout, outputs, mean - states.activations, unigram).argmax_changed
+    changed = ExactAblation(readout, unigram).effects(outputs, mean - states.activations).argmax_changed
     f = unigram.log_frequency.exp()
     for i in (0, 3, anatomy.n_neurons - 1):
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from confsteer.discovery import moments
 from confsteer.discovery.effects import ablation_effects
-from confsteer.discovery.exact import exact_effects
+from confsteer.discovery.exact import ExactAblation
 from confsteer.discovery.pairs import Points
 from confsteer.last_layer.readout import FullOutputs, NormParameters, Readout
 from confsteer.last_layer.states import TokenStates
@@ -102,7 +102,8 @@ def test_neuron_means_are_within_half_a_percent_of_exact(
     monkeypatch.setattr(moments, "has_fast_bfloat16", lambda device: half)
     fast, slopes = ablation_effects(readout, states, mean, unigram)
     exact = [
-        exact_effects(readout, out, mean - states.activations[rows], unigram) for out, rows in FullOutputs.stream(readout, states)
+        ExactAblation(readout, unigram).effects(out, mean - states.activations[rows])
+        for out, rows in FullOutputs.stream(readout, states)
     ]
     for name, ours in fast._asdict().items():
         theirs = torch.cat([getattr(part.effects, name) for part in exact]).double().abs().mean(0)
@@ -139,7 +140,7 @@ def test_two_threads_find_what_one_finds() -> None:
         for threads in (1, 2):
             torch.set_num_threads(threads)
             exact = [
-                exact_effects(readout, out, mean - states.activations[rows], unigram)
+                ExactAblation(readout, unigram).effects(out, mean - states.activations[rows])
                 for out, rows in FullOutputs.stream(readout, states)
             ]
             found.append((*ablation_effects(readout, states, mean, unigram), *(part.effects for part in exact)))

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from confsteer.discovery import series
+from confsteer.discovery.exact import ExactAblation
+from confsteer.discovery.series import Series
+from confsteer.discovery.token_effects import Sums, TokenEffects, TokenSlopes
+from confsteer.last_layer.readout import FullOutputs, Readout
+from confsteer.last_layer.unigram import Unigram
+from tests.discovery.test_effects import by_definition, random_mean, random_readout, random_states, random_unigram
+
+VOCAB = 1500
+TOKENS, NEURONS = 20, 12
+BIASED = pytest.mark.parametrize("bias", [False, True])
+
+
+def problem(bias: bool, scale: float) -> tuple[Readout, FullOutputs, Tensor, Unigram, TokenEffects]:
+    """A layer, the outputs of some tokens, what ablation adds to the activations, and its effects by definition."""
+    readout = random_readout(centred=bias, bias=bias, vocab=VOCAB, neurons=NEURONS)
+    states, mean, unigram = random_states(readout, TOKENS, scale), random_mean(readout), random_unigram(VOCAB)
+    ((outputs, _),) = FullOutputs.stream(readout, states)
+    return readout, outputs, mean - states.activations, unigram, by_definition(readout, states, mean, unigram)
+
+
+def sum_series(readout: Readout, outputs: FullOutputs, delta: Tensor, unigram: Unigram) -> tuple[Sums, Tensor]:
+    """Sums by the series alone, and which of them it calls good."""
+    moves, slopes = readout.move(outputs.state, delta), TokenSlopes(torch.empty_like(delta), torch.empty_like(delta))
+    sums = Sums.empty(delta, len(moves.write))
+    good = Series(readout, readout.w_out @ readout.unembedding.T, unigram).sum(outputs, moves, sums, slopes)
+    return sums, good
+
+
+@BIASED
+@pytest.mark.parametrize(("scale", "least", "most"), [(0.1, 0.9, 1), (0.5, 0.3, 0.95), (3, 0, 0.3)])
+def test_a_pair_called_good_is_within_the_tolerance(bias: bool, scale: float, least: float, most: float) -> None:
+    readout, outputs, delta, unigram, exact = problem(bias, scale)
+    sums, good = sum_series(readout, outputs, delta, unigram)
+    assert least <= float(good.double().mean()) <= most
+    effects = sums.effects(unigram.direction[outputs.targets, None])
+    for name, ours, theirs in zip(effects._fields, effects, exact, strict=True):
+        tolerance = series.HELD_TOLERANCE if name == "loss_without_frequency" else series.TOLERANCE
+        torch.testing.assert_close(ours.double()[good], theirs[good], atol=tolerance, rtol=0, msg=name)
+
+
+@BIASED
+@pytest.mark.parametrize("scale", [0.1, 0.5, 3])
+def test_all_pairs_equal_the_definition(bias: bool, scale: float) -> None:
+    readout, outputs, delta, unigram, exact = problem(bias, scale)
+    result = ExactAblation(readout, unigram).effects(outputs, delta)
+    for ours, theirs in zip(result.effects, exact, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, atol=1e-5, rtol=1e-5)
+
+
+@BIASED
+def test_the_series_ends_where_taylor_says(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the check of the remainder the same pairs are wrong, so the test above can fail."""
+    readout, outputs, delta, unigram, exact = problem(bias, 3)
+    monkeypatch.setattr(series, "TOLERANCE", float("inf"))
+    monkeypatch.setattr(series, "HELD_TOLERANCE", float("inf"))
+    sums, _ = sum_series(readout, outputs, delta, unigram)
+    assert (sums.effects(unigram.direction[outputs.targets, None]).entropy - exact.entropy).abs().nan_to_num(1).max() > 0.1
+
+
+@BIASED
+@pytest.mark.parametrize("scale", [0.1, 1])
+def test_slopes_and_argmax_equal_those_of_exponentials(bias: bool, scale: float) -> None:
+    readout, outputs, delta, unigram, _ = problem(bias, scale)
+    ablation = ExactAblation(readout, unigram)
+    by_series = ablation.effects(outputs, delta)
+    ablation._series = None
+    by_exponentials = ablation.effects(outputs, delta)
+    for ours, theirs in zip(by_series.slopes, by_exponentials.slopes, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
+    assert torch.equal(by_series.argmax_changed, by_exponentials.argmax_changed)
+    torch.testing.assert_close(by_series.entropy, by_exponentials.entropy, atol=2e-6, rtol=1e-6)
+    torch.testing.assert_close(by_series.loss, by_exponentials.loss, atol=2e-6, rtol=1e-6)
+
+
+@BIASED
+def test_the_likeliest_token_is_found_wherever_it_is(bias: bool) -> None:
+    """A write to a token far down the list makes it the likeliest: outside of the stretches that are looked at."""
+    readout, outputs, *_, unigram, _ = problem(bias, 0.1)
+    lowest = outputs.y[0].argmin()
+    write = readout.unembedding[lowest] / readout.unembedding[lowest].norm()
+    one = Readout(write[None], *(getattr(readout, name) for name in ("unembedding", "logit_bias", "epsilon", "centred")))
+    delta = torch.linspace(-40, 40, TOKENS)[:, None]
+    states = outputs.at(torch.zeros(TOKENS, dtype=torch.long))
+    changed = ExactAblation(one, unigram).effects(states, delta).argmax_changed[:, 0]
+    moved = one.logits(states.state.residual + delta * write)
+    assert torch.equal(changed, moved.argmax(dim=-1) != outputs.argmax[0])
+    assert changed.any()
+    assert not changed.all()
+
+
+def test_tiny_writes_and_large_activations_neither_vanish_nor_overflow() -> None:
+    """The eighth power of a write of 1e-9 is no float32."""
+    readout, outputs, delta, unigram, _ = problem(False, 0.1)
+    tiny = Readout(readout.w_out * 1e-9, readout.unembedding, readout.logit_bias, readout.epsilon, readout.centred)
+    expected, good = sum_series(readout, outputs, delta, unigram)
+    sums, good_too = sum_series(tiny, outputs, delta * 1e9, unigram)
+    assert torch.equal(good, good_too)
+    torch.testing.assert_close(sums.of_moves, expected.of_moves, atol=1e-6, rtol=1e-4)
