@@ -244,8 +244,8 @@ def test_chunking_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     whole, _ = ablation_effects(readout, states, mean, unigram)
     ((outputs, _),) = FullOutputs.stream(readout, states)
     exact = ExactAblation(readout, unigram).effects(outputs, mean - states.activations)
-    for module in ("last_layer.readout", "discovery.moments"):
-        monkeypatch.setattr(f"confsteer.{module}.WORKING_SET", 7 * readout.vocab_size)
+    monkeypatch.setattr("confsteer.discovery.moments.WORKING_SET", 7 * readout.vocab_size)
+    monkeypatch.setattr("confsteer.last_layer.readout.STREAMED_SET", 7 * readout.vocab_size)
     monkeypatch.setattr("confsteer.last_layer.readout.CACHED_SET", 5 * 64)
     parts, _ = ablation_effects(readout, states, mean, unigram)
     for one, other in zip(whole, parts, strict=True):
