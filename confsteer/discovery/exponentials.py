@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from confsteer.discovery.token_effects import Sums, TokenSlopes
-from confsteer.last_layer.cores import Scratch, exponential
+from confsteer.last_layer.cores import Scratch, exponential, row_dots
 from confsteer.last_layer.readout import FullOutputs, Move, Readout
 from confsteer.last_layer.unigram import Unigram
 
@@ -49,7 +49,7 @@ def sum_exponentials(
     torch.mul(p, log_p, out=pl)
     torch.neg(pl.sum(dim=-1), out=entropy)
     pl.addcmul_(p, entropy[:, None])  # log p centred
-    for slope, values in zip(slopes, _slopes(readout, outputs, z, p, pl, u, unigram), strict=True):
+    for slope, values in zip(slopes, _slopes(readout, outputs, z, p, pl, u, unigram, scratch), strict=True):
         slope.copy_(values)
     step = max(1, readout.at_once // readout.vocab_size)
     for first in range(0, len(u), step):
@@ -122,7 +122,9 @@ def _dots(weights: Tensor, values: Tensor) -> Tensor:
     return torch.bmm(weights, values.mT)
 
 
-def _slopes(readout: Readout, outputs: FullOutputs, z: Tensor, p: Tensor, pl: Tensor, u: Tensor, unigram: Unigram) -> TokenSlopes:
+def _slopes(
+    readout: Readout, outputs: FullOutputs, z: Tensor, p: Tensor, pl: Tensor, u: Tensor, unigram: Unigram, scratch: Scratch
+) -> TokenSlopes:
     """Slopes of each neuron: ``dH = −Cov(log p, dz)`` and ``dKL(P ‖ P_freq) = Cov(log p − log p_freq, dz)``.
 
     ``pl`` is ``p log p`` with ``log p`` centred.
@@ -133,9 +135,9 @@ def _slopes(readout: Readout, outputs: FullOutputs, z: Tensor, p: Tensor, pl: Te
         """Covariance of the quantity behind `weights` with the slope of the logits, ``[tokens, n_neurons]``."""
         if readout.softcap is not None:
             weights = weights * readout.cap_slope(z)
-        of_x = torch.stack([torch.linalg.vecdot(weights, x)[:, None] for x in outputs.x])
+        of_x = torch.stack([row_dots(weights, x)[:, None] for x in outputs.x])
         return slope.linear(of_x, weights @ u.T)
 
     entropy = -along(pl)
-    centred_v = v - (p @ v)[:, None]
+    centred_v = torch.sub(v, (p @ v)[:, None], out=scratch.empty("v", *p.shape))
     return TokenSlopes(entropy=entropy, unigram_kl=-entropy - unigram.length * along(centred_v.mul_(p)))

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from confsteer.discovery.token_effects import Sums, TokenSlopes
-from confsteer.last_layer.cores import Scratch, exponential, on_all_cores
+from confsteer.last_layer.cores import Scratch, exponential, on_all_cores, row_dots
 from confsteer.last_layer.readout import FullOutputs, Move, Readout
 from confsteer.last_layer.unigram import Unigram
 
@@ -110,12 +110,12 @@ class Series:
             largest = y.amax(dim=-1, keepdim=True)
             exponential(torch.sub(y, largest, out=below), out=e)
             total = e.sum(dim=-1, keepdim=True)
-            mean_below, log_total = torch.linalg.vecdot(e, below)[:, None] / total, total.log()
+            mean_below, log_total = row_dots(e, below)[:, None] / total, total.log()
             torch.add(log_total, largest, out=here.log_z)
             torch.add(mean_below, largest, out=here.mean_y)
             torch.sub(log_total, mean_below, out=entropy[rows])
             torch.sub(here.log_z, y.gather(1, outputs.targets[rows, None]), out=loss[rows])
-            here.mean_x.copy_(torch.linalg.vecdot(e, x)[:, None] / total if readout.biased else here.mean_y)
+            here.mean_x.copy_(row_dots(e, x)[:, None] / total if readout.biased else here.mean_y)
             for of, mean, farthest in ((x, here.mean_x, here.farthest_x), (y, here.mean_y, here.farthest_l)):
                 lowest, highest = of.amin(dim=-1, keepdim=True), of.amax(dim=-1, keepdim=True)
                 torch.maximum(highest - mean, mean - lowest, out=farthest)

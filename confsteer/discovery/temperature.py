@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from confsteer.last_layer.cores import Scratch, exponential, on_all_cores
+from confsteer.last_layer.cores import Scratch, exponential, on_all_cores, row_dots
 from confsteer.last_layer.readout import FullOutputs, Readout
 
 OCTAVES, PER_OCTAVE = 2, 5
@@ -78,8 +78,8 @@ class EntropyByTemperature:
                 exponential(torch.mul(z, betas[highest], out=e), out=e)
                 for row in range(highest, -1, -PER_OCTAVE):
                     sums[0, row, rows] = e.sum(dim=-1)
-                    sums[1, row, rows] = torch.linalg.vecdot(e, z)
-                    sums[2, row, rows] = torch.linalg.vecdot(e, squared)
+                    sums[1, row, rows] = row_dots(e, z)
+                    sums[2, row, rows] = row_dots(e, squared)
                     e.square_()
 
         on_all_cores(measure, range(0, len(outputs.y), at_once), sums.device)
