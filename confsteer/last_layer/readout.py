@@ -41,10 +41,10 @@ STREAMED_SET = 2**24
 CACHED_SET = 2**19
 """Elements of temporary tensors in elementwise work (2 MiB in float32). Work in a core's cache is ten times faster. But each call
 of torch takes Python's lock, for which other cores wait: smaller blocks cost more in calls than they save."""
-CACHED_ROWS = 1024
-"""Rows of the unembedding in a product, on a CPU."""
 LAUNCHED_SET = 2**24
 """The same on a GPU, where work must be large to be worth its launch."""
+CACHED_ROWS = 1024
+"""Rows of the unembedding in a product, on a CPU."""
 
 
 class NormParameters(NamedTuple):
