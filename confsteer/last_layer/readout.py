@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from confsteer.last_layer.cores import on_all_cores
+from confsteer.last_layer.cores import Scratch, on_all_cores
 from confsteer.last_layer.states import TokenStates, rows_of
 
 ROWS_PER_CHUNK = 8192
@@ -376,14 +376,19 @@ class FullOutputs(NamedTuple):
 
     @classmethod
     def stream(cls, readout: Readout, states: TokenStates) -> Iterator[tuple[FullOutputs, slice]]:
-        """Yield the outputs a few tokens at a time, as the size of the vocabulary requires, and which tokens they are."""
-        at_once = max(1, STREAMED_SET // readout.vocab_size)
+        """Yield the outputs a few tokens at a time, as the size of the vocabulary requires, and which tokens they are.
+
+        The next outputs overwrite the last: the system would take a tenth of the product's time to clear new memory.
+        """
+        at_once, scratch = max(1, STREAMED_SET // readout.vocab_size), Scratch(readout.unembedding)
         for start in range(0, len(states.targets), at_once):
             rows = slice(start, start + at_once)
             part = states.at(rows)
             state = readout.state(part.residual, part.mlp_output)
-            x = products(state.directions, readout.unembedding)
-            y = x[-1] + readout.logit_bias if readout.biased else x[-1]
+            directions = state.directions
+            memory = scratch.empty("x", *directions.shape[:-1], readout.vocab_size)
+            x = products(directions, readout.unembedding, out=memory)
+            y = torch.add(x[-1], readout.logit_bias, out=scratch.empty("y", *x[-1].shape)) if readout.biased else x[-1]
             yield cls(state, x, y, y.argmax(dim=-1), part.targets), rows
 
 

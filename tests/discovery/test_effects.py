@@ -250,9 +250,9 @@ def test_chunking_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     parts, _ = ablation_effects(readout, states, mean, unigram)
     for one, other in zip(whole, parts, strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
-    chunks = list(FullOutputs.stream(readout, states))
-    assert len(chunks) > 1
-    in_chunks = [ExactAblation(readout, unigram).effects(out, mean - states.activations[rows]) for out, rows in chunks]
+    ablation = ExactAblation(readout, unigram)
+    in_chunks = [ablation.effects(out, mean - states.activations[rows]) for out, rows in FullOutputs.stream(readout, states)]
+    assert len(in_chunks) > 1
     for one, parts_of_it in zip(exact.effects, zip(*(part.effects for part in in_chunks), strict=True), strict=True):
         # Sums over the vocabulary are taken in another order.
         torch.testing.assert_close(one, torch.cat(parts_of_it), atol=5e-6, rtol=1e-5)
