@@ -25,8 +25,8 @@ from torch.nn.functional import embedding
 from confsteer.discovery.moments import Moments, Tokens
 from confsteer.discovery.second_order import AtTarget, SecondOrder
 from confsteer.discovery.token_effects import TokenEffects
-from confsteer.last_layer.cores import on_all_cores
-from confsteer.last_layer.readout import WORKING_SET, Move, Readout
+from confsteer.last_layer.cores import exponential, on_all_cores
+from confsteer.last_layer.readout import WORKING_SET, Move, Readout, products
 from confsteer.last_layer.unigram import Unigram
 
 POINTS = 2048
@@ -54,8 +54,8 @@ class Points(NamedTuple):
             return cls(every, p, torch.ones_like(p, dtype=torch.bool), p.new_full((len(p),), p.shape[-1], dtype=torch.long))
         large = p >= 1 / most
         row, large_ids = large.nonzero().unbind(dim=1)
-        n_large = large.sum(dim=-1, keepdim=True)
-        tail = p.masked_fill(large, 0).double().cumsum(dim=-1)
+        n_large = row.bincount(minlength=len(p))[:, None]
+        tail = p.masked_fill(large, 0).cumsum(dim=-1, dtype=torch.float64)
         mass = tail[:, -1:]
         n = (mass * most).ceil().clamp(min=1).minimum(most + 1 - n_large)
         count = (n_large + n).long()
@@ -118,8 +118,10 @@ def evaluate_pairs(
         torch.arange(len(pairs), device=delta.device).split([int(part.sum()) for part in count.split(at_once)]),
         strict=True,
     ):
-        y = tokens.directions[-1, token] @ readout.unembedding.T + readout.logit_bias
-        p = (readout.cap(y) - tokens.log_z[token]).exp()
+        y = products(tokens.directions[-1:, token], readout.unembedding)[0]
+        if readout.biased:
+            y += readout.logit_bias
+        p = exponential(readout.cap(y).sub_(tokens.log_z[token]))
         large = known.second.largest_variance[of_tokens] > LARGE
         for most, these in ((POINTS, of_tokens[~large]), (POINTS_IF_LARGE, of_tokens[large])):
 
