@@ -115,10 +115,14 @@ class Series:
             torch.add(mean_below, largest, out=here.mean_y)
             torch.sub(log_total, mean_below, out=entropy[rows])
             torch.sub(here.log_z, y.gather(1, outputs.targets[rows, None]), out=loss[rows])
-            here.mean_x.copy_(row_dots(e, x)[:, None] / total if readout.biased else here.mean_y)
-            for of, mean, farthest in ((x, here.mean_x, here.farthest_x), (y, here.mean_y, here.farthest_l)):
-                lowest, highest = of.amin(dim=-1, keepdim=True), of.amax(dim=-1, keepdim=True)
-                torch.maximum(highest - mean, mean - lowest, out=farthest)
+            torch.maximum(largest - here.mean_y, here.mean_y - y.amin(dim=-1, keepdim=True), out=here.farthest_l)
+            if not readout.biased:
+                here.mean_x.copy_(here.mean_y)
+                here.farthest_x.copy_(here.farthest_l)
+                return
+            mean_x, lowest, highest = row_dots(e, x)[:, None] / total, x.amin(dim=-1, keepdim=True), x.amax(dim=-1, keepdim=True)
+            here.mean_x.copy_(mean_x)
+            torch.maximum(highest - mean_x, mean_x - lowest, out=here.farthest_x)
 
         on_all_cores(normalise, readout.blocks(len(outputs.y), readout.vocab_size), outputs.y.device)
         return output
