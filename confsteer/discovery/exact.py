@@ -15,6 +15,9 @@ from confsteer.last_layer.readout import FullOutputs, Move, Readout
 from confsteer.last_layer.states import rows_of
 from confsteer.last_layer.unigram import Unigram
 
+FEWEST_TOKENS, MOST_TOKENS = 16, 512
+"""Number of tokens at a time below which exponentials are faster than the series, and above which it takes only more memory."""
+
 
 class ExactEffects(NamedTuple):
     """Effects of ablating a few neurons, and the unsteered output."""
@@ -52,12 +55,14 @@ class ExactAblation:
     def effects(self, outputs: FullOutputs, delta: Tensor) -> ExactEffects:
         """Compute the effects of adding ``delta`` ``[tokens, n_neurons]`` to each activation alone."""
         moves = self._readout.move(outputs.state, delta)
-        sums, slopes = Sums.empty(delta, len(moves.write)), TokenSlopes(torch.empty_like(delta), torch.empty_like(delta))
-        if self._series is None:
+        sums, slopes = Sums.empty(delta, len(moves.write)), TokenSlopes.empty(delta)
+        if self._series is None or len(delta) < FEWEST_TOKENS:
             self._sum_exponentials(outputs, moves, sums, slopes)
         else:
-            good = self._series.sum(outputs, moves, sums, slopes)
-            self._replace(outputs, moves, ~good, sums)
+            for first in range(0, len(delta), MOST_TOKENS):
+                rows = slice(first, first + MOST_TOKENS)
+                here = outputs.at(rows), moves.at(slice(None), rows), rows_of(sums, rows)
+                self._replace(*here, ~self._series.sum(*here, rows_of(slopes, rows)))
         effects = sums.effects(self._unigram.direction[outputs.targets, None])
         return ExactEffects(effects, slopes, sums.argmax_changed, *sums.of_output.unbind(dim=1))
 
@@ -71,19 +76,23 @@ class ExactAblation:
         # Take few tokens, so that they by the vocabulary stay in the cache.
         on_all_cores(add_up, readout.blocks(len(outputs.y), readout.vocab_size), outputs.y.device)
 
-    def _replace(self, outputs: FullOutputs, moves: Move, pairs: Tensor, sums: Sums) -> None:
+    def _replace(self, outputs: FullOutputs, moves: Move, sums: Sums, pairs: Tensor) -> None:
         """Replace the sums of some pairs, bool ``[tokens, n_neurons]``, by those of exponentials."""
         readout, scratch = self._readout, Scratch(outputs.y)
 
-        def replace(block: tuple[int, Tensor]) -> None:
-            number, rows = block
-            neuron, here = slice(number, number + 1), moves.at(slice(None), rows, slice(number, number + 1))
+        def replace(block: tuple[slice, Tensor]) -> None:
+            neurons, rows = block
+            here = moves.at(slice(None), rows, neurons)
             own = Sums.empty(here.write[0], len(here.write))
-            slopes = TokenSlopes(torch.empty_like(here.write[0]), torch.empty_like(here.write[0]))
-            sum_exponentials(readout.select(neuron), outputs.at(rows), self._u[neuron], self._unigram, here, own, slopes, scratch)
-            sums.of_moves[rows, ..., neuron], sums.of_whole[rows, :, neuron] = own.of_moves, own.of_whole
+            sum_exponentials(readout.select(neurons), outputs.at(rows), self._u[neurons], self._unigram, here, own, None, scratch)
+            sums.of_moves[rows, ..., neurons], sums.of_whole[rows, :, neurons] = own.of_moves, own.of_whole
 
+        # Work on all neurons of a token together if most of its pairs are among them.
+        most = pairs.double().mean(dim=1) > 0.5
+        rest = enumerate((pairs & ~most[:, None]).T)
+        rows_of_neurons = [(slice(None), most), *((slice(number, number + 1), rows) for number, rows in rest)]
         at_once = max(1, readout.at_once // readout.vocab_size)
-        rows_of_neurons = (column.nonzero()[:, 0] for column in pairs.T)
-        blocks = [(number, part) for number, rows in enumerate(rows_of_neurons) if len(rows) for part in rows.split(at_once)]
+        blocks = [
+            (neurons, part) for neurons, rows in rows_of_neurons for part in rows.nonzero()[:, 0].split(at_once) if len(part)
+        ]
         on_all_cores(replace, blocks, outputs.y.device)

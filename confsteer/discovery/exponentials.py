@@ -1,6 +1,6 @@
 """Sums over the vocabulary of a few neurons, by an exponential for each token, neuron and vocabulary entry.
 
-Any model and any size of the moves will do.
+Any model and any size of the moves will do. Differences are formed before exponentials, so that small effects keep their digits.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from confsteer.discovery.token_effects import Sums, TokenSlopes
-from confsteer.last_layer.cores import Scratch, exponential, row_dots
+from confsteer.last_layer.cores import Scratch, exponential
 from confsteer.last_layer.readout import FullOutputs, Move, Readout
 from confsteer.last_layer.unigram import Unigram
 
@@ -23,7 +23,7 @@ def sum_exponentials(
     unigram: Unigram,
     moves: Move,
     into: Sums,
-    slopes: TokenSlopes,
+    slopes: TokenSlopes | None,
     scratch: Scratch,
 ) -> None:
     """Sum up a few neurons at a few tokens, all at once.
@@ -35,7 +35,7 @@ def sum_exponentials(
         unigram: the corpus's unigram distribution.
         moves: the neurons' moves, ``[moves, tokens, n_neurons]``.
         into: where to write the results.
-        slopes: where to write the slopes.
+        slopes: where to write the slopes; None to leave them out.
         scratch: memory for temporary tensors.
     """
     z, (entropy, loss) = readout.cap(outputs.y), into.of_output.unbind(dim=1)
@@ -49,8 +49,9 @@ def sum_exponentials(
     torch.mul(p, log_p, out=pl)
     torch.neg(pl.sum(dim=-1), out=entropy)
     pl.addcmul_(p, entropy[:, None])  # log p centred
-    for slope, values in zip(slopes, _slopes(readout, outputs, z, p, pl, u, unigram, scratch), strict=True):
-        slope.copy_(values)
+    if slopes is not None:
+        for slope, values in zip(slopes, _slopes(readout, outputs, z, p, pl, u, unigram, scratch), strict=True):
+            slope.copy_(values)
     step = max(1, readout.at_once // readout.vocab_size)
     for first in range(0, len(u), step):
         neurons = slice(first, first + step)
@@ -129,13 +130,13 @@ def _slopes(
 
     ``pl`` is ``p log p`` with ``log p`` centred.
     """
-    slope, v = readout.slope(outputs.state), unigram.direction
+    slope, v, product = readout.slope(outputs.state), unigram.direction, scratch.empty("product", *p.shape)
 
     def along(weights: Tensor) -> Tensor:
         """Covariance of the quantity behind `weights` with the slope of the logits, ``[tokens, n_neurons]``."""
         if readout.softcap is not None:
             weights = weights * readout.cap_slope(z)
-        of_x = torch.stack([row_dots(weights, x)[:, None] for x in outputs.x])
+        of_x = torch.stack([torch.mul(weights, x, out=product).sum(dim=-1, keepdim=True) for x in outputs.x])
         return slope.linear(of_x, weights @ u.T)
 
     entropy = -along(pl)

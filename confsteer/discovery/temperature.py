@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from confsteer.last_layer.cores import Scratch, exponential, on_all_cores, row_dots
+from confsteer.last_layer.cores import Scratch, exponential, on_all_cores
 from confsteer.last_layer.readout import FullOutputs, Readout
 
 OCTAVES, PER_OCTAVE = 2, 5
@@ -71,15 +71,14 @@ class EntropyByTemperature:
         def measure(first: int) -> None:
             rows = slice(first, first + at_once)
             capped = self._readout.cap(outputs.y[rows])
-            z, squared, e = (scratch.empty(name, *capped.shape) for name in ("z", "squared", "e"))
+            z, product, e = (scratch.empty(name, *capped.shape) for name in ("z", "product", "e"))
             torch.sub(capped, capped.amax(dim=-1, keepdim=True), out=z)
-            torch.square(z, out=squared)
             for highest in range(len(betas) - PER_OCTAVE, len(betas)):
                 exponential(torch.mul(z, betas[highest], out=e), out=e)
                 for row in range(highest, -1, -PER_OCTAVE):
                     sums[0, row, rows] = e.sum(dim=-1)
-                    sums[1, row, rows] = row_dots(e, z)
-                    sums[2, row, rows] = row_dots(e, squared)
+                    sums[1, row, rows] = torch.mul(e, z, out=product).sum(dim=-1)
+                    sums[2, row, rows] = product.mul_(z).sum(dim=-1)
                     e.square_()
 
         on_all_cores(measure, range(0, len(outputs.y), at_once), sums.device)

@@ -1,13 +1,13 @@
 """Effects of ablating neurons at each token, and the sums over the vocabulary that they follow from.
 
-Differences are formed before exponentials, so that small effects keep their digits. With ``q = p (e^Δ − 1)`` and ``A = Σ q``:
-``log E_p[e^Δ] = log1p(A)`` and ``E_p'[g] = (E_p[g] + Σ q g)/(1 + A)``.
+With ``q = p (e^Δ − 1)`` and ``A = Σ q``: ``log E_p[e^Δ] = log1p(A)`` and ``E_p'[g] = (E_p[g] + Σ q g)/(1 + A)``.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -42,6 +42,11 @@ class TokenSlopes(NamedTuple):
     """Slope of the output entropy."""
     unigram_kl: Tensor
     """Slope of ``KL(P_model ‖ P_freq)``."""
+
+    @classmethod
+    def empty(cls, delta: Tensor) -> TokenSlopes:
+        """Make room for the slopes of changes ``[tokens, n_neurons]`` of the activations."""
+        return cls(torch.empty_like(delta), torch.empty_like(delta))
 
 
 class Sums(NamedTuple):

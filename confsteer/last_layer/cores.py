@@ -76,11 +76,3 @@ def exponential(x: Tensor, out: Tensor | None = None) -> Tensor:
         out: where to write it; may be `x` itself.
     """
     return torch.mul(x, math.log2(math.e), out=out).exp2_()
-
-
-def row_dots(a: Tensor, b: Tensor) -> Tensor:
-    """Compute the dot product of each row of `a` with the same row of `b`, both ``[rows, columns]``: ``[rows]``.
-
-    `torch.linalg.vecdot` makes a tensor of all products first.
-    """
-    return torch.bmm(a[:, None], b[:, None].mT)[:, 0, 0]

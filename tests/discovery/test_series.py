@@ -7,8 +7,10 @@ from torch import Tensor
 from confsteer.discovery import series
 from confsteer.discovery.exact import ExactAblation
 from confsteer.discovery.series import Series
+from confsteer.discovery.temperature import OCTAVES, PER_OCTAVE, EntropyByTemperature
 from confsteer.discovery.token_effects import Sums, TokenEffects, TokenSlopes
-from confsteer.last_layer.readout import FullOutputs, Readout
+from confsteer.last_layer.readout import FullOutputs, NormParameters, Readout
+from confsteer.last_layer.states import TokenStates
 from confsteer.last_layer.unigram import Unigram
 from tests.discovery.test_effects import by_definition, random_mean, random_readout, random_states, random_unigram
 
@@ -27,7 +29,7 @@ def problem(bias: bool, scale: float) -> tuple[Readout, FullOutputs, Tensor, Uni
 
 def sum_series(readout: Readout, outputs: FullOutputs, delta: Tensor, unigram: Unigram) -> tuple[Sums, Tensor]:
     """Sums by the series alone, and which of them it calls good."""
-    moves, slopes = readout.move(outputs.state, delta), TokenSlopes(torch.empty_like(delta), torch.empty_like(delta))
+    moves, slopes = readout.move(outputs.state, delta), TokenSlopes.empty(delta)
     sums = Sums.empty(delta, len(moves.write))
     good = Series(readout, readout.w_out @ readout.unembedding.T, unigram).sum(outputs, moves, sums, slopes)
     return sums, good
@@ -91,6 +93,46 @@ def test_the_likeliest_token_is_found_wherever_it_is(bias: bool) -> None:
     assert torch.equal(changed, moved.argmax(dim=-1) != outputs.argmax[0])
     assert changed.any()
     assert not changed.all()
+
+
+@pytest.mark.parametrize("bound", [3, 6, 12])
+def test_rounding_of_a_certain_token_is_no_small_remainder(bound: float) -> None:
+    """Where the neurons promote a token that is nearly certain, the last term is rounding noise of either sign."""
+    g = torch.Generator().manual_seed(0)
+    tokens, d = 64, 64
+    unembedding = torch.randn(1000, d, generator=g)
+    norm = NormParameters(torch.ones(d), None, 1e-6, False)
+    towards_them = unembedding[:tokens] + 0.3 * torch.randn(tokens, d, generator=g)
+    readout = Readout.fold(w_out=towards_them, unembedding=unembedding, norm=norm)
+    u = readout.w_out @ readout.unembedding.T
+    residual = unembedding[:tokens]
+    activations = -bound * readout.norm_scale(residual)[:, None] / u.abs().amax(dim=1)
+    activations[:, ::2] *= -1
+    states = TokenStates(activations, residual, None, torch.arange(tokens), torch.zeros(tokens, dtype=torch.long))
+    mean, unigram = torch.zeros(tokens), random_unigram(1000)
+    ((outputs, _),) = FullOutputs.stream(readout, states)
+    exact = by_definition(readout, states, mean, unigram)
+    for ours, theirs in zip(ExactAblation(readout, unigram).effects(outputs, mean - activations).effects, exact, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, atol=2e-5, rtol=1e-5)
+
+
+def test_the_entropy_is_exact_over_a_large_vocabulary() -> None:
+    """A plain float32 sum over a quarter of a million entries would lose those that come last."""
+    vocab, d = 2**18, 16
+    g = torch.Generator().manual_seed(0)
+    norm = NormParameters(torch.ones(d), None, 1e-6, False)
+    readout = Readout.fold(w_out=torch.randn(1, d, generator=g), unembedding=torch.randn(vocab, d, generator=g), norm=norm)
+    residual = torch.randn(20, d, generator=g)
+    states = TokenStates(torch.zeros(20, 1), residual, None, torch.arange(20), torch.zeros(20, dtype=torch.long))
+    for outputs, rows in FullOutputs.stream(readout, states):
+        by_series = ExactAblation(readout, random_unigram(vocab)).effects(outputs, torch.full((len(outputs.y), 1), 0.1))
+        z = readout.logits(residual[rows]).double()
+        entropy = -(z.softmax(-1) * z.log_softmax(-1)).sum(-1)
+        torch.testing.assert_close(by_series.entropy.double(), entropy, atol=1e-5, rtol=0)
+        temperatures = EntropyByTemperature(readout)
+        temperatures.update(outputs)
+        at_one = temperatures.result().entropy[OCTAVES * PER_OCTAVE]
+        assert float(at_one) == pytest.approx(float(entropy.mean()), abs=1e-5)
 
 
 def test_tiny_writes_and_large_activations_neither_vanish_nor_overflow() -> None:
