@@ -33,8 +33,8 @@ from confsteer.last_layer.unigram import Unigram
 ORDER = 6
 """``M``: the order of the last term."""
 TOLERANCE = 1e-4
-"""Largest bound of the remainder of the sums, in nats. It is pessimistic: in SmolLM2 and Qwen2.5-Coder effects on loss and entropy
-are off by at most 4e-7 nats, those of float32 exponentials by 1e-5 and 4e-5 (`eval/series_error.py`)."""
+"""Largest bound of the remainder of the sums, in nats. It is pessimistic: effects on loss and entropy are off by 4e-7 nats at
+most in SmolLM2 and Qwen2.5-Coder, those of float32 exponentials by 1e-5 and 4e-5 (`eval/series_error.py`)."""
 PARTS_PER_THREAD = 4
 """Parts of the vocabulary with sums of their own, for each thread. More share the work more evenly, and take more memory."""
 STRETCHES, STRETCH = 8, 64
@@ -123,13 +123,9 @@ class Series:
                 here.mean_x.copy_(here.mean_y)
                 here.farthest_x.copy_(here.farthest_l)
                 return
-            mean_x, lowest, highest = (
-                e.mul_(x).sum(dim=-1, keepdim=True) / total,
-                x.amin(dim=-1, keepdim=True),
-                x.amax(dim=-1, keepdim=True),
-            )
-            here.mean_x.copy_(mean_x)
-            torch.maximum(highest - mean_x, mean_x - lowest, out=here.farthest_x)
+            torch.div(e.mul_(x).sum(dim=-1, keepdim=True), total, out=here.mean_x)
+            lowest, highest = x.amin(dim=-1, keepdim=True), x.amax(dim=-1, keepdim=True)
+            torch.maximum(highest - here.mean_x, here.mean_x - lowest, out=here.farthest_x)
 
         on_all_cores(normalise, readout.blocks(len(outputs.y), readout.vocab_size), outputs.y.device)
         return output
